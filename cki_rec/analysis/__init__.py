@@ -1,0 +1,1 @@
+"""Arrays and records in; numbers, tables and figures out."""

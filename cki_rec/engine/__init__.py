@@ -1,0 +1,1 @@
+"""Everything that touches TorchRec, torch.distributed and files of tensors."""

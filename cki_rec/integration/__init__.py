@@ -1,0 +1,1 @@
+"""The core: assess and splice parameter dictionaries. Pure functions on tensors."""

@@ -1,0 +1,1 @@
+"""One ``run(config)`` each, readable top to bottom."""
