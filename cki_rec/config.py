@@ -7,12 +7,17 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+from difflib import get_close_matches
+from operator import attrgetter
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+
+from cki_rec import __version__
 
 
 class UserError(Exception):
@@ -177,13 +182,21 @@ class Runtime:
 
 
 @dataclass(slots=True, kw_only=True)
+class Suite:
+    """What the parents differ in."""
+
+    name: str
+    sources: list[dict[str, Any]]
+    """The parents that every method of the suite is compared with, as config deltas."""
+
+
+@dataclass(slots=True, kw_only=True)
 class Config:
     """Everything."""
 
     name: str
     """Experiment the run is reported under."""
-    suite: str
-    """What its sources differ in: ``seeds``, ``shards`` or any name of ``conf/suite``."""
+    suite: Suite
     seed: int
     """Of everything random but the split."""
     data: Data
@@ -195,7 +208,53 @@ class Config:
     runtime: Runtime
 
 
-_Section = TypeVar("_Section")
+CHOICES = {
+    "data.on_bad_row": ("error", "skip"),
+    "data.split.by": ("random", "time", "leave_last_out"),
+    "data.partition.by": ("user", "item", "time", "random", "none"),
+    "integrate.perspective": ("local", "global", "dual"),
+    "integrate.local": ("gate", "evidence"),
+    "integrate.splice": ("soft", "hard"),
+    "integrate.tables": ("same", "evidence", "base"),
+    "integrate.bias": ("splice", "base"),
+    "integrate.gate.kind": ("full", "diagonal", "scalar", "identity", "none"),
+    "integrate.gate.train": ("none", "frozen", "trunk"),
+    "evaluate.resample": ("user", "row"),
+    "runtime.device": ("auto", "cpu", "cuda"),
+}
+"""Options that take one of a few words."""
+
+AT_LEAST = {
+    "seed": 0,
+    "data.history_length": 0,
+    "data.min_count": 1,
+    "data.partition.parts": 1,
+    "model.embedding_dim": 4,
+    "train.epochs": 1,
+    "train.batch_size": 1,
+    "train.patience": 1,
+    "integrate.bins": 2,
+    "integrate.gate.epochs": 1,
+    "finetune.epochs": 0,
+    "evaluate.bootstrap": 100,
+    "runtime.threads": 0,
+}
+"""Smallest values."""
+
+
+def project_root() -> Path:
+    """Return the folder that holds ``conf/`` and the embedded data, installed or in a clone."""
+    package = Path(__file__).resolve().parent
+    bundled = package / "_project"
+    return bundled if bundled.is_dir() else package.parent
+
+
+def register_resolvers() -> None:
+    """Define what ``${...:}`` in ``conf/`` may call: ``add`` and ``project``."""
+    OmegaConf.register_new_resolver("add", lambda *terms: sum(terms), replace=True)
+    OmegaConf.register_new_resolver(
+        "project", lambda path: str(project_root() / path), replace=True
+    )
 
 
 def parse(composed: DictConfig) -> Config:
@@ -206,10 +265,92 @@ def parse(composed: DictConfig) -> Config:
     """
     try:
         plain = OmegaConf.to_container(composed, resolve=True)
-        merged = OmegaConf.merge(OmegaConf.structured(Config), plain)
-        config = OmegaConf.to_object(merged)
+        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), plain))
     except OmegaConfBaseException as error:
-        key = error.full_key or "configuration"
-        raise UserError(f"{key}: {str(error).splitlines()[0]}") from None
+        raise UserError(f"{error.full_key or 'configuration'}: {_first_line(error)}") from None
     assert isinstance(config, Config)
+    check(config)
     return config
+
+
+def check(config: Config) -> None:
+    """Check values that types cannot.
+
+    Raises:
+        UserError: The first impossible value, by dotted path.
+    """
+    for key, choices in CHOICES.items():
+        value = attrgetter(key)(config)
+        if value not in choices:
+            raise UserError(f"{key}={value}: {nearest(value, choices)}one of {', '.join(choices)}")
+    for key, smallest in AT_LEAST.items():
+        value = attrgetter(key)(config)
+        if value < smallest:
+            raise UserError(f"{key}={value}: must be at least {smallest}")
+    if config.model.embedding_dim % 4:
+        raise UserError(
+            f"model.embedding_dim={config.model.embedding_dim}: the lookup kernels need a multiple"
+            " of 4"
+        )
+    if not 0 <= config.model.dropout < 1:
+        raise UserError(f"model.dropout={config.model.dropout}: must be in [0, 1)")
+    if not 0 < config.evaluate.confidence < 1:
+        raise UserError(f"evaluate.confidence={config.evaluate.confidence}: must be in (0, 1)")
+    part, partition = config.data.part, config.data.partition
+    if part is not None and (partition.by == "none" or not 0 <= part < partition.parts):
+        raise UserError(
+            f"data.part={part}: data.partition has parts 0 to {partition.parts - 1}"
+            if partition.by != "none"
+            else f"data.part={part}: needs data.partition.by=user, item, time or random"
+        )
+    if not config.integrate.sources:
+        raise UserError("integrate.sources is empty: name at least one model, e.g. [{seed: 1}]")
+    if config.integrate.gate.train != "none" and config.integrate.gate.kind in ("identity", "none"):
+        raise UserError(
+            f"integrate.gate.train={config.integrate.gate.train}: a gate of kind"
+            f" {config.integrate.gate.kind} has nothing to learn; use full, diagonal or scalar"
+        )
+
+
+def nearest(word: object, choices: Iterable[str]) -> str:
+    """Return ``"did you mean 'x'? "`` for the choice most like ``word``, or nothing."""
+    close = get_close_matches(str(word), list(choices), n=1, cutoff=0.5)
+    return f"did you mean '{close[0]}'? " if close else ""
+
+
+def run_id(pipeline: str, reads: dict[str, Any]) -> str:
+    """Return ``<pipeline>-<hash>``: equal for equal work, whatever machine or folder it runs in.
+
+    Args:
+        pipeline: Its name.
+        reads: Everything its result depends on; never ``runtime``.
+    """
+    text = json.dumps({"version": __version__, **reads}, sort_keys=True)
+    return f"{pipeline}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+
+
+def section(value: Any) -> dict[str, Any]:
+    """Return a section of the configuration as plain JSON values."""
+    return asdict(value)
+
+
+def _first_line(error: OmegaConfBaseException) -> str:
+    return str(error).splitlines()[0]
+
+
+def with_delta(config: Config, delta: dict[str, Any]) -> Config:
+    """Return ``config`` with dotted keys replaced, as ``integrate.sources`` names parents.
+
+    Raises:
+        UserError: A key that does not exist, or a value of another type.
+    """
+    tree = OmegaConf.structured(config)
+    for key, value in delta.items():
+        try:
+            OmegaConf.update(tree, key, value, force_add=False)
+        except OmegaConfBaseException as error:
+            raise UserError(f"integrate.sources, {key}: {_first_line(error)}") from None
+    changed = OmegaConf.to_object(tree)
+    assert isinstance(changed, Config)
+    check(changed)
+    return changed

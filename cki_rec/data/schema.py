@@ -26,7 +26,7 @@ class Feature:
     name: str
     table: str
     kind: str
-    """``categorical`` (one id a row), ``multi`` (a set of ids) or ``history`` (ids in time order)."""
+    """``categorical`` (one id a row), ``multi`` (a set of ids) or ``history`` (ids by time)."""
 
 
 @dataclass(frozen=True, slots=True)

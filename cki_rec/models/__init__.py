@@ -1,1 +1,40 @@
-"""Networks: ``forward(batch) -> logit_B``; they know no loss, optimizer, device or path."""
+"""Networks: ``forward(batch) -> logit_B``; they know no loss, optimizer or path."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from cki_rec.config import Model, UserError, nearest
+from cki_rec.data.schema import FeatureSchema
+from cki_rec.models.deepfm import DeepFM
+
+MODELS: dict[str, Callable[..., nn.Module]] = {"deepfm": DeepFM}
+"""Name in ``conf/model`` -> class."""
+
+
+def model_schema(schema: FeatureSchema, model: Model) -> FeatureSchema:
+    """Return the features that ``model`` reads."""
+    return schema if model.histories else schema.without_histories()
+
+
+def build_model(
+    schema: FeatureSchema, model: Model, device: torch.device | None = None
+) -> nn.Module:
+    """Return a network with tables on ``device`` (``meta`` before sharding).
+
+    Raises:
+        UserError: No model of that name.
+    """
+    if model.name not in MODELS:
+        hint = nearest(model.name, MODELS)
+        raise UserError(f"model.name={model.name}: {hint}one of {', '.join(MODELS)}")
+    return MODELS[model.name](
+        model_schema(schema, model),
+        embedding_dim=model.embedding_dim,
+        hidden=model.hidden,
+        dropout=model.dropout,
+        device=device,
+    )

@@ -1,0 +1,7 @@
+"""``python -m cki_rec`` is ``cki-rec``."""
+
+import sys
+
+from cki_rec.cli import main
+
+sys.exit(main())

@@ -1,0 +1,197 @@
+"""Summaries as text, shared by the terminal, table.md and the report."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import pandas as pd
+
+from .tables import BASELINES, BEST_PARENT, DIFFERENCES, ENSEMBLE, JOINT, difference_column
+
+METRIC_NAMES = {"auc": "AUC", "log_loss": "LogLoss", "gauc": "gAUC"}
+METHOD_NAMES = {BEST_PARENT: "best parent", ENSEMBLE: "output ensemble", JOINT: "joint"}
+LOWER_IS_BETTER = frozenset({"log_loss"})
+METHOD_NOTES = {
+    BEST_PARENT: "One of the models that went in: the strongest parent as it was trained.",
+    ENSEMBLE: "The parents' outputs averaged; every prediction runs all parents.",
+    JOINT: "One model trained on all rows of all parents; an upper reference, not an integration.",
+}
+MAX_COMMANDS = 3
+"""Commands shown before the reader is sent to runs.csv."""
+
+
+def number(value: Any, digits: int = 4, sign: bool = False) -> str:
+    """Return ``.7995`` for 0.7995 and ``+.0056`` with ``sign``; blank for an undefined value."""
+    if is_undefined(value):
+        return ""
+    text = f"{float(value) + 0.0:{'+' if sign else ''}.{digits}f}"
+    return text.replace("0.", ".", 1) if text.lstrip("+-").startswith("0.") else text
+
+
+def bounded(
+    value: Any, low: Any, high: Any, digits: int = 4, sign: bool = False, separator: str = " "
+) -> str:
+    """Return ``.7995 [.7990, .8001]``; without brackets when there is no interval."""
+    text = number(value, digits, sign)
+    if not text or is_undefined(low) or is_undefined(high):
+        return text
+    return f"{text}{separator}[{number(low, digits, sign)}, {number(high, digits, sign)}]"
+
+
+def is_undefined(value: Any) -> bool:
+    """Return whether a cell holds None, NaN or ``<NA>``."""
+    return value is None or value is pd.NA or (isinstance(value, float) and math.isnan(value))
+
+
+def method_name(method: str, finetuned: bool) -> str:
+    """Return the name shown to readers."""
+    return METHOD_NAMES.get(method, method) + (" + fine-tuned" if finetuned else "")
+
+
+def display_frame(summary: pd.DataFrame) -> pd.DataFrame:
+    """Return the summary as text cells, same rows; columns without any value are left out.
+
+    A difference whose interval excludes 0 ends with ``(+)`` if it is better and ``(-)`` if it is
+    worse than the baseline, whichever direction of the metric that is.
+    """
+    rows = []
+    for row in summary.to_dict("records"):
+        cells = {
+            "suite": row["suite"],
+            "method": method_name(row["method"], row["finetuned"]),
+            "seeds": str(row["num_seeds"]),
+        }
+        for metric in ("auc", "log_loss"):
+            bounds = (row[f"{metric}_low"], row[f"{metric}_high"])
+            cells[METRIC_NAMES[metric]] = bounded(row[metric], *bounds)
+        cells["gAUC"] = number(row["gauc"])
+        for baseline in BASELINES:
+            for metric in DIFFERENCES:
+                column = f"{METRIC_NAMES[metric]} vs {METHOD_NAMES[baseline]}"
+                cells[column] = _difference(row, metric, baseline)
+        cells["recovered"] = number(row["recovered_share"], digits=2)
+        cells["pred./clicks"] = number(row["calibration_ratio"], digits=3)
+        cost = row["inference_cost"]
+        cells["cost"] = "" if is_undefined(cost) else str(cost)
+        rows.append(cells)
+    frame = pd.DataFrame(rows, dtype=object)
+    return frame[[column for column in frame.columns if (frame[column] != "").any()]]
+
+
+def notes(summary: pd.DataFrame, runs: pd.DataFrame) -> list[str]:
+    """Return how to read the columns and how intervals were made, from the records' settings."""
+    percent = "".join(f"{value * 100:g} %" for value in summary["confidence"].unique())
+    settings = runs[["bootstrap", "resample"]].drop_duplicates().dropna()
+    drawn = " and ".join(f"{count} resamples of {unit}s" for count, unit in settings.to_numpy())
+    lines = [
+        "Each row is the mean over its repetitions (seeds). Brackets after AUC and LogLoss: "
+        f"{percent} Student t interval over repetitions; none with one repetition.",
+        "Differences are paired: same repetition, same test rows. Their brackets: "
+        f"{percent} percentile bootstrap interval of the mean over repetitions"
+        + (f", {drawn} of the test rows" if drawn else "")
+        + ", the same resamples for every model and repetition. They cover the choice of test "
+        "rows, not the luck of training.",
+        "(+) better and (-) worse than the baseline: the interval excludes 0. There is no "
+        "correction for looking at many differences.",
+        "LogLoss: lower is better, so a negative difference is an improvement.",
+        "gAUC: AUC within each user, weighted by the user's rows; users with one class are left "
+        "out.",
+        "pred./clicks: mean predicted probability / observed click rate; 1 is calibrated.",
+        "cost: forward passes per prediction, in models.",
+        "A blank cell is undefined or was not measured; it is never a zero.",
+    ]
+    if summary["finetuned"].any():
+        lines.insert(
+            3,
+            "Fine-tuned rows are compared with the best parent and the ensemble as they are, "
+            "without fine-tuning.",
+        )
+    if summary["recovered_share"].notna().any():
+        lines.insert(
+            -1,
+            "recovered: (AUC - best parent) / (joint - best parent), a ratio of means over "
+            "repetitions; 1 equals training on all rows. Blank if joint is not the better one.",
+        )
+    return lines
+
+
+def facts(runs: pd.DataFrame) -> dict[str, str]:
+    """Return what the runs have in common: data, rows, seeds, hardware, commands.
+
+    Args:
+        runs: Rows of ``runs_frame``, usually those of one suite.
+    """
+    rows = []
+    for split in ("train", "valid", "test"):
+        counts = [f"{count:,}" for count in runs[f"rows_{split}"].dropna().unique()]
+        if counts:
+            rows.append(f"{' or '.join(counts)} {split}")
+    kinds = {True: "synthetic data", False: "real data"}
+    commands = list(dict.fromkeys(runs["command"]))
+    shown = commands[:MAX_COMMANDS]
+    if len(commands) > len(shown):
+        shown.append(f"({len(commands) - len(shown)} more in runs.csv)")
+    return {
+        "Data": _joined(runs["data_name"])
+        + f" ({' and '.join(kinds[bool(flag)] for flag in runs['synthetic'].unique())})",
+        "Data hash": _joined(runs["data_hash"]),
+        "Rows": ", ".join(rows),
+        "Seeds": ", ".join(str(seed) for seed in sorted(runs["seed"].unique())),
+        "Hardware": _joined(runs["hardware"]),
+        "Command": "\n".join(shown),
+    }
+
+
+def markdown_table(
+    summary: pd.DataFrame,
+    runs: pd.DataFrame,
+    title: str = "Results",
+    suites: Mapping[str, str] = {},
+) -> str:
+    """Return a Markdown file: per suite its facts and its table, then how to read it.
+
+    Args:
+        summary: Of ``summary_frame``.
+        runs: Of ``runs_frame``, the same runs.
+        title: First heading.
+        suites: Suite -> one sentence on what its parents differ in.
+    """
+    shown = display_frame(summary)
+    lines = [f"# {title}", ""]
+    for suite in summary["suite"].unique():
+        lines += [f"## {suite}", ""]
+        if suite in suites:
+            lines += [suites[suite], ""]
+        for name, value in facts(runs[runs["suite"] == suite]).items():
+            if name == "Command":
+                commands = [f"  {command}" for command in value.split("\n")]
+                lines += [f"- {name}:", "", "  ```sh", *commands, "  ```"]
+            else:
+                lines.append(f"- {name}: {value}")
+        part = shown[shown["suite"] == suite].drop(columns="suite")
+        part = part[[column for column in part.columns if (part[column] != "").any()]]
+        lines += ["", _markdown_row(part.columns)]
+        lines.append(_markdown_row(["---", *["---:"] * (len(part.columns) - 1)]))
+        lines += [_markdown_row(cells) for cells in part.to_numpy()]
+        lines.append("")
+    lines += ["## How to read the tables", "", *(f"- {note}" for note in notes(summary, runs))]
+    return "\n".join(lines) + "\n"
+
+
+def _difference(row: Mapping[Any, Any], metric: str, baseline: str) -> str:
+    column = difference_column(metric, baseline)
+    low, high = row[f"{column}_low"], row[f"{column}_high"]
+    text = bounded(row[column], low, high, sign=True)
+    if is_undefined(low) or is_undefined(high) or low <= 0 <= high:
+        return text
+    return f"{text} ({'+' if (low > 0) != (metric in LOWER_IS_BETTER) else '-'})"
+
+
+def _joined(values: pd.Series[Any]) -> str:
+    return ", ".join(dict.fromkeys(str(value) for value in values))
+
+
+def _markdown_row(cells: Any) -> str:
+    return "| " + " | ".join(str(cell).replace("|", "\\|") for cell in cells) + " |"

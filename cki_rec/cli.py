@@ -1,0 +1,261 @@
+"""``cki-rec <pipeline> key=value ...``: compose, parse, run. Heavy imports wait until needed."""
+
+from __future__ import annotations
+
+import errno
+import importlib
+import logging
+import math
+import os
+import sys
+import time
+from collections.abc import Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+PIPELINES = {
+    "prepare": "encode a data set and print its summary",
+    "train": "train one model",
+    "integrate": "make one model out of several; trains sources that are missing",
+    "finetune": "integrate, then train briefly on all rows",
+    "evaluate": "all of the above as configured, then metrics and intervals on test rows",
+    "report": "tables, figures and an HTML page from the records of a name",
+    "bench": "measure our own parts: time and memory, as ratios within one run",
+}
+EXAMPLES = {
+    "prepare": "data=movielens_1m data.raw=ml-1m.zip",
+    "train": "model=deepfm seed=2 train.epochs=5",
+    "integrate": "integrate=evidence 'integrate.sources=[{seed: 1},{seed: 2}]'",
+    "finetune": "integrate=evidence finetune=one_epoch",
+    "evaluate": "-m suite=seeds,shards seed=1,2,3 integrate=average,evidence",
+    "report": "name=quickstart",
+    "bench": "select=import_seconds",
+}
+SWEEP_VARIABLE = "CKI_REC_SWEEP"
+"""Number of jobs and start time of the running sweep, for its jobs in other processes."""
+
+log = logging.getLogger(__name__)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; return its exit code: 0, 1 failed, 2 the user's mistake, 130."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(_help())
+        return 0
+    if words[0] == "--version":
+        from cki_rec import __version__
+
+        print(__version__)
+        return 0
+    pipeline, options = words[0], words[1:]
+    if pipeline not in PIPELINES:
+        close = get_close_matches(pipeline, PIPELINES, n=1)
+        hint = f"did you mean '{close[0]}'? " if close else ""
+        return _fail(f"no pipeline '{pipeline}': {hint}one of {', '.join(PIPELINES)}")
+    if {"-h", "--help"} & set(options):
+        print(_pipeline_help(pipeline))
+        return 0
+    return _run(pipeline, options)
+
+
+def _run(pipeline: str, options: list[str]) -> int:
+    """Compose and run one pipeline, or a sweep of it; turn known errors into one line."""
+    from cki_rec.config import UserError
+    from cki_rec.environment import EnvironmentMismatchError, check_versions
+
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout, force=True)
+    try:
+        check_versions()
+        if {"-m", "--multirun"} & set(options):
+            _sweep(pipeline, [o for o in options if o not in ("-m", "--multirun")])
+        else:
+            _run_job(pipeline, _compose(options))
+    except (UserError, EnvironmentMismatchError) as error:
+        return _fail(str(error))
+    except KeyboardInterrupt:
+        print("cki-rec: interrupted; finished runs are kept, run again to go on", file=sys.stderr)
+        return 130
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM, errno.EDQUOT):
+            where = f" ({error.filename})" if error.filename else ""
+            return _fail(
+                f"cannot write: {error.strerror}{where}; free space or choose another"
+                " runtime.out and runtime.encoded"
+            )
+        raise
+    return 0
+
+
+def _compose(overrides: list[str]) -> DictConfig:
+    """Return the composed tree; a mistake in ``overrides`` is one line with the nearest name."""
+    from hydra import compose, initialize_config_dir
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    from cki_rec.config import UserError, register_resolvers
+
+    register_resolvers()
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        try:
+            return compose("config", overrides)
+        except (HydraException, OmegaConfBaseException) as error:
+            raise UserError(_explain(error, overrides)) from None
+
+
+def _run_job(pipeline: str, composed: DictConfig) -> None:
+    """Parse and run one pipeline."""
+    from cki_rec.config import parse
+
+    importlib.import_module(f"cki_rec.pipelines.{pipeline}").run(parse(composed))
+
+
+def _sweep(pipeline: str, overrides: list[str]) -> None:
+    """Run a Hydra multirun: sweeper and launcher are Hydra's, as configured."""
+    import hydra
+
+    from cki_rec.config import register_resolvers
+
+    first = [o.split(",")[0] if "=" in o and "[" not in o and "(" not in o else o for o in overrides]
+    _compose(first)
+    register_resolvers()
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # errors reach main() as they are, and become one line
+
+    def job(composed: DictConfig) -> None:
+        from hydra.core.hydra_config import HydraConfig
+
+        register_resolvers()
+        logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
+        state = HydraConfig.get()
+        log.info("%s %s", sweep_position(int(state.job.num)), state.job.override_dirname)
+        _run_job(pipeline, composed)
+
+    arguments, sys.argv = sys.argv, ["cki-rec", "--multirun", *overrides]
+    try:
+        hydra.main(config_path=str(conf_dir()), config_name="config", version_base="1.3")(job)()
+    finally:
+        sys.argv = arguments
+
+
+class SweepProgress:
+    """Hydra callback: counts the jobs of a sweep before they start."""
+
+    def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
+        """Publish the number of jobs and the start time to this and to child processes."""
+        from hydra.core.override_parser.overrides_parser import OverridesParser
+
+        from cki_rec.engine.record import start_sweep
+
+        swept = [f"{k}={v}" for k, v in (config.hydra.sweeper.get("params") or {}).items()]
+        overrides = OverridesParser.create().parse_overrides(swept + list(config.hydra.overrides.task))
+        latest = {override.key_or_group: override for override in overrides}.values()
+        counts = [len(list(o.sweep_string_iterator())) for o in latest if o.is_sweep_override()]
+        os.environ[SWEEP_VARIABLE] = f"{math.prod(counts)} {time.time()}"
+        start_sweep(Path(config.runtime.out), config.name, math.prod(counts))
+
+    def __getattr__(self, name: str) -> Any:
+        """Accept every other event of Hydra's callback protocol, and do nothing."""
+        if name.startswith("on_"):
+            return lambda *_, **__: None
+        raise AttributeError(name)
+
+
+def sweep_position(number: int) -> str:
+    """Return ``[3/12, 4.0 a minute, 2 min left]`` for the job ``number`` (from 0) of a sweep."""
+    total, start = (float(word) for word in os.environ.get(SWEEP_VARIABLE, "0 0").split())
+    elapsed = time.time() - start
+    position = f"{number + 1}/{total:.0f}"
+    if number == 0 or not total:
+        return f"[{position}]"
+    left = elapsed / number * (total - number)
+    clock = f"{left // 60:.0f} min {left % 60:.0f} s" if left >= 60 else f"{left:.0f} s"
+    return f"[{position}, {60 * number / elapsed:.1f} a minute, {clock} left]"
+
+
+def conf_dir() -> Path:
+    """Return the folder of the configuration files."""
+    package = Path(__file__).resolve().parent
+    bundled = package / "_project" / "conf"
+    return bundled if bundled.is_dir() else package.parent / "conf"
+
+
+def _explain(error: Exception, overrides: list[str]) -> str:
+    """Return one line for an error of composition: what is wrong, the nearest name, the choices."""
+    from hydra import compose
+    from hydra.errors import MissingConfigException
+    from omegaconf import OmegaConf
+
+    groups = _groups()
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file:
+        group, _, choice = error.missing_cfg_file.rpartition("/")
+        if group in groups:
+            close = get_close_matches(choice, groups[group], n=1)
+            hint = f"did you mean '{close[0]}'? " if close else ""
+            return f"{group}={choice}: {hint}one of {', '.join(groups[group])}"
+    known: set[str] = set(groups)
+    pending: list[tuple[str, Any]] = [("", OmegaConf.to_container(compose("config")))]
+    while pending:
+        prefix, node = pending.pop()
+        for key, value in node.items() if isinstance(node, dict) else ():
+            known.add(prefix + str(key))
+            pending.append((f"{prefix}{key}.", value))
+    for override in overrides:
+        key = override.split("=")[0].lstrip("+~")
+        if "=" not in override:
+            return f"'{override}': options are written key=value; see cki-rec --help"
+        if key not in known and not key.startswith("hydra") and not override.startswith("+"):
+            close = get_close_matches(key, known, n=1)
+            hint = f"did you mean '{close[0]}'? " if close else ""
+            return f"no option '{key}': {hint}see cki-rec --help"
+    return " ".join(str(error).split())
+
+
+def _groups() -> dict[str, list[str]]:
+    """Return the choices of every configuration group."""
+    folders = sorted(path for path in conf_dir().iterdir() if path.is_dir())
+    return {folder.name: sorted(file.stem for file in folder.glob("*.yaml")) for folder in folders}
+
+
+def _help() -> str:
+    lines = ["cki-rec <pipeline> [group=choice] [key=value] [-m]", "", "pipelines"]
+    lines += [f"  {name:10} {what}" for name, what in PIPELINES.items()]
+    lines += ["", "groups"]
+    lines += [f"  {group:10} {', '.join(choices)}" for group, choices in _groups().items()]
+    lines += ["", "examples"]
+    lines += [f"  cki-rec {name} {EXAMPLES[name]}" for name in PIPELINES]
+    lines += ["", "-m sweeps over comma-separated values; hydra/launcher=joblib runs jobs in parallel."]
+    lines += ["cki-rec <pipeline> --help lists its options. Values and their meaning: conf/."]
+    return "\n".join(lines)
+
+
+def _pipeline_help(pipeline: str) -> str:
+    """Return the options of a pipeline: the commented values of the groups it reads."""
+    reads = {
+        "prepare": ["data"],
+        "train": ["data", "model", "train"],
+        "integrate": ["data", "model", "train", "suite", "integrate"],
+        "finetune": ["data", "model", "train", "suite", "integrate", "finetune"],
+        "evaluate": ["data", "model", "train", "suite", "integrate", "finetune", "evaluate"],
+        "report": [],
+        "bench": [],
+    }[pipeline]
+    groups = _groups()
+    lines = [f"cki-rec {pipeline}: {PIPELINES[pipeline]}", ""]
+    lines += ["  " + f"cki-rec {pipeline} {EXAMPLES[pipeline]}", ""]
+    for group in [*reads, "runtime"]:
+        default = "default" if "default" in groups[group] else groups[group][-1]
+        lines += [f"{group}: {', '.join(groups[group])}"]
+        text = (conf_dir() / group / f"{default}.yaml").read_text()
+        body = [line for line in text.splitlines() if ":" in line and not line.startswith("#")]
+        lines += [f"  {group}.{line}" if line[0] != " " else f"  {'':{len(group)}} {line}" for line in body]
+        lines += [""]
+    return "\n".join(lines)
+
+
+def _fail(message: str) -> int:
+    print(f"cki-rec: {message}", file=sys.stderr)
+    return 2

@@ -1,0 +1,42 @@
+"""Processes and devices."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import warnings
+
+import torch
+import torch.distributed as dist
+
+from cki_rec.config import Runtime, UserError
+
+
+def start(runtime: Runtime) -> torch.device:
+    """Return the device to run on, with a process group ready and threads and kernels set.
+
+    A single process needs no port and no environment variable: its store is in memory.
+
+    Raises:
+        UserError: No CUDA device where one is asked for, or several processes.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError("several processes (torchrun) are not supported yet; start one process")
+    has_cuda = torch.cuda.is_available()
+    if runtime.device == "cuda" and not has_cuda:
+        raise UserError("runtime.device=cuda: torch sees no CUDA device; use runtime.device=cpu")
+    device = torch.device("cuda" if has_cuda and runtime.device != "cpu" else "cpu")
+    torch.set_num_threads(runtime.threads or os.cpu_count() or 1)
+    torch.use_deterministic_algorithms(True, warn_only=device.type == "cuda")
+    if not dist.is_initialized():
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, rank=0, world_size=1, store=dist.HashStore())
+        atexit.register(_stop)
+    return device
+
+
+def _stop() -> None:
+    if dist.is_initialized():
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            dist.destroy_process_group()

@@ -1,0 +1,171 @@
+"""Run directories: named by content, locked while written, finished when ``record.json`` is there."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import resource
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+
+from cki_rec.config import project_root
+
+RECORD = "record.json"
+CHECKPOINT = "checkpoint"
+
+
+@dataclass(slots=True)
+class Run:
+    """One run directory, and the time its phases took."""
+
+    path: Path
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def record(self) -> dict[str, Any] | None:
+        """The record, or None while the run is unfinished."""
+        try:
+            value: dict[str, Any] = json.loads((self.path / RECORD).read_text())
+        except FileNotFoundError:
+            return None
+        return value
+
+    @property
+    def checkpoint(self) -> Path:
+        """Where the run keeps its model."""
+        return self.path / CHECKPOINT
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Add the wall time of the block to ``seconds``."""
+        start = time.perf_counter()
+        yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+    def finish(self, config: dict[str, Any], data: dict[str, Any], result: dict[str, Any]) -> None:
+        """Write the record, last and atomically.
+
+        Args:
+            config: What the run depends on.
+            data: Name, hash and row counts of the data set.
+            result: What it found. ``fingerprint`` covers these three: equal for equal seeds.
+        """
+        content = {"config": config, "data": data, "result": result}
+        text = json.dumps(content, sort_keys=True, allow_nan=False)
+        record = {
+            "run_id": self.path.name,
+            **content,
+            "fingerprint": hashlib.sha256(text.encode()).hexdigest(),
+            "provenance": provenance(self.seconds),
+        }
+        write_atomically(self.path / RECORD, json.dumps(record, indent=1, allow_nan=False).encode())
+
+
+@contextmanager
+def open_run(out: Path, run_id: str, force: bool = False) -> Iterator[Run]:
+    """Yield the run directory of ``run_id``, alone: another process that wants it waits.
+
+    What a killed run left is removed; a finished run stays unless ``force``.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    locks = out / "locks"
+    locks.mkdir(exist_ok=True)
+    run = Run(out / run_id)
+    with FileLock(locks / f"{run_id}.lock"):
+        if run.record is None or force:
+            shutil.rmtree(run.path, ignore_errors=True)
+            run.path.mkdir()
+        yield run
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    try:
+        temporary.write_bytes(content)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def provenance(seconds: dict[str, float]) -> dict[str, Any]:
+    """Return where and how the run was made: it explains a result and never identifies one."""
+    packages = ("cki-rec", "torch", "torchrec", "numpy", "scikit-learn", "polars")
+    return {
+        **_commit(),
+        "versions": {"python": platform.python_version(), **{p: metadata.version(p) for p in packages}},
+        "hardware": hardware(),
+        "world_size": 1,
+        "seconds": {name: round(value, 3) for name, value in seconds.items()},
+        "peak_memory_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1),
+        "command": " ".join(["cki-rec", *sys.argv[1:]]),
+    }
+
+
+def hardware() -> str:
+    """Return processor, cores and memory in words."""
+    name = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        models = [x.split(":")[1].strip() for x in cpuinfo.read_text().splitlines() if "model name" in x]
+        name = models[0] if models else name
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    return f"{name}, {os.cpu_count()} cores, {memory:.0f} GiB"
+
+
+def _commit() -> dict[str, Any]:
+    """Return the commit of a clone and whether files differ from it; null outside a clone."""
+    git = ["git", "-C", str(project_root())]
+    try:
+        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
+        status = subprocess.run(
+            [*git, "status", "--porcelain", "--untracked-files=no", "--", "cki_rec", "conf"],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return {"commit": None, "dirty": None}
+    return {"commit": head.stdout.strip(), "dirty": bool(status.stdout.strip())}
+
+
+def start_sweep(out: Path, name: str, num_jobs: int) -> None:
+    """Begin the list of runs that belong to the sweep ``name``."""
+    header = json.dumps({"jobs": num_jobs}) + "\n"
+    write_atomically(_members(out, name), header.encode())
+
+
+def add_to_sweep(out: Path, name: str, run: Run) -> None:
+    """Append a finished run to the list of ``name``; short lines are appended whole."""
+    path = _members(out, name)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        file.write(json.dumps({"run_id": run.path.name}) + "\n")
+
+
+def sweep_runs(out: Path, name: str) -> tuple[list[Run], int]:
+    """Return the finished runs of ``name``, each once, and how many jobs its sweep has."""
+    try:
+        lines = [json.loads(line) for line in _members(out, name).read_text().splitlines()]
+    except FileNotFoundError:
+        return [], 0
+    ids = dict.fromkeys(line["run_id"] for line in lines if "run_id" in line)
+    runs = [run for run in (Run(out / run_id) for run_id in ids) if run.record is not None]
+    return runs, next((line["jobs"] for line in lines if "jobs" in line), len(runs))
+
+
+def _members(out: Path, name: str) -> Path:
+    return out / "sweeps" / name / "members.jsonl"

@@ -1,0 +1,86 @@
+"""Parameter dictionaries, and the weights that say what to take from whom.
+
+Shapes: K sources; ``*shape`` is the shape of one parameter; ``*s`` is broadcastable to it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+Params: TypeAlias = dict[str, Tensor]
+"""One model: a floating tensor per name. Counts and scores have this form too."""
+Weights: TypeAlias = dict[str, Tensor]
+"""Per name ``(K, *s)``: the share of each source, non-negative, sum 1 over K."""
+
+
+def check_same(models: Sequence[Params]) -> None:
+    """Check that all models have the same names, shapes and floating dtypes.
+
+    Raises:
+        ValueError: There is no model, or models differ; names the first offending tensor.
+    """
+    if not models:
+        raise ValueError("no models to integrate")
+    first = models[0]
+    for name, tensor in first.items():
+        if not tensor.is_floating_point():
+            raise ValueError(f"{name}: {tensor.dtype} is not a floating dtype")
+    for k, model in enumerate(models[1:], start=1):
+        for name in [*first, *model]:
+            if name not in model or name not in first:
+                raise ValueError(f"{name}: only one of sources 0 and {k} has this tensor")
+        for name, tensor in first.items():
+            other = model[name]
+            if other.shape != tensor.shape:
+                shapes = f"{tuple(tensor.shape)} in source 0, {tuple(other.shape)} in source {k}"
+                raise ValueError(f"{name}: shapes differ, {shapes}")
+            if other.dtype != tensor.dtype:
+                dtypes = f"{tensor.dtype} in source 0, {other.dtype} in source {k}"
+                raise ValueError(f"{name}: dtypes differ, {dtypes}")
+
+
+def check_weights(weights: Weights, models: Sequence[Params]) -> None:
+    """Check that there is a ``(K, *s)`` weight for every parameter, ``*s`` broadcastable.
+
+    Raises:
+        ValueError: A weight is missing, superfluous or of the wrong shape, by name.
+    """
+    for name in [*models[0], *weights]:
+        if name not in weights:
+            raise ValueError(f"{name}: has no weights")
+        if name not in models[0]:
+            raise ValueError(f"{name}: has weights but is no parameter")
+    for name, tensor in models[0].items():
+        num_sources, *shape = weights[name].shape
+        fits = len(shape) == tensor.ndim and all(
+            own in (1, size) for own, size in zip(shape, tensor.shape, strict=True)
+        )
+        if num_sources != len(models) or not fits:
+            found, wanted = tuple(weights[name].shape), (len(models), *tensor.shape)
+            raise ValueError(f"{name}: weights of shape {found} do not fit {wanted}")
+
+
+def compute_dtype(tensor: Tensor) -> torch.dtype:
+    """Return the dtype to compute in: float32, or float64 for float64 tensors."""
+    return torch.promote_types(tensor.dtype, torch.float32)
+
+
+def equal_weights(tensor: Tensor, num_sources: int) -> Tensor:
+    """Return ``(K, 1, ..., 1)`` of 1/K, for one parameter."""
+    shape = (num_sources, *[1] * tensor.ndim)
+    return torch.full(shape, 1 / num_sources, dtype=compute_dtype(tensor), device=tensor.device)
+
+
+def generator(seed: int, name: str) -> torch.Generator:
+    """Return the CPU generator of one tensor.
+
+    It depends on nothing but the arguments: not on the order of tensors, the device or the
+    process.
+    """
+    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)

@@ -1,0 +1,246 @@
+"""What every row of METHODS promises, for every kind of model it may meet."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from cki_rec.integration.assessment import compute_global_terms
+from cki_rec.integration.methods import METHODS
+from cki_rec.integration.params import check_weights
+from cki_rec.integration.splicing import source_shares, splice
+
+SHAPES = {"table": (6, 4), "tower.weight": (3, 4), "tower.bias": (3,), "one": (1,), "zero": ()}
+KINDS = ["normal", "zeros", "constant", "one_sided"]
+
+
+def draw_models(num_sources, kind="normal", dtype=torch.float32):
+    noise = torch.Generator().manual_seed(num_sources)
+    models = []
+    for k in range(num_sources):
+        scale = {"normal": 1.0, "zeros": 0.0, "constant": 0.0, "one_sided": float(k == 0)}[kind]
+        shift = float(k + 1) if kind == "constant" else 0.0
+        models.append(
+            {
+                name: (scale * torch.randn(shape, generator=noise) + shift).to(dtype)
+                for name, shape in SHAPES.items()
+            }
+        )
+    return models
+
+
+def draw_counts(num_sources):
+    counts = torch.arange(6 * num_sources).reshape(num_sources, 6) * 10**10
+    counts[:, 0] = 0
+    counts[1:, 1] = 0
+    return [{"table": row} for row in counts]
+
+
+def draw_gates(full):
+    noise = torch.Generator().manual_seed(5)
+    gates = {name: None for name in SHAPES}
+    if full:
+        gates["table"] = torch.randn(4, 4, generator=noise)
+        gates["tower.weight"] = torch.randn(4, generator=noise)
+        gates["tower.bias"] = torch.randn(1, 1, generator=noise)
+        gates["one"] = torch.tensor(2.0)
+    return gates
+
+
+def cki_options(perspective, splice_rule, full=True, evidence=False):
+    def options(num_sources):
+        return {
+            "perspective": perspective,
+            "splice": splice_rule,
+            "gates": draw_gates(full),
+            "counts": draw_counts(num_sources) if evidence else None,
+        }
+
+    return options
+
+
+CASES = {
+    "average": ("average", lambda _: {}),
+    "random": ("random", lambda _: {"seed": 3}),
+    "evidence": ("evidence", lambda num_sources: {"counts": draw_counts(num_sources)}),
+    **{
+        f"cki_{perspective}_{rule}": ("cki", cki_options(perspective, rule))
+        for perspective in ("local", "global", "dual")
+        for rule in ("soft", "hard")
+    },
+    "cki_no_gate": ("cki", cki_options("dual", "soft", full=False)),
+    "cki_evidence": ("cki", cki_options("dual", "soft", evidence=True)),
+    "cki_evidence_hard": ("cki", cki_options("local", "hard", evidence=True)),
+}
+all_cases = pytest.mark.parametrize("case", CASES)
+any_number = pytest.mark.parametrize("num_sources", [1, 2, 3])
+
+
+def weigh(case, models):
+    name, options = CASES[case]
+    return METHODS[name].function(models, **options(len(models)))
+
+
+def equal_bits(left, right):
+    return left.dtype == right.dtype and torch.equal(
+        left.contiguous().view(torch.uint8).flatten()
+        if left.ndim
+        else left.reshape(1).view(torch.uint8),
+        right.contiguous().view(torch.uint8).flatten()
+        if right.ndim
+        else right.reshape(1).view(torch.uint8),
+    )
+
+
+def test_every_method_with_a_function_is_tested():
+    assert {name for name, _ in CASES.values()} == {
+        name for name, method in METHODS.items() if method.function is not None
+    }
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_method_row_is_complete(name):
+    method = METHODS[name]
+    assert method.idea
+    assert method.reference
+    assert method.needs <= {"counts", "labels"}
+    if method.function is None:
+        assert "not a parameter method" in method.idea
+    else:
+        assert method.single
+
+
+@all_cases
+@any_number
+@pytest.mark.parametrize("kind", KINDS)
+def test_weights_are_shares_and_result_is_finite(case, num_sources, kind):
+    models = draw_models(num_sources, kind)
+    weights = weigh(case, models)
+    check_weights(weights, models)
+    for weight in weights.values():
+        assert bool((weight >= 0).all())
+        torch.testing.assert_close(weight.sum(dim=0), torch.ones_like(weight[0]))
+    for name, tensor in splice(models, weights).items():
+        assert tensor.shape == models[0][name].shape
+        assert bool(tensor.isfinite().all())
+    for shares in source_shares(weights, models).values():
+        assert sum(shares) == pytest.approx(1)
+
+
+@all_cases
+@any_number
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_identical_models_come_back_bit_for_bit(case, num_sources, dtype):
+    model = draw_models(1, dtype=dtype)[0]
+    model["table"][0, 0] = -0.0
+    models = [model] + [{n: t.clone() for n, t in model.items()} for _ in range(num_sources - 1)]
+    for name, tensor in splice(models, weigh(case, models)).items():
+        assert equal_bits(tensor, model[name]), name
+
+
+@all_cases
+@any_number
+def test_inputs_are_untouched_and_not_aliased(case, num_sources):
+    models = draw_models(num_sources)
+    before = [{name: tensor.clone() for name, tensor in model.items()} for model in models]
+    merged = splice(models, weigh(case, models))
+    for tensor in merged.values():
+        tensor += 1
+    for model, old in zip(models, before, strict=True):
+        assert all(torch.equal(model[name], old[name]) for name in old)
+
+
+@all_cases
+@pytest.mark.parametrize("num_sources", [2, 3])
+def test_bfloat16_stays_bfloat16_and_is_computed_wider(case, num_sources):
+    models = draw_models(num_sources, dtype=torch.bfloat16)
+    wide = [{name: tensor.float() for name, tensor in model.items()} for model in models]
+    merged, exact = splice(models, weigh(case, models)), splice(wide, weigh(case, wide))
+    for name, tensor in merged.items():
+        assert equal_bits(tensor, exact[name].bfloat16()), name
+
+
+@all_cases
+def test_same_options_give_same_bits(case):
+    models = draw_models(3)
+    first, second = weigh(case, models), weigh(case, models)
+    reordered = weigh(case, [dict(reversed(model.items())) for model in models])
+    for name, weight in first.items():
+        assert equal_bits(weight, second[name])
+        assert equal_bits(weight, reordered[name])
+
+
+@pytest.mark.parametrize("case", ["average", "evidence"])
+def test_order_of_sources_does_not_matter(case):
+    models, counts = draw_models(3), draw_counts(3)
+    order = [2, 0, 1]
+    name = CASES[case][0]
+    shuffled = {"counts": [counts[k] for k in order]} if case == "evidence" else {}
+    moved = [models[k] for k in order]
+    merged = splice(models, weigh(case, models))
+    other = splice(moved, METHODS[name].function(moved, **shuffled))
+    for key in merged:
+        torch.testing.assert_close(other[key], merged[key])
+
+
+@all_cases
+@pytest.mark.parametrize("problem", ["shape", "dtype", "missing", "extra", "integer"])
+def test_models_that_differ_are_refused_by_name(case, problem):
+    models = draw_models(2)
+    if problem == "shape":
+        models[1]["tower.weight"] = torch.zeros(4, 3)
+        match = r"tower\.weight.*\(3, 4\).*\(4, 3\)"
+    elif problem == "dtype":
+        models[1]["tower.weight"] = models[1]["tower.weight"].double()
+        match = r"tower\.weight.*float32.*float64"
+    elif problem == "missing":
+        del models[1]["tower.weight"]
+        match = r"tower\.weight"
+    elif problem == "extra":
+        models[1]["another"] = torch.zeros(2)
+        match = "another"
+    else:
+        for model in models:
+            model["tower.weight"] = torch.zeros(3, 4, dtype=torch.int64)
+        match = r"tower\.weight.*int64"
+    with pytest.raises(ValueError, match=match):
+        weigh(case, models)
+
+
+@all_cases
+def test_no_models_are_refused(case):
+    name, options = CASES[case]
+    with pytest.raises(ValueError, match="no models"):
+        METHODS[name].function([], **options(2))
+
+
+@pytest.mark.parametrize("full", [True, False])
+@pytest.mark.parametrize("kind", KINDS)
+def test_soft_dual_weights_stay_near_one_half(full, kind):
+    models = draw_models(2, kind)
+    gates = {n: g * 1e4 if g is not None else None for n, g in draw_gates(full).items()}
+    function = METHODS["cki"].function
+    for weight in function(models, perspective="dual", splice="soft", gates=gates).values():
+        assert float(weight.min()) >= 0.4127
+        assert float(weight.max()) <= 0.5873
+
+
+@pytest.mark.parametrize("perspective", ["local", "global", "dual"])
+@pytest.mark.parametrize("rule", ["soft", "hard"])
+def test_two_sources_give_the_pair_formula_bit_for_bit(perspective, rule):
+    models, gate = draw_models(2), draw_gates(True)["table"]
+    a, b = models[0]["table"], models[1]["table"]
+    share_a = compute_global_terms(models)["table"][0]
+    g_a, g_b = share_a.float(), (1 - share_a).float()
+    l_a = torch.sigmoid((a - b).abs() @ gate.T)
+    l_b = 1 - l_a
+    if perspective == "dual":
+        s_a, s_b = g_a * (1 - torch.exp(-g_a * l_a)), g_b * (1 - torch.exp(-g_b * l_b))
+    elif perspective == "local":
+        s_a, s_b = l_a, l_b
+    else:
+        s_a, s_b = g_a.expand(6, 4), g_b.expand(6, 4)
+    alpha_b = torch.softmax(torch.stack([s_a, s_b]), 0)[1] if perspective == "dual" else s_b
+    expected = a + alpha_b * (b - a) if rule == "soft" else torch.where(s_b > s_a, b, a)
+    weights = weigh(f"cki_{perspective}_{rule}", models)
+    assert equal_bits(splice(models, weights)["table"], expected)
