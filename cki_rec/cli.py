@@ -120,7 +120,9 @@ def _sweep(pipeline: str, overrides: list[str]) -> None:
 
     from cki_rec.config import register_resolvers
 
-    first = [o.split(",")[0] if "=" in o and "[" not in o and "(" not in o else o for o in overrides]
+    first = [
+        o.split(",")[0] if "=" in o and "[" not in o and "(" not in o else o for o in overrides
+    ]
     _compose(first)
     register_resolvers()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors reach main() as they are, and become one line
@@ -151,7 +153,9 @@ class SweepProgress:
         from cki_rec.engine.record import start_sweep
 
         swept = [f"{k}={v}" for k, v in (config.hydra.sweeper.get("params") or {}).items()]
-        overrides = OverridesParser.create().parse_overrides(swept + list(config.hydra.overrides.task))
+        overrides = OverridesParser.create().parse_overrides(
+            swept + list(config.hydra.overrides.task)
+        )
         latest = {override.key_or_group: override for override in overrides}.values()
         counts = [len(list(o.sweep_string_iterator())) for o in latest if o.is_sweep_override()]
         os.environ[SWEEP_VARIABLE] = f"{math.prod(counts)} {time.time()}"
@@ -184,7 +188,7 @@ def conf_dir() -> Path:
 
 
 def _explain(error: Exception, overrides: list[str]) -> str:
-    """Return one line for an error of composition: what is wrong, the nearest name, the choices."""
+    """Return one line for an error of composition: what is wrong, and the nearest name."""
     from hydra import compose
     from hydra.errors import MissingConfigException
     from omegaconf import OmegaConf
@@ -227,33 +231,39 @@ def _help() -> str:
     lines += [f"  {group:10} {', '.join(choices)}" for group, choices in _groups().items()]
     lines += ["", "examples"]
     lines += [f"  cki-rec {name} {EXAMPLES[name]}" for name in PIPELINES]
-    lines += ["", "-m sweeps over comma-separated values; hydra/launcher=joblib runs jobs in parallel."]
+    lines += [
+        "",
+        "-m sweeps over comma-separated values; hydra/launcher=joblib runs jobs in parallel.",
+    ]
     lines += ["cki-rec <pipeline> --help lists its options. Values and their meaning: conf/."]
     return "\n".join(lines)
 
 
+READS = {
+    "prepare": ["data"],
+    "train": ["data", "model", "train"],
+    "integrate": ["data", "model", "train", "suite", "integrate"],
+    "finetune": ["data", "model", "train", "suite", "integrate", "finetune"],
+    "evaluate": ["data", "model", "train", "suite", "integrate", "finetune", "evaluate"],
+    "report": [],
+    "bench": [],
+}
+"""The groups whose values a pipeline reads."""
+
+
 def _pipeline_help(pipeline: str) -> str:
-    """Return the options of a pipeline: the commented values of the groups it reads."""
-    reads = {
-        "prepare": ["data"],
-        "train": ["data", "model", "train"],
-        "integrate": ["data", "model", "train", "suite", "integrate"],
-        "finetune": ["data", "model", "train", "suite", "integrate", "finetune"],
-        "evaluate": ["data", "model", "train", "suite", "integrate", "finetune", "evaluate"],
-        "report": [],
-        "bench": [],
-    }[pipeline]
+    """Return an example and the commented values of the groups that a pipeline reads."""
     groups = _groups()
     lines = [f"cki-rec {pipeline}: {PIPELINES[pipeline]}", ""]
-    lines += ["  " + f"cki-rec {pipeline} {EXAMPLES[pipeline]}", ""]
-    for group in [*reads, "runtime"]:
-        default = "default" if "default" in groups[group] else groups[group][-1]
-        lines += [f"{group}: {', '.join(groups[group])}"]
-        text = (conf_dir() / group / f"{default}.yaml").read_text()
-        body = [line for line in text.splitlines() if ":" in line and not line.startswith("#")]
-        lines += [f"  {group}.{line}" if line[0] != " " else f"  {'':{len(group)}} {line}" for line in body]
-        lines += [""]
-    return "\n".join(lines)
+    lines += [f"  cki-rec {pipeline} {EXAMPLES[pipeline]}", ""]
+    for group in [*READS[pipeline], "runtime"]:
+        choices = groups[group]
+        shown = "default" if "default" in choices else choices[-1]
+        text = (conf_dir() / group / f"{shown}.yaml").read_text()
+        body = [x for x in text.splitlines() if x and x[0] != "#"]
+        lines += [f"{group}={'|'.join(choices)}; {group}.KEY=VALUE with, in {group}={shown}:"]
+        lines += [f"    {line}" for line in body] + [""]
+    return "\n".join(lines).rstrip()
 
 
 def _fail(message: str) -> int:

@@ -305,7 +305,10 @@ def check(config: Config) -> None:
         )
     if not config.integrate.sources:
         raise UserError("integrate.sources is empty: name at least one model, e.g. [{seed: 1}]")
-    if config.integrate.gate.train != "none" and config.integrate.gate.kind in ("identity", "none"):
+    if config.integrate.gate.train != "none" and config.integrate.gate.kind in (
+        "identity",
+        "none",
+    ):
         raise UserError(
             f"integrate.gate.train={config.integrate.gate.train}: a gate of kind"
             f" {config.integrate.gate.kind} has nothing to learn; use full, diagonal or scalar"

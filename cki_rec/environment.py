@@ -116,7 +116,9 @@ def _minor(python: Path) -> tuple[int, ...]:
 def main() -> int:
     """Run ``install`` from the command line."""
     if not (3, 10) <= sys.version_info[:2] <= (3, 13):
-        print(f"setup: Python {sys.version.split()[0]} found, 3.10 to 3.13 needed", file=sys.stderr)
+        print(
+            f"setup: Python {sys.version.split()[0]} found, 3.10 to 3.13 needed", file=sys.stderr
+        )
         return 2
     accelerator = sys.argv[2] if len(sys.argv) > 2 else "auto"
     try:

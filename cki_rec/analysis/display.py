@@ -62,6 +62,7 @@ def display_frame(summary: pd.DataFrame) -> pd.DataFrame:
             "suite": row["suite"],
             "method": method_name(row["method"], row["finetuned"]),
             "seeds": str(row["num_seeds"]),
+            "cost": number(row["inference_cost"], digits=0),
         }
         for metric in ("auc", "log_loss"):
             bounds = (row[f"{metric}_low"], row[f"{metric}_high"])
@@ -73,8 +74,6 @@ def display_frame(summary: pd.DataFrame) -> pd.DataFrame:
                 cells[column] = _difference(row, metric, baseline)
         cells["recovered"] = number(row["recovered_share"], digits=2)
         cells["pred./clicks"] = number(row["calibration_ratio"], digits=3)
-        cost = row["inference_cost"]
-        cells["cost"] = "" if is_undefined(cost) else str(cost)
         rows.append(cells)
     frame = pd.DataFrame(rows, dtype=object)
     return frame[[column for column in frame.columns if (frame[column] != "").any()]]

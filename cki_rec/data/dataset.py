@@ -6,7 +6,6 @@ Shape legend: N rows, V ids of a table.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +51,8 @@ class EncodedDataset:
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise damaged(folder / MANIFEST, f"found {error!r}") from None
         self._parts: dict[tuple[str, int, int], Ints] = {}
+        self.cache: dict[Any, object] = {}
+        """Of the loader: columns in memory."""
 
     def __len__(self) -> int:
         """Return N."""
@@ -134,35 +135,31 @@ class EncodedDataset:
             counts[feature.table] += id_counts(self.column(feature.name), rows, size)
         return counts
 
-    def summary_lines(self) -> Iterator[str]:
-        """Yield what a person wants to know about the data set, line by line."""
-        manifest = self.manifest
-        yield f"{self.folder}: {len(self):,} rows, {len(self.schema.features)} fields"
-        for source in manifest["source"]:
-            yield f"  from {source['name']} ({source['size']:,} bytes)"
-        for name, split in manifest["splits"].items():
-            rate = split["positive_rate"]
-            yield f"  {name:<5} {split['rows']:>11,} rows, {rate:.1%} positive"
-        for feature in self.schema.features:
-            size = self.schema.table_sizes[feature.table]
-            shares = manifest["unseen_share"][feature.name]
-            unseen = ", ".join(
-                f"{name} {'none' if share is None else format(share, '.2%')}"
-                for name, share in shares.items()
-            )
-            yield (
-                f"  {feature.name:<10} {feature.kind:<11} table {feature.table} of {size:,} ids, "
-                f"unseen: {unseen}"
-            )
-        skipped = manifest["skipped"]
-        yield f"  skipped rows: {sum(s['count'] for s in skipped.values()):,}"
-        for reason, entry in skipped.items():
-            yield f"    {reason}: {entry['count']:,}, e.g. {entry['examples'][0]}"
-
 
 def summary_lines(dataset: EncodedDataset) -> list[str]:
     """Return what a person wants to know about the data set, line by line."""
-    return list(dataset.summary_lines())
+    manifest, schema = dataset.manifest, dataset.schema
+    lines = [f"{dataset.folder}: {len(dataset):,} rows, {len(schema.features)} fields"]
+    for source in manifest["source"]:
+        lines.append(f"  from {source['name']} ({source['size']:,} bytes)")
+    for name, split in manifest["splits"].items():
+        lines.append(
+            f"  {name:<5} {split['rows']:>11,} rows, {split['positive_rate']:.1%} positive"
+        )
+    for feature in schema.features:
+        unseen = ", ".join(
+            f"{name} {'none' if share is None else format(share, '.2%')}"
+            for name, share in manifest["unseen_share"][feature.name].items()
+        )
+        lines.append(
+            f"  {feature.name:<10} {feature.kind:<11} table {feature.table} of "
+            f"{schema.table_sizes[feature.table]:,} ids, unseen: {unseen}"
+        )
+    skipped = manifest["skipped"]
+    lines.append(f"  skipped rows: {sum(entry['count'] for entry in skipped.values()):,}")
+    for reason, entry in skipped.items():
+        lines.append(f"    {reason}: {entry['count']:,}, e.g. {entry['examples'][0]}")
+    return lines
 
 
 def id_counts(column: Ids | Ragged, rows: Ints, size: int) -> Ints:

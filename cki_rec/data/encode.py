@@ -49,7 +49,9 @@ class Ragged:
         lengths = self.lengths[rows].astype(np.int64)
         ends = np.cumsum(lengths)
         shift = self.starts[rows] - (ends - lengths)
-        return np.arange(ends[-1] if len(ends) else 0, dtype=np.int64) + np.repeat(shift, lengths)
+        positions: Ints = np.repeat(shift, lengths)
+        positions += np.arange(len(positions), dtype=np.int64)
+        return positions
 
     def lookups(self, rows: Ints) -> Ints:
         """Return ``(M,)`` how many of ``rows`` hold each position of ``values``."""

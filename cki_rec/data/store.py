@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from filelock import AcquireReturnProxy, FileLock, Timeout
+from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 
 from cki_rec.config import Data, UserError
@@ -66,9 +66,11 @@ def prepare(data: Data, encoded_dir: str | Path) -> EncodedDataset:
         lock = _acquire(encoded_dir / f"{data.name}.lock")
     except OSError as error:
         raise _unwritable(encoded_dir, error) from None
-    with lock:
+    try:
         if not folder.exists():
             _make(data, folder, source)
+    finally:
+        lock.release()
     return EncodedDataset(folder)
 
 
@@ -211,14 +213,15 @@ def _source(data: Data, encoded_dir: Path) -> list[dict[str, Any]]:
     return source
 
 
-def _acquire(path: Path) -> AcquireReturnProxy:
-    """Return the lock, held; ``with`` releases it."""
+def _acquire(path: Path) -> FileLock:
+    """Return the lock, held."""
     lock = FileLock(path)
     try:
-        return lock.acquire(timeout=0)
+        lock.acquire(timeout=0)
     except Timeout:
         logger.info("waiting: another process prepares this data set (%s)", path)
-        return lock.acquire()
+        lock.acquire()
+    return lock
 
 
 def _file_sha256(path: Path) -> str:

@@ -10,6 +10,9 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,8 +22,8 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from cki_rec.config import UserError, section
 from cki_rec.config import Model as ModelConfig
+from cki_rec.config import UserError, section
 from cki_rec.data.schema import FeatureSchema
 from cki_rec.integration.params import Params
 
@@ -72,7 +75,9 @@ def save(
             dcp.save(tensors, checkpoint_id=temporary / TENSORS, no_dist=True)
         except CheckpointException as error:  # a BaseException: it would pass by `except OSError`
             causes = [cause for cause, _ in error.failures.values()]
-            raise next((c for c in causes if isinstance(c, OSError)), OSError(str(error))) from None
+            raise next(
+                (c for c in causes if isinstance(c, OSError)), OSError(str(error))
+            ) from None
         shutil.rmtree(folder, ignore_errors=True)
         temporary.rename(folder)
     finally:
@@ -120,11 +125,20 @@ def _read(folder: Path) -> Params:
             for name, entry in metadata.items()
             if isinstance(entry, TensorStorageMetadata)
         }
-        dcp.load(state, checkpoint_id=folder, no_dist=True)
+        with _one_process():
+            dcp.load(state, checkpoint_id=folder, no_dist=True)
     except (CheckpointException, OSError, EOFError, RuntimeError, ValueError, KeyError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"{folder}: damaged checkpoint ({reason}); write it again") from None
     return state
+
+
+@contextmanager
+def _one_process() -> Iterator[None]:
+    """Silence the warning that this process reads and writes alone: it is meant to."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
+        yield
 
 
 def check_compatible(checkpoints: list[Checkpoint], names: list[str]) -> None:
@@ -139,9 +153,7 @@ def check_compatible(checkpoints: list[Checkpoint], names: list[str]) -> None:
         if other.model.name != first.model.name:
             raise UserError(f"{pair}: model {other.model.name} against {first.model.name}")
         if other.schema.features != first.schema.features:
-            fields = [
-                ", ".join(f.name for f in c.schema.features) for c in (other, first)
-            ]
+            fields = [", ".join(f.name for f in c.schema.features) for c in (other, first)]
             raise UserError(f"{pair}: fields {fields[0]} against {fields[1]}")
         for table, digest in first.schema.vocabulary_hashes.items():
             if other.schema.vocabulary_hashes[table] != digest:
@@ -150,6 +162,8 @@ def check_compatible(checkpoints: list[Checkpoint], names: list[str]) -> None:
                     " things; train both on one encoded data set"
                 )
         for key in [*first.params, *other.params]:
-            shapes = [tuple(c.params[key].shape) if key in c.params else None for c in (other, first)]
+            shapes = [
+                tuple(c.params[key].shape) if key in c.params else None for c in (other, first)
+            ]
             if shapes[0] != shapes[1]:
                 raise UserError(f"{pair}: tensor {key} is {shapes[0]} against {shapes[1]}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import logging
 import os
 import warnings
 
@@ -28,6 +29,7 @@ def start(runtime: Runtime) -> torch.device:
     device = torch.device("cuda" if has_cuda and runtime.device != "cpu" else "cpu")
     torch.set_num_threads(runtime.threads or os.cpu_count() or 1)
     torch.use_deterministic_algorithms(True, warn_only=device.type == "cuda")
+    logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)  # torchrec's own use
     if not dist.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, rank=0, world_size=1, store=dist.HashStore())

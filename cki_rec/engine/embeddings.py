@@ -20,6 +20,7 @@ from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 
 from cki_rec.integration.params import Params, generator
+from cki_rec.models.layers import FIRST_ORDER
 
 ADAGRAD_EPS = 1e-8
 INITIAL_BLOCK = 4096
@@ -31,8 +32,8 @@ class ShardedModel:
     """A model whose tables TorchRec looks up and updates during backward."""
 
     module: DistributedModelParallel
-    tables: dict[str, str]
-    """Parameter name of each table -> table name."""
+    tables: set[str]
+    """Names of the parameters that are tables."""
     device: torch.device
 
     def dense_parameters(self) -> list[nn.Parameter]:
@@ -52,7 +53,7 @@ class ShardedModel:
 
 
 def shard(model: nn.Module, device: torch.device, table_learning_rate: float) -> ShardedModel:
-    """Return ``model`` with its tables (on ``meta``) sharded and trained by fused row-wise Adagrad.
+    """Return ``model``, tables on ``meta``, with tables sharded and trained in the backward pass.
 
     The plan is explicit and of fused kernels only: TorchRec's default plan may choose kernels that
     the fused optimizer silently does not train.
@@ -83,20 +84,16 @@ def shard(model: nn.Module, device: torch.device, table_learning_rate: float) ->
             sharders=[sharder],
             init_data_parallel=False,
         )
-    tables = table_parameters(model)
+    tables = {name for name in model.state_dict() if table_of(name)}
     trained = set(module.fused_optimizer.state_dict()["state"])
-    assert trained == set(tables), f"tables without a fused optimizer: {set(tables) - trained}"
+    assert trained == tables, f"tables without a fused optimizer: {tables - trained}"
     return ShardedModel(module, tables, device)
 
 
-def table_parameters(model: nn.Module) -> dict[str, str]:
-    """Return parameter name -> table name for every table of a sharded or plain model."""
-    marker = ".embedding_bags."
-    return {
-        name: name.split(marker)[1].removesuffix(".weight")
-        for name in model.state_dict()
-        if marker in name
-    }
+def table_of(name: str) -> str | None:
+    """Return the vocabulary that indexes the rows of a parameter; None if it is no table."""
+    _, marker, table = name.partition(".embedding_bags.")
+    return table.removesuffix(".weight").removesuffix(FIRST_ORDER) if marker else None
 
 
 @torch.no_grad()
@@ -108,14 +105,14 @@ def initialize(model: ShardedModel, seed: int, init_std: float) -> None:
     """
     for name, value in model.module.state_dict().items():
         if name in model.tables:
-            first_order = model.tables[name].endswith("_first_order")
+            first_order = name.endswith(f"{FIRST_ORDER}.weight")
             for local in value.local_shards():
                 start, column = local.metadata.shard_offsets
                 rows, columns = local.tensor.shape
                 if first_order:
                     local.tensor.zero_()
                 else:
-                    full = initial_rows(seed, name, start, start + rows, value.size()[1])
+                    full = initial_rows(seed, name, start, start + rows, value.metadata().size[1])
                     local.tensor.copy_(full[:, column : column + columns] * init_std)
         elif value.dim() == 2:
             bound = math.sqrt(6 / sum(value.shape))

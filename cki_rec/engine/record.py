@@ -1,8 +1,9 @@
-"""Run directories: named by content, locked while written, finished when ``record.json`` is there."""
+"""Run directories: named by content, locked while written, finished by ``record.json``."""
 
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import platform
@@ -18,7 +19,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from filelock import FileLock
+from numpy.typing import NDArray
 
 from cki_rec.config import project_root
 
@@ -70,7 +73,9 @@ class Run:
             "fingerprint": hashlib.sha256(text.encode()).hexdigest(),
             "provenance": provenance(self.seconds),
         }
-        write_atomically(self.path / RECORD, json.dumps(record, indent=1, allow_nan=False).encode())
+        write_atomically(
+            self.path / RECORD, json.dumps(record, indent=1, allow_nan=False).encode()
+        )
 
 
 @contextmanager
@@ -101,12 +106,22 @@ def write_atomically(path: Path, content: bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def save_arrays(path: Path, arrays: dict[str, NDArray[Any]]) -> None:
+    """Write arrays as one ``.npz`` file, whole or not at all."""
+    buffer = io.BytesIO()
+    np.savez(buffer, allow_pickle=False, **arrays)
+    write_atomically(path, buffer.getvalue())
+
+
 def provenance(seconds: dict[str, float]) -> dict[str, Any]:
     """Return where and how the run was made: it explains a result and never identifies one."""
     packages = ("cki-rec", "torch", "torchrec", "numpy", "scikit-learn", "polars")
     return {
         **_commit(),
-        "versions": {"python": platform.python_version(), **{p: metadata.version(p) for p in packages}},
+        "versions": {
+            "python": platform.python_version(),
+            **{p: metadata.version(p) for p in packages},
+        },
         "hardware": hardware(),
         "world_size": 1,
         "seconds": {name: round(value, 3) for name, value in seconds.items()},
@@ -120,7 +135,9 @@ def hardware() -> str:
     name = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
-        models = [x.split(":")[1].strip() for x in cpuinfo.read_text().splitlines() if "model name" in x]
+        models = [
+            x.split(":")[1].strip() for x in cpuinfo.read_text().splitlines() if "model name" in x
+        ]
         name = models[0] if models else name
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     return f"{name}, {os.cpu_count()} cores, {memory:.0f} GiB"
@@ -129,17 +146,15 @@ def hardware() -> str:
 def _commit() -> dict[str, Any]:
     """Return the commit of a clone and whether files differ from it; null outside a clone."""
     git = ["git", "-C", str(project_root())]
+    status = ["status", "--porcelain", "--untracked-files=no", "--", "cki_rec", "conf"]
     try:
-        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
-        status = subprocess.run(
-            [*git, "status", "--porcelain", "--untracked-files=no", "--", "cki_rec", "conf"],
-            capture_output=True,
-            text=True,
-            check=True,
+        head, changes = (
+            subprocess.run([*git, *words], capture_output=True, text=True, check=True).stdout
+            for words in (["rev-parse", "HEAD"], status)
         )
     except (OSError, subprocess.CalledProcessError):
         return {"commit": None, "dirty": None}
-    return {"commit": head.stdout.strip(), "dirty": bool(status.stdout.strip())}
+    return {"commit": head.strip(), "dirty": bool(changes.strip())}
 
 
 def start_sweep(out: Path, name: str, num_jobs: int) -> None:

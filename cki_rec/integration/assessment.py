@@ -15,7 +15,7 @@ from cki_rec.integration.gate import apply_gate
 from cki_rec.integration.params import Params, check_same, compute_dtype
 
 _CHUNK = 1 << 22
-"""Entries of a table binned at once: bounds the float64 copy."""
+"""Entries of a table binned at once: bounds the temporaries."""
 
 
 def entropy(weight: Tensor, bins: int = 10) -> float:
@@ -24,7 +24,8 @@ def entropy(weight: Tensor, bins: int = 10) -> float:
     .. math:: H(W) = -\sum_{h_i > 0} h_i \ln h_i
 
     :math:`h_i` is the share of entries in ``[min + i s, min + (i + 1) s)``. Entries equal to the
-    maximum fall in no bin, so the shares sum to less than 1 and constant tensors give 0.
+    maximum fall in no bin (unless rounding, in float32 or wider, puts the last edge above it, as
+    in the released code), so shares may sum to less than 1; constant tensors give 0.
 
     Raises:
         ValueError: ``bins`` is not positive, or an entry is NaN or infinite.
@@ -32,27 +33,22 @@ def entropy(weight: Tensor, bins: int = 10) -> float:
     Reference:
         CKI (arXiv 2501.07596), global assessment, as in the released recommendation code, which
         has it from Filter Grafting (CVPR 2020).
-
-    Differs:
-        Bin edges are computed in float64 and the last edge is the maximum itself, so rounding
-        never lets the maximum into the last bin.
     """
     if bins < 1:
         raise ValueError(f"bins must be positive, not {bins}")
     if weight.numel() == 0:
         return 0.0
     flat = weight.detach().reshape(-1)
-    low, high = (float(bound) for bound in torch.aminmax(flat))
-    if not math.isfinite(low) or not math.isfinite(high):
+    dtype = compute_dtype(flat)
+    low, high = (bound.cpu().to(dtype) for bound in torch.aminmax(flat))
+    if not bool(torch.isfinite(high - low)):
         raise ValueError("entropy of NaN or infinite entries")
-    step = (high - low) / bins
-    edges = [low + i * step for i in range(bins)] + [high]
-    boundaries = torch.tensor(edges, dtype=torch.float64, device=flat.device)
+    step = (high - low) / bins  # on the CPU: a GPU multiplies by the rounded reciprocal
+    edges = (low + torch.arange(bins + 1) * step).to(flat.device)
     counts = torch.zeros(bins + 2, dtype=torch.int64, device=flat.device)
     for start in range(0, flat.numel(), _CHUNK):
-        chunk = flat[start : start + _CHUNK].double()
-        place = torch.bucketize(chunk, boundaries, right=True)
-        counts += torch.bincount(place, minlength=bins + 2)
+        chunk = flat[start : start + _CHUNK].to(dtype)
+        counts += torch.bincount(torch.bucketize(chunk, edges, right=True), minlength=bins + 2)
     shares = [count / flat.numel() for count in counts[1:-1].tolist()]
     return math.fsum(-share * math.log(share) for share in shares if share > 0)
 

@@ -42,9 +42,8 @@ def row_weights(counts_KV: Tensor) -> Tensor:
     if not bool((torch.isfinite(counts) & (counts >= 0)).all()):
         raise ValueError("counts must be finite and not negative")
     total = counts.sum(dim=0)
-    return torch.where(
-        total > 0, counts / total.clamp_min(torch.finfo(torch.float64).tiny), 1 / len(counts)
-    )
+    known = total > 0
+    return torch.where(known, counts / torch.where(known, total, 1), 1 / len(counts))
 
 
 def evidence_shares(models: Sequence[Params], counts: Sequence[Params]) -> Weights:

@@ -78,7 +78,7 @@ def source_shares(weights: Weights, models: Sequence[Params]) -> dict[str, list[
     """
     check_weights(weights, models)
     return {
-        name: weight.detach().flatten(1).mean(dim=1, dtype=torch.float64).tolist()
+        name: weight.detach().reshape(len(models), -1).mean(dim=1, dtype=torch.float64).tolist()
         for name, weight in weights.items()
     }
 

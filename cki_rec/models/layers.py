@@ -15,6 +15,8 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from cki_rec.data.schema import Batch, FeatureSchema
 
+FIRST_ORDER = "_first_order"
+"""Suffix of the tables that hold first-order weights."""
 FIRST_ORDER_DIM = 4
 """Columns of a first-order table. The lookup kernels need a multiple of 4; the weight is the mean
 of the columns, which start equal and get equal gradients, so they act as one."""
@@ -41,7 +43,7 @@ class FieldEmbeddings(nn.Module):
             by_table.setdefault(feature.table, []).append(feature.name)
         self.fields = [name for names in by_table.values() for name in names]
         self.embedding_dim = embedding_dim
-        dims = {"": embedding_dim, **({"_first_order": FIRST_ORDER_DIM} if first_order else {})}
+        dims = {"": embedding_dim, **({FIRST_ORDER: FIRST_ORDER_DIM} if first_order else {})}
         tables = [
             EmbeddingBagConfig(
                 name=table + suffix,

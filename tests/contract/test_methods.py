@@ -82,13 +82,9 @@ def weigh(case, models):
 
 
 def equal_bits(left, right):
+    left, right = (tensor.detach().reshape(-1).contiguous() for tensor in (left, right))
     return left.dtype == right.dtype and torch.equal(
-        left.contiguous().view(torch.uint8).flatten()
-        if left.ndim
-        else left.reshape(1).view(torch.uint8),
-        right.contiguous().view(torch.uint8).flatten()
-        if right.ndim
-        else right.reshape(1).view(torch.uint8),
+        left.view(torch.uint8), right.view(torch.uint8)
     )
 
 

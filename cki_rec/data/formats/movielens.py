@@ -234,7 +234,13 @@ def _lines(
         _check_header(where, text.split("\n", 1)[0].rstrip("\r"), header)
         reader = csv.reader(io.StringIO(text, newline=""))
         next(reader)
-        yield from ((reader.line_num, parts) for parts in reader if parts)
+        try:
+            yield from ((reader.line_num, parts) for parts in reader if parts)
+        except csv.Error as error:
+            raise UserError(
+                f"{where}, after line {reader.line_num}: {error}, expected quotes that close; "
+                "mend the line or fetch the data set again"
+            ) from None
         return
     for number, line in enumerate(content.decode("latin-1").split("\n"), start=1):
         if line.strip():

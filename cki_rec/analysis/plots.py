@@ -1,0 +1,222 @@
+"""Figures as SVG text: metrics with intervals, and what was spliced from whom.
+
+The same input gives the same bytes: ids are salted with a constant, no date is written, and the
+user's matplotlib settings are not read. Text stays text in the viewer's sans-serif font.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import matplotlib
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+
+from .display import LOWER_IS_BETTER, METHOD_NAMES, METRIC_NAMES, is_undefined
+from .tables import BASELINES
+
+COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#999999")
+"""Okabe and Ito: told apart by readers with any common color blindness."""
+STAGES = {False: ("direct", COLORS[0], "o", -0.14), True: ("fine-tuned", COLORS[5], "D", 0.14)}
+"""Name, color, marker and vertical offset of direct and fine-tuned results."""
+MIN_LABELED_SHARE = 0.2
+"""Narrower parts of a bar carry no percentage."""
+_NOT_NAMES = frozenset(
+    {"model", "module", "weight", "embeddings", "embedding", "embedding_bags", "ebc", "tables"}
+    | {"table", "embedding_bag_collection"}
+)
+_SETTINGS: Any = {
+    "svg.hashsalt": "cki-rec",
+    "svg.fonttype": "none",
+    "text.parse_math": False,
+    "font.size": 11.0,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.titlesize": 12.0,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+}
+
+
+def metric_plot(summary: pd.DataFrame, runs: pd.DataFrame, metric: str) -> str:
+    """Return a dot plot of a metric per method, one panel per suite.
+
+    Large marks are means over repetitions with their interval, ticks single repetitions.
+    Vertical lines show the direct best parent and output ensemble.
+
+    Args:
+        summary: Of ``summary_frame``.
+        runs: Of ``runs_frame``, the same runs.
+        metric: One of ``tables.METRICS``.
+
+    Returns:
+        SVG text.
+    """
+    suites = list(summary["suite"].unique())
+    parts = [summary[summary["suite"] == suite] for suite in suites]
+    heights = [0.36 * part["method"].nunique() + 0.9 for part in parts]
+
+    def draw(figure: Figure) -> None:
+        panels = figure.subplots(len(suites), 1, squeeze=False, height_ratios=heights)[:, 0]
+        for axes, suite, part in zip(panels, suites, parts, strict=True):
+            _metric_panel(axes, part, runs[runs["suite"] == suite], metric)
+            axes.set_title(suite)
+        better = "lower" if metric in LOWER_IS_BETTER else "higher"
+        panels[-1].set_xlabel(f"{METRIC_NAMES[metric]} on test rows ({better} is better)")
+        entries: dict[str, Any] = {}
+        for axes in panels:
+            marks, names = axes.get_legend_handles_labels()
+            entries |= dict(zip(names, marks, strict=True))
+        figure.legend(
+            list(entries.values()), list(entries), loc="outside lower left", ncols=3, frameon=False
+        )
+
+    return _svg(5.2, sum(heights) + 0.9, draw)
+
+
+def splice_plot(
+    records: Sequence[Mapping[str, Any]],
+    suite: str | None = None,
+    seed: int | None = None,
+    methods: Sequence[str] | None = None,
+) -> str:
+    """Return the share of each source in each tensor: rows tensors, columns methods.
+
+    Args:
+        records: Of evaluated models; those with ``shares`` and without fine-tuning are drawn.
+        suite: Default: the first by name that has shares.
+        seed: Repetition. Default: the lowest of the suite.
+        methods: Columns in order; default: all, by name.
+
+    Returns:
+        SVG text; empty when no record has shares.
+    """
+    results = [record["result"] for record in records]
+    results = [r for r in results if r.get("shares") and not r["finetuned"]]
+    suite = min((r["suite"] for r in results), default=None) if suite is None else suite
+    results = [r for r in results if r["suite"] == suite]
+    seed = min((r["seed"] for r in results), default=None) if seed is None else seed
+    shares_of = {r["method"]: r["shares"] for r in results if r["seed"] == seed}
+    names = sorted(shares_of) if methods is None else [m for m in methods if m in shares_of]
+    if not names:
+        return ""
+    tensors = tensor_names(list(dict.fromkeys(key for name in names for key in shares_of[name])))
+    num_sources = max(len(shares) for name in names for shares in shares_of[name].values())
+
+    def draw(figure: Figure) -> None:
+        axes = figure.subplots()
+        for column, name in enumerate(names):
+            for row, key in enumerate(tensors):
+                if key in shares_of[name]:
+                    _stacked_bar(axes, 1.12 * column, row, shares_of[name][key])
+        axes.set_xlim(-0.04, 1.12 * len(names))
+        axes.set_ylim(len(tensors) - 0.4, -0.6)
+        axes.set_yticks(range(len(tensors)), list(tensors.values()))
+        columns = [1.12 * column + 0.5 for column in range(len(names))]
+        axes.set_xticks(columns, [_wrapped(METHOD_NAMES.get(name, name)) for name in names])
+        axes.tick_params(length=0, labelbottom=False, labeltop=True)
+        axes.spines[:].set_visible(False)
+        colors = [COLORS[source % len(COLORS)] for source in range(num_sources)]
+        figure.legend(
+            handles=[Patch(color=color) for color in colors],
+            labels=[f"source {source + 1}" for source in range(num_sources)],
+            loc="outside lower left",
+            ncols=4,
+            frameon=False,
+        )
+        figure.suptitle(f"{suite}, repetition {seed}", x=0.01, ha="left", fontweight="bold")
+
+    return _svg(2.2 + 1.25 * len(names), 0.3 * len(tensors) + 1.6, draw)
+
+
+def tensor_names(keys: Sequence[str]) -> dict[str, str]:
+    """Return readable names of tensors, tables before layers, otherwise in the given order.
+
+    Words that say nothing (``model``, ``embedding_bags``, ``weight``) are dropped unless two
+    tensors would then share a name.
+    """
+    tables = [key for key in keys if "embedding" in key or "table" in key.split(".")]
+    ordered = tables + [key for key in keys if key not in tables]
+    short = {}
+    for key in ordered:
+        words = [word for word in key.split(".") if word not in _NOT_NAMES]
+        short[key] = ("table " if key in tables else "") + (" ".join(words) or key)
+    names = list(short.values())
+    return {key: name if names.count(name) == 1 else key for key, name in short.items()}
+
+
+def _metric_panel(axes: Axes, part: pd.DataFrame, runs: pd.DataFrame, metric: str) -> None:
+    methods = list(part["method"].unique())
+    for baseline, style in zip(BASELINES, ("--", ":"), strict=True):
+        rows = part[(part["method"] == baseline) & ~part["finetuned"]]
+        for value in rows[metric].dropna():
+            axes.axvline(value, color="#666666", ls=style, lw=1.2, label=METHOD_NAMES[baseline])
+    for row in part.to_dict("records"):
+        name, color, marker, offset = STAGES[bool(row["finetuned"])]
+        value, low, high = (row[f"{metric}{end}"] for end in ("", "_low", "_high"))
+        if is_undefined(value):
+            continue
+        y = methods.index(row["method"]) + offset
+        is_row = (runs["method"] == row["method"]) & (runs["finetuned"] == row["finetuned"])
+        singles = runs[is_row][metric].dropna()
+        if len(singles) > 1:
+            axes.plot(singles, [y] * len(singles), "|", color=color, ms=9, label="one repetition")
+        if not is_undefined(low):
+            axes.hlines(y, low, high, color=color, lw=1.8)
+        axes.plot(value, y, marker, color=color, ms=7, mec="white", ls="none", label=name)
+    axes.set_yticks(range(len(methods)), [METHOD_NAMES.get(method, method) for method in methods])
+    axes.set_ylim(len(methods) - 0.4, -0.6)
+    axes.locator_params(axis="x", nbins=5)
+    axes.ticklabel_format(axis="x", useOffset=False)
+    axes.grid(axis="y", color="#E5E5E5", lw=0.8)
+    axes.set_axisbelow(True)
+    axes.tick_params(axis="y", length=0)
+
+
+def _stacked_bar(axes: Axes, left: float, row: int, shares: Sequence[float]) -> None:
+    for source, share in enumerate(shares):
+        color = COLORS[source % len(COLORS)]
+        axes.barh(row, share, left=left, height=0.8, color=color, lw=0)
+        if share >= MIN_LABELED_SHARE:
+            ink = "white" if source % len(COLORS) in (0, 2, 5) else "black"
+            x = left + share / 2
+            text = f"{share * 100:.0f}"
+            axes.text(x, row, text, color=ink, ha="center", va="center", fontsize=9)
+        left += share
+
+
+def _wrapped(name: str) -> str:
+    """Return the name broken at separators into lines of about 12 characters."""
+    lines = [""]
+    for word in re.findall(r"[^_ ]+[_ ]?", name):
+        if lines[-1] and len(lines[-1]) + len(word) > 12:
+            lines.append("")
+        lines[-1] += word
+    return "\n".join(lines)
+
+
+@contextmanager
+def _own_settings() -> Iterator[None]:
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update(_SETTINGS)
+        yield
+
+
+def _svg(width: float, height: float, draw: Callable[[Figure], None]) -> str:
+    """Return the SVG text of what ``draw`` puts on a figure of the given size in inches."""
+    with _own_settings():
+        figure = Figure(figsize=(width, height), layout="constrained", facecolor="white")
+        draw(figure)
+        file = io.StringIO()
+        nothing = dict.fromkeys(("Date", "Creator", "Type", "Format"))
+        figure.savefig(file, format="svg", metadata=nothing)
+    text = re.sub(r"'DejaVu Sans'[^;\"]*", "sans-serif", file.getvalue())
+    # names of groups repeat between figures of one page; nothing refers to them
+    return re.sub(r'<g id="[^"]*">', "<g>", text)

@@ -1,0 +1,111 @@
+"""Integrate, then train briefly on all rows."""
+
+from __future__ import annotations
+
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+from cki_rec.analysis.metrics import auc
+from cki_rec.config import Config, UserError, run_id, section
+from cki_rec.data import store
+from cki_rec.engine import checkpoint
+from cki_rec.engine.record import Run, open_run
+from cki_rec.engine.trainer import Schedule, fit
+from cki_rec.integration.methods import METHODS
+from cki_rec.pipelines import integrate, train
+from cki_rec.pipelines.integrate import Source
+from cki_rec.pipelines.scores import restore
+
+log = logging.getLogger(__name__)
+
+
+def run(config: Config) -> None:
+    """Fine-tune as configured and say where the model is."""
+    if config.finetune.epochs == 0:
+        raise UserError("finetune.epochs=0: nothing to do; choose finetune=one_epoch")
+    done = ensure(config, force=config.runtime.force)
+    log.info("model: %s", done.checkpoint)
+
+
+def ensure(config: Config, force: bool = False) -> Run:
+    """Return the finished fine-tuning of ``config``; integrate first if that is not there.
+
+    The start may be a parent as it is (``integrate=best_parent``): the control that trains equally
+    long.
+
+    Raises:
+        UserError: The method does not give one model.
+    """
+    if not METHODS[config.integrate.method].single:
+        raise UserError(f"integrate={config.integrate.label} gives no single model to fine-tune")
+    start = merged(config)
+    dataset = store.prepare(config.data, config.runtime.encoded)
+    reads = {
+        "start": start.identity,
+        "data": dataset.hash,
+        "finetune": section(config.finetune),
+        "batch_size": config.train.batch_size,
+        "table_l2": config.train.table_l2,
+        "seed": config.seed,
+    }
+    with open_run(Path(config.runtime.out), run_id("finetune", reads), force) as run:
+        if run.record is None:
+            _finetune(config, start, run, reads)
+    return run
+
+
+def merged(config: Config) -> Source:
+    """Return the one model that the configured integration gives."""
+    done = integrate.ensure(config)
+    assert done.record is not None
+    kept = done.record["result"]["kept"]
+    if kept is None:
+        return Source(config.integrate.label, done.path.name, done.checkpoint)
+    (chosen,) = [
+        s for s in integrate.resolve(config, config.integrate.sources) if s.identity in kept
+    ]
+    return chosen
+
+
+def _finetune(config: Config, start: Source, run: Run, reads: dict[str, Any]) -> None:
+    dataset = store.prepare(config.data, config.runtime.encoded)
+    options = config.finetune
+    saved = checkpoint.load(start.folder)
+    model = restore(config, saved, options.table_learning_rate)
+
+    def save() -> None:
+        tensors = {
+            "model": model.module.state_dict(),
+            "accumulator": model.accumulators(),
+            "counts": saved.counts,
+        }
+        checkpoint.save(run.checkpoint, tensors, saved.model, saved.schema, dataset.hash)
+
+    schedule = Schedule(
+        epochs=options.epochs,
+        batch_size=config.train.batch_size,
+        learning_rate=options.learning_rate,
+        table_learning_rate=options.table_learning_rate,
+        table_l2=config.train.table_l2,
+        plateau_factor=config.train.plateau_factor,
+        patience=config.train.patience,
+    )
+    title = f"fine-tune {config.integrate.label}, {config.suite.name}, seed {config.seed}"
+    began = time.perf_counter()
+    with run.phase("finetune"):
+        history = fit(
+            model,
+            dataset,
+            saved.schema,
+            dataset.rows("train"),
+            dataset.rows("valid"),
+            schedule,
+            config.seed,
+            auc,
+            save,
+            title,
+        )
+    train.finish(run, reads, dataset, history)
+    log.info("  %s: %s, %.1f s", title, train.describe(history), time.perf_counter() - began)

@@ -1,0 +1,12 @@
+"""Encode a data set and print its summary."""
+
+from __future__ import annotations
+
+from cki_rec.config import Config
+from cki_rec.data import store
+
+
+def run(config: Config) -> None:
+    """Encode, unless done before, and print what a person wants to know."""
+    dataset = store.prepare(config.data, config.runtime.encoded)
+    print("\n".join(store.summary_lines(dataset)))

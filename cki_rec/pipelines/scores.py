@@ -1,0 +1,50 @@
+"""Logits of models at rest on validation and test rows, computed once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from cki_rec.config import Config
+from cki_rec.data.store import EncodedDataset
+from cki_rec.engine import checkpoint, distributed
+from cki_rec.engine.checkpoint import Checkpoint
+from cki_rec.engine.embeddings import ShardedModel, load_params, shard
+from cki_rec.engine.evaluator import predict
+from cki_rec.engine.record import save_arrays
+from cki_rec.models import build_model
+
+SPLITS = ("valid", "test")
+
+
+def predictions(
+    config: Config, dataset: EncodedDataset, identity: str, folder: Path
+) -> dict[str, NDArray[np.float32]]:
+    """Return ``valid`` and ``test`` logits of a checkpoint, in the order of the data set's rows.
+
+    They are kept under ``<runtime.out>/logits`` by the model's identity and the data's hash.
+    """
+    path = Path(config.runtime.out) / "logits" / f"{identity}-{dataset.hash[:16]}.npz"
+    if not path.exists():
+        saved = checkpoint.load(folder)
+        model = restore(config, saved)
+        logits = {
+            split: predict(model.module, dataset, saved.schema, dataset.rows(split), model.device)
+            for split in SPLITS
+        }
+        save_arrays(path, logits)
+    with np.load(path, allow_pickle=False) as arrays:
+        return {split: arrays[split] for split in SPLITS}
+
+
+def restore(config: Config, saved: Checkpoint, table_learning_rate: float = 0.0) -> ShardedModel:
+    """Return a sharded model, ready to predict or to train on, from a checkpoint."""
+    device = distributed.start(config.runtime)
+    with device:
+        network = build_model(saved.schema, saved.model, torch.device("meta"))
+    model = shard(network, device, table_learning_rate)
+    load_params(model, saved.params, saved.accumulators)
+    return model

@@ -1,0 +1,313 @@
+"""Splits, vocabularies, ids and histories against independent implementations."""
+
+import csv
+import zipfile
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import polars as pl
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cki_rec.config import Data, Partition, Split, UserError
+from cki_rec.data.encode import Encoded, Ragged, encode, split_rows
+from cki_rec.data.formats import FORMATS
+from cki_rec.data.raw import BadRows, RawRows
+from cki_rec.data.schema import FIRST_ID, PADDING_ID, UNSEEN_ID
+
+ROOT = Path(__file__).parents[2]
+LATEST = ROOT / "tests" / "golden" / "movielens_latest"
+FIELDS = ["user", "item", "genres", "year", "hour", "history"]
+
+
+def make_data(split: Split | None = None, **changes) -> Data:
+    defaults = {
+        "name": "sample",
+        "format": "movielens",
+        "raw": str(LATEST),
+        "fields": FIELDS,
+        "label_threshold": 4.0,
+        "history_length": 3,
+        "min_count": 1,
+        "on_bad_row": "error",
+        "split": split or Split(by="random", fractions=[0.6, 0.2, 0.2], seed=0),
+        "partition": Partition(by="none", parts=1, seed=0),
+        "part": None,
+    }
+    return Data(**(defaults | changes))
+
+
+def encode_files(data: Data) -> Encoded:
+    raw = FORMATS[data.format].read(Path(data.raw), data.fields, data.on_bad_row)
+    return encode(raw, data)
+
+
+def ids_of(encoded: Encoded, name: str, row: int) -> list[int]:
+    column = encoded.fields[name]
+    if isinstance(column, Ragged):
+        return column.values[column.positions(np.array([row]))].tolist()
+    return [int(column[row])]
+
+
+def decoded(encoded: Encoded, name: str, row: int) -> list[str | None]:
+    table = next(f.table for f in encoded.schema.features if f.name == name)
+    tokens = encoded.vocabularies[table]
+    ids = ids_of(encoded, name, row)
+    return [None if i == UNSEEN_ID else tokens[i - FIRST_ID] for i in ids]
+
+
+def pandas_rows(folder: Path) -> pd.DataFrame:
+    """Read the csv form by other means than the package does."""
+    ratings = pd.read_csv(folder / "ratings.csv")
+    movies = pd.read_csv(folder / "movies.csv")
+    movies["year"] = movies["title"].str.extract(r"\((\d{4})\)\s*$")[0].fillna("")
+    rows = ratings.merge(movies, on="movieId", how="left")
+    rows["hour"] = pd.to_datetime(rows["timestamp"], unit="s", utc=True).dt.hour.astype(str)
+    rows["user"], rows["item"] = rows["userId"].astype(str), rows["movieId"].astype(str)
+    return rows
+
+
+@pytest.mark.parametrize("by", ["random", "time", "leave_last_out"])
+def test_decoded_rows_equal_pandas(by):
+    encoded = encode_files(make_data(Split(by=by, fractions=[0.6, 0.2, 0.2], seed=1)))
+    rows = pandas_rows(LATEST)
+    is_train = encoded.split == 0
+    for name in ("user", "item", "year", "hour"):
+        known = set(rows[name][is_train])
+        want = [token if token in known else None for token in rows[name]]
+        assert [decoded(encoded, name, r)[0] for r in range(len(rows))] == want
+    assert encoded.label.tolist() == (rows["rating"] >= 4).astype(int).tolist()
+    assert encoded.timestamp.tolist() == rows["timestamp"].tolist()
+
+
+def test_genres_decode_to_distinct_genres_of_the_movie():
+    encoded = encode_files(make_data())
+    rows = pandas_rows(LATEST)
+    listed = [[] if g == "(no genres listed)" else list(dict.fromkeys(g.split("|")))
+              for g in rows["genres"]]  # fmt: skip
+    known = {g for genres, code in zip(listed, encoded.split, strict=True) if code == 0
+             for g in genres}  # fmt: skip
+    for row, genres in enumerate(listed):
+        found = decoded(encoded, "genres", row)
+        assert [g for g in found if g is not None] == [g for g in genres if g in known]
+        assert (None in found) == (not known.issuperset(genres))
+        assert found.count(None) <= 1
+    assert any(not genres for genres in listed)
+
+
+def test_ids_follow_count_then_token_of_training_rows():
+    encoded = encode_files(make_data())
+    rows = pandas_rows(LATEST)
+    for name in ("user", "item", "year"):
+        counts = Counter(rows[name][encoded.split == 0])
+        want = sorted(counts, key=lambda token: (-counts[token], token))
+        assert encoded.vocabularies[name] == want
+        assert encoded.schema.table_sizes[name] == len(want) + 2
+    assert (PADDING_ID, UNSEEN_ID, FIRST_ID) == (0, 1, 2)
+
+
+def test_no_vocabulary_token_comes_from_held_out_rows_alone():
+    frame = pl.DataFrame(
+        {
+            "rating": [5.0, 1.0, 5.0, 1.0],
+            "timestamp": [1, 2, 3, 4],
+            "user": ["a", "a", "b", "c"],
+            "item": ["x", "y", "late", "later"],
+        }
+    )
+    split = Split(by="time", fractions=[0.5, 0.25, 0.25], seed=0)
+    data = make_data(split, fields=["user", "item"])
+    encoded = encode(RawRows(frame, BadRows("error")), data)
+    assert encoded.vocabularies == {"user": ["a"], "item": ["x", "y"]}
+    assert encoded.fields["item"].tolist() == [2, 3, UNSEEN_ID, UNSEEN_ID]
+    assert encoded.group.tolist() == [0, 0, 1, 2]
+
+
+def test_rare_tokens_share_the_unseen_id():
+    encoded = encode_files(make_data(min_count=3))
+    rows = pandas_rows(LATEST)
+    counts = Counter(rows["item"][encoded.split == 0])
+    kept = {item for item, count in counts.items() if count >= 3}
+    assert 0 < len(kept) < len(counts)
+    assert set(encoded.vocabularies["item"]) == kept
+    for row, item in enumerate(rows["item"]):
+        assert (ids_of(encoded, "item", row) == [UNSEEN_ID]) == (item not in kept)
+
+
+def test_history_without_item_field_uses_table_item():
+    encoded = encode_files(make_data(fields=["user", "history"]))
+    assert set(encoded.schema.table_sizes) == {"user", "item"}
+    assert set(encoded.fields) == {"user", "history"}
+
+
+def brute_force_history(data: Data, encoded: Encoded, items, row: int) -> list[int]:
+    earlier = [
+        (encoded.timestamp[other], other)
+        for other in range(len(encoded.label))
+        if encoded.group[other] == encoded.group[row]
+        and encoded.timestamp[other] < encoded.timestamp[row]
+        and encoded.label[other] == 1
+        and encoded.split[other] == 0
+    ]
+    return [int(items[other]) for _, other in sorted(earlier)][-data.history_length :]
+
+
+@pytest.mark.parametrize("by", ["random", "time", "leave_last_out"])
+def test_history_is_earlier_liked_training_items(by):
+    data = make_data(Split(by=by, fractions=[0.6, 0.2, 0.2], seed=3))
+    encoded = encode_files(data)
+    for row in range(len(encoded.label)):
+        want = brute_force_history(data, encoded, encoded.fields["item"], row)
+        assert ids_of(encoded, "history", row) == want
+
+
+def test_history_of_embedded_data_equals_brute_force_on_some_rows():
+    raw = str(ROOT / "data" / "ml-latest-small.zip")
+    data = make_data(
+        Split(by="random", fractions=[0.8, 0.1, 0.1], seed=0), raw=raw, history_length=50
+    )
+    encoded = encode_files(data)
+    rows_of_user = [np.flatnonzero(encoded.group == user) for user in (0, 5, 413)]
+    generator = np.random.default_rng(0)
+    for rows in rows_of_user:
+        for row in generator.choice(rows, 20):
+            liked = rows[
+                (encoded.timestamp[rows] < encoded.timestamp[row])
+                & (encoded.label[rows] == 1)
+                & (encoded.split[rows] == 0)
+            ]
+            liked = liked[np.argsort(encoded.timestamp[liked], kind="stable")][-50:]
+            assert ids_of(encoded, "history", row) == encoded.fields["item"][liked].tolist()
+
+
+def test_labels_of_held_out_rows_enter_no_input():
+    """Flipping every held-out label changes no field."""
+    data = make_data()
+    raw = FORMATS["movielens"].read(LATEST, data.fields, "error")
+    encoded = encode(raw, data)
+    held_out = pl.Series(encoded.split != 0)
+    flipped = raw.frame.with_columns(
+        pl.when(held_out).then(5.5 - pl.col("rating")).otherwise(pl.col("rating")).alias("rating")
+    )
+    other = encode(RawRows(flipped, raw.bad_rows), data)
+    assert (other.label != encoded.label).any()
+    for name in FIELDS:
+        rows = range(len(encoded.label))
+        assert [ids_of(encoded, name, r) for r in rows] == [ids_of(other, name, r) for r in rows]
+
+
+def test_random_split_has_the_asked_sizes_and_depends_on_the_seed():
+    group, timestamp = np.zeros(100, np.int32), np.arange(100)
+    codes = [
+        split_rows(Split(by="random", fractions=[0.8, 0.1, 0.1], seed=seed),
+                   group=group, timestamp=timestamp)
+        for seed in (0, 0, 1)
+    ]  # fmt: skip
+    assert np.bincount(codes[0]).tolist() == [80, 10, 10]
+    assert (codes[0] == codes[1]).all()
+    assert (codes[0] != codes[2]).any()
+
+
+def test_time_split_gives_oldest_rows_to_training():
+    timestamp = np.array([5, 1, 4, 2, 3, 3, 9, 8, 7, 6])
+    code = split_rows(
+        Split(by="time", fractions=[0.4, 0.3, 0.3], seed=0),
+        group=np.zeros(10, np.int32),
+        timestamp=timestamp,
+    )
+    assert code.tolist() == [1, 0, 1, 0, 0, 0, 2, 2, 2, 1]
+
+
+def test_leave_last_out_takes_last_two_rows_by_time_then_order():
+    group = np.array([1, 0, 1, 0, 1, 0, 2, 2], np.int32)
+    timestamp = np.array([9, 1, 3, 1, 4, 1, 1, 2])
+    code = split_rows(
+        Split(by="leave_last_out", fractions=[], seed=0), group=group, timestamp=timestamp
+    )
+    assert code.tolist() == [2, 0, 0, 1, 1, 2, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"fields": []}, "data.fields: empty"),
+        ({"fields": ["user", "user"]}, "data.fields: user named twice"),
+        ({"min_count": 0}, "data.min_count=0"),
+        ({"history_length": 0}, "data.history_length=0"),
+        ({"on_bad_row": "ignore"}, "data.on_bad_row=ignore: expected error or skip"),
+        ({"label_threshold": 9.0}, "data.label_threshold=9.0: all training rows have label 0"),
+        ({"split": Split(by="user", fractions=[0.8, 0.1, 0.1], seed=0)}, "data.split.by=user"),
+        ({"split": Split(by="time", fractions=[0.8, 0.1], seed=0)}, "data.split.fractions="),
+        ({"split": Split(by="time", fractions=[0.8, 0.1, 0.2], seed=0)}, "with sum 1"),
+        ({"split": Split(by="time", fractions=[1.1, -0.2, 0.1], seed=0)}, "each 0 or more"),
+        (
+            {"split": Split(by="random", fractions=[0.9, 0.0, 0.1], seed=0)},
+            "no valid row of 20; raise its share in data.split.fractions=[0.9, 0.0, 0.1]",
+        ),
+        ({"split": Split(by="time", fractions=[0.9, 0.1, 0.0], seed=0)}, "no test row of 20"),
+        ({"split": Split(by="time", fractions=[0.0, 0.5, 0.5], seed=0)}, "no train row of 20"),
+    ],
+)
+def test_impossible_option_is_named(changes, message):
+    with pytest.raises(UserError) as caught:
+        encode_files(make_data(**changes))
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_leave_last_out_without_long_histories_is_refused():
+    with pytest.raises(UserError, match="users with 3 rows or more"):
+        split_rows(
+            Split(by="leave_last_out", fractions=[], seed=0),
+            group=np.arange(4, dtype=np.int32),
+            timestamp=np.arange(4),
+        )
+
+
+ratings = st.lists(
+    st.tuples(
+        st.integers(1, 4),
+        st.integers(1, 5),
+        st.sampled_from(["0.5", "3.5", "4.0", "5.0"]),
+        st.integers(0, 10),
+    ),
+    min_size=6,
+    max_size=30,
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(rows=ratings, seed=st.integers(0, 3), min_count=st.integers(1, 2))
+def test_any_ratings_survive_encode_and_decode(tmp_path_factory, rows, seed, min_count):
+    path = tmp_path_factory.mktemp("any") / "raw.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        lines = ["userId,movieId,rating,timestamp", *(",".join(map(str, row)) for row in rows)]
+        archive.writestr("x/ratings.csv", "\r\n".join(lines))
+        movies = ["movieId,title,genres", *(f'{m},"M, {m} (199{m})",A|B{m}|A' for m in range(6))]
+        archive.writestr("x/movies.csv", "\r\n".join(movies))
+    split = Split(by="random", fractions=[0.5, 0.25, 0.25], seed=seed)
+    data = make_data(split, raw=str(path), min_count=min_count)
+    try:
+        encoded = encode_files(data)
+    except UserError as error:
+        assert "label_threshold" in str(error)  # noqa: PT017 training rows of one class
+        return
+    assert np.bincount(encoded.split, minlength=3).sum() == len(rows)
+    train = [row for row, code in zip(rows, encoded.split, strict=True) if code == 0]
+    items = Counter(str(row[1]) for row in train)
+    for number, (_, movie, rating, _) in enumerate(rows):
+        is_known = items[str(movie)] >= min_count
+        assert decoded(encoded, "item", number) == [str(movie) if is_known else None]
+        assert encoded.label[number] == (float(rating) >= 4)
+        want = brute_force_history(data, encoded, encoded.fields["item"], number)
+        assert ids_of(encoded, "history", number) == want
+
+
+def test_golden_sample_is_valid_csv():
+    """The sample quotes as MovieLens does; a reader that is not ours agrees on the titles."""
+    with (LATEST / "movies.csv").open(newline="") as file:
+        titles = [row["title"] for row in csv.DictReader(file)]
+    assert titles[1] == "11'09\"01 - September 11 (2002)"

@@ -1,0 +1,228 @@
+"""Records become frames and text: every number traced, undefined stays blank."""
+
+import csv
+import random
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from cki_rec.analysis.display import display_frame, markdown_table, number
+from cki_rec.analysis.tables import recovered_share, runs_frame, summary_frame, write_csv
+
+
+def record(method="cki", seed=1, auc=0.75, suite="shards", finetuned=False, **changes):
+    """A record whose numbers follow from ``auc``; ``best`` is the direct best parent's AUC."""
+    best, log_loss = changes.pop("best", 0.7), None if auc is None else 1.25 - auc
+    differences = None
+    if method != "best_parent" and auc is not None:
+        shift = auc - best
+        bounds = {"low": shift - 0.01, "high": shift + 0.01}
+        same = {"auc": {"estimate": shift, **bounds}, "log_loss": {"estimate": -shift, **bounds}}
+        differences = {"best_parent": same, "output_ensemble": None}
+    test = {"rows": 100, "positive_rate": 0.5, "auc": auc, "log_loss": log_loss, "gauc": None}
+    test |= {"calibration_ratio": 1.02, "calibration_error": 0.01}
+    test["domains"] = {"east": {"rows": 60, "auc": auc, "log_loss": 0.5}}
+    name = f"evaluate-{suite}-{method}-{seed}-{int(finetuned)}"
+    result = {"suite": suite, "seed": seed, "method": method, "finetuned": finetuned}
+    result |= {"inference_cost": 2 if method == "output_ensemble" else 1, "parameters": 1234}
+    result |= {"test": test, "valid": test, "difference": differences, "shares": None}
+    provenance = {"commit": "c0ffee", "dirty": False, "versions": {}, "hardware": "2 cores"}
+    provenance |= {"world_size": 1, "seconds": {"train": random.random()}, "peak_memory_mb": 1}
+    provenance |= {"command": "cki-rec evaluate -m experiment=quickstart"}
+    rows = {"train": 8000, "valid": 1000, "test": 100}
+    data = {"name": "ml", "hash": "abc123", "rows": rows, "synthetic": False}
+    evaluate = {"bootstrap": 400, "resample": "user", "confidence": 0.9}
+    whole = {"run_id": name, "name": "quickstart", "result": result, "fingerprint": "f" + name}
+    whole |= {"data": data, "config": {"evaluate": evaluate}, "provenance": provenance}
+    result |= changes
+    return whole
+
+
+def experiment():
+    """Two suites, three repetitions; records and replicates of their differences."""
+    records = []
+    for suite in ("seeds", "shards"):
+        for seed, luck in ((1, -0.01), (2, 0.0), (3, 0.01)):
+            levels = {"best_parent": 0.7, "cki": 0.75, "output_ensemble": 0.76, "joint": 0.8}
+            for method, level in levels.items():
+                records.append(record(method, seed, level + luck, suite, best=0.7 + luck))
+            records.append(record("cki", seed, 0.78 + luck, suite, True, best=0.7 + luck))
+    noise = np.random.default_rng(0).normal(scale=0.01, size=400)
+    replicates = {}
+    for one in records:
+        parts = (one["result"]["difference"] or {}).items()
+        replicates[one["run_id"]] = {
+            baseline: part and {m: part[m]["estimate"] + noise for m in ("auc", "log_loss")}
+            for baseline, part in parts
+        }
+    return records, replicates
+
+
+def row_of(frame, **values):
+    for name, value in values.items():
+        frame = frame[frame[name] == value]
+    assert len(frame) == 1
+    return frame.iloc[0]
+
+
+def test_runs_are_sorted_whatever_the_order_of_records(tmp_path):
+    records, _ = experiment()
+    shuffled = random.Random(0).sample(records, len(records))
+    for name, some in (("a.csv", records), ("b.csv", shuffled)):
+        write_csv(runs_frame(some, ["joint", "cki"]), tmp_path / name)
+    assert (tmp_path / "a.csv").read_bytes() == (tmp_path / "b.csv").read_bytes()
+    frame = runs_frame(shuffled, ["joint", "cki"])
+    keys = list(zip(frame["method"], frame["finetuned"], frame["seed"], strict=True))
+    assert keys[:7] == [
+        *(("joint", False, seed) for seed in (1, 2, 3)),
+        *(("cki", False, seed) for seed in (1, 2, 3)),
+        ("cki", True, 1),
+    ]
+    assert frame["suite"].is_monotonic_increasing
+
+
+def test_runs_do_not_depend_on_seconds():
+    first, second = (runs_frame([record()]) for _ in "ab")  # seconds are random in each
+    pd.testing.assert_frame_equal(first, second)
+
+
+def test_csv_keeps_every_digit_and_leaves_undefined_blank(tmp_path):
+    value = 0.1 + 0.2
+    records = [record(auc=value), record(auc=None, seed=2, parameters=None)]
+    write_csv(runs_frame(records), tmp_path / "runs.csv")
+    text = (tmp_path / "runs.csv").read_text()
+    assert str(value) in text
+    assert not {"nan", "None", "<NA>"} & set(text.replace("\n", ",").split(","))
+    full, blank = csv.DictReader(text.splitlines())
+    assert float(full["auc"]) == float(full["auc_domain_east"]) == value
+    assert full["parameters"] == "1234"
+    for column in ("auc", "parameters", "auc_minus_best_parent_low"):
+        assert blank[column] == ""
+
+
+def test_two_records_of_one_cell_are_rejected():
+    twin = record() | {"run_id": "evaluate-other"}
+    with pytest.raises(ValueError, match="evaluate-other are both suite=shards method=cki"):
+        runs_frame([record(), twin])
+    with pytest.raises(ValueError, match="no records"):
+        runs_frame([])
+
+
+def test_summary_averages_repetitions_with_intervals():
+    records, replicates = experiment()
+    summary = summary_frame(runs_frame(records), replicates, confidence=0.9)
+    row = row_of(summary, suite="shards", method="cki", finetuned=False)
+    assert (row["num_seeds"], row["seeds"]) == (3, "1 2 3")
+    assert row["auc"] == pytest.approx(0.75)
+    # t(2) at 90 % two-sided is 2.91999; the deviation is .01
+    assert row["auc_high"] - row["auc"] == pytest.approx(2.919986 * 0.01 / 3**0.5, rel=1e-5)
+    assert row["auc_minus_best_parent"] == pytest.approx(0.05)
+    noise = next(iter(replicates["evaluate-shards-cki-1-0"].values()))["auc"]
+    assert row["auc_minus_best_parent_low"] == pytest.approx(np.quantile(noise, 0.05))
+    assert np.isnan(row["auc_minus_output_ensemble"])
+
+
+def test_summary_without_all_replicates_has_no_bootstrap_interval():
+    records, replicates = experiment()
+    del replicates["evaluate-seeds-cki-2-0"]
+    summary = summary_frame(runs_frame(records), replicates)
+    row = row_of(summary, suite="seeds", method="cki", finetuned=False)
+    assert row["auc_minus_best_parent"] == pytest.approx(0.05)
+    assert np.isnan(row["auc_minus_best_parent_low"])
+
+
+def test_summary_of_an_undefined_repetition_is_undefined():
+    runs = runs_frame([record(seed=1), record(seed=2, auc=None)])
+    row = summary_frame(runs, {}).iloc[0]
+    assert np.isnan(row["auc"])
+    assert np.isnan(row["auc_minus_best_parent"])
+    assert row["calibration_ratio"] == pytest.approx(1.02)
+
+
+def test_summary_of_mixed_data_is_rejected():
+    other = record(seed=2)
+    other["data"] = other["data"] | {"hash": "zzz"}
+    with pytest.raises(ValueError, match=r"shards mixes data sets: \['abc123', 'zzz'\]"):
+        summary_frame(runs_frame([record(), other]), {})
+
+
+def test_recovered_share_is_for_shards_only_and_against_direct_references():
+    records, replicates = experiment()
+    summary = summary_frame(runs_frame(records), replicates)
+    shards = summary[summary["suite"] == "shards"].set_index(["method", "finetuned"])
+    share = shards["recovered_share"]
+    assert share["cki", False] == pytest.approx(0.5)
+    assert share["cki", True] == pytest.approx(0.8)
+    assert share[["joint", "best_parent"]].isna().all()
+    assert summary[summary["suite"] == "seeds"]["recovered_share"].isna().all()
+    assert recovered_share(0.75, 0.8, 0.8) is None
+
+
+def test_recovered_share_uses_seeds_that_all_three_have():
+    records = [record("best_parent", 1, 0.7), record("joint", 1, 0.8), record("cki", 1, 0.75)]
+    records += [record("cki", 2, 0.9)]
+    share = summary_frame(runs_frame(records), {})["recovered_share"].dropna()
+    assert list(share) == pytest.approx([0.5])
+
+
+@pytest.mark.parametrize(
+    ("value", "options", "text"),
+    [
+        (0.79954, {}, ".7995"),
+        (0.0056, {"sign": True}, "+.0056"),
+        (-0.0056, {"sign": True}, "-.0056"),
+        (-0.0, {"sign": True}, "+.0000"),
+        (1.25, {"digits": 3}, "1.250"),
+        (10.0, {"digits": 1}, "10.0"),
+        (2, {"digits": 0}, "2"),
+        (None, {}, ""),
+        (float("nan"), {}, ""),
+        (pd.NA, {}, ""),
+    ],
+)
+def test_numbers_are_compact(value, options, text):
+    assert number(value, **options) == text
+
+
+def test_display_marks_differences_that_exclude_zero():
+    runs = runs_frame([record(auc=0.75), record("worse", auc=0.6), record("same", auc=0.705)])
+    noise = np.linspace(-0.01, 0.01, 401)
+    replicates = {
+        run: {"best_parent": {"auc": shift + noise, "log_loss": -shift + noise}}
+        for run, shift in zip(runs["run_id"], runs["auc_minus_best_parent"], strict=True)
+    }
+    shown = display_frame(summary_frame(runs, replicates)).set_index("method")
+    auc, loss = shown["AUC vs best parent"], shown["LogLoss vs best parent"]
+    assert auc["cki"] == "+.0500 [+.0405, +.0595] (+)"
+    assert loss["cki"] == "-.0500 [-.0595, -.0405] (+)"
+    assert auc["worse"].endswith("(-)")
+    assert loss["worse"].endswith("(-)")
+    assert auc["same"] == "+.0050 [-.0045, +.0145]"
+    assert "gAUC" not in shown.columns  # undefined everywhere
+    assert "AUC vs output ensemble" not in shown.columns
+
+
+def test_markdown_tells_what_the_numbers_are():
+    records, replicates = experiment()
+    runs = runs_frame(records)
+    text = markdown_table(summary_frame(runs, replicates, 0.9), runs, "Quick", {"seeds": "Luck."})
+    assert text.startswith("# Quick\n")
+    for part in (
+        *("## seeds\n\nLuck.", "## shards", "- Seeds: 1, 2, 3", "abc123", "ml (real data)"),
+        *("8,000 train, 1,000 valid, 100 test", "2 cores", "cki-rec evaluate -m experiment=quick"),
+        *("90 % percentile bootstrap", "400 resamples of users", "90 % Student t", "blank cell"),
+        *("without fine-tuning", "| cki + fine-tuned | 3 | 1 | .7800 [", "recovered"),
+    ):
+        assert part in text
+    assert "nan" not in text.lower()
+    tables = [line for line in text.splitlines() if line.startswith("|")]
+    assert len(tables) == 2 * (2 + 5)
+    assert len({line.count("|") for line in tables[:7]}) == 1
+
+
+def test_markdown_says_when_data_is_synthetic():
+    one = record()
+    one["data"]["synthetic"] = True
+    runs = runs_frame([one])
+    assert "ml (synthetic data)" in markdown_table(summary_frame(runs, {}), runs)
