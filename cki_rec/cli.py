@@ -68,7 +68,7 @@ def _run(pipeline: str, options: list[str]) -> int:
     from cki_rec.config import UserError
     from cki_rec.environment import EnvironmentMismatchError, check_versions
 
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout, force=True)
+    _start_log()
     try:
         check_versions()
         if {"-m", "--multirun"} & set(options):
@@ -131,7 +131,7 @@ def _sweep(pipeline: str, overrides: list[str]) -> None:
         from hydra.core.hydra_config import HydraConfig
 
         register_resolvers()
-        logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
+        _start_log()
         state = HydraConfig.get()
         log.info("%s %s", sweep_position(int(state.job.num)), state.job.override_dirname)
         _run_job(pipeline, composed)
@@ -178,6 +178,17 @@ def sweep_position(number: int) -> str:
     left = elapsed / number * (total - number)
     clock = f"{left // 60:.0f} min {left % 60:.0f} s" if left >= 60 else f"{left:.0f} s"
     return f"[{position}, {60 * number / elapsed:.1f} a minute, {clock} left]"
+
+
+def _start_log() -> None:
+    """Show our own messages, plain, on standard output, and nobody else's below warnings."""
+    ours = logging.getLogger("cki_rec")
+    if not ours.handlers:
+        handler = logging.StreamHandler(sys.stdout)
+        handler.setFormatter(logging.Formatter("%(message)s"))
+        ours.addHandler(handler)
+        ours.setLevel(logging.INFO)
+        ours.propagate = False
 
 
 def conf_dir() -> Path:

@@ -14,8 +14,8 @@ METRIC_NAMES = {"auc": "AUC", "log_loss": "LogLoss", "gauc": "gAUC"}
 METHOD_NAMES = {BEST_PARENT: "best parent", ENSEMBLE: "output ensemble", JOINT: "joint"}
 LOWER_IS_BETTER = frozenset({"log_loss"})
 METHOD_NOTES = {
-    BEST_PARENT: "One of the models that went in: the strongest parent as it was trained.",
-    ENSEMBLE: "The parents' outputs averaged; every prediction runs all parents.",
+    BEST_PARENT: "The one parent with the best validation AUC, as it was trained.",
+    ENSEMBLE: "The mean of the parents' logits; every prediction runs all parents.",
     JOINT: "One model trained on all rows of all parents; an upper reference, not an integration.",
 }
 MAX_COMMANDS = 3

@@ -72,12 +72,12 @@ def save(
     try:
         (temporary / DESCRIPTION).write_text(json.dumps(description, indent=1))
         try:
-            dcp.save(tensors, checkpoint_id=temporary / TENSORS, no_dist=True)
+            with _one_process():
+                dcp.save(tensors, checkpoint_id=temporary / TENSORS, no_dist=True)
         except CheckpointException as error:  # a BaseException: it would pass by `except OSError`
             causes = [cause for cause, _ in error.failures.values()]
-            raise next(
-                (c for c in causes if isinstance(c, OSError)), OSError(str(error))
-            ) from None
+            known = [cause for cause in causes if isinstance(cause, OSError)]
+            raise (known or [OSError(str(error))])[0] from None
         shutil.rmtree(folder, ignore_errors=True)
         temporary.rename(folder)
     finally:

@@ -5,6 +5,7 @@ Shape legend: B rows, F fields, D embedding size.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -78,7 +79,8 @@ def fit(
     dense = torch.optim.Adam(model.dense_parameters(), lr=schedule.learning_rate)
     model.set_table_learning_rate(schedule.table_learning_rate)
     looked_up = LookedUp(model.module)
-    scale, best, stalled, history = 1.0, -np.inf, 0, []
+    scale, best, stalled = 1.0, -math.inf, 0
+    history: list[dict[str, Any]] = []
     num_batches = -(-len(train_rows) // schedule.batch_size)
     label = dataset.label[valid_rows]
     with progress(title, schedule.epochs * num_batches, schedule.batch_size) as step:
@@ -97,6 +99,7 @@ def fit(
                 step(f"epoch {epoch}")
             value = metric(label, predict(model.module, dataset, schema, valid_rows, model.device))
             is_best = value is not None and value > best
+            best = value if value is not None and is_best else best
             history.append(
                 asdict(
                     Epoch(
@@ -109,7 +112,7 @@ def fit(
                 )
             )
             if is_best:
-                best, stalled = value, 0
+                stalled = 0
                 save()
                 continue
             stalled += 1

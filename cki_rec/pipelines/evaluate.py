@@ -32,7 +32,7 @@ from cki_rec.pipelines.scores import predictions
 log = logging.getLogger(__name__)
 
 REPLICATES = "replicates.npz"
-Logits = dict[str, NDArray[np.float32]]
+Logits = dict[str, NDArray[np.float64]]
 
 
 def run(config: Config) -> None:
@@ -141,7 +141,7 @@ def _evaluate(
 
 
 def _summary(
-    config: Config, dataset: EncodedDataset, split: str, logits: NDArray[np.float32]
+    config: Config, dataset: EncodedDataset, split: str, logits: NDArray[np.float64]
 ) -> dict[str, Any]:
     """Return all metrics on one split; the domains are the parts of ``data.partition``."""
     rows = dataset.rows(split)
@@ -156,15 +156,13 @@ def _mean_logits(config: Config, dataset: EncodedDataset, members: Sequence[Sour
     """Return the mean of the members' logits per split."""
     scores = [predictions(config, dataset, s.identity, s.folder) for s in members]
     return {
-        split: np.mean([score[split] for score in scores], axis=0, dtype=np.float64).astype(
-            np.float32
-        )
+        split: np.stack([score[split] for score in scores]).mean(0, dtype=np.float64)
         for split in scores[0]
     }
 
 
 def _replicates(
-    label: NDArray[np.uint8], logits: NDArray[np.float32], resamples: Resamples
+    label: NDArray[np.uint8], logits: NDArray[np.float64], resamples: Resamples
 ) -> dict[str, NDArray[np.float64]]:
     return {
         "auc": bootstrap_auc(label, logits, resamples),

@@ -137,6 +137,22 @@ def test_rare_tokens_share_the_unseen_id():
         assert (ids_of(encoded, "item", row) == [UNSEEN_ID]) == (item not in kept)
 
 
+def test_unseen_tokens_of_a_row_are_one_id():
+    frame = pl.DataFrame(
+        {
+            "rating": [5.0, 1.0, 5.0, 1.0],
+            "timestamp": [1, 2, 3, 4],
+            "user": ["a"] * 4,
+            "item": ["x"] * 4,
+            "genres": [["A"], ["B"], ["new", "A", "newer", "newest"], ["new", "new", "newer"]],
+        }
+    )
+    split = Split(by="time", fractions=[0.5, 0.25, 0.25], seed=0)
+    encoded = encode(RawRows(frame, BadRows("error")), make_data(split, fields=["genres"]))
+    found = [ids_of(encoded, "genres", row) for row in range(4)]
+    assert found == [[2], [3], [UNSEEN_ID, 2], [UNSEEN_ID]]
+
+
 def test_history_without_item_field_uses_table_item():
     encoded = encode_files(make_data(fields=["user", "history"]))
     assert set(encoded.schema.table_sizes) == {"user", "item"}

@@ -187,7 +187,7 @@ def stored_files() -> list[str]:
 
 
 @pytest.mark.parametrize("name", [*stored_files(), "manifest.json"])
-@pytest.mark.parametrize("damage", ["missing", "cut", "replaced"])
+@pytest.mark.parametrize("damage", ["missing", "cut", "grown", "replaced"])
 def test_damaged_file_is_named(tmp_path, name, damage):
     path = prepare(make_data(), tmp_path).folder / name
     content = path.read_bytes()
@@ -195,6 +195,8 @@ def test_damaged_file_is_named(tmp_path, name, damage):
         path.unlink()
     elif damage == "cut":
         path.write_bytes(content[:-3])
+    elif damage == "grown":
+        path.write_bytes(content + b"\0")
     else:
         path.write_bytes(
             content.replace(b"'shape': (", b"'shape': [").replace(b'"schema"', b'"s"')

@@ -111,10 +111,12 @@ def test_two_records_of_one_cell_are_rejected():
 
 def test_summary_averages_repetitions_with_intervals():
     records, replicates = experiment()
+    records[-4]["result"]["test"] |= {"calibration_ratio": 1.08}  # of shards, direct cki, seed 3
     summary = summary_frame(runs_frame(records), replicates, confidence=0.9)
     row = row_of(summary, suite="shards", method="cki", finetuned=False)
     assert (row["num_seeds"], row["seeds"]) == (3, "1 2 3")
     assert row["auc"] == pytest.approx(0.75)
+    assert row["calibration_ratio"] == pytest.approx(1.04)
     # t(2) at 90 % two-sided is 2.91999; the deviation is .01
     assert row["auc_high"] - row["auc"] == pytest.approx(2.919986 * 0.01 / 3**0.5, rel=1e-5)
     assert row["auc_minus_best_parent"] == pytest.approx(0.05)
