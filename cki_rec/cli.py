@@ -7,12 +7,15 @@ import importlib
 import logging
 import math
 import os
+import shlex
 import sys
 import time
 from collections.abc import Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from cki_rec import project_root
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -38,6 +41,8 @@ EXAMPLES = {
 SWEEP_VARIABLE = "CKI_REC_SWEEP"
 """Number of jobs and start time of the running sweep, for its jobs in other processes."""
 
+CONF = project_root() / "conf"
+
 log = logging.getLogger(__name__)
 
 
@@ -60,6 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if {"-h", "--help"} & set(options):
         print(_pipeline_help(pipeline))
         return 0
+    os.environ["CKI_REC_COMMAND"] = shlex.join(["cki-rec", *words])
     return _run(pipeline, options)
 
 
@@ -100,7 +106,7 @@ def _compose(overrides: list[str]) -> DictConfig:
     from cki_rec.config import UserError, register_resolvers
 
     register_resolvers()
-    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+    with initialize_config_dir(str(CONF), version_base="1.3"):
         try:
             return compose("config", overrides)
         except (HydraException, OmegaConfBaseException) as error:
@@ -138,7 +144,7 @@ def _sweep(pipeline: str, overrides: list[str]) -> None:
 
     arguments, sys.argv = sys.argv, ["cki-rec", "--multirun", *overrides]
     try:
-        hydra.main(config_path=str(conf_dir()), config_name="config", version_base="1.3")(job)()
+        hydra.main(config_path=str(CONF), config_name="config", version_base="1.3")(job)()
     finally:
         sys.argv = arguments
 
@@ -191,13 +197,6 @@ def _start_log() -> None:
         ours.propagate = False
 
 
-def conf_dir() -> Path:
-    """Return the folder of the configuration files."""
-    package = Path(__file__).resolve().parent
-    bundled = package / "_project" / "conf"
-    return bundled if bundled.is_dir() else package.parent / "conf"
-
-
 def _explain(error: Exception, overrides: list[str]) -> str:
     """Return one line for an error of composition: what is wrong, and the nearest name."""
     from hydra import compose
@@ -231,7 +230,7 @@ def _explain(error: Exception, overrides: list[str]) -> str:
 
 def _groups() -> dict[str, list[str]]:
     """Return the choices of every configuration group."""
-    folders = sorted(path for path in conf_dir().iterdir() if path.is_dir())
+    folders = sorted(path for path in CONF.iterdir() if path.is_dir())
     return {folder.name: sorted(file.stem for file in folder.glob("*.yaml")) for folder in folders}
 
 
@@ -270,7 +269,7 @@ def _pipeline_help(pipeline: str) -> str:
     for group in [*READS[pipeline], "runtime"]:
         choices = groups[group]
         shown = "default" if "default" in choices else choices[-1]
-        text = (conf_dir() / group / f"{shown}.yaml").read_text()
+        text = (CONF / group / f"{shown}.yaml").read_text()
         body = [x for x in text.splitlines() if x and x[0] != "#"]
         lines += [f"{group}={'|'.join(choices)}; {group}.KEY=VALUE with, in {group}={shown}:"]
         lines += [f"    {line}" for line in body] + [""]

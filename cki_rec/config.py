@@ -11,13 +11,12 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from difflib import get_close_matches
 from operator import attrgetter
-from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from cki_rec import __version__
+from cki_rec import __version__, project_root
 
 
 class UserError(Exception):
@@ -242,11 +241,12 @@ AT_LEAST = {
 """Smallest values."""
 
 
-def project_root() -> Path:
-    """Return the folder that holds ``conf/`` and the embedded data, installed or in a clone."""
-    package = Path(__file__).resolve().parent
-    bundled = package / "_project"
-    return bundled if bundled.is_dir() else package.parent
+def first_comment(group: str, choice: str) -> str:
+    """Return the first comment of a file in ``conf/``, which says what the choice is."""
+    path = project_root() / "conf" / group / f"{choice}.yaml"
+    lines = path.read_text().splitlines() if path.exists() else []
+    comments = [line.lstrip("# ") for line in lines if line.startswith("#")]
+    return next((line for line in comments if not line.startswith("@package")), "")
 
 
 def register_resolvers() -> None:

@@ -23,10 +23,12 @@ import numpy as np
 from filelock import FileLock
 from numpy.typing import NDArray
 
-from cki_rec.config import project_root
+from cki_rec import project_root
 
 RECORD = "record.json"
 CHECKPOINT = "checkpoint"
+COMMAND_VARIABLE = "CKI_REC_COMMAND"
+"""The command line as typed, for runs in this process and in those a launcher starts."""
 
 
 @dataclass(slots=True)
@@ -126,7 +128,7 @@ def provenance(seconds: dict[str, float]) -> dict[str, Any]:
         "world_size": 1,
         "seconds": {name: round(value, 3) for name, value in seconds.items()},
         "peak_memory_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1),
-        "command": " ".join(["cki-rec", *sys.argv[1:]]),
+        "command": os.environ.get(COMMAND_VARIABLE, " ".join(sys.argv)),
     }
 
 

@@ -121,8 +121,8 @@ def _evaluate(
     }
     replicates = {}
     for name, reference in references.items():
-        if np.array_equal(reference["test"], logits["test"]):
-            result["difference"][name] = None  # the model itself
+        if result["method"] == name and not result["finetuned"]:
+            result["difference"][name] = None  # the reference itself
             continue
         other = _replicates(label, reference["test"], resamples)
         summary = _summary(config, dataset, "test", reference["test"])
