@@ -43,6 +43,12 @@ SWEEP_VARIABLE = "CKI_REC_SWEEP"
 
 CONF = project_root() / "conf"
 
+UNWRITABLE = (
+    *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM),
+    *(errno.ENOTDIR, errno.EEXIST, errno.EISDIR),
+)
+"""Errors of the operating system that a user mends."""
+
 log = logging.getLogger(__name__)
 
 
@@ -87,13 +93,13 @@ def _run(pipeline: str, options: list[str]) -> int:
         print("cki-rec: interrupted; finished runs are kept, run again to go on", file=sys.stderr)
         return 130
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM, errno.EDQUOT):
-            where = f" ({error.filename})" if error.filename else ""
-            return _fail(
-                f"cannot write: {error.strerror}{where}; free space or choose another"
-                " runtime.out and runtime.encoded"
-            )
-        raise
+        if error.errno not in UNWRITABLE:
+            raise
+        where = f" {error.filename}" if error.filename else ""
+        return _fail(
+            f"cannot write{where}: {error.strerror}; free space there or choose other folders:"
+            " runtime.out, runtime.encoded, runtime.reports"
+        )
     return 0
 
 
@@ -188,13 +194,12 @@ def sweep_position(number: int) -> str:
 
 def _start_log() -> None:
     """Show our own messages, plain, on standard output, and nobody else's below warnings."""
+    handler = logging.StreamHandler(sys.stdout)
+    handler.setFormatter(logging.Formatter("%(message)s"))
     ours = logging.getLogger("cki_rec")
-    if not ours.handlers:
-        handler = logging.StreamHandler(sys.stdout)
-        handler.setFormatter(logging.Formatter("%(message)s"))
-        ours.addHandler(handler)
-        ours.setLevel(logging.INFO)
-        ours.propagate = False
+    ours.handlers = [handler]
+    ours.setLevel(logging.INFO)
+    ours.propagate = False
 
 
 def _explain(error: Exception, overrides: list[str]) -> str:

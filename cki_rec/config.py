@@ -198,6 +198,8 @@ class Config:
     suite: Suite
     seed: int
     """Of everything random but the split."""
+    select: str | None
+    """The one measurement that ``bench`` makes; null: all."""
     data: Data
     model: Model
     train: Train

@@ -77,7 +77,7 @@ def metric_plot(summary: pd.DataFrame, runs: pd.DataFrame, metric: str) -> str:
             list(entries.values()), list(entries), loc="outside lower left", ncols=3, frameon=False
         )
 
-    return _svg(5.2, sum(heights) + 0.9, draw)
+    return _svg(5.2, max(sum(heights) + 0.9, 3.0), draw)
 
 
 def splice_plot(
@@ -132,7 +132,7 @@ def splice_plot(
         )
         figure.suptitle(f"{suite}, repetition {seed}", x=0.01, ha="left", fontweight="bold")
 
-    return _svg(2.2 + 1.25 * len(names), 0.3 * len(tensors) + 1.6, draw)
+    return _svg(max(2.2 + 1.25 * len(names), 5.0), 0.3 * len(tensors) + 1.6, draw)
 
 
 def tensor_names(keys: Sequence[str]) -> dict[str, str]:

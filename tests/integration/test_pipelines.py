@@ -1,0 +1,246 @@
+"""Whole pipelines through the command line, on a tiny data set in the real raw format."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from cki_rec.cli import main
+
+TINY = [
+    "runtime.threads=1",
+    "train.epochs=2",
+    "train.batch_size=256",
+    "model.hidden=[16,8]",
+    "model.embedding_dim=8",
+    "evaluate.bootstrap=100",
+]
+
+
+@pytest.fixture
+def options(raw_zip, tmp_path):
+    places = [f"runtime.{key}={tmp_path / key}" for key in ("out", "reports", "encoded")]
+    return [f"data.raw={raw_zip}", *places, *TINY]
+
+
+def records(folder: Path, pipeline: str = "") -> dict[str, dict]:
+    found = [json.loads(path.read_text()) for path in folder.glob(f"out/{pipeline}*/record.json")]
+    return {record["run_id"]: record for record in found}
+
+
+def modified(folder: Path) -> dict[str, int]:
+    return {str(p): p.stat().st_mtime_ns for p in folder.glob("out/*/record.json")}
+
+
+def test_sweep_reports_every_method_once(options, tmp_path, capsys):
+    sweep = ["integrate=best_parent,output_ensemble,average,evidence", "finetune=none,one_epoch"]
+    assert main(["evaluate", "-m", "suite=seeds,shards", "seed=1,2", *sweep, *options]) == 0
+    shown = capsys.readouterr().out
+    assert "[32/32" in shown
+    assert "skipped: output_ensemble" in shown
+    assert main(["report", *options]) == 0
+    table = capsys.readouterr().out
+    assert "28 evaluated models of a sweep of 32 jobs" in table
+    with (tmp_path / "reports" / "adhoc" / "runs.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 28
+    assert {row["seed"] for row in rows} == {"1", "2"}
+    by_method = {(r["suite"], r["method"], r["finetuned"], r["seed"]): r for r in rows}
+    best = by_method["shards", "best_parent", "False", "1"]
+    assert best["auc_minus_best_parent"] == ""  # itself: undefined, not 0
+    for suffix in ("table.md", "report.html"):
+        assert (tmp_path / "reports" / "adhoc" / suffix).stat().st_size > 1000
+    assert list((tmp_path / "reports" / "adhoc").glob("*.svg"))
+
+    before = modified(tmp_path)
+    assert main(["evaluate", "-m", "suite=seeds,shards", "seed=1,2", *sweep, *options]) == 0
+    assert modified(tmp_path) == before, "a finished run was repeated"
+
+
+def test_same_seed_gives_equal_records(options, tmp_path):
+    first = tmp_path / "first"
+    arguments = ["evaluate", "suite=shards", "integrate=cki_gate", "integrate.gate.epochs=1"]
+    for out in (first, tmp_path / "second"):
+        assert main([*arguments, *options, f"runtime.out={out / 'out'}"]) == 0
+    one, two = records(first), records(tmp_path / "second")
+    assert one.keys() == two.keys()
+    assert len(one) == 4  # two parents, an integration, an evaluation
+    for run_id, record in one.items():
+        for key in ("config", "data", "result", "fingerprint"):
+            assert record[key] == two[run_id][key], (run_id, key)
+    for path in first.glob("out/*/checkpoint/tensors/*.distcp"):
+        twin = tmp_path / "second" / path.relative_to(first)
+        assert path.read_bytes() == twin.read_bytes()
+
+
+def test_another_seed_gives_another_record(options, tmp_path):
+    assert main(["train", "seed=1", *options]) == 0
+    assert main(["train", "seed=2", *options]) == 0
+    one, two = records(tmp_path, "train").values()
+    assert one["result"]["valid_auc"] != two["result"]["valid_auc"]
+
+
+def test_killed_sweep_goes_on_with_equal_results(options, tmp_path, capsys):
+    sweep = ["evaluate", "-m", "suite=shards", "seed=1,2,3,4", "integrate=average", *options]
+    unbroken, broken = tmp_path / "unbroken", tmp_path / "broken"
+    places = [f"runtime.out={unbroken / 'out'}", f"runtime.reports={unbroken / 'reports'}"]
+    assert main([*sweep, *places]) == 0
+    assert main(["report", *options, *places]) == 0
+
+    places = [f"runtime.out={broken / 'out'}", f"runtime.reports={broken / 'reports'}"]
+    command = [sys.executable, "-m", "cki_rec", *sweep, *places]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    deadline = time.time() + 120
+    while len(records(broken)) < 3 and process.poll() is None and time.time() < deadline:
+        time.sleep(0.02)
+    assert process.poll() is None, "the sweep ended before it could be killed"
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    finished = modified(broken)
+    assert 3 <= len(finished) < 16
+
+    assert main([*sweep, *places]) == 0
+    assert {k: v for k, v in modified(broken).items() if k in finished} == finished
+    assert main(["report", *options, *places]) == 0
+    capsys.readouterr()
+    one, two = (
+        list(csv.DictReader((folder / "reports" / "adhoc" / "runs.csv").open()))
+        for folder in (unbroken, broken)
+    )
+    for row in (*one, *two):
+        del row["command"]  # names the folder
+    assert one == two
+    assert not list(broken.rglob("*.tmp-*"))
+
+
+def test_external_checkpoints_need_no_data(options, tmp_path, capsys):
+    assert main(["train", "seed=1", *options]) == 0
+    assert main(["train", "seed=2", *options]) == 0
+    runs = sorted(path for path in (tmp_path / "out").glob("train-*"))
+    sources = f"integrate.sources=[{{path: {runs[0]}}},{{path: {runs[1]}/checkpoint}}]"
+    moved = [o for o in options if not o.startswith("data.raw")] + ["data.raw=/nowhere"]
+    assert main(["integrate", "integrate=evidence", sources, *moved]) == 0
+    shown = capsys.readouterr().out
+    assert "embedding_bags.item.weight" in shown
+    assert "model: " in shown
+
+
+def test_average_of_one_model_with_itself_is_that_model(options, tmp_path):
+    from cki_rec.engine import checkpoint
+
+    assert main(["train", *options]) == 0
+    (run,) = (tmp_path / "out").glob("train-*")
+    sources = f"integrate.sources=[{{path: {run}}},{{path: {run}}}]"
+    assert main(["integrate", "integrate=average", sources, *options]) == 0
+    (merged,) = (tmp_path / "out").glob("integrate-*")
+    one, two = (checkpoint.load(path / "checkpoint").params for path in (run, merged))
+    assert one.keys() == two.keys()
+    for name, tensor in one.items():
+        assert tensor.equal(two[name]), name
+
+
+@pytest.mark.parametrize(
+    ("train_options", "message"),
+    [
+        (["model.hidden=[32,8]"], "tensor mlp.layers.0"),
+        (["data.split.seed=5"], "has another vocabulary"),
+        (["model.histories=true"], "fields"),
+    ],
+)
+def test_checkpoints_that_do_not_fit_are_refused(
+    options, tmp_path, capsys, train_options, message
+):
+    assert main(["train", *options]) == 0
+    (first,) = (tmp_path / "out").glob("train-*")
+    assert main(["train", *options, *train_options]) == 0
+    (second,) = set((tmp_path / "out").glob("train-*")) - {first}
+    sources = f"integrate.sources=[{{path: {first}}},{{path: {second}}}]"
+    assert main(["integrate", "integrate=average", sources, *options]) == 2
+    shown = capsys.readouterr().err
+    assert message in shown
+    assert str(second) in shown
+    assert shown.count("\n") == 1
+    assert not list((tmp_path / "out").glob("integrate-*/checkpoint"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "data.raw=/nowhere.zip"], "/nowhere.zip"),
+        (["integrate", "integrate.method=evidenc"], "did you mean 'evidence'"),
+        (["integrate", "integrate.sources=[{path: /nowhere}]"], "/nowhere"),
+        (["integrate", "integrate.sources=[{sed: 1}]"], "sed"),
+        (["train", "data.split.fractions=[1.0,0.0,0.0]"], "valid"),
+        (["train", "data.part=7", "data.partition.parts=2"], "data.part=7"),
+        (["report", "name=never_run"], "never_run"),
+        (["bench", "select=import_second"], "import_seconds"),
+        (["finetune"], "finetune.epochs=0"),
+        (["finetune", "integrate=output_ensemble", "finetune=one_epoch"], "no single model"),
+        (["train", "runtime.device=cuda"], "no CUDA device"),
+    ],
+)
+def test_mistakes_are_one_line(options, capsys, arguments, message):
+    if "runtime.device=cuda" in arguments:
+        import torch
+
+        if torch.cuda.is_available():
+            pytest.skip("this machine has CUDA")
+    assert main([arguments[0], *options, *arguments[1:]]) == 2
+    shown = capsys.readouterr()
+    assert message in shown.err
+    assert shown.err.count("\n") == 1
+    assert "Traceback" not in shown.err
+
+
+@pytest.mark.parametrize("key", ["out", "encoded"])
+def test_unwritable_folder_is_one_line(options, tmp_path, capsys, key):
+    blocked = tmp_path / "file"
+    blocked.write_text("not a folder")
+    assert main(["train", *options, f"runtime.{key}={blocked}/inside"]) == 2
+    shown = capsys.readouterr().err
+    assert str(blocked) in shown
+    assert shown.count("\n") == 1
+
+
+def test_full_disk_leaves_nothing_half_written(options, tmp_path, capsys, monkeypatch):
+    import errno
+
+    from cki_rec.engine import checkpoint
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(checkpoint.dcp, "save", full)
+    assert main(["train", *options]) == 2
+    assert "No space left on device" in capsys.readouterr().err
+    assert not list((tmp_path / "out").rglob("*.tmp-*"))
+    assert not list((tmp_path / "out").glob("*/record.json"))
+    monkeypatch.undo()
+    assert main(["train", *options]) == 0
+
+
+def test_joblib_launcher_gives_the_same_records(options, tmp_path):
+    sweep = ["evaluate", "-m", "suite=shards", "integrate=average,evidence"]
+    for name, launcher in (("basic", []), ("joblib", ["hydra/launcher=joblib"])):
+        more = ["hydra.launcher.n_jobs=2"] if launcher else []
+        out = f"runtime.out={tmp_path / name / 'out'}"
+        subprocess.run(
+            [sys.executable, "-m", "cki_rec", *sweep, *options, out, *launcher, *more], check=True
+        )
+    one, two = records(tmp_path / "basic"), records(tmp_path / "joblib")
+    assert one.keys() == two.keys()
+    assert len(one) == 6
+    for run_id, record in one.items():
+        assert record["fingerprint"] == two[run_id]["fingerprint"]
+
+
+def test_sources_of_one_model(options, tmp_path):
+    assert main(["evaluate", "integrate=average", "integrate.sources=[{seed: 1}]", *options]) == 0
+    (record,) = records(tmp_path, "evaluate").values()
+    assert record["result"]["shares"]["bias"] == [1.0]

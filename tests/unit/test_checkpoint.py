@@ -1,0 +1,264 @@
+"""A model at rest: whole or absent, bit for bit, and every damage named."""
+
+import dataclasses
+import errno
+import json
+import shutil
+
+import pytest
+import torch
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.nn.functional import binary_cross_entropy_with_logits
+
+from cki_rec.config import Model, UserError
+from cki_rec.data.schema import Feature
+from cki_rec.engine import checkpoint
+from cki_rec.engine.embeddings import load_params, table_of
+
+MODEL = Model(
+    name="deepfm", embedding_dim=8, hidden=[6], dropout=0.0, init_std=0.1, histories=True
+)
+
+
+@pytest.fixture
+def trained(sharded, make_batch):
+    model = sharded(learning_rate=0.1)
+    dense = torch.optim.Adam(model.dense_parameters(), lr=0.01)
+    for step in range(3):
+        batch = make_batch(16, seed=step)
+        dense.zero_grad()
+        binary_cross_entropy_with_logits(model.module(batch), batch.label).backward()
+        dense.step()
+    return model
+
+
+@pytest.fixture
+def tensors(trained, schema):
+    counts = {name: torch.arange(size) * 10**10 for name, size in schema.table_sizes.items()}
+    return {
+        "model": trained.module.state_dict(),
+        "accumulator": trained.accumulators(),
+        "counts": counts,
+    }
+
+
+@pytest.fixture
+def saved(tmp_path, tensors, schema):
+    folder = tmp_path / "run" / "checkpoint"
+    checkpoint.save(folder, tensors, MODEL, schema, "data hash")
+    return folder
+
+
+def plain(value):
+    return value.local_tensor() if hasattr(value, "local_shards") else value
+
+
+def test_everything_comes_back_bit_for_bit(saved, tensors, schema):
+    loaded = checkpoint.load(saved)
+    assert (loaded.model, loaded.schema, loaded.data_hash) == (MODEL, schema, "data hash")
+    for group, found in (
+        ("model", loaded.params),
+        ("accumulator", loaded.accumulators),
+        ("counts", loaded.counts),
+    ):
+        assert set(found) == set(tensors[group])
+        for name, tensor in found.items():
+            assert type(tensor) is torch.Tensor
+            assert tensor.dtype == plain(tensors[group][name]).dtype
+            assert torch.equal(tensor, plain(tensors[group][name])), name
+    assert all(tensor.any() for name, tensor in loaded.accumulators.items())
+    assert set(loaded.accumulators) == {name for name in loaded.params if table_of(name)}
+
+
+def test_a_new_model_gives_the_same_logits(saved, trained, sharded, make_batch):
+    loaded = checkpoint.load(saved)
+    other = sharded(seed=99, learning_rate=0.1)
+    batch = make_batch(20, seed=7)
+    assert not torch.equal(other.module(batch), trained.module(batch))
+    load_params(other, loaded.params, loaded.accumulators)
+    for training in (True, False):
+        other.module.train(training)
+        trained.module.train(training)
+        assert torch.equal(other.module(batch), trained.module(batch))
+
+
+def test_training_goes_on_bit_for_bit(saved, trained, sharded, make_batch):
+    loaded = checkpoint.load(saved)
+    restored = sharded(seed=99, learning_rate=0.1)
+    load_params(restored, loaded.params, loaded.accumulators)
+    batch = make_batch(20, seed=7)
+    states = []
+    for model in (trained, restored):
+        binary_cross_entropy_with_logits(model.module(batch), batch.label).backward()
+        states.append({k: plain(v).clone() for k, v in model.module.state_dict().items()})
+    for name in trained.tables:
+        assert torch.equal(states[0][name], states[1][name])
+        assert not torch.equal(states[0][name], loaded.params[name])
+
+
+def test_plain_tensors_are_written_too(saved, tmp_path, schema):
+    loaded = checkpoint.load(saved)
+    groups = {"model": loaded.params, "accumulator": loaded.accumulators, "counts": {}}
+    checkpoint.save(tmp_path / "other", groups, MODEL, schema, "h")
+    again = checkpoint.load(tmp_path / "other")
+    assert again.counts == {}
+    assert all(torch.equal(again.params[name], t) for name, t in loaded.params.items())
+
+
+def test_saving_again_replaces_the_whole_checkpoint(saved, tensors, schema):
+    (saved / "leftover").touch()
+    tensors["model"]["bias"].data.fill_(3.0)
+    checkpoint.save(saved, tensors, MODEL, schema, "other hash")
+    loaded = checkpoint.load(saved)
+    assert loaded.params["bias"].item() == 3.0
+    assert loaded.data_hash == "other hash"
+    assert not (saved / "leftover").exists()
+    assert [path.name for path in saved.parent.iterdir()] == ["checkpoint"]
+
+
+def error_of(folder) -> str:
+    with pytest.raises(UserError) as caught:
+        checkpoint.load(folder)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert str(folder) in message
+    return message
+
+
+def test_nothing_there(tmp_path):
+    assert "no checkpoint here (checkpoint.json is missing)" in error_of(tmp_path / "absent")
+    (tmp_path / "file").touch()
+    assert "no checkpoint here" in error_of(tmp_path / "file")
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "null", "{}", '{"format": 1, "model": {}}', '"text"']
+)
+def test_broken_description(saved, text):
+    (saved / "checkpoint.json").write_text(text)
+    assert "checkpoint.json: damaged checkpoint" in error_of(saved)
+
+
+@pytest.mark.parametrize("key", ["format", "model", "schema", "data_hash"])
+def test_a_description_without_a_key(saved, key):
+    path = saved / "checkpoint.json"
+    description = json.loads(path.read_text())
+    del description[key]
+    path.write_text(json.dumps(description))
+    assert "checkpoint.json: damaged checkpoint" in error_of(saved)
+
+
+def test_another_format(saved):
+    path = saved / "checkpoint.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "format": 2}))
+    assert "checkpoint.json: format 2, this release reads 1" in error_of(saved)
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+@pytest.mark.parametrize("pattern", ["*.distcp", ".metadata"])
+@pytest.mark.parametrize(
+    "harm", [truncate, lambda path: path.unlink(), lambda path: path.write_bytes(b"")]
+)
+def test_damaged_tensor_files(saved, pattern, harm):
+    (path,) = (saved / "tensors").glob(pattern)
+    harm(path)
+    assert "damaged checkpoint" in error_of(saved)
+
+
+def test_absent_tensors(saved):
+    shutil.rmtree(saved / "tensors")
+    assert "damaged checkpoint" in error_of(saved)
+
+
+def full_disk():
+    return OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize("wrap", [True, False])
+def test_a_failing_save_leaves_the_old_checkpoint_and_nothing_else(
+    saved, tensors, schema, monkeypatch, wrap
+):
+    before = checkpoint.load(saved)
+
+    def fail(state, checkpoint_id, **options):
+        checkpoint_id.mkdir(parents=True)
+        (checkpoint_id / "half").write_bytes(b"half")
+        raise CheckpointException("write", {0: (full_disk(), None)}) if wrap else full_disk()
+
+    monkeypatch.setattr(checkpoint.dcp, "save", fail)
+    tensors["model"]["bias"].data.fill_(3.0)
+    with pytest.raises(OSError, match="No space left") as caught:
+        checkpoint.save(saved, tensors, MODEL, schema, "h")
+    assert caught.value.errno == errno.ENOSPC
+    assert [path.name for path in saved.parent.iterdir()] == ["checkpoint"]
+    assert torch.equal(checkpoint.load(saved).params["bias"], before.params["bias"])
+
+
+def test_an_unknown_failure_to_write_is_an_ordinary_exception(saved, tensors, schema, monkeypatch):
+    def fail(*arguments, **options):
+        raise CheckpointException("write", {0: (RuntimeError("odd"), None)})
+
+    monkeypatch.setattr(checkpoint.dcp, "save", fail)
+    with pytest.raises(OSError, match="odd"):
+        checkpoint.save(saved, tensors, MODEL, schema, "h")
+
+
+def test_equal_checkpoints_are_compatible(saved):
+    loaded = checkpoint.load(saved)
+    checkpoint.check_compatible([loaded], ["a"])
+    checkpoint.check_compatible([loaded, checkpoint.load(saved), loaded], ["a", "b", "c"])
+
+
+def with_schema(loaded, **changes):
+    return dataclasses.replace(loaded, schema=dataclasses.replace(loaded.schema, **changes))
+
+
+def another_size(loaded):
+    params = {**loaded.params, "mlp.layers.0.weight": torch.zeros(7, 40)}
+    return dataclasses.replace(loaded, params=params)
+
+
+def another_name(loaded):
+    return dataclasses.replace(loaded, model=dataclasses.replace(loaded.model, name="dcn"))
+
+
+def one_field_more(loaded):
+    more = (*loaded.schema.features, Feature("year", "year", "categorical"))
+    return with_schema(loaded, features=more)
+
+
+def another_vocabulary(loaded):
+    hashes = {**loaded.schema.vocabulary_hashes, "genres": "new"}
+    return with_schema(loaded, vocabulary_hashes=hashes)
+
+
+def one_tensor_more(loaded):
+    return dataclasses.replace(loaded, params={**loaded.params, "extra": torch.zeros(1)})
+
+
+@pytest.mark.parametrize(
+    ("change", "part"),
+    [
+        (another_size, "tensor mlp.layers.0.weight is (7, 40) against (6, 40)"),
+        (another_name, "model dcn against deepfm"),
+        (one_field_more, "fields user, item, genres, history, hour, year against user, item, gen"),
+        (another_vocabulary, "table 'genres' has another vocabulary"),
+        (one_tensor_more, "tensor extra is (1,) against None"),
+    ],
+)
+def test_what_does_not_fit_is_named(saved, change, part):
+    loaded = checkpoint.load(saved)
+    with pytest.raises(UserError) as caught:
+        checkpoint.check_compatible([loaded, loaded, change(loaded)], ["a", "b", "c"])
+    message = str(caught.value)
+    assert message.startswith("c does not fit a: ")
+    assert part in message
+
+
+def test_a_missing_tensor_is_named(saved):
+    loaded = checkpoint.load(saved)
+    with pytest.raises(UserError, match=r"tensor extra is None against \(1,\)"):
+        checkpoint.check_compatible([one_tensor_more(loaded), loaded], ["a", "b"])

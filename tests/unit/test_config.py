@@ -1,0 +1,216 @@
+"""Text becomes typed options once; every mistake is one line that names the option."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from omegaconf import OmegaConf
+
+from cki_rec.config import (
+    AT_LEAST,
+    CHOICES,
+    UserError,
+    check,
+    first_comment,
+    nearest,
+    parse,
+    register_resolvers,
+    run_id,
+    section,
+    with_delta,
+)
+
+
+@pytest.fixture(scope="module")
+def tree(compose):
+    return OmegaConf.to_container(compose(), resolve=True)
+
+
+def changed(tree, **values):
+    copy = OmegaConf.create(json.loads(json.dumps(tree)))
+    for key, value in values.items():
+        OmegaConf.update(copy, key, value, force_add=True)
+    return copy
+
+
+def error_of(action, *arguments) -> str:
+    with pytest.raises(UserError) as caught:
+        action(*arguments)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def test_values_arrive_typed(compose):
+    config = parse(compose("model.hidden=[7,5]", "data.part=1", "train.table_l2=1e-4", "seed=9"))
+    assert config.model.hidden == [7, 5]
+    assert (config.data.part, config.train.table_l2, config.seed) == (1, 1e-4, 9)
+    assert config.data.partition.seed == 9
+    assert config.integrate.sources == [{"seed": 9}, {"seed": 1009}]
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "part"),
+    [
+        ("train.epoch", 3, "train.epoch"),
+        ("surprise", 1, "surprise"),
+        ("data.split.bye", 1, "data.split.bye"),
+        ("train.epochs", "many", "train.epochs: Value 'many'"),
+        ("train.learning_rate", "fast", "train.learning_rate: Value 'fast'"),
+        ("model.hidden", "wide", "model.hidden"),
+        ("model.hidden", [8, "x"], "model.hidden[1]: Value 'x'"),
+        ("runtime.force", "perhaps", "runtime.force: Value 'perhaps'"),
+        ("seed", None, "seed"),
+    ],
+)
+def test_unknown_keys_and_wrong_types(tree, key, value, part):
+    assert part in error_of(parse, changed(tree, **{key: value}))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "part"),
+    [
+        ("integrate.splice", "sofd", "integrate.splice=sofd: did you mean 'soft'? one of soft, h"),
+        ("data.split.by", "tim", "data.split.by=tim: did you mean 'time'?"),
+        ("runtime.device", "tpu", "one of auto, cpu, cuda"),
+        ("integrate.gate.kind", "diag", "did you mean 'diagonal'?"),
+        ("model.embedding_dim", 10, "model.embedding_dim=10: the lookup kernels need a multiple"),
+        ("model.dropout", 1.0, "model.dropout=1.0: must be in [0, 1)"),
+        ("model.dropout", -0.1, "must be in [0, 1)"),
+        ("evaluate.confidence", 1.0, "evaluate.confidence=1.0: must be in (0, 1)"),
+        ("evaluate.confidence", 0.0, "must be in (0, 1)"),
+        ("data.part", 2, "data.part=2: data.partition has parts 0 to 1"),
+        ("data.part", -1, "data.part=-1: data.partition has parts 0 to 1"),
+        ("integrate.sources", [], "integrate.sources is empty"),
+    ],
+)
+def test_impossible_values(tree, key, value, part):
+    assert part in error_of(parse, changed(tree, **{key: value}))
+
+
+@pytest.mark.parametrize("key", sorted(CHOICES))
+def test_every_word_is_checked(tree, key):
+    message = error_of(parse, changed(tree, **{key: "nonsense"}))
+    assert message.startswith(f"{key}=nonsense: ")
+    assert ", ".join(CHOICES[key]) in message
+
+
+@pytest.mark.parametrize("key", sorted(AT_LEAST))
+def test_every_lower_bound_is_checked(tree, key):
+    message = error_of(parse, changed(tree, **{key: AT_LEAST[key] - 1}))
+    assert message == f"{key}={AT_LEAST[key] - 1}: must be at least {AT_LEAST[key]}"
+    parse(changed(tree, **{key: AT_LEAST[key]}))
+
+
+def test_part_without_partition(tree):
+    tree = changed(tree, **{"data.part": 0, "data.partition.by": "none"})
+    assert "data.part=0: needs data.partition.by=user" in error_of(parse, tree)
+
+
+@pytest.mark.parametrize("kind", ["identity", "none"])
+def test_gate_with_nothing_to_learn(tree, kind):
+    tree = changed(tree, **{"integrate.gate.kind": kind, "integrate.gate.train": "frozen"})
+    assert f"a gate of kind {kind} has nothing to learn" in error_of(parse, tree)
+
+
+def test_nearest():
+    assert nearest("sofd", ["soft", "hard"]) == "did you mean 'soft'? "
+    assert nearest("xyz", ["soft", "hard"]) == ""
+
+
+def test_delta_replaces_dotted_keys_and_leaves_the_original(tree):
+    config = parse(OmegaConf.create(tree))
+    before = section(config)
+    other = with_delta(config, {"seed": 7, "data.part": 1, "model.hidden": [4]})
+    assert (other.seed, other.data.part, other.model.hidden) == (7, 1, [4])
+    assert section(config) == before
+    undone = with_delta(other, {"seed": 1, "data.part": None, "model.hidden": [200, 80]})
+    assert section(undone) == before
+
+
+@pytest.mark.parametrize(
+    ("delta", "part"),
+    [
+        ({"model.hiden": [4]}, "integrate.sources, model.hiden: "),
+        ({"sede": 4}, "integrate.sources, sede: "),
+        ({"seed": "four"}, "integrate.sources, seed: Value 'four'"),
+        ({"data.part": 5}, "data.part=5"),
+        ({"runtime.device": "tpu"}, "runtime.device=tpu"),
+    ],
+)
+def test_wrong_delta(tree, delta, part):
+    assert part in error_of(with_delta, parse(OmegaConf.create(tree)), delta)
+
+
+def test_run_id_depends_on_content_alone():
+    reads = {"model": {"hidden": [2, 3], "name": "a"}, "seed": 1}
+    turned = {"seed": 1, "model": {"name": "a", "hidden": [2, 3]}}
+    first = run_id("train", reads)
+    assert first.startswith("train-")
+    assert len(first) == len("train-") + 16
+    assert run_id("train", turned) == first
+    assert run_id("finetune", reads).split("-")[1] == first.split("-")[1]
+    different = [
+        {**reads, "seed": 2},
+        {**reads, "model": {"hidden": [3, 2], "name": "a"}},
+        {**reads, "model": {"hidden": [2, 3], "name": "b"}},
+        {**reads, "more": None},
+        {"seed": 1},
+    ]
+    ids = [run_id("train", other) for other in different]
+    assert len({first, *ids}) == 1 + len(different)
+
+
+def test_run_id_is_equal_in_another_process():
+    code = "from cki_rec.config import run_id; print(run_id('train', {'b': [1.5, None], 'a': 2}))"
+    ids = {
+        subprocess.run(
+            [sys.executable, "-c", code],
+            env={"PYTHONHASHSEED": seed},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.strip()
+        for seed in ("1", "2")
+    }
+    assert ids == {run_id("train", {"a": 2, "b": [1.5, None]})}
+
+
+def test_runtime_never_enters_a_run_id(run_config, tmp_path):
+    from cki_rec.pipelines import train
+
+    first = run_config(tmp_path / "a", "train.epochs=1")
+    second = run_config(tmp_path / "b", "train.epochs=1", "runtime.threads=2", "name=other")
+    runs = [train.ensure(config) for config in (first, second)]
+    assert runs[0].path.name == runs[1].path.name
+    assert runs[0].path.parent != runs[1].path.parent
+    assert runs[0].record["fingerprint"] == runs[1].record["fingerprint"]
+    third = train.ensure(with_delta(first, {"train.table_l2": 1e-6}))
+    assert third.path.name != runs[0].path.name
+
+
+def test_version_enters_a_run_id(monkeypatch):
+    before = run_id("train", {"seed": 1})
+    monkeypatch.setattr("cki_rec.config.__version__", "99")
+    assert run_id("train", {"seed": 1}) != before
+
+
+def test_resolvers():
+    from cki_rec import project_root
+
+    register_resolvers()
+    register_resolvers()
+    tree = OmegaConf.create({"n": 3, "sum": "${add:${n},1000}", "path": "${project:data/x.zip}"})
+    assert tree.sum == 1003
+    assert tree.path == str(project_root() / "data" / "x.zip")
+
+
+def test_first_comment():
+    assert first_comment("integrate", "average") == "Plain average of all parameters."
+    assert first_comment("suite", "seeds").startswith("Independent seeds")
+    assert first_comment("suite", "not_there") == ""
+
+
+def test_check_passes_what_conf_holds(tree):
+    check(parse(OmegaConf.create(tree)))

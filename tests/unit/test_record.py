@@ -1,0 +1,231 @@
+"""Run directories: alone while written, finished by the record, never half there."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from cki_rec.engine import record
+from cki_rec.engine.record import (
+    Run,
+    add_to_sweep,
+    open_run,
+    save_arrays,
+    start_sweep,
+    sweep_runs,
+    write_atomically,
+)
+
+ARGUMENTS = ({"seed": 1}, {"name": "d"}, {"auc": 0.75, "none": None})
+
+
+def finished(out: Path, run_id: str, result=0.5) -> Run:
+    with open_run(out, run_id) as run:
+        run.finish({}, {}, {"auc": result})
+    return run
+
+
+def test_a_new_run_is_an_empty_folder(tmp_path):
+    with open_run(tmp_path / "deep" / "out", "train-1") as run:
+        assert run.path == tmp_path / "deep" / "out" / "train-1"
+        assert list(run.path.iterdir()) == []
+        assert run.record is None
+        assert run.checkpoint.parent == run.path
+
+
+def test_what_a_killed_run_left_is_removed(tmp_path):
+    left = tmp_path / "train-1" / "checkpoint.tmp-7"
+    left.mkdir(parents=True)
+    (left / "tensors").write_text("half")
+    with open_run(tmp_path, "train-1") as run:
+        assert list(run.path.iterdir()) == []
+
+
+def test_a_failing_run_stays_unfinished(tmp_path):
+    def fail():
+        with open_run(tmp_path, "train-1") as run:
+            (run.path / "x").touch()
+            raise RuntimeError("no")
+
+    with pytest.raises(RuntimeError):
+        fail()
+    assert Run(tmp_path / "train-1").record is None
+    with open_run(tmp_path, "train-1") as run:  # the lock is free, the leftovers go
+        assert list(run.path.iterdir()) == []
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_a_finished_run_stays_unless_forced(tmp_path, force):
+    first = finished(tmp_path, "train-1")
+    (first.path / "kept").write_text("x")
+    with open_run(tmp_path, "train-1", force) as run:
+        assert (run.path / "kept").exists() == (not force)
+        assert (run.record is None) == force
+
+
+def test_record_holds_what_was_found(tmp_path, monkeypatch):
+    monkeypatch.setenv(record.COMMAND_VARIABLE, "cki-rec train")
+    with open_run(tmp_path, "train-1") as run:
+        with run.phase("train"):
+            time.sleep(0.02)
+        with run.phase("train"):
+            time.sleep(0.02)
+        run.finish(*ARGUMENTS)
+    saved = run.record
+    assert saved["run_id"] == "train-1"
+    assert [saved[key] for key in ("config", "data", "result")] == list(ARGUMENTS)
+    where = saved["provenance"]
+    assert where["command"] == "cki-rec train"
+    assert where["seconds"]["train"] >= 0.04
+    assert set(where["versions"]) >= {"python", "torch", "torchrec", "cki-rec"}
+    assert where["peak_memory_mb"] > 1
+    assert sorted(path.name for path in run.path.iterdir()) == ["record.json"]
+
+
+def fingerprint(folder: Path, config, data, result) -> str:
+    run = Run(folder)
+    folder.mkdir(parents=True)
+    run.finish(config, data, result)
+    return run.record["fingerprint"]
+
+
+def test_fingerprint_covers_config_data_and_result_only(tmp_path, monkeypatch):
+    first = fingerprint(tmp_path / "a", *ARGUMENTS)
+    monkeypatch.setattr(record, "provenance", lambda seconds: {"commit": "other"})
+    turned = [dict(reversed(part.items())) for part in ARGUMENTS]
+    assert fingerprint(tmp_path / "b", *turned) == first
+    others = [
+        fingerprint(tmp_path / str(i), *[{**p, "x": 1} if i == j else p for j, p in parts])
+        for i, parts in enumerate([list(enumerate(ARGUMENTS))] * 3)
+    ]
+    assert len({first, *others}) == 4
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_number_that_json_has_not_is_refused_before_writing(tmp_path, value):
+    with open_run(tmp_path, "train-1") as run:
+        with pytest.raises(ValueError, match="JSON"):
+            run.finish({}, {}, {"auc": value})
+        assert list(run.path.iterdir()) == []
+
+
+def test_finish_replaces_at_once(tmp_path, monkeypatch):
+    """Whoever looks while the record is written finds none, never a part of one."""
+    run = Run(tmp_path)
+    seen = []
+    replace = Path.replace
+    monkeypatch.setattr(
+        Path, "replace", lambda s, t: (seen.append((run.record, s.read_bytes())), replace(s, t))
+    )
+    run.finish(*ARGUMENTS)
+    ((before, whole),) = seen
+    assert before is None
+    assert json.loads(whole) == run.record
+
+
+def test_write_leaves_nothing_behind_on_failure(tmp_path, monkeypatch):
+    path = tmp_path / "deep" / "file"
+    write_atomically(path, b"old")
+
+    def fail(self, data):
+        Path.open(self, "wb").close()
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", fail)
+    with pytest.raises(OSError, match="No space"):
+        write_atomically(path, b"new")
+    assert [p.name for p in path.parent.iterdir()] == ["file"]
+    assert path.read_bytes() == b"old"
+
+
+def test_arrays_come_back(tmp_path):
+    arrays = {"a/b": np.arange(3), "c": np.zeros((2, 2))}
+    save_arrays(tmp_path / "x.npz", arrays)
+    with np.load(tmp_path / "x.npz", allow_pickle=False) as loaded:
+        assert {name: loaded[name].tolist() for name in loaded.files} == {
+            name: array.tolist() for name, array in arrays.items()
+        }
+    assert [path.name for path in tmp_path.iterdir()] == ["x.npz"]
+
+
+def test_objects_are_not_pickled(tmp_path):
+    with pytest.raises(ValueError, match="pickle"):
+        save_arrays(tmp_path / "x.npz", {"a": np.array([{}], dtype=object)})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_sweep_lists_each_finished_run_once_in_order(tmp_path):
+    runs = {name: finished(tmp_path, name) for name in ("e-2", "e-1", "e-3")}
+    start_sweep(tmp_path, "n", 5)
+    for name in ("e-2", "e-1", "e-2", "e-3"):
+        add_to_sweep(tmp_path, "n", runs[name])
+    with open_run(tmp_path, "e-4") as unfinished:
+        add_to_sweep(tmp_path, "n", unfinished)
+    add_to_sweep(tmp_path, "n", Run(tmp_path / "e-deleted"))
+    found, num_jobs = sweep_runs(tmp_path, "n")
+    assert [run.path.name for run in found] == ["e-2", "e-1", "e-3"]
+    assert num_jobs == 5
+
+
+def test_a_new_sweep_forgets_the_old_one(tmp_path):
+    run = finished(tmp_path, "e-1")
+    add_to_sweep(tmp_path, "n", run)
+    add_to_sweep(tmp_path, "n", run)
+    found, num_jobs = sweep_runs(tmp_path, "n")  # single runs, no sweep: as many jobs as runs
+    assert (len(found), num_jobs) == (1, 1)
+    start_sweep(tmp_path, "n", 2)
+    assert sweep_runs(tmp_path, "n") == ([], 2)
+    assert sweep_runs(tmp_path, "other") == ([], 0)
+
+
+CHILD = """
+import sys, time
+from pathlib import Path
+from cki_rec.engine.record import open_run
+with open_run(Path(sys.argv[1]), "train-1") as run:
+    Path(sys.argv[2]).touch()
+    time.sleep(0.7)
+    run.finish({}, {}, {"by": "child"})
+"""
+
+
+@pytest.mark.dist
+def test_a_second_process_waits_and_finds_the_run_finished(tmp_path):
+    reached, out = tmp_path / "reached", tmp_path / "out"
+    child = subprocess.Popen([sys.executable, "-c", CHILD, out, reached])
+    while not reached.exists():
+        assert child.poll() is None
+        time.sleep(0.01)
+    with open_run(out, "other-1"):
+        assert child.poll() is None  # another run does not wait
+    with open_run(out, "train-1") as run:
+        assert run.record["result"] == {"by": "child"}
+    assert child.wait(timeout=30) == 0
+
+
+@pytest.mark.dist
+def test_a_killed_process_gives_the_lock_back(tmp_path):
+    reached, out = tmp_path / "reached", tmp_path / "out"
+    code = CHILD.replace("time.sleep(0.7)", "import os, signal; os.kill(os.getpid(), 9)")
+    child = subprocess.Popen([sys.executable, "-c", code, out, reached])
+    assert child.wait(timeout=30) == -9
+    assert reached.exists()
+    with open_run(out, "train-1") as run:
+        assert run.record is None
+
+
+def test_commit_is_null_outside_a_clone(tmp_path, monkeypatch):
+    monkeypatch.setattr(record, "project_root", lambda: tmp_path)
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    assert record._commit() == {"commit": None, "dirty": None}
+    monkeypatch.setenv("PATH", "")
+    assert record._commit() == {"commit": None, "dirty": None}
+
+
+def test_hardware_in_words():
+    assert f"{os.cpu_count()} cores" in record.hardware()
