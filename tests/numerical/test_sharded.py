@@ -1,0 +1,290 @@
+"""Sharded tables against plain torch: the same logits, and the same updates in float64."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch.nn.functional import binary_cross_entropy_with_logits, embedding_bag
+
+from cki_rec.config import Model
+from cki_rec.engine import embeddings
+from cki_rec.engine.embeddings import initial_rows, initialize, load_params, table_of
+from cki_rec.engine.trainer import LookedUp, Schedule, train_step
+from cki_rec.models import build_model
+
+MODEL = Model(
+    name="deepfm", embedding_dim=8, hidden=[6], dropout=0.0, init_std=0.1, histories=True
+)
+TABLES = "sparse.collection.embedding_bags."
+
+
+def plain(value):
+    return value.local_tensor() if hasattr(value, "local_shards") else value
+
+
+def state_of(model):
+    return {k: plain(v).detach().clone() for k, v in model.module.state_dict().items()}
+
+
+def accumulators_of(model):
+    return {k: plain(v).detach().clone() for k, v in model.accumulators().items()}
+
+
+def schedule(table_learning_rate=0.05, table_l2=0.0) -> Schedule:
+    return Schedule(1, 16, 0.01, table_learning_rate, table_l2, 0.1, 2)
+
+
+def step(model, batch, dense=None, table_l2=0.0) -> float:
+    dense = dense or torch.optim.Adam(model.dense_parameters(), lr=0.01)
+    looked_up = LookedUp(model.module)
+    loss = train_step(model, dense, batch, looked_up, schedule(table_l2=table_l2))
+    looked_up.remove()
+    return loss
+
+
+def reference_logit(params, schema, batch):
+    """Return logits and pooled embeddings of DeepFM, float64 and differentiable."""
+    lengths_FB = batch.lengths.view(len(schema.features), -1)
+    bags = batch.values.split(lengths_FB.sum(1).tolist())
+    emb, first = {}, 0
+    for feature, ids, lengths in zip(schema.features, bags, lengths_FB, strict=True):
+        starts = (lengths.cumsum(0) - lengths).long()
+        emb[feature.name] = embedding_bag(ids, params[f"{TABLES}{feature.table}.weight"], starts)
+        weight = params[f"{TABLES}{feature.table}_first_order.weight"]
+        first = first + embedding_bag(ids, weight, starts).mean(1)
+    emb_BFD = torch.stack([emb[n] for n in ("user", "item", "history", "genres", "hour")], dim=1)
+    fm = 0.5 * (emb_BFD.sum(1) ** 2 - (emb_BFD**2).sum(1)).sum(1)
+    x = emb_BFD.flatten(1) @ params["mlp.layers.0.weight"].T + params["mlp.layers.0.bias"]
+    x = x.relu() @ params["mlp.layers.1.weight"].T + params["mlp.layers.1.bias"]
+    return params["bias"] + first + fm + x[:, 0], emb_BFD
+
+
+def test_sharded_and_unsharded_give_the_same_logits(sharded, schema, make_batch):
+    torch.manual_seed(0)
+    network = build_model(schema, MODEL, torch.device("cpu"))
+    model = sharded()
+    load_params(model, network.state_dict())
+    batch = make_batch(40)
+    torch.testing.assert_close(model.module(batch), network(batch), rtol=1e-6, atol=1e-6)
+    expected, _ = reference_logit(
+        {k: v.double() for k, v in network.state_dict().items()}, schema, batch
+    )
+    torch.testing.assert_close(model.module(batch).double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("table_l2", [0.0, 0.3])
+def test_five_steps_equal_a_float64_reference(sharded, schema, make_batch, table_l2):
+    """Row-wise Adagrad: per row the accumulator adds mean g^2, the step is lr g / (sqrt + eps)."""
+    model = sharded(learning_rate=0.05)
+    params = {k: v.double().requires_grad_() for k, v in state_of(model).items()}
+    is_table = {name: table_of(name) is not None for name in params}
+    state = {n: torch.zeros(len(t), dtype=torch.float64) for n, t in params.items() if is_table[n]}
+    dense = torch.optim.Adam(model.dense_parameters(), lr=0.01)
+    own_dense = torch.optim.Adam([t for n, t in params.items() if not is_table[n]], lr=0.01)
+    for number in range(5):
+        batch = make_batch(16, seed=number)
+        loss = step(model, batch, dense, table_l2)
+        own_dense.zero_grad()
+        logit, emb_BFD = reference_logit(params, schema, batch)
+        cross_entropy = binary_cross_entropy_with_logits(logit, batch.label.double())
+        penalty = table_l2 * (emb_BFD**2).sum() / len(batch)
+        (cross_entropy + penalty).backward()
+        assert loss == pytest.approx(cross_entropy.item(), abs=1e-5)
+        own_dense.step()
+        with torch.no_grad():
+            for name, accumulator in state.items():
+                gradient = params[name].grad
+                accumulator += (gradient**2).mean(1)
+                params[name] -= 0.05 * gradient / (accumulator.sqrt()[:, None] + 1e-8)
+                params[name].grad = None
+    found = state_of(model)
+    for name, tensor in params.items():
+        torch.testing.assert_close(found[name].double(), tensor.detach(), rtol=1e-5, atol=1e-5)
+    for name, tensor in accumulators_of(model).items():
+        torch.testing.assert_close(tensor.double(), state[name], rtol=1e-4, atol=1e-7)
+        assert tensor.any()
+
+
+def test_l2_changes_the_tables(sharded, make_batch):
+    states = []
+    for table_l2 in (0.0, 0.3):
+        model = sharded()
+        step(model, make_batch(16), table_l2=table_l2)
+        states.append(state_of(model))
+    assert not torch.equal(*(s[f"{TABLES}user.weight"] for s in states))
+    first = f"{TABLES}user_first_order.weight"
+    assert torch.equal(states[0][first], states[1][first])  # embeddings alone are penalized
+
+
+def test_only_rows_of_the_batch_move(sharded, make_batch):
+    model = sharded()
+    before = state_of(model)
+    batch = make_batch(2)
+    step(model, batch)
+    moved = (state_of(model)[f"{TABLES}user.weight"] != before[f"{TABLES}user.weight"]).any(1)
+    assert set(moved.nonzero()[:, 0].tolist()) == set(batch.values[:2].tolist())
+
+
+def test_first_order_columns_stay_equal(sharded, make_batch):
+    model = sharded()
+    for number in range(3):
+        step(model, make_batch(16, seed=number))
+    weight = state_of(model)[f"{TABLES}item_first_order.weight"]
+    assert weight.any()
+    assert torch.equal(weight, weight[:, :1].expand_as(weight))
+
+
+BLOCK = embeddings.INITIAL_BLOCK
+
+
+@pytest.mark.parametrize(
+    ("start", "stop"),
+    [(0, 1), (0, BLOCK), (5, 9), (BLOCK - 2, BLOCK + 3), (BLOCK, BLOCK + 1), (BLOCK + 7, None)],
+)
+def test_initial_rows_are_equal_for_any_slicing(start, stop):
+    full = initial_rows(3, "t", 0, 2 * BLOCK + 10, 2)
+    stop = stop or len(full)
+    assert torch.equal(initial_rows(3, "t", start, stop, 2), full[start:stop])
+
+
+def test_initial_rows_do_not_depend_on_the_size_of_the_table():
+    assert torch.equal(initial_rows(3, "t", 0, 5, 4), initial_rows(3, "t", 0, 50, 4)[:5])
+
+
+def test_initial_rows_depend_on_seed_and_name_and_are_normal():
+    first = initial_rows(3, "t", 0, 2 * BLOCK, 4)
+    assert not torch.equal(first, initial_rows(4, "t", 0, 2 * BLOCK, 4))
+    assert not torch.equal(first, initial_rows(3, "u", 0, 2 * BLOCK, 4))
+    assert not torch.equal(first[:BLOCK], first[BLOCK:])
+    assert len(first.unique(dim=0)) == len(first)
+    assert abs(first.mean().item()) < 0.03
+    assert abs(first.std().item() - 1) < 0.03
+
+
+def test_initial_parameters(sharded):
+    state = state_of(sharded(seed=5))
+    for name, tensor in state.items():
+        if name.endswith("_first_order.weight") or tensor.ndim == 1:
+            assert not tensor.any(), name
+        elif table_of(name):
+            assert torch.equal(tensor, initial_rows(5, name, 0, len(tensor), 8) * 0.1)
+        else:
+            bound = (6 / sum(tensor.shape)) ** 0.5
+            assert 0.8 * bound < tensor.abs().max() <= bound
+    again, other = state_of(sharded(seed=5)), state_of(sharded(seed=6))
+    assert all(torch.equal(again[name], tensor) for name, tensor in state.items())
+    assert not torch.equal(other[f"{TABLES}user.weight"], state[f"{TABLES}user.weight"])
+    assert not torch.equal(other["mlp.layers.0.weight"], state["mlp.layers.0.weight"])
+
+
+def test_initialize_undoes_training(sharded, make_batch):
+    model = sharded(seed=5)
+    before = state_of(model)
+    step(model, make_batch(16))
+    initialize(model, 5, 0.1)
+    assert all(torch.equal(state_of(model)[name], tensor) for name, tensor in before.items())
+
+
+@pytest.mark.parametrize("through", [0.5, 0.0])
+def test_learning_rate_takes_effect_at_the_next_step(sharded, make_batch, through):
+    changed, constant = sharded(learning_rate=through), sharded(learning_rate=0.05)
+    changed.set_table_learning_rate(0.05)
+    for model in (changed, constant):
+        step(model, make_batch(16))
+    assert torch.equal(
+        state_of(changed)[f"{TABLES}item.weight"], state_of(constant)[f"{TABLES}item.weight"]
+    )
+
+
+def test_setting_the_learning_rate_moves_nothing(sharded, make_batch):
+    model = sharded()
+    step(model, make_batch(16))
+    before, accumulators = state_of(model), accumulators_of(model)
+    model.set_table_learning_rate(10.0)
+    assert all(torch.equal(state_of(model)[name], tensor) for name, tensor in before.items())
+    assert all(torch.equal(accumulators_of(model)[n], t) for n, t in accumulators.items())
+
+
+def test_every_table_is_trained_by_the_fused_optimizer_and_by_no_other(sharded, make_batch):
+    model = sharded()
+    names = {name for name in state_of(model) if ".embedding_bags." in name}
+    assert len(names) == 8
+    assert model.tables == names == set(model.accumulators())
+    sizes = {name: len(tensor) for name, tensor in accumulators_of(model).items()}
+    assert sizes == {
+        name: len(tensor) for name, tensor in state_of(model).items() if name in names
+    }
+    dense = {id(p) for p in model.dense_parameters()}
+    found = {name for name, p in model.module.named_parameters() if id(p) in dense}
+    assert found == set(state_of(model)) - names
+    model.set_table_learning_rate(0.0)
+    before = state_of(model)
+    for number in range(2):
+        step(model, make_batch(16, seed=number))
+    for name, tensor in state_of(model).items():
+        assert torch.equal(tensor, before[name]) == (name in names), name
+
+
+def test_table_of():
+    assert table_of("sparse.collection.embedding_bags.user.weight") == "user"
+    assert table_of("sparse.collection.embedding_bags.user_first_order.weight") == "user"
+    assert table_of("mlp.layers.0.weight") is None
+
+
+def test_loading_without_accumulators_keeps_them(sharded, make_batch):
+    model = sharded()
+    step(model, make_batch(16))
+    before = accumulators_of(model)
+    load_params(model, state_of(sharded(seed=8)))
+    assert all(torch.equal(accumulators_of(model)[name], t) for name, t in before.items())
+    zeros = {name: torch.zeros_like(tensor) for name, tensor in before.items()}
+    load_params(model, {}, zeros)
+    assert not any(tensor.any() for tensor in accumulators_of(model).values())
+
+
+ALONE = """
+import json, os
+from pathlib import Path
+import torch
+from cki_rec.config import Runtime
+from cki_rec.engine import distributed
+
+def listening():
+    own = set()
+    for link in Path("/proc/self/fd").iterdir():
+        try:
+            target = os.readlink(link)
+        except OSError:
+            continue
+        if target.startswith("socket:["):
+            own.add(target[8:-1])
+    rows = [line.split() for name in ("tcp", "tcp6") if Path(f"/proc/self/net/{name}").exists()
+            for line in Path(f"/proc/self/net/{name}").read_text().splitlines()[1:]]
+    return [row[1] for row in rows if row[3] == "0A" and row[9] in own]
+
+runtime = Runtime(out="", reports="", encoded="", device="cpu", threads=1, force=False)
+device = distributed.start(runtime)
+assert distributed.start(runtime) == device
+total = torch.ones(3)
+torch.distributed.all_reduce(total)
+print(json.dumps({"listening": listening(), "sum": total.sum().item(), "device": device.type,
+                  "threads": torch.get_num_threads(), "world": torch.distributed.get_world_size()}))
+"""
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize(
+    "environment",
+    [{}, {"MASTER_ADDR": "256.0.0.1", "MASTER_PORT": "none", "RANK": "7", "LOCAL_RANK": "x"}],
+)
+def test_one_process_needs_no_port_and_no_environment(environment):
+    done = subprocess.run(
+        [sys.executable, "-c", ALONE], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found == {"listening": [], "sum": 3.0, "device": "cpu", "threads": 1, "world": 1}
