@@ -3,6 +3,8 @@
 from pathlib import Path
 
 __version__ = "0.1.0"
+COMMAND_VARIABLE = "CKI_REC_COMMAND"
+"""The command line as typed, for runs in this process and in those a launcher starts."""
 
 
 def project_root() -> Path:

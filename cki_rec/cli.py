@@ -15,7 +15,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cki_rec import project_root
+from cki_rec import COMMAND_VARIABLE, project_root
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -71,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if {"-h", "--help"} & set(options):
         print(_pipeline_help(pipeline))
         return 0
-    os.environ["CKI_REC_COMMAND"] = shlex.join(["cki-rec", *words])
+    os.environ[COMMAND_VARIABLE] = shlex.join(["cki-rec", *words])
     return _run(pipeline, options)
 
 
@@ -119,11 +119,13 @@ def _compose(overrides: list[str]) -> DictConfig:
             raise UserError(_explain(error, overrides)) from None
 
 
-def _run_job(pipeline: str, composed: DictConfig) -> None:
-    """Parse and run one pipeline."""
+def _run_job(pipeline: str, composed: DictConfig) -> float | None:
+    """Parse and run one pipeline; return its validation AUC if it has one, for searches."""
     from cki_rec.config import parse
 
-    importlib.import_module(f"cki_rec.pipelines.{pipeline}").run(parse(composed))
+    config = parse(composed)
+    value: float | None = importlib.import_module(f"cki_rec.pipelines.{pipeline}").run(config)
+    return value
 
 
 def _sweep(pipeline: str, overrides: list[str]) -> None:
@@ -132,21 +134,18 @@ def _sweep(pipeline: str, overrides: list[str]) -> None:
 
     from cki_rec.config import register_resolvers
 
-    first = [
-        o.split(",")[0] if "=" in o and "[" not in o and "(" not in o else o for o in overrides
-    ]
-    _compose(first)
-    register_resolvers()
+    # the first combination, for a short error before Hydra starts
+    _compose([o if set(o) & set("[({") else o.split(",")[0] for o in overrides])
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors reach main() as they are, and become one line
 
-    def job(composed: DictConfig) -> None:
+    def job(composed: DictConfig) -> float | None:
         from hydra.core.hydra_config import HydraConfig
 
         register_resolvers()
         _start_log()
         state = HydraConfig.get()
         log.info("%s %s", sweep_position(int(state.job.num)), state.job.override_dirname)
-        _run_job(pipeline, composed)
+        return _run_job(pipeline, composed)
 
     arguments, sys.argv = sys.argv, ["cki-rec", "--multirun", *overrides]
     try:
@@ -160,24 +159,32 @@ class SweepProgress:
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
         """Publish the number of jobs and the start time to this and to child processes."""
-        from hydra.core.override_parser.overrides_parser import OverridesParser
-
         from cki_rec.engine.record import start_sweep
 
-        swept = [f"{k}={v}" for k, v in (config.hydra.sweeper.get("params") or {}).items()]
-        overrides = OverridesParser.create().parse_overrides(
-            swept + list(config.hydra.overrides.task)
-        )
-        latest = {override.key_or_group: override for override in overrides}.values()
-        counts = [len(list(o.sweep_string_iterator())) for o in latest if o.is_sweep_override()]
-        os.environ[SWEEP_VARIABLE] = f"{math.prod(counts)} {time.time()}"
-        start_sweep(Path(config.runtime.out), config.name, math.prod(counts))
+        total = num_jobs(config)
+        os.environ[SWEEP_VARIABLE] = f"{total} {time.time()}"
+        if shlex.split(os.environ[COMMAND_VARIABLE])[1] == "evaluate":
+            start_sweep(Path(config.runtime.out), config.name, total)
 
     def __getattr__(self, name: str) -> Any:
         """Accept every other event of Hydra's callback protocol, and do nothing."""
         if name.startswith("on_"):
             return lambda *_, **__: None
         raise AttributeError(name)
+
+
+def num_jobs(config: DictConfig) -> int:
+    """Return how many jobs a sweep has: all combinations, or the trials of a search."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    sweeper = config.hydra.sweeper
+    if "n_trials" in sweeper:
+        return int(sweeper.n_trials)
+    words = [f"{key}={value}" for key, value in (sweeper.get("params") or {}).items()]
+    words += list(config.hydra.overrides.task)
+    overrides = OverridesParser.create().parse_overrides(words)
+    latest = {override.key_or_group: override for override in overrides}.values()
+    return math.prod(len(list(o.sweep_string_iterator())) for o in latest if o.is_sweep_override())
 
 
 def sweep_position(number: int) -> str:

@@ -26,7 +26,7 @@ MODULES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
     for path in sorted((ROOT / "cki_rec").rglob("*.py"))
 }
-ROOT_NAMES = {"__version__", "project_root"}
+ROOT_NAMES = {"__version__", "project_root", "COMMAND_VARIABLE"}
 MAY_IMPORT = {
     "config": set(),
     "environment": set(),

@@ -8,7 +8,16 @@ from typing import Any
 
 import pandas as pd
 
-from .tables import BASELINES, BEST_PARENT, DIFFERENCES, ENSEMBLE, JOINT, difference_column
+from .tables import (
+    BASELINES,
+    BEST_PARENT,
+    DIFFERENCES,
+    DOMAIN,
+    ENSEMBLE,
+    JOINT,
+    difference_column,
+    domain_columns,
+)
 
 METRIC_NAMES = {"auc": "AUC", "log_loss": "LogLoss", "gauc": "gAUC"}
 METHOD_NAMES = {BEST_PARENT: "best parent", ENSEMBLE: "output ensemble", JOINT: "joint"}
@@ -73,6 +82,8 @@ def display_frame(summary: pd.DataFrame) -> pd.DataFrame:
                 column = f"{METRIC_NAMES[metric]} vs {METHOD_NAMES[baseline]}"
                 cells[column] = _difference(row, metric, baseline)
         cells["recovered"] = number(row["recovered_share"], digits=2)
+        for column in domain_columns(summary):
+            cells[f"AUC {column.removeprefix(DOMAIN)}"] = number(row[column])
         cells["pred./clicks"] = number(row["calibration_ratio"], digits=3)
         rows.append(cells)
     frame = pd.DataFrame(rows, dtype=object)

@@ -41,6 +41,10 @@ _WHOLE = (
 _FLAGS = ("finetuned", "synthetic")
 
 
+DOMAIN = "auc_domain_"
+"""Begins the columns of one domain's AUC."""
+
+
 def difference_column(metric: str, baseline: str) -> str:
     """Return the column that holds ``metric`` minus the baseline's."""
     return f"{metric}_minus_{baseline}"
@@ -115,7 +119,7 @@ def summary_frame(
     Returns:
         Columns ``suite, method, finetuned, num_seeds, seeds``, each metric with ``_low`` and
         ``_high``, calibration, each difference with ``_low`` and ``_high``, ``recovered_share``,
-        ``inference_cost``, ``parameters``, ``confidence``.
+        ``inference_cost``, ``parameters``, ``confidence``, and the mean AUC per domain.
 
     Raises:
         ValueError: The runs of a suite were not evaluated on the same data, or the repetitions of
@@ -128,7 +132,12 @@ def summary_frame(
     rows = [_summary_row(group, replicates, confidence) for _, group in groups]
     frame = pd.DataFrame(rows)
     frame["recovered_share"] = _recovered_shares(runs, frame)
-    return _typed(frame[_SUMMARY_COLUMNS])
+    return _typed(frame[[*_SUMMARY_COLUMNS, *domain_columns(runs)]])
+
+
+def domain_columns(frame: pd.DataFrame) -> list[str]:
+    """Return the columns that hold the AUC of one domain each."""
+    return [column for column in frame.columns if column.startswith(DOMAIN)]
 
 
 def recovered_share(auc: float, best_parent: float, joint: float) -> float | None:
@@ -153,7 +162,7 @@ def _run_row(record: Mapping[str, Any], domains: Sequence[str]) -> dict[str, Any
     for name in (*METRICS, "calibration_ratio", "calibration_error"):
         row[name] = test[name]
     for domain in domains:
-        row[f"auc_domain_{domain}"] = test["domains"].get(domain, {}).get("auc")
+        row[f"{DOMAIN}{domain}"] = test["domains"].get(domain, {}).get("auc")
     for baseline in BASELINES:
         of_baseline = (result["difference"] or {}).get(baseline) or {}
         for metric in DIFFERENCES:
@@ -204,7 +213,7 @@ def _summary_row(group: pd.DataFrame, replicates: Replicates, confidence: float)
         interval = mean_interval(values, confidence)
         row[metric], row[f"{metric}_low"] = interval.estimate, interval.low
         row[f"{metric}_high"] = interval.high
-    for name in ("calibration_ratio", "calibration_error"):
+    for name in ("calibration_ratio", "calibration_error", *domain_columns(group)):
         row[name] = group[name].mean(skipna=False)
     for baseline in BASELINES:
         for metric in DIFFERENCES:

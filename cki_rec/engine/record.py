@@ -23,12 +23,10 @@ import numpy as np
 from filelock import FileLock
 from numpy.typing import NDArray
 
-from cki_rec import project_root
+from cki_rec import COMMAND_VARIABLE, project_root
 
 RECORD = "record.json"
 CHECKPOINT = "checkpoint"
-COMMAND_VARIABLE = "CKI_REC_COMMAND"
-"""The command line as typed, for runs in this process and in those a launcher starts."""
 
 
 @dataclass(slots=True)

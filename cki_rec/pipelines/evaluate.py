@@ -35,12 +35,12 @@ REPLICATES = "replicates.npz"
 Logits = dict[str, NDArray[np.float64]]
 
 
-def run(config: Config) -> None:
-    """Evaluate as configured: train, integrate and fine-tune what is missing, then measure."""
+def run(config: Config) -> float | None:
+    """Train, integrate and fine-tune what is missing, then measure; return the validation AUC."""
     label, tuned = config.integrate.label, config.finetune.epochs > 0
     if tuned and not METHODS[config.integrate.method].single:
         log.info("  skipped: %s is no single model that could be fine-tuned", label)
-        return
+        return None
     done = ensure(config, force=config.runtime.force)
     assert done.record is not None
     add_to_sweep(Path(config.runtime.out), config.name, done)
@@ -52,6 +52,8 @@ def run(config: Config) -> None:
         label,
         ", fine-tuned" if tuned else "",
     )
+    valid: float | None = done.record["result"]["valid"]["auc"]
+    return valid
 
 
 def ensure(config: Config, force: bool = False) -> Run:

@@ -21,12 +21,13 @@ from cki_rec.pipelines.scores import restore
 log = logging.getLogger(__name__)
 
 
-def run(config: Config) -> None:
-    """Fine-tune as configured and say where the model is."""
+def run(config: Config) -> float:
+    """Fine-tune as configured and say where the model is; return its validation AUC."""
     if config.finetune.epochs == 0:
         raise UserError("finetune.epochs=0: nothing to do; choose finetune=one_epoch")
     done = ensure(config, force=config.runtime.force)
     log.info("model: %s", done.checkpoint)
+    return train.valid_auc(done)
 
 
 def ensure(config: Config, force: bool = False) -> Run:

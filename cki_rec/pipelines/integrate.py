@@ -30,7 +30,7 @@ from cki_rec.integration.params import Params, Weights
 from cki_rec.integration.splicing import override_weights, source_shares, splice
 from cki_rec.models import build_model, model_schema
 from cki_rec.pipelines import train
-from cki_rec.pipelines.scores import predictions
+from cki_rec.pipelines.scores import EXTERNAL, predictions
 
 log = logging.getLogger(__name__)
 
@@ -303,4 +303,4 @@ def _digest(folder: Path) -> str:
         with path.open("rb") as file:
             while block := file.read(1 << 22):
                 digest.update(block)
-    return f"external-{digest.hexdigest()[:16]}"
+    return f"{EXTERNAL}{digest.hexdigest()[:16]}"

@@ -18,6 +18,8 @@ from cki_rec.engine.record import save_arrays
 from cki_rec.models import build_model
 
 SPLITS = ("valid", "test")
+EXTERNAL = "external-"
+"""Begins the identity of a checkpoint named by path."""
 
 
 def predictions(
@@ -25,9 +27,11 @@ def predictions(
 ) -> dict[str, NDArray[np.float32]]:
     """Return ``valid`` and ``test`` logits of a checkpoint, in the order of the data set's rows.
 
-    They are kept under ``<runtime.out>/logits`` by the model's identity and the data's hash.
+    They are kept in the model's run directory, and go when it is made again; those of external
+    checkpoints under ``<runtime.out>/logits``.
     """
-    path = Path(config.runtime.out) / "logits" / f"{identity}-{dataset.hash[:16]}.npz"
+    home = Path(config.runtime.out) / (f"logits/{identity}" if is_external(identity) else identity)
+    path = home / f"logits-{dataset.hash[:16]}.npz"
     if not path.exists():
         saved = checkpoint.load(folder)
         model = restore(config, saved)
@@ -38,6 +42,11 @@ def predictions(
         save_arrays(path, logits)
     with np.load(path, allow_pickle=False) as arrays:
         return {split: arrays[split] for split in SPLITS}
+
+
+def is_external(identity: str) -> bool:
+    """Return whether a source is a checkpoint that no run of ours made."""
+    return identity.startswith(EXTERNAL)
 
 
 def restore(config: Config, saved: Checkpoint, table_learning_rate: float = 0.0) -> ShardedModel:

@@ -23,10 +23,11 @@ from cki_rec.models import build_model, model_schema
 log = logging.getLogger(__name__)
 
 
-def run(config: Config) -> None:
-    """Train as configured and say where the model is."""
+def run(config: Config) -> float:
+    """Train as configured and say where the model is; return its validation AUC."""
     done = ensure(config, force=config.runtime.force)
     log.info("model: %s", done.checkpoint)
+    return valid_auc(done)
 
 
 def ensure(config: Config, force: bool = False) -> Run:
@@ -42,6 +43,13 @@ def ensure(config: Config, force: bool = False) -> Run:
         if run.record is None:
             _train(config, dataset, run, reads)
     return run
+
+
+def valid_auc(run: Run) -> float:
+    """Return the validation AUC of a finished training."""
+    assert run.record is not None
+    value: float = run.record["result"]["valid_auc"]
+    return value
 
 
 def _train(config: Config, dataset: EncodedDataset, run: Run, reads: dict[str, Any]) -> None:

@@ -17,7 +17,7 @@ from cki_rec.environment import EnvironmentMismatchError
 
 @pytest.fixture(autouse=True)
 def clean(monkeypatch):
-    monkeypatch.setenv("CKI_REC_COMMAND", "")
+    monkeypatch.setenv("CKI_REC_COMMAND", "cki-rec evaluate")
     monkeypatch.setenv(cli.SWEEP_VARIABLE, "0 0")
     monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
     ours = logging.getLogger("cki_rec")
@@ -118,9 +118,9 @@ def test_mistakes_are_one_line(command, tmp_path, monkeypatch, words, part):
 
 def test_sweep_runs_every_job_and_counts_them(command, tmp_path, monkeypatch):
     seen = []
-    monkeypatch.setattr("cki_rec.pipelines.train.run", lambda c: seen.append((c.seed, c.name)))
+    monkeypatch.setattr("cki_rec.pipelines.evaluate.run", lambda c: seen.append((c.seed, c.name)))
     code, _, error = command(
-        "train", "-m", "seed=1,2,3", "model.dropout=0,0.1", "name=n", f"runtime.out={tmp_path}"
+        "evaluate", "-m", "seed=1,2,3", "model.dropout=0,0.1", "name=n", f"runtime.out={tmp_path}"
     )
     assert (code, error) == (0, "")
     assert seen == [(seed, "n") for seed in (1, 2, 3) for _ in range(2)]
@@ -129,13 +129,39 @@ def test_sweep_runs_every_job_and_counts_them(command, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
+    ("words", "seen"),
+    [
+        (["seed=range(1,3)"], [(1, [200, 80]), (2, [200, 80])]),
+        (["seed=choice(4,6)"], [(4, [200, 80]), (6, [200, 80])]),
+        (
+            ["seed=1,2", "model.hidden=[8],[16,4]"],
+            [(s, h) for s in (1, 2) for h in ([8], [16, 4])],
+        ),
+    ],
+)
+def test_sweeps_over_ranges_and_lists(command, tmp_path, monkeypatch, words, seen):
+    found = []
+    run = "cki_rec.pipelines.train.run"
+    monkeypatch.setattr(run, lambda config: found.append((config.seed, config.model.hidden)))
+    assert command("train", "-m", *words, f"runtime.out={tmp_path}")[0] == 0
+    assert found == seen
+
+
+def test_a_sweep_of_training_begins_no_list_of_evaluations(command, tmp_path, monkeypatch):
+    monkeypatch.setattr("cki_rec.pipelines.train.run", lambda config: None)
+    assert command("train", "-m", "seed=1,2", "name=n", f"runtime.out={tmp_path}")[0] == 0
+    assert not (tmp_path / "sweeps" / "n" / "members.jsonl").exists()
+
+
+@pytest.mark.parametrize(
     ("raised", "code", "part"),
     [
         (UserError("the reason"), 2, "cki-rec: the reason"),
         (EnvironmentMismatchError("install it"), 2, "cki-rec: install it"),
         (KeyboardInterrupt(), 130, "interrupted; finished runs are kept"),
-        (OSError(errno.ENOSPC, "No space left on device", "/x"), 2, "No space left on device (/x"),
-        (PermissionError(errno.EACCES, "Permission denied", "/y"), 2, "cannot write: Permission"),
+        (OSError(errno.ENOSPC, "No space left on device", "/x"), 2, "cannot write /x: No space"),
+        (OSError(errno.ENOSPC, "No space left on device"), 2, "cannot write: No space left"),
+        (PermissionError(errno.EACCES, "Permission denied", "/y"), 2, "/y: Permission denied"),
     ],
 )
 def test_errors_of_a_run(command, monkeypatch, raised, code, part):
@@ -204,6 +230,7 @@ def test_sweep_progress_counts_jobs(tmp_path, params, task, jobs):
             "hydra": {"sweeper": {"params": params}, "overrides": {"task": task}},
         }
     )
+    assert cli.num_jobs(config) == jobs
     callback = cli.SweepProgress()
     callback.on_multirun_start(config)
     total, start = os.environ[cli.SWEEP_VARIABLE].split()
@@ -212,6 +239,11 @@ def test_sweep_progress_counts_jobs(tmp_path, params, task, jobs):
     assert callback.on_job_end(config, result=1) is None
     with pytest.raises(AttributeError):
         _ = callback.surprise
+
+
+def test_a_search_has_as_many_jobs_as_trials():
+    config = OmegaConf.create({"hydra": {"sweeper": {"n_trials": 7, "params": {"seed": "1,2"}}}})
+    assert cli.num_jobs(config) == 7
 
 
 @pytest.mark.parametrize(

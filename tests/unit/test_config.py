@@ -180,8 +180,14 @@ def test_run_id_is_equal_in_another_process():
 def test_runtime_never_enters_a_run_id(run_config, tmp_path):
     from cki_rec.pipelines import train
 
-    first = run_config(tmp_path / "a", "train.epochs=1")
-    second = run_config(tmp_path / "b", "train.epochs=1", "runtime.threads=2", "name=other")
+    first = run_config(tmp_path / "a", "train.epochs=1", "data.fields=[user,item]")
+    second = run_config(
+        tmp_path / "b",
+        "train.epochs=1",
+        "data.fields=[user,item]",
+        "runtime.threads=2",
+        "name=other",
+    )
     runs = [train.ensure(config) for config in (first, second)]
     assert runs[0].path.name == runs[1].path.name
     assert runs[0].path.parent != runs[1].path.parent
