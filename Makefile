@@ -17,8 +17,8 @@ setup: ## make .venv and install (ACCELERATOR=auto|cpu|cuda); nothing to do the 
 
 reproduce: reproduce-quickstart ## the main experiment on the embedded real data: table, report
 
-reproduce-%: setup ## the experiment conf/experiment/NAME.yaml, skipping what is done
-	@$(BIN)/cki-rec evaluate -m experiment=$*
+reproduce-%: setup ## the experiment conf/experiment/NAME.yaml (RAW=path of its raw file), skipping what is done
+	@$(BIN)/cki-rec evaluate -m experiment=$* $(if $(RAW),data.raw=$(RAW))
 	@$(BIN)/cki-rec report name=$*
 
 data-%: setup ## encode one data set: make data-movielens_1m RAW=path/to/ml-1m.zip

@@ -49,6 +49,9 @@ UNWRITABLE = (
 )
 """Errors of the operating system that a user mends."""
 
+SHARE_BEFORE_ESTIMATE = 0.05
+"""Of a sweep's jobs: the first ones train all parents and say little about the others."""
+
 log = logging.getLogger(__name__)
 
 
@@ -103,8 +106,12 @@ def _run(pipeline: str, options: list[str]) -> int:
     return 0
 
 
-def _compose(overrides: list[str]) -> DictConfig:
-    """Return the composed tree; a mistake in ``overrides`` is one line with the nearest name."""
+def _compose(overrides: list[str], is_sweep: bool = False) -> DictConfig:
+    """Return the composed tree, of a sweep that of its first job.
+
+    Raises:
+        UserError: A mistake in ``overrides``: one line with the nearest name.
+    """
     from hydra import compose, initialize_config_dir
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
@@ -114,7 +121,8 @@ def _compose(overrides: list[str]) -> DictConfig:
     register_resolvers()
     with initialize_config_dir(str(CONF), version_base="1.3"):
         try:
-            return compose("config", overrides)
+            first = _check_choices(overrides)
+            return compose("config", first if is_sweep else overrides)
         except (HydraException, OmegaConfBaseException) as error:
             raise UserError(_explain(error, overrides)) from None
 
@@ -131,11 +139,11 @@ def _run_job(pipeline: str, composed: DictConfig) -> float | None:
 def _sweep(pipeline: str, overrides: list[str]) -> None:
     """Run a Hydra multirun: sweeper and launcher are Hydra's, as configured."""
     import hydra
+    from hydra.errors import HydraException
 
-    from cki_rec.config import register_resolvers
+    from cki_rec.config import UserError, register_resolvers
 
-    # the first combination, for a short error before Hydra starts
-    _compose([o if set(o) & set("[({") else o.split(",")[0] for o in overrides])
+    _compose(overrides, is_sweep=True)  # for a short error before Hydra starts
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors reach main() as they are, and become one line
 
     def job(composed: DictConfig) -> float | None:
@@ -145,11 +153,17 @@ def _sweep(pipeline: str, overrides: list[str]) -> None:
         _start_log()
         state = HydraConfig.get()
         log.info("%s %s", sweep_position(int(state.job.num)), state.job.override_dirname)
-        return _run_job(pipeline, composed)
+        try:
+            return _run_job(pipeline, composed)
+        except UserError as error:
+            log.info("  failed: %s", error)  # now; Hydra goes on and reports it at the end
+            raise
 
     arguments, sys.argv = sys.argv, ["cki-rec", "--multirun", *overrides]
     try:
         hydra.main(config_path=str(CONF), config_name="config", version_base="1.3")(job)()
+    except HydraException as error:
+        raise UserError(" ".join(str(error).split())) from None
     finally:
         sys.argv = arguments
 
@@ -192,7 +206,7 @@ def sweep_position(number: int) -> str:
     total, start = (float(word) for word in os.environ.get(SWEEP_VARIABLE, "0 0").split())
     elapsed = time.time() - start
     position = f"{number + 1}/{total:.0f}"
-    if number == 0 or not total:
+    if number < SHARE_BEFORE_ESTIMATE * total or not number:
         return f"[{position}]"
     left = elapsed / number * (total - number)
     clock = f"{left // 60:.0f} min {left % 60:.0f} s" if left >= 60 else f"{left:.0f} s"
@@ -209,20 +223,43 @@ def _start_log() -> None:
     ours.propagate = False
 
 
+def _check_choices(overrides: list[str]) -> list[str]:
+    """Return ``overrides`` with the first value of each swept one.
+
+    Raises:
+        UserError: A choice that its group does not have.
+    """
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    from cki_rec.config import UserError
+
+    groups, first = _groups(), []
+    for override in OverridesParser.create().parse_overrides(overrides):
+        assert override.input_line is not None
+        if override.is_interval_sweep():
+            continue  # a search draws its values
+        values = [override.get_value_element_as_str()]
+        if override.is_sweep_override():
+            values = list(override.sweep_string_iterator())
+            first.append(f"{override.key_or_group}={values[0]}")
+        else:
+            first.append(override.input_line)
+        for choice in values if override.key_or_group in groups else []:
+            choices = groups[override.key_or_group]
+            if choice not in (*choices, "null") and not override.is_delete():
+                close = get_close_matches(choice, choices, n=1)
+                hint = f"did you mean '{close[0]}'? " if close else ""
+                known = ", ".join(choices)
+                raise UserError(f"{override.key_or_group}={choice}: {hint}one of {known}")
+    return first
+
+
 def _explain(error: Exception, overrides: list[str]) -> str:
     """Return one line for an error of composition: what is wrong, and the nearest name."""
     from hydra import compose
-    from hydra.errors import MissingConfigException
     from omegaconf import OmegaConf
 
-    groups = _groups()
-    if isinstance(error, MissingConfigException) and error.missing_cfg_file:
-        group, _, choice = error.missing_cfg_file.rpartition("/")
-        if group in groups:
-            close = get_close_matches(choice, groups[group], n=1)
-            hint = f"did you mean '{close[0]}'? " if close else ""
-            return f"{group}={choice}: {hint}one of {', '.join(groups[group])}"
-    known: set[str] = set(groups)
+    known: set[str] = set(_groups())
     pending: list[tuple[str, Any]] = [("", OmegaConf.to_container(compose("config")))]
     while pending:
         prefix, node = pending.pop()

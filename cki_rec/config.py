@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from difflib import get_close_matches
@@ -227,6 +228,8 @@ CHOICES = {
 
 AT_LEAST = {
     "seed": 0,
+    "data.split.seed": 0,
+    "data.partition.seed": 0,
     "data.history_length": 0,
     "data.min_count": 1,
     "data.partition.parts": 1,
@@ -234,6 +237,15 @@ AT_LEAST = {
     "train.epochs": 1,
     "train.batch_size": 1,
     "train.patience": 1,
+    "train.learning_rate": 0,
+    "train.table_learning_rate": 0,
+    "train.table_l2": 0,
+    "train.plateau_factor": 0,
+    "model.init_std": 0,
+    "integrate.gate.learning_rate": 0,
+    "finetune.learning_rate": 0,
+    "finetune.table_learning_rate": 0,
+    "evaluate.seed": 0,
     "integrate.bins": 2,
     "integrate.gate.epochs": 1,
     "finetune.epochs": 0,
@@ -266,8 +278,7 @@ def parse(composed: DictConfig) -> Config:
         UserError: An unknown key, a wrong type or an impossible combination, by dotted path.
     """
     try:
-        plain = OmegaConf.to_container(composed, resolve=True)
-        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), plain))
+        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), composed))
     except OmegaConfBaseException as error:
         raise UserError(f"{error.full_key or 'configuration'}: {_first_line(error)}") from None
     assert isinstance(config, Config)
@@ -287,8 +298,10 @@ def check(config: Config) -> None:
             raise UserError(f"{key}={value}: {nearest(value, choices)}one of {', '.join(choices)}")
     for key, smallest in AT_LEAST.items():
         value = attrgetter(key)(config)
-        if value < smallest:
-            raise UserError(f"{key}={value}: must be at least {smallest}")
+        if not smallest <= value < math.inf:
+            raise UserError(f"{key}={value}: must be at least {smallest}, and finite")
+    if any(width < 1 for width in config.model.hidden):
+        raise UserError(f"model.hidden={config.model.hidden}: every width must be at least 1")
     if config.model.embedding_dim % 4:
         raise UserError(
             f"model.embedding_dim={config.model.embedding_dim}: the lookup kernels need a multiple"

@@ -45,7 +45,9 @@ def test_commands_run(raw_zip, tmp_path, monkeypatch, capsys):
             folder = tmp_path / "runs" / day
             if "runs/monday" in command and not folder.exists():
                 assert main(["train", f"seed={seed}", f"data.raw={raw_zip}", *places, *SMALL]) == 0
-                newest = max((tmp_path / "out").glob("train-*"), key=lambda p: p.stat().st_mtime_ns)
+                newest = max(
+                    (tmp_path / "out").glob("train-*"), key=lambda p: p.stat().st_mtime_ns
+                )
                 folder.parent.mkdir(exist_ok=True)
                 newest.rename(folder)
         small = [s for s in SMALL if s.split("=")[0] not in command]

@@ -138,6 +138,8 @@ def facts(runs: pd.DataFrame) -> dict[str, str]:
         counts = [f"{count:,}" for count in runs[f"rows_{split}"].dropna().unique()]
         if counts:
             rows.append(f"{' or '.join(counts)} {split}")
+    if skipped := [f"{n:,}" for n in runs["rows_skipped"].dropna().unique() if n]:
+        rows.append(f"{' or '.join(skipped)} bad rows skipped")
     kinds = {True: "synthetic data", False: "real data"}
     commands = list(dict.fromkeys(runs["command"]))
     shown = commands[:MAX_COMMANDS]

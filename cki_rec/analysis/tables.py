@@ -7,6 +7,7 @@ from anywhere else. ``display`` turns summaries into text.
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,7 @@ _TEXT = (
     *("resample", "hardware", "command", "run_id", "fingerprint"),
 )
 _WHOLE = (
-    *("seed", "num_seeds", "rows_train", "rows_valid", "rows_test"),
+    *("seed", "num_seeds", "rows_train", "rows_valid", "rows_test", "rows_skipped"),
     *("bootstrap", "inference_cost", "parameters"),
 )
 _FLAGS = ("finetuned", "synthetic")
@@ -96,9 +97,14 @@ def runs_frame(
 def write_csv(frame: pd.DataFrame, path: Path) -> None:
     """Write a frame as CSV: shortest text that reads back to the same float, blank if undefined.
 
-    The same frame gives the same bytes.
+    The same frame gives the same bytes. The file appears whole or not at all.
     """
-    path.write_bytes(frame.to_csv(index=False, lineterminator="\n", na_rep="").encode())
+    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    try:
+        temporary.write_bytes(frame.to_csv(index=False, lineterminator="\n", na_rep="").encode())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def summary_frame(
@@ -175,6 +181,7 @@ def _run_row(record: Mapping[str, Any], domains: Sequence[str]) -> dict[str, Any
     row["parameters"] = result["parameters"]
     for split in ("train", "valid", "test"):
         row[f"rows_{split}"] = data["rows"].get(split)
+    row["rows_skipped"] = data.get("skipped", 0)
     row["data_name"] = data["name"]
     row["data_hash"] = data["hash"]
     row["synthetic"] = bool(data["synthetic"])

@@ -83,6 +83,8 @@ def _make(data: Data, folder: Path, source: list[dict[str, Any]]) -> None:
             shutil.rmtree(path, ignore_errors=True)
     logger.info("encoding %s as %s", data.raw, folder)
     raw = FORMATS[data.format].read(Path(data.raw), data.fields, data.on_bad_row)
+    for reason, entry in _skipped(raw.bad_rows).items():
+        logger.info("skipped %d rows: %s, e.g. %s", entry["count"], reason, entry["examples"][0])
     encoded = encode(raw, data)
     temporary = folder.with_name(f"{folder.name}.tmp-{os.getpid()}")
     try:

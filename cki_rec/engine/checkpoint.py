@@ -2,13 +2,16 @@
 
 ``model`` holds the parameters, ``accumulator`` the row-wise Adagrad state of every table, and
 ``counts`` the training rows that looked each table row up: the evidence that integration needs
-travels with the model.
+travels with the model. A digest of every file is kept, so damage is noticed.
 """
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import json
 import os
+import pickle
 import shutil
 import warnings
 from collections.abc import Iterator
@@ -20,7 +23,7 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 
 from cki_rec.config import Model as ModelConfig
 from cki_rec.config import UserError, section
@@ -29,6 +32,12 @@ from cki_rec.integration.params import Params
 
 FORMAT = 1
 TENSORS, DESCRIPTION = "tensors", "checkpoint.json"
+TORCH_METADATA_TYPES = frozenset(
+    {"Metadata", "MetadataIndex", "StorageMeta", "TensorStorageMetadata", "BytesStorageMetadata"}
+    | {"ChunkStorageMetadata", "TensorProperties", "_StorageInfo", "_MEM_FORMAT_ENCODING"}
+    | {"Size", "dtype", "layout", "memory_format", "_get_layout"}
+)
+"""What the metadata of tensors consists of."""
 
 
 @dataclass(slots=True)
@@ -63,21 +72,22 @@ def save(
     temporary = folder.with_name(f"{folder.name}.tmp-{os.getpid()}")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    description = {
+    description: dict[str, Any] = {
         "format": FORMAT,
         "model": section(model),
         "schema": schema.to_json(),
         "data_hash": data_hash,
     }
     try:
-        (temporary / DESCRIPTION).write_text(json.dumps(description, indent=1))
         try:
             with _one_process():
                 dcp.save(tensors, checkpoint_id=temporary / TENSORS, no_dist=True)
-        except CheckpointException as error:  # a BaseException: it would pass by `except OSError`
-            causes = [cause for cause, _ in error.failures.values()]
-            known = [cause for cause in causes if isinstance(cause, OSError)]
-            raise (known or [OSError(str(error))])[0] from None
+        except (CheckpointException, RuntimeError) as error:
+            # the former is a BaseException: it would pass by `except OSError`; the latter is how
+            # torch's writer reports a full disk
+            raise _as_os_error(error, folder) from None
+        description["files"] = _digests(temporary / TENSORS)
+        (temporary / DESCRIPTION).write_text(json.dumps(description, indent=1))
         shutil.rmtree(folder, ignore_errors=True)
         temporary.rename(folder)
     finally:
@@ -93,44 +103,101 @@ def load(folder: Path) -> Checkpoint:
     path = folder / DESCRIPTION
     try:
         description = json.loads(path.read_text())
+        if description["format"] != FORMAT:
+            raise UserError(f"{path}: format {description['format']}, this release reads {FORMAT}")
         model = ModelConfig(**description["model"])
         schema = FeatureSchema.from_json(description["schema"])
+        data_hash: str = description["data_hash"]
+        digests: dict[str, str] = description["files"]
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{folder}: no checkpoint here ({DESCRIPTION} is missing)") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path}: damaged checkpoint ({error}); write it again") from None
-    if description["format"] != FORMAT:
-        raise UserError(f"{path}: format {description['format']}, this release reads {FORMAT}")
+        raise UserError(f"{path}: damaged checkpoint ({error!r}); write it again") from None
+    for name, digest in _digests(folder / TENSORS).items():
+        if digests.pop(name, digest) != digest:
+            raise UserError(f"{folder / TENSORS / name}: damaged, its content has changed")
+    if digests:
+        raise UserError(f"{folder / TENSORS / min(digests)}: missing; write the checkpoint again")
     groups: dict[str, Params] = {"model": {}, "accumulator": {}, "counts": {}}
-    flat = _read(folder / TENSORS)
-    for key, value in flat.items():
+    for key, value in _read(folder / TENSORS).items():
         group, name = key.split(".", 1)
         groups[group][name] = value
     return Checkpoint(
-        groups["model"],
-        groups["accumulator"],
-        groups["counts"],
-        model,
-        schema,
-        description["data_hash"],
+        groups["model"], groups["accumulator"], groups["counts"], model, schema, data_hash
     )
 
 
 def _read(folder: Path) -> Params:
     """Return every tensor of a torch.distributed.checkpoint folder."""
+    reader = _Reader(folder)
     try:
-        metadata = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
+        metadata = reader.read_metadata().state_dict_metadata
         state: Params = {
             name: torch.empty(entry.size, dtype=entry.properties.dtype)
             for name, entry in metadata.items()
             if isinstance(entry, TensorStorageMetadata)
         }
         with _one_process():
-            dcp.load(state, checkpoint_id=folder, no_dist=True)
-    except (CheckpointException, OSError, EOFError, RuntimeError, ValueError, KeyError) as error:
+            dcp.load(state, storage_reader=reader, no_dist=True)
+    except (CheckpointException, Exception) as error:  # whatever bytes of a stranger cause
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{folder}: damaged checkpoint ({reason}); write it again") from None
+        raise UserError(f"{folder}: unreadable checkpoint ({reason})") from None
     return state
+
+
+class _Reader(dcp.FileSystemReader):
+    """Reads checkpoints of strangers: their metadata is a pickle, so it may name known types only.
+
+    Tensors are read by torch with ``weights_only``.
+    """
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        """Return the metadata of the folder.
+
+        Raises:
+            pickle.UnpicklingError: It names a type that no metadata needs.
+        """
+        with self.fs.create_stream(Path(self.path) / ".metadata", "rb") as file:
+            metadata: Metadata = _MetadataUnpickler(file).load()
+        metadata.storage_meta = metadata.storage_meta or StorageMeta()
+        metadata.storage_meta.load_id = self.load_id
+        return metadata
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        package = module.partition(".")[0]
+        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        is_known = package == "torch" and name in TORCH_METADATA_TYPES
+        if is_dtype or is_known or (package == "pathlib" and name.endswith("Path")):
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"its metadata names {module}.{name}, which may run code")
+
+
+def _digests(folder: Path) -> dict[str, str]:
+    """Return the sha256 of every file in a folder, by name."""
+    digests = {}
+    for path in sorted(folder.iterdir()) if folder.is_dir() else []:
+        with path.open("rb") as file:
+            digest = hashlib.sha256()
+            while block := file.read(1 << 22):
+                digest.update(block)
+        digests[path.name] = digest.hexdigest()
+    return digests
+
+
+def _as_os_error(error: CheckpointException | RuntimeError, folder: Path) -> OSError:
+    """Return the operating system's error behind a failed write."""
+    causes: list[BaseException] = [error]
+    if isinstance(error, CheckpointException):
+        causes = [cause for cause, _ in error.failures.values()]
+    for cause in causes:
+        if isinstance(cause, OSError):
+            cause.filename = cause.filename or str(folder)
+            return cause
+    return OSError(
+        errno.ENOSPC, f"torch could not write the checkpoint ({causes[0]})", str(folder)
+    )
 
 
 @contextmanager

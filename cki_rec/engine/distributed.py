@@ -6,17 +6,24 @@ import atexit
 import logging
 import os
 import warnings
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import FakeProcessGroup
 
 from cki_rec.config import Runtime, UserError
+
+SINGLE = "single"
+"""Name of the backend of one process."""
 
 
 def start(runtime: Runtime) -> torch.device:
     """Return the device to run on, with a process group ready and threads and kernels set.
 
-    A single process needs no port and no environment variable: its store is in memory.
+    A single process opens no port and reads no environment variable: its store is in memory and
+    its process group moves nothing, which is all that a group of one has to do. (Gloo would listen
+    on a port of the loopback interface.)
 
     Raises:
         UserError: No CUDA device where one is asked for, or several processes.
@@ -31,10 +38,20 @@ def start(runtime: Runtime) -> torch.device:
     torch.use_deterministic_algorithms(True, warn_only=device.type == "cuda")
     logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)  # torchrec's own use
     if not dist.is_initialized():
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, rank=0, world_size=1, store=dist.HashStore())
+        if SINGLE not in dist.Backend.backend_list:
+            dist.Backend.register_backend(
+                SINGLE, _single_process_group, extended_api=True, devices=["cpu", "cuda"]
+            )
+        dist.init_process_group(SINGLE, rank=0, world_size=1, store=dist.HashStore())
         atexit.register(_stop)
     return device
+
+
+def _single_process_group(common: Any, backend: Any) -> Any:
+    """Return the group of one process; torchrec treats torch's own name for it specially."""
+    assert common.group_size == 1
+    create: Any = FakeProcessGroup._create_internal
+    return create(common.group_rank, common.group_size, backend)
 
 
 def _stop() -> None:

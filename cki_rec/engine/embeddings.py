@@ -86,7 +86,7 @@ def shard(model: nn.Module, device: torch.device, table_learning_rate: float) ->
         )
     tables = {name for name in model.state_dict() if table_of(name)}
     trained = set(module.fused_optimizer.state_dict()["state"])
-    assert trained == tables, f"tables without a fused optimizer: {tables - trained}"
+    assert trained == tables, f"tables without a fused optimizer: {tables ^ trained}"
     return ShardedModel(module, tables, device)
 
 

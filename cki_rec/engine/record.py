@@ -13,9 +13,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,13 @@ from filelock import FileLock
 from numpy.typing import NDArray
 
 from cki_rec import COMMAND_VARIABLE, project_root
+from cki_rec.environment import installed_version
 
+PACKAGES = (
+    *("cki-rec", "torch", "torchrec", "fbgemm-gpu", "fbgemm-gpu-cpu"),
+    *("numpy", "scikit-learn", "polars"),
+)
+"""Whose versions a record holds."""
 RECORD = "record.json"
 CHECKPOINT = "checkpoint"
 
@@ -41,7 +46,7 @@ class Run:
         """The record, or None while the run is unfinished."""
         try:
             value: dict[str, Any] = json.loads((self.path / RECORD).read_text())
-        except FileNotFoundError:
+        except (FileNotFoundError, ValueError):  # a damaged record is no record
             return None
         return value
 
@@ -82,7 +87,7 @@ class Run:
 def open_run(out: Path, run_id: str, force: bool = False) -> Iterator[Run]:
     """Yield the run directory of ``run_id``, alone: another process that wants it waits.
 
-    What a killed run left is removed; a finished run stays unless ``force``.
+    What a killed or failed run left is removed; a finished run stays unless ``force``.
     """
     out.mkdir(parents=True, exist_ok=True)
     locks = out / "locks"
@@ -92,7 +97,11 @@ def open_run(out: Path, run_id: str, force: bool = False) -> Iterator[Run]:
         if run.record is None or force:
             shutil.rmtree(run.path, ignore_errors=True)
             run.path.mkdir()
-        yield run
+        try:
+            yield run
+        finally:
+            if run.record is None:
+                shutil.rmtree(run.path, ignore_errors=True)
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -102,6 +111,9 @@ def write_atomically(path: Path, content: bytes) -> None:
     try:
         temporary.write_bytes(content)
         temporary.replace(path)
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -115,13 +127,10 @@ def save_arrays(path: Path, arrays: dict[str, NDArray[Any]]) -> None:
 
 def provenance(seconds: dict[str, float]) -> dict[str, Any]:
     """Return where and how the run was made: it explains a result and never identifies one."""
-    packages = ("cki-rec", "torch", "torchrec", "numpy", "scikit-learn", "polars")
+    versions = {name: found for name in PACKAGES if (found := installed_version(name))}
     return {
         **_commit(),
-        "versions": {
-            "python": platform.python_version(),
-            **{p: metadata.version(p) for p in packages},
-        },
+        "versions": {"python": platform.python_version(), **versions},
         "hardware": hardware(),
         "world_size": 1,
         "seconds": {name: round(value, 3) for name, value in seconds.items()},
@@ -146,7 +155,7 @@ def hardware() -> str:
 def _commit() -> dict[str, Any]:
     """Return the commit of a clone and whether files differ from it; null outside a clone."""
     git = ["git", "-C", str(project_root())]
-    status = ["status", "--porcelain", "--untracked-files=no", "--", "cki_rec", "conf"]
+    status = ["status", "--porcelain", "--", "cki_rec", "conf"]
     try:
         head, changes = (
             subprocess.run([*git, *words], capture_output=True, text=True, check=True).stdout
@@ -163,23 +172,30 @@ def start_sweep(out: Path, name: str, num_jobs: int) -> None:
     write_atomically(_members(out, name), header.encode())
 
 
-def add_to_sweep(out: Path, name: str, run: Run) -> None:
-    """Append a finished run to the list of ``name``; short lines are appended whole."""
+def add_to_sweep(out: Path, name: str, run: Run | None) -> None:
+    """Append a finished run, or None for a job that has nothing to do, to the list of ``name``."""
     path = _members(out, name)
     path.parent.mkdir(parents=True, exist_ok=True)
+    entry = {"skipped": True} if run is None else {"run_id": run.path.name}
     with path.open("a") as file:
-        file.write(json.dumps({"run_id": run.path.name}) + "\n")
+        file.write(json.dumps(entry) + "\n")  # short lines are appended whole
 
 
 def sweep_runs(out: Path, name: str) -> tuple[list[Run], int]:
-    """Return the finished runs of ``name``, each once, and how many jobs its sweep has."""
+    """Return the finished runs of ``name``, each once, and how many of its sweep are missing."""
     try:
-        lines = [json.loads(line) for line in _members(out, name).read_text().splitlines()]
+        lines = _members(out, name).read_text().splitlines()
     except FileNotFoundError:
         return [], 0
-    ids = dict.fromkeys(line["run_id"] for line in lines if "run_id" in line)
+    entries = []
+    for line in lines:
+        with suppress(ValueError):  # the last line of a killed process
+            entries.append(json.loads(line))
+    ids = dict.fromkeys(entry["run_id"] for entry in entries if "run_id" in entry)
     runs = [run for run in (Run(out / run_id) for run_id in ids) if run.record is not None]
-    return runs, next((line["jobs"] for line in lines if "jobs" in line), len(runs))
+    num_done = len(runs) + sum("skipped" in entry for entry in entries)
+    num_jobs = next((entry["jobs"] for entry in entries if "jobs" in entry), num_done)
+    return runs, max(0, num_jobs - num_done)
 
 
 def _members(out: Path, name: str) -> Path:

@@ -47,7 +47,7 @@ class Epoch:
 
     epoch: int
     train_loss: float
-    valid_metric: float | None
+    valid_metric: float
     learning_rate: float
     is_best: bool
 
@@ -73,7 +73,7 @@ def fit(
         One dictionary per epoch, the fields of ``Epoch``.
 
     Raises:
-        UserError: The loss is not finite.
+        UserError: The loss is not finite, or the metric undefined.
     """
     torch.manual_seed(seed)  # dropout
     dense = torch.optim.Adam(model.dense_parameters(), lr=schedule.learning_rate)
@@ -97,9 +97,17 @@ def fit(
                     )
                 total += loss * len(batch)
                 step(f"epoch {epoch}")
-            value = metric(label, predict(model.module, dataset, schema, valid_rows, model.device))
-            is_best = value is not None and value > best
-            best = value if value is not None and is_best else best
+            logits = predict(model.module, dataset, schema, valid_rows, model.device)
+            if not np.isfinite(logits).all():
+                raise UserError(
+                    f"{title}: scores are not finite after epoch {epoch}; lower"
+                    " train.learning_rate or train.table_learning_rate"
+                )
+            value = metric(label, logits)
+            if value is None:
+                raise UserError(f"{title}: validation rows hold one class only, AUC is undefined")
+            is_best = value > best
+            best = max(best, value)
             history.append(
                 asdict(
                     Epoch(

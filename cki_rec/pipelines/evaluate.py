@@ -19,12 +19,11 @@ from cki_rec.analysis.statistics import (
     paired_difference,
     resampling_weights,
 )
-from cki_rec.config import Config, run_id, section
+from cki_rec.config import Config, UserError, run_id, section
 from cki_rec.data import store
 from cki_rec.data.store import EncodedDataset
 from cki_rec.engine import checkpoint
 from cki_rec.engine.record import Run, add_to_sweep, open_run, save_arrays
-from cki_rec.integration.methods import METHODS
 from cki_rec.pipelines import finetune, integrate, train
 from cki_rec.pipelines.integrate import Source
 from cki_rec.pipelines.scores import predictions
@@ -38,7 +37,8 @@ Logits = dict[str, NDArray[np.float64]]
 def run(config: Config) -> float | None:
     """Train, integrate and fine-tune what is missing, then measure; return the validation AUC."""
     label, tuned = config.integrate.label, config.finetune.epochs > 0
-    if tuned and not METHODS[config.integrate.method].single:
+    if tuned and not integrate.method_of(config).single:
+        add_to_sweep(Path(config.runtime.out), config.name, None)
         log.info("  skipped: %s is no single model that could be fine-tuned", label)
         return None
     done = ensure(config, force=config.runtime.force)
@@ -62,6 +62,15 @@ def ensure(config: Config, force: bool = False) -> Run:
     Differences are paired, on the same test rows and resamples, to the best parent (by validation
     AUC) and to the output ensemble of the suite's sources.
     """
+    integrate.method_of(config)
+    outside = [
+        any("path" in s for s in x) for x in (config.integrate.sources, config.suite.sources)
+    ]
+    if outside == [True, False]:
+        raise UserError(
+            "integrate.sources names checkpoints, suite.sources does not: name them as"
+            " suite.sources=[{path: ...},{path: ...}], which integrate.sources follows"
+        )
     parents = integrate.resolve(config, config.suite.sources)
     members = _members(config)
     dataset = store.prepare(config.data, config.runtime.encoded)
@@ -88,7 +97,7 @@ def _members(config: Config) -> list[Source]:
     if config.finetune.epochs > 0:
         tuned = finetune.ensure(config)
         return [Source(config.integrate.label, tuned.path.name, tuned.checkpoint)]
-    if METHODS[config.integrate.method].single:
+    if integrate.method_of(config).single:
         return [finetune.merged(config)]
     return integrate.resolve(config, config.integrate.sources)
 

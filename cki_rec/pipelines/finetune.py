@@ -7,16 +7,18 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from cki_rec.analysis.metrics import auc
 from cki_rec.config import Config, UserError, run_id, section
 from cki_rec.data import store
+from cki_rec.data.store import EncodedDataset
 from cki_rec.engine import checkpoint
 from cki_rec.engine.record import Run, open_run
 from cki_rec.engine.trainer import Schedule, fit
-from cki_rec.integration.methods import METHODS
 from cki_rec.pipelines import integrate, train
 from cki_rec.pipelines.integrate import Source
-from cki_rec.pipelines.scores import restore
+from cki_rec.pipelines.scores import check_data, restore
 
 log = logging.getLogger(__name__)
 
@@ -39,21 +41,19 @@ def ensure(config: Config, force: bool = False) -> Run:
     Raises:
         UserError: The method does not give one model.
     """
-    if not METHODS[config.integrate.method].single:
+    if not integrate.method_of(config).single:
         raise UserError(f"integrate={config.integrate.label} gives no single model to fine-tune")
     start = merged(config)
     dataset = store.prepare(config.data, config.runtime.encoded)
     reads = {
         "start": start.identity,
         "data": dataset.hash,
-        "finetune": section(config.finetune),
-        "batch_size": config.train.batch_size,
-        "table_l2": config.train.table_l2,
+        "schedule": section(_schedule(config)),
         "seed": config.seed,
     }
     with open_run(Path(config.runtime.out), run_id("finetune", reads), force) as run:
         if run.record is None:
-            _finetune(config, start, run, reads)
+            _finetune(config, dataset, start, run, reads)
     return run
 
 
@@ -70,21 +70,9 @@ def merged(config: Config) -> Source:
     return chosen
 
 
-def _finetune(config: Config, start: Source, run: Run, reads: dict[str, Any]) -> None:
-    dataset = store.prepare(config.data, config.runtime.encoded)
+def _schedule(config: Config) -> Schedule:
     options = config.finetune
-    saved = checkpoint.load(start.folder)
-    model = restore(config, saved, options.table_learning_rate)
-
-    def save() -> None:
-        tensors = {
-            "model": model.module.state_dict(),
-            "accumulator": model.accumulators(),
-            "counts": saved.counts,
-        }
-        checkpoint.save(run.checkpoint, tensors, saved.model, saved.schema, dataset.hash)
-
-    schedule = Schedule(
+    return Schedule(
         epochs=options.epochs,
         batch_size=config.train.batch_size,
         learning_rate=options.learning_rate,
@@ -93,6 +81,27 @@ def _finetune(config: Config, start: Source, run: Run, reads: dict[str, Any]) ->
         plateau_factor=config.train.plateau_factor,
         patience=config.train.patience,
     )
+
+
+def _finetune(
+    config: Config, dataset: EncodedDataset, start: Source, run: Run, reads: dict[str, Any]
+) -> None:
+    saved = checkpoint.load(start.folder)
+    check_data(saved, dataset, start.name)
+    schedule = _schedule(config)
+    model = restore(config, saved, schedule.table_learning_rate)
+    rows = dataset.rows("train")
+    seen = dataset.row_counts(rows, saved.schema)  # as after training on these rows alone
+    counts = {table: torch.from_numpy(values) for table, values in seen.items()}
+
+    def save() -> None:
+        tensors = {
+            "model": model.module.state_dict(),
+            "accumulator": model.accumulators(),
+            "counts": counts,
+        }
+        checkpoint.save(run.checkpoint, tensors, saved.model, saved.schema, dataset.hash)
+
     title = f"fine-tune {config.integrate.label}, {config.suite.name}, seed {config.seed}"
     began = time.perf_counter()
     with run.phase("finetune"):
@@ -100,7 +109,7 @@ def _finetune(config: Config, start: Source, run: Run, reads: dict[str, Any]) ->
             model,
             dataset,
             saved.schema,
-            dataset.rows("train"),
+            rows,
             dataset.rows("valid"),
             schedule,
             config.seed,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +25,12 @@ from cki_rec.integration.assessment import compute_global_terms
 from cki_rec.integration.baselines import average_weights, base_weights, random_weights
 from cki_rec.integration.evidence import evidence_weights
 from cki_rec.integration.gate import initialize_gate
-from cki_rec.integration.methods import METHODS, cki_weights
+from cki_rec.integration.methods import METHODS, Method, cki_weights
 from cki_rec.integration.params import Params, Weights
 from cki_rec.integration.splicing import override_weights, source_shares, splice
 from cki_rec.models import build_model, model_schema
 from cki_rec.pipelines import train
-from cki_rec.pipelines.scores import EXTERNAL, predictions
+from cki_rec.pipelines.scores import EXTERNAL, check_data, predictions
 
 log = logging.getLogger(__name__)
 
@@ -67,9 +67,7 @@ def ensure(config: Config, force: bool = False) -> Run:
         UserError: Unknown method; sources that do not fit together; no data where it is needed.
     """
     options = config.integrate
-    if options.method not in METHODS:
-        hint = nearest(options.method, METHODS)
-        raise UserError(f"integrate.method={options.method}: {hint}one of {', '.join(METHODS)}")
+    method_of(config)
     sources = resolve(config, options.sources)
     needs_rows = options.method == "best_parent" or options.gate.train != "none"
     dataset = store.prepare(config.data, config.runtime.encoded) if needs_rows else None
@@ -89,6 +87,20 @@ def ensure(config: Config, force: bool = False) -> Run:
     return run
 
 
+def method_of(config: Config) -> Method:
+    """Return the configured method.
+
+    Raises:
+        UserError: There is none of that name.
+    """
+    name = config.integrate.method
+    if name not in METHODS:
+        raise UserError(
+            f"integrate.method={name}: {nearest(name, METHODS)}one of {', '.join(METHODS)}"
+        )
+    return METHODS[name]
+
+
 def resolve(config: Config, deltas: Sequence[dict[str, Any]]) -> list[Source]:
     """Return the models that config deltas and paths name; missing runs are trained."""
     sources = []
@@ -97,7 +109,7 @@ def resolve(config: Config, deltas: Sequence[dict[str, Any]]) -> list[Source]:
             folder = Path(delta["path"])
             nested = folder / "checkpoint"
             folder = nested if nested.is_dir() else folder
-            sources.append(Source(str(delta["path"]), _digest(folder), folder))
+            sources.append(Source(str(delta["path"]), _identity(folder), folder))
         else:
             done = train.ensure(with_delta(config, delta))
             sources.append(Source(str(delta), done.path.name, done.checkpoint))
@@ -116,7 +128,7 @@ def _integrate(
     checkpoint.check_compatible(checkpoints, [source.name for source in sources])
     first = checkpoints[0]
     if dataset is not None:
-        _check_data(first, dataset, config, sources[0].name)
+        check_data(first, dataset, sources[0].name)
     data = train.data_facts(dataset) if dataset else {"hash": first.data_hash}
     result: dict[str, Any] = {"shares": None, "kept": None, "gate": None}
 
@@ -132,7 +144,9 @@ def _integrate(
                 params, weights, result["gate"] = _splice(config, checkpoints, dataset)
             except ValueError as error:
                 raise UserError(f"integrate.method={options.method}: {error}") from None
-            result["shares"] = source_shares(weights, [c.params for c in checkpoints])
+            shares = source_shares(weights, [c.params for c in checkpoints])
+            trained = trunk_parameters(options, params)
+            result["shares"] = {name: of for name, of in shares.items() if name not in trained}
             tensors = {
                 "model": params,
                 "accumulator": _largest([c.accumulators for c in checkpoints]),
@@ -155,11 +169,12 @@ def _splice(
         else None
     )
 
-    def weigh(gates: Mapping[str, Tensor | None]) -> Weights:
-        return weights_of(options, models, counts, gates, global_terms, config.seed)
+    def weigh(gates: Mapping[str, Tensor | None], splicing: str) -> Weights:
+        rule = replace(options, splice=splicing)
+        return weights_of(rule, models, counts, gates, global_terms, config.seed)
 
-    if options.gate.train == "none" or options.method != "cki":
-        weights = weigh(gates)
+    if options.gate.train == "none" or options.method != "cki" or len(models) == 1:
+        weights = weigh(gates, options.splice)
         return splice(models, weights), weights, None
 
     assert dataset is not None
@@ -169,7 +184,7 @@ def _splice(
         build_model(dataset.schema, config.model, torch.device("cpu")),
         models,
         gates,
-        weigh,
+        lambda gates: weigh(gates, "soft"),  # hard weights pass no gradient
         trunk,
         dataset,
         model_schema(dataset.schema, config.model),
@@ -182,7 +197,7 @@ def _splice(
         f"gates of {options.label}, {config.suite.name}, seed {config.seed}",
     )
     with torch.no_grad():
-        weights = weigh(trained.gates)
+        weights = weigh(trained.gates, options.splice)
         params = {**splice(models, weights), **trained.trunk}
     return params, weights, {"best_epoch": trained.epoch, "valid_auc": trained.valid_metric}
 
@@ -279,28 +294,9 @@ def _largest(groups: Sequence[Params]) -> Params:
     return {name: torch.stack([group[name] for group in groups]).amax(0) for name in names}
 
 
-def _check_data(source: Checkpoint, dataset: EncodedDataset, config: Config, name: str) -> None:
-    """Check that a checkpoint reads the rows of ``dataset`` as the configured network does."""
-    schema = model_schema(dataset.schema, config.model)
-    tables = {feature.table for feature in schema.features}
-    same = source.schema.features == schema.features and all(
-        source.schema.vocabulary_hashes[t] == schema.vocabulary_hashes[t] for t in tables
-    )
-    if not same:
-        raise UserError(
-            f"{name}: trained on other fields or another vocabulary than data={config.data.name}"
-            " gives; choose the data set it was trained on"
-        )
-
-
-def _digest(folder: Path) -> str:
-    """Return a digest of the files of an external checkpoint."""
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no checkpoint here; integrate.sources takes folders of runs")
-    digest = hashlib.sha256()
-    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
-        digest.update(path.relative_to(folder).as_posix().encode())
-        with path.open("rb") as file:
-            while block := file.read(1 << 22):
-                digest.update(block)
-    return f"{EXTERNAL}{digest.hexdigest()[:16]}"
+def _identity(folder: Path) -> str:
+    """Return the identity of an external checkpoint: its description names file digests."""
+    description = folder / checkpoint.DESCRIPTION
+    if not description.is_file():
+        raise UserError(f"{folder}: no checkpoint here ({description.name} is missing)")
+    return f"{EXTERNAL}{hashlib.sha256(description.read_bytes()).hexdigest()[:16]}"

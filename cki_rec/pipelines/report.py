@@ -29,7 +29,7 @@ def run(config: Config) -> None:
     Raises:
         UserError: No run is recorded under the name.
     """
-    runs, num_jobs = sweep_runs(Path(config.runtime.out), config.name)
+    runs, num_missing = sweep_runs(Path(config.runtime.out), config.name)
     if not runs:
         raise UserError(
             f"name={config.name}: no run is recorded under it in {config.runtime.out}; start with"
@@ -37,9 +37,21 @@ def run(config: Config) -> None:
         )
     records = [run.record for run in runs if run.record is not None]
     methods = list(dict.fromkeys(record["result"]["method"] for record in records))
-    frame = runs_frame(records, methods)
-    replicates = {run.path.name: _replicates(run) for run in runs}
-    summary = summary_frame(frame, replicates, config.evaluate.confidence)
+    confidences = {record["config"]["evaluate"]["confidence"] for record in records}
+    try:
+        if len(confidences) > 1:
+            raise ValueError(f"intervals of confidence {sorted(confidences)}")
+        frame = runs_frame(records, methods)
+        replicates = {run.path.name: _replicates(run) for run in runs}
+        summary = summary_frame(frame, replicates, *confidences)
+    except ValueError as error:
+        raise UserError(
+            f"name={config.name} holds runs that do not belong in one table ({error}); evaluate"
+            " them again, each setting under a name of its own"
+        ) from None
+    incomplete = (
+        [f"Incomplete: {num_missing} jobs of the sweep are missing."] if num_missing else []
+    )
 
     suites = {name: first_comment("suite", name) for name in frame["suite"].unique()}
     names = {name: first_comment("integrate", name) for name in methods}
@@ -52,7 +64,8 @@ def run(config: Config) -> None:
     folder = Path(config.runtime.reports) / config.name
     folder.mkdir(parents=True, exist_ok=True)
     write_csv(frame, folder / "runs.csv")
-    table = markdown_table(summary, frame, title=config.name, suites=suites)
+    title = " ".join([config.name, *incomplete])
+    table = markdown_table(summary, frame, title=title, suites=suites)
     write_atomically(folder / "table.md", table.encode())
     for caption, picture in figures.items():
         write_atomically(folder / f"{_file_name(caption)}.svg", picture.encode())
@@ -61,6 +74,7 @@ def run(config: Config) -> None:
         summary,
         frame,
         figures,
+        notes=incomplete,
         provenance=_provenance(records),
         methods=names,
         suites=suites,
@@ -68,7 +82,7 @@ def run(config: Config) -> None:
     write_atomically(folder / "report.html", page.encode())
 
     _print(summary)
-    print(f"{len(runs)} evaluated models of a sweep of {num_jobs} jobs")
+    print(" ".join([f"{len(runs)} evaluated models.", *incomplete]))
     print(f"report: {folder / 'report.html'}")
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from cki_rec.config import Config
+from cki_rec.config import Config, UserError
 from cki_rec.data.store import EncodedDataset
 from cki_rec.engine import checkpoint, distributed
 from cki_rec.engine.checkpoint import Checkpoint
@@ -34,6 +34,7 @@ def predictions(
     path = home / f"logits-{dataset.hash[:16]}.npz"
     if not path.exists():
         saved = checkpoint.load(folder)
+        check_data(saved, dataset, str(folder))
         model = restore(config, saved)
         logits = {
             split: predict(model.module, dataset, saved.schema, dataset.rows(split), model.device)
@@ -47,6 +48,21 @@ def predictions(
 def is_external(identity: str) -> bool:
     """Return whether a source is a checkpoint that no run of ours made."""
     return identity.startswith(EXTERNAL)
+
+
+def check_data(saved: Checkpoint, dataset: EncodedDataset, name: str) -> None:
+    """Check that a checkpoint was trained on this very data set.
+
+    Equal vocabularies would not do: with another split, test rows may have been training rows.
+
+    Raises:
+        UserError: It was trained on another one, or on another encoding or split of this one.
+    """
+    if saved.data_hash != dataset.hash:
+        raise UserError(
+            f"{name}: trained on another data set, encoding or split than {dataset.folder.name};"
+            " choose the data options it was trained with"
+        )
 
 
 def restore(config: Config, saved: Checkpoint, table_learning_rate: float = 0.0) -> ShardedModel:
