@@ -206,7 +206,7 @@ def sweep_position(number: int) -> str:
     total, start = (float(word) for word in os.environ.get(SWEEP_VARIABLE, "0 0").split())
     elapsed = time.time() - start
     position = f"{number + 1}/{total:.0f}"
-    if number < SHARE_BEFORE_ESTIMATE * total or not number:
+    if not total or number < max(1, SHARE_BEFORE_ESTIMATE * total):
         return f"[{position}]"
     left = elapsed / number * (total - number)
     clock = f"{left // 60:.0f} min {left % 60:.0f} s" if left >= 60 else f"{left:.0f} s"
@@ -238,11 +238,11 @@ def _check_choices(overrides: list[str]) -> list[str]:
         assert override.input_line is not None
         if override.is_interval_sweep():
             continue  # a search draws its values
-        values = [override.get_value_element_as_str()]
         if override.is_sweep_override():
             values = list(override.sweep_string_iterator())
             first.append(f"{override.key_or_group}={values[0]}")
         else:
+            values = [override.get_value_element_as_str()]
             first.append(override.input_line)
         for choice in values if override.key_or_group in groups else []:
             choices = groups[override.key_or_group]
@@ -279,7 +279,7 @@ def _explain(error: Exception, overrides: list[str]) -> str:
 
 def _groups() -> dict[str, list[str]]:
     """Return the choices of every configuration group."""
-    folders = sorted(path for path in CONF.iterdir() if path.is_dir())
+    folders = sorted(path for path in CONF.iterdir() if path.is_dir() and path.name != "hydra")
     return {folder.name: sorted(file.stem for file in folder.glob("*.yaml")) for folder in folders}
 
 

@@ -298,8 +298,10 @@ def check(config: Config) -> None:
             raise UserError(f"{key}={value}: {nearest(value, choices)}one of {', '.join(choices)}")
     for key, smallest in AT_LEAST.items():
         value = attrgetter(key)(config)
-        if not smallest <= value < math.inf:
-            raise UserError(f"{key}={value}: must be at least {smallest}, and finite")
+        if not math.isfinite(value):
+            raise UserError(f"{key}={value}: must be finite")
+        if value < smallest:
+            raise UserError(f"{key}={value}: must be at least {smallest}")
     if any(width < 1 for width in config.model.hidden):
         raise UserError(f"model.hidden={config.model.hidden}: every width must be at least 1")
     if config.model.embedding_dim % 4:

@@ -34,7 +34,7 @@ MAY_IMPORT = {
     "analysis": set(),
     "data": {"config"},
     "models": {"config", "data.schema"},
-    "engine": {"config", "data", "models", "integration"},
+    "engine": {"config", "environment", "data", "models", "integration"},
     "pipelines": {"config", "environment", "data", "models", "integration", "engine", "analysis"},
     "cli": {"config", "environment", "pipelines", "engine"},
     "__main__": {"cli"},

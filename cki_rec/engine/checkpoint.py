@@ -115,9 +115,9 @@ def load(folder: Path) -> Checkpoint:
         raise UserError(f"{path}: damaged checkpoint ({error!r}); write it again") from None
     for name, digest in _digests(folder / TENSORS).items():
         if digests.pop(name, digest) != digest:
-            raise UserError(f"{folder / TENSORS / name}: damaged, its content has changed")
+            raise UserError(f"{folder / TENSORS / name}: damaged checkpoint, the file has changed")
     if digests:
-        raise UserError(f"{folder / TENSORS / min(digests)}: missing; write the checkpoint again")
+        raise UserError(f"{folder / TENSORS / min(digests)}: damaged checkpoint, the file is gone")
     groups: dict[str, Params] = {"model": {}, "accumulator": {}, "counts": {}}
     for key, value in _read(folder / TENSORS).items():
         group, name = key.split(".", 1)

@@ -295,11 +295,6 @@ def test_one_process_reads_no_environment(alone):
 
 
 @pytest.mark.dist
-@pytest.mark.xfail(
-    strict=True,
-    reason="gloo listens on a free port of the host's own address even with one process; the fake"
-    " backend of torch.testing._internal.distributed.fake_pg does not",
-)
 def test_one_process_opens_no_port(alone):
     assert alone["listening"] == []
 

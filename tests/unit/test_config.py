@@ -96,10 +96,17 @@ def test_every_word_is_checked(tree, key):
     assert ", ".join(CHOICES[key]) in message
 
 
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_rates_are_finite(tree, value):
+    message = error_of(parse, changed(tree, **{"train.learning_rate": value}))
+    assert message.endswith(": must be finite")
+
+
 @pytest.mark.parametrize("key", sorted(AT_LEAST))
 def test_every_lower_bound_is_checked(tree, key):
     message = error_of(parse, changed(tree, **{key: AT_LEAST[key] - 1}))
-    assert message == f"{key}={AT_LEAST[key] - 1}: must be at least {AT_LEAST[key]}"
+    assert message.startswith(f"{key}={AT_LEAST[key] - 1}")
+    assert message.endswith(f": must be at least {AT_LEAST[key]}")
     parse(changed(tree, **{key: AT_LEAST[key]}))
 
 

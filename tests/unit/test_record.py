@@ -167,17 +167,21 @@ def test_sweep_lists_each_finished_run_once_in_order(tmp_path):
     with open_run(tmp_path, "e-4") as unfinished:
         add_to_sweep(tmp_path, "n", unfinished)
     add_to_sweep(tmp_path, "n", Run(tmp_path / "e-deleted"))
-    found, num_jobs = sweep_runs(tmp_path, "n")
+    found, num_missing = sweep_runs(tmp_path, "n")
     assert [run.path.name for run in found] == ["e-2", "e-1", "e-3"]
-    assert num_jobs == 5
+    assert num_missing == 2
+    add_to_sweep(tmp_path, "n", None)  # a job that has nothing to do is not missing
+    with (tmp_path / "sweeps" / "n" / "members.jsonl").open("a") as file:
+        file.write('{"run_id": "e-')  # a process was killed here
+    assert sweep_runs(tmp_path, "n")[1] == 1
 
 
 def test_a_new_sweep_forgets_the_old_one(tmp_path):
     run = finished(tmp_path, "e-1")
     add_to_sweep(tmp_path, "n", run)
     add_to_sweep(tmp_path, "n", run)
-    found, num_jobs = sweep_runs(tmp_path, "n")  # single runs, no sweep: as many jobs as runs
-    assert (len(found), num_jobs) == (1, 1)
+    found, num_missing = sweep_runs(tmp_path, "n")  # single runs, no sweep: none is missing
+    assert (len(found), num_missing) == (1, 0)
     start_sweep(tmp_path, "n", 2)
     assert sweep_runs(tmp_path, "n") == ([], 2)
     assert sweep_runs(tmp_path, "other") == ([], 0)
