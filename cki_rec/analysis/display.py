@@ -161,14 +161,16 @@ def markdown_table(
     runs: pd.DataFrame,
     title: str = "Results",
     suites: Mapping[str, str] = {},
+    methods: Mapping[str, str] = {},
 ) -> str:
-    """Return a Markdown file: per suite its facts and its table, then how to read it.
+    """Return a Markdown file: per suite its facts and its table, the methods, how to read it.
 
     Args:
         summary: Of ``summary_frame``.
         runs: Of ``runs_frame``, the same runs.
         title: First heading.
         suites: Suite -> one sentence on what its parents differ in.
+        methods: Method -> one sentence on what it is.
     """
     shown = display_frame(summary)
     lines = [f"# {title}", ""]
@@ -187,6 +189,10 @@ def markdown_table(
         lines += ["", _markdown_row(part.columns)]
         lines.append(_markdown_row(["---", *["---:"] * (len(part.columns) - 1)]))
         lines += [_markdown_row(cells) for cells in part.to_numpy()]
+        lines.append("")
+    if methods:
+        lines += ["## Methods", ""]
+        lines += [f"- {method_name(name, False)}: {text}" for name, text in methods.items()]
         lines.append("")
     lines += ["## How to read the tables", "", *(f"- {note}" for note in notes(summary, runs))]
     return "\n".join(lines) + "\n"

@@ -29,7 +29,7 @@ MIN_LABELED_SHARE = 0.2
 """Narrower parts of a bar carry no percentage."""
 _NOT_NAMES = frozenset(
     {"model", "module", "weight", "embeddings", "embedding", "embedding_bags", "ebc", "tables"}
-    | {"table", "embedding_bag_collection"}
+    | {"table", "embedding_bag_collection", "sparse", "collection"}
 )
 _SETTINGS: Any = {
     "svg.hashsalt": "cki-rec",

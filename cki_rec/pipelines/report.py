@@ -59,13 +59,15 @@ def run(config: Config) -> None:
     figures["LogLoss on test rows"] = metric_plot(summary, frame, "log_loss")
     for suite in frame["suite"].unique():
         if picture := splice_plot(records, suite=suite, methods=methods):
-            figures[f"What was spliced from whom, suite {suite}"] = picture
+            figures[f"What was spliced from whom, suite {suite} (blank: trained, not spliced)"] = (
+                picture
+            )
 
     folder = Path(config.runtime.reports) / config.name
     folder.mkdir(parents=True, exist_ok=True)
     write_csv(frame, folder / "runs.csv")
     title = " ".join([config.name, *incomplete])
-    table = markdown_table(summary, frame, title=title, suites=suites)
+    table = markdown_table(summary, frame, title=title, suites=suites, methods=names)
     write_atomically(folder / "table.md", table.encode())
     for caption, picture in figures.items():
         write_atomically(folder / f"{_file_name(caption)}.svg", picture.encode())
@@ -127,4 +129,6 @@ def _provenance(records: Sequence[dict[str, Any]]) -> dict[str, str]:
 
 
 def _file_name(caption: str) -> str:
-    return "".join(c if c.isalnum() else "_" for c in caption.lower())
+    """Return ``auc_on_test_rows`` for "AUC on test rows"; what follows a bracket is left out."""
+    words = caption.partition(" (")[0].lower().replace(",", " ").split()
+    return "_".join(words)
