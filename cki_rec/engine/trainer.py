@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-from cki_rec.config import UserError
+from cki_rec.config import Train, UserError
 from cki_rec.data.loader import batches
 from cki_rec.data.schema import Batch, FeatureSchema
 from cki_rec.data.store import EncodedDataset
@@ -26,19 +26,6 @@ from cki_rec.engine.progress import progress
 from cki_rec.models.layers import FieldEmbeddings
 
 Metric = Callable[[NDArray[np.uint8], NDArray[np.float32]], float | None]
-
-
-@dataclass(frozen=True, slots=True)
-class Schedule:
-    """What ``fit`` needs to know; the fields mean what they mean in ``conf/train``."""
-
-    epochs: int
-    batch_size: int
-    learning_rate: float
-    table_learning_rate: float
-    table_l2: float
-    plateau_factor: float
-    patience: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +45,7 @@ def fit(
     schema: FeatureSchema,
     train_rows: NDArray[np.int64],
     valid_rows: NDArray[np.int64],
-    schedule: Schedule,
+    schedule: Train,
     seed: int,
     metric: Metric,
     save: Callable[[], None],
@@ -139,7 +126,7 @@ def train_step(
     dense: torch.optim.Optimizer,
     batch: Batch,
     looked_up: LookedUp,
-    schedule: Schedule,
+    schedule: Train,
 ) -> float:
     """Take one step; return the mean cross entropy of the batch, before the update."""
     dense.zero_grad()

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import logging
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from cki_rec.analysis.metrics import auc
-from cki_rec.config import Config, UserError, run_id, section
+from cki_rec.config import Config, Train, UserError, run_id, section
 from cki_rec.data import store
 from cki_rec.data.store import EncodedDataset
 from cki_rec.engine import checkpoint
 from cki_rec.engine.record import Run, open_run
-from cki_rec.engine.trainer import Schedule, fit
+from cki_rec.engine.trainer import fit
 from cki_rec.pipelines import integrate, train
 from cki_rec.pipelines.integrate import Source
 from cki_rec.pipelines.scores import check_data, restore
@@ -70,17 +71,9 @@ def merged(config: Config) -> Source:
     return chosen
 
 
-def _schedule(config: Config) -> Schedule:
-    options = config.finetune
-    return Schedule(
-        epochs=options.epochs,
-        batch_size=config.train.batch_size,
-        learning_rate=options.learning_rate,
-        table_learning_rate=options.table_learning_rate,
-        table_l2=config.train.table_l2,
-        plateau_factor=config.train.plateau_factor,
-        patience=config.train.patience,
-    )
+def _schedule(config: Config) -> Train:
+    """Return how to train on: as before, but for what ``conf/finetune`` sets."""
+    return replace(config.train, **section(config.finetune))
 
 
 def _finetune(

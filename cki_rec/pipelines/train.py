@@ -17,7 +17,7 @@ from cki_rec.data.store import EncodedDataset
 from cki_rec.engine import checkpoint, distributed
 from cki_rec.engine.embeddings import initialize, shard
 from cki_rec.engine.record import Run, open_run
-from cki_rec.engine.trainer import Schedule, fit
+from cki_rec.engine.trainer import fit
 from cki_rec.models import build_model, model_schema
 
 log = logging.getLogger(__name__)
@@ -80,9 +80,9 @@ def _train(config: Config, dataset: EncodedDataset, run: Run, reads: dict[str, A
     title = f"train {config.model.name}, {part}, seed {config.seed}"
     start = time.perf_counter()
     with run.phase("train"):
-        schedule = Schedule(**section(config.train))
         history = fit(
-            model, dataset, schema, train_rows, valid_rows, schedule, config.seed, auc, save, title
+            *(model, dataset, schema, train_rows, valid_rows),
+            *(config.train, config.seed, auc, save, title),
         )
     finish(run, reads, dataset, history)
     log.info("  %s: %s, %.1f s", title, describe(history), time.perf_counter() - start)

@@ -11,10 +11,10 @@ import pytest
 import torch
 from torch.nn.functional import binary_cross_entropy_with_logits, embedding_bag
 
-from cki_rec.config import Model, Runtime, UserError
+from cki_rec.config import Model, Runtime, Train, UserError
 from cki_rec.engine import distributed, embeddings
 from cki_rec.engine.embeddings import initial_rows, initialize, load_params, table_of
-from cki_rec.engine.trainer import LookedUp, Schedule, train_step
+from cki_rec.engine.trainer import LookedUp, train_step
 from cki_rec.models import build_model
 
 MODEL = Model(
@@ -35,8 +35,16 @@ def accumulators_of(model):
     return {k: plain(v).detach().clone() for k, v in model.accumulators().items()}
 
 
-def schedule(table_learning_rate=0.05, table_l2=0.0) -> Schedule:
-    return Schedule(1, 16, 0.01, table_learning_rate, table_l2, 0.1, 2)
+def schedule(table_learning_rate=0.05, table_l2=0.0) -> Train:
+    return Train(
+        epochs=1,
+        batch_size=16,
+        learning_rate=0.01,
+        table_learning_rate=table_learning_rate,
+        table_l2=table_l2,
+        plateau_factor=0.1,
+        patience=2,
+    )
 
 
 def step(model, batch, dense=None, table_l2=0.0) -> float:

@@ -9,19 +9,19 @@ import pytest
 import torch
 
 from cki_rec.analysis.metrics import auc
-from cki_rec.config import Gate, UserError
+from cki_rec.config import Gate, Train, UserError
 from cki_rec.data import store
 from cki_rec.engine import distributed
 from cki_rec.engine.embeddings import initialize, shard, table_of
 from cki_rec.engine.evaluator import predict
 from cki_rec.engine.gating import train_gates
-from cki_rec.engine.trainer import Schedule, fit
+from cki_rec.engine.trainer import fit
 from cki_rec.integration.assessment import compute_global_terms
 from cki_rec.integration.gate import initialize_gate
 from cki_rec.integration.methods import cki_weights
 from cki_rec.models import build_model, model_schema
 
-SCHEDULE = Schedule(
+SCHEDULE = Train(
     epochs=2,
     batch_size=512,
     learning_rate=0.01,
