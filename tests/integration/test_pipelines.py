@@ -244,3 +244,77 @@ def test_sources_of_one_model(options, tmp_path):
     assert main(["evaluate", "integrate=average", "integrate.sources=[{seed: 1}]", *options]) == 0
     (record,) = records(tmp_path, "evaluate").values()
     assert record["result"]["shares"]["bias"] == [1.0]
+
+
+@pytest.mark.parametrize("pipeline", ["integrate", "finetune", "evaluate"])
+def test_unknown_method_stops_before_any_training(options, tmp_path, capsys, pipeline):
+    words = ["integrate.method=evidenc", "finetune=one_epoch"]
+    assert main([pipeline, *options, *words]) == 2
+    assert "did you mean 'evidence'" in capsys.readouterr().err
+    assert not list((tmp_path / "out").glob("train-*"))
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "words"),
+    [("evaluate", []), ("finetune", ["finetune=one_epoch"])],
+)
+def test_models_of_another_split_are_refused(options, tmp_path, capsys, pipeline, words):
+    """Vocabularies may agree or not: test rows of this split were training rows of theirs."""
+    assert main(["train", *options, "data.split.seed=5"]) == 0
+    (run,) = (tmp_path / "out").glob("train-*")
+    sources = f"suite.sources=[{{path: {run}}},{{path: {run}}}]"
+    assert main([pipeline, *options, *words, "integrate=average", sources]) == 2
+    assert "another data set, encoding or split" in capsys.readouterr().err
+    capsys.readouterr()
+    same = [*options, "data.split.seed=5"]
+    assert main([pipeline, *same, *words, "integrate=average", sources]) == 0
+
+
+def test_checkpoints_are_compared_with_themselves_only(options, tmp_path, capsys):
+    assert main(["train", *options]) == 0
+    (run,) = (tmp_path / "out").glob("train-*")
+    sources = f"integrate.sources=[{{path: {run}}}]"
+    assert main(["evaluate", *options, "integrate=average", sources]) == 2
+    assert "suite.sources=[{path: ...},{path: ...}]" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", [["integrate.splice=hard"], ["integrate.sources=[{seed: 1}]"]])
+def test_learned_gates_go_with_every_splicing(options, tmp_path, words):
+    gate = ["integrate=cki_gate", "integrate.gate.epochs=1"]
+    assert main(["integrate", *options, *gate, *words]) == 0
+    (record,) = records(tmp_path, "integrate").values()
+    for shares in record["result"]["shares"].values():
+        assert sum(shares) == pytest.approx(1)
+
+
+def test_released_protocol_splices_the_mlp_and_trains_the_rest(options, tmp_path):
+    from cki_rec.engine import checkpoint
+
+    gate = ["integrate=cki_released", "integrate.gate.epochs=1", "suite=shards"]
+    assert main(["integrate", *options, *gate]) == 0
+    (record,) = records(tmp_path, "integrate").values()
+    assert {name.split(".")[0] for name in record["result"]["shares"]} == {"mlp"}
+    first = checkpoint.load(tmp_path / "out" / record["config"]["sources"][0] / "checkpoint")
+    merged = checkpoint.load(tmp_path / "out" / record["run_id"] / "checkpoint")
+    for name, tensor in first.params.items():
+        is_frozen = name.startswith("mlp.") and tensor.ndim == 1
+        assert tensor.equal(merged.params[name]) == is_frozen, name
+
+
+def test_fine_tuned_models_have_seen_all_rows(options, tmp_path):
+    from cki_rec.engine import checkpoint
+
+    assert main(["finetune", *options, "suite=shards", "finetune=one_epoch"]) == 0
+    (tuned,) = (tmp_path / "out").glob("finetune-*")
+    parents = [checkpoint.load(p / "checkpoint") for p in (tmp_path / "out").glob("train-*")]
+    seen = checkpoint.load(tuned / "checkpoint").counts
+    for table, counts in seen.items():
+        assert counts.equal(sum(parent.counts[table] for parent in parents)), table
+
+
+def test_settings_that_share_a_row_of_the_table_are_named(options, capsys):
+    assert main(["evaluate", *options]) == 0
+    assert main(["evaluate", *options, "model.dropout=0.1"]) == 0
+    capsys.readouterr()
+    assert main(["report", *options]) == 2
+    assert "do not belong in one table" in capsys.readouterr().err

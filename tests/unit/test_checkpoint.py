@@ -2,7 +2,9 @@
 
 import dataclasses
 import errno
+import hashlib
 import json
+import pickle
 import shutil
 
 import pytest
@@ -262,3 +264,41 @@ def test_a_missing_tensor_is_named(saved):
     loaded = checkpoint.load(saved)
     with pytest.raises(UserError, match=r"tensor extra is None against \(1,\)"):
         checkpoint.check_compatible([one_tensor_more(loaded), loaded], ["a", "b"])
+
+
+class Harmful:
+    def __init__(self, target):
+        self.target = target
+
+    def __reduce__(self):
+        return (open, (str(self.target), "w"))
+
+
+def test_reading_runs_no_code(saved, tmp_path):
+    """Metadata of torch's format is a pickle; a stranger's may name known types only."""
+    metadata = saved / "tensors" / ".metadata"
+    metadata.write_bytes(pickle.dumps(Harmful(tmp_path / "harm")))
+    description = json.loads((saved / "checkpoint.json").read_text())
+    description["files"][".metadata"] = hashlib.sha256(metadata.read_bytes()).hexdigest()
+    (saved / "checkpoint.json").write_text(json.dumps(description))
+    assert "may run code" in error_of(saved)
+    assert not (tmp_path / "harm").exists()
+
+
+def test_a_changed_byte_is_noticed(saved):
+    (path,) = (saved / "tensors").glob("*.distcp")
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    assert "damaged checkpoint" in error_of(saved)
+
+
+def test_what_torch_says_of_a_full_disk_is_an_os_error(saved, tensors, schema, monkeypatch):
+    def full(*_, **__):
+        raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 704 vs 598")
+
+    monkeypatch.setattr(checkpoint.dcp, "save", full)
+    with pytest.raises(OSError, match="unexpected pos") as caught:
+        checkpoint.save(saved, tensors, MODEL, schema, "data hash")
+    assert caught.value.errno == errno.ENOSPC
+    assert caught.value.filename == str(saved)
