@@ -89,7 +89,8 @@ def row_losses(label: npt.ArrayLike, logit: npt.ArrayLike) -> Floats:
     """
     label_B, logit_B = checked(label, logit)
     # -log sigmoid(z) = log(1 + exp(-z)); a row of label 0 has the sign of its logit flipped
-    return np.logaddexp(0.0, np.where(label_B == 1, -logit_B, logit_B))
+    loss_B: Floats = np.logaddexp(0.0, np.where(label_B == 1, -logit_B, logit_B))
+    return loss_B
 
 
 def log_loss(label: npt.ArrayLike, logit: npt.ArrayLike) -> float | None:

@@ -126,7 +126,7 @@ class EncodedDataset:
         Returns:
             Table -> ``(V,)``.
         """
-        counts = {
+        counts: dict[str, Ints] = {
             feature.table: np.zeros(schema.table_sizes[feature.table], dtype=np.int64)
             for feature in schema.features
         }
