@@ -65,10 +65,8 @@ def merged(config: Config) -> Source:
     kept = done.record["result"]["kept"]
     if kept is None:
         return Source(config.integrate.label, done.path.name, done.checkpoint)
-    (chosen,) = [
-        s for s in integrate.resolve(config, config.integrate.sources) if s.identity in kept
-    ]
-    return chosen
+    sources = integrate.resolve(config, config.integrate.sources)
+    return next(source for source in sources if source.identity in kept)
 
 
 def _schedule(config: Config) -> Train:

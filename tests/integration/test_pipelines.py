@@ -318,3 +318,11 @@ def test_settings_that_share_a_row_of_the_table_are_named(options, capsys):
     capsys.readouterr()
     assert main(["report", *options]) == 2
     assert "do not belong in one table" in capsys.readouterr().err
+
+
+def test_best_of_two_equal_parents_is_either(options, tmp_path):
+    same = "suite.sources=[{seed: 1},{seed: 1}]"
+    assert main(["evaluate", *options, "integrate=best_parent", same]) == 0
+    (record,) = records(tmp_path, "evaluate").values()
+    assert record["result"]["inference_cost"] == 1
+    assert record["result"]["difference"]["best_parent"] is None
