@@ -32,6 +32,10 @@ from cki_rec.models import build_model, model_schema
 from cki_rec.pipelines import train
 from cki_rec.pipelines.scores import EXTERNAL, check_data, predictions
 
+SEVERAL = "several"
+"""Stands for the data hash of a model whose sources were trained on different data sets: it fits
+none of them, since what is a test row of one may have been a training row of another."""
+
 log = logging.getLogger(__name__)
 
 
@@ -152,7 +156,9 @@ def _integrate(
                 "accumulator": _largest([c.accumulators for c in checkpoints]),
                 "counts": _largest([c.counts for c in checkpoints]),
             }
-            checkpoint.save(run.checkpoint, tensors, first.model, first.schema, first.data_hash)
+            hashes = {c.data_hash for c in checkpoints}
+            data_hash = first.data_hash if len(hashes) == 1 else SEVERAL
+            checkpoint.save(run.checkpoint, tensors, first.model, first.schema, data_hash)
     run.finish(reads, data, result)
 
 
