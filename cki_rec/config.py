@@ -29,9 +29,10 @@ class Split:
     """How rows are divided into training, validation and test."""
 
     by: str
-    """``random``, ``time`` (oldest rows train) or ``leave_last_out`` (each user's last row)."""
+    """``random``, ``time`` (oldest rows train), ``leave_last_out`` (each user's last row) or
+    ``files`` (as published: train, valid and test files)."""
     fractions: list[float]
-    """Shares of training, validation and test rows; sum 1. Unused by ``leave_last_out``."""
+    """Shares of training, validation and test rows; sum 1. For ``random`` and ``time``."""
     seed: int
     """Of ``random``. Fixed over the repetitions of an experiment: all runs share test rows."""
 
@@ -47,24 +48,87 @@ class Partition:
 
 
 @dataclass(slots=True, kw_only=True)
+class Synthetic:
+    """Raw files written from a known click model."""
+
+    layout: str
+    """``criteo``, ``avazu`` or ``movielens``: whose format and fields."""
+    rows: int
+    vocabulary: float
+    """Sizes of vocabularies as a multiple of the published data set's."""
+    skew: float
+    """Exponent of the power law of token frequencies; 0: uniform."""
+    signal: float
+    """Standard deviation of the true logit."""
+    drift: float
+    """Share of the weights' variance that moves from the first row to the last; 0: none."""
+    domains: int
+    """Groups of rows that differ in their weights."""
+    difference: float
+    """Share of the weights' variance that is a domain's own; 0: domains are alike."""
+    seed: int
+
+
+@dataclass(slots=True, kw_only=True)
+class Download:
+    """Where a user may fetch the raw files from."""
+
+    url: str | None
+    """null: there is no address that a program may fetch from."""
+    md5: str | None
+    """Of the fetched file, as published; null: nobody published one."""
+    by_hand: str | None
+    """What to do where ``url`` is null."""
+
+
+@dataclass(slots=True, kw_only=True)
 class Data:
     """One data set: raw files, encoding, split, and the part of it a model sees."""
 
     name: str
     format: str
     """A row of ``cki_rec.data.formats.FORMATS``."""
-    raw: str
-    """The raw file (zip) or folder."""
-    fields: list[str]
-    """Features of the encoded set, in order."""
+    raw: Any
+    """A path, a pattern (``day_*.gz``) or a list of them."""
+    fetch: bool
+    """Download the raw files if they are not there."""
+    download: Download
+    published: str | None
+    """The entry of ``conf/published.yaml`` that the raw files should be; null: none."""
+    fields: list[Any]
+    """Features of the encoded set, in order: a name, or ``{name: ..., option: ...}`` with options
+    of ``cki_rec.data.fields.Field``."""
+    label: str
+    """csv: column that is 0 or 1."""
     label_threshold: float
-    """A rating at or above it is a click."""
-    history_length: int
-    """The latest liked items kept per row."""
+    """MovieLens: a rating at or above it is a click."""
+    user: str | None
+    """csv: column of users; null: rows have none."""
+    item: str | None
+    """csv: column of items; null: rows have none."""
+    time: str | None
+    """csv: column of times; null: rows have none."""
+    time_form: str
+    """csv: ``seconds`` or ``yymmddhh``."""
+    numeric: str
+    """What numeric fields become: ``ln_squared``, ``quantile``, ``edges`` or ``token``
+    (categories), ``log1p`` or ``as_is`` (numbers)."""
+    numeric_missing: float | None
+    """What an empty number stands for; null: a category of its own, or the mean."""
+    buckets: int
+    """Of ``quantile``."""
     min_count: int
     """Tokens with fewer training rows share the id of unseen tokens."""
+    history_length: int
+    """The latest liked items kept per row."""
+    negatives: int
+    """Sequences: unseen items drawn per step of a user."""
+    negatives_seed: int
     on_bad_row: str
     """``error`` or ``skip`` (skipped rows are counted in the manifest)."""
+    verify: str
+    """Of an encoded set when it is opened: ``fast`` (sizes and types) or ``full`` (digests)."""
+    synthetic: Synthetic
     split: Split
     partition: Partition
     part: int | None
@@ -177,6 +241,8 @@ class Runtime:
     """``auto``, ``cpu`` or ``cuda``."""
     threads: int
     """CPU threads per process; 0: all cores."""
+    chunk_mb: int
+    """Raw text that is encoded at a time, in MiB; no result depends on it."""
     force: bool
     """Run again what is already recorded."""
 
@@ -212,7 +278,11 @@ class Config:
 
 CHOICES = {
     "data.on_bad_row": ("error", "skip"),
-    "data.split.by": ("random", "time", "leave_last_out"),
+    "data.split.by": ("random", "time", "leave_last_out", "files"),
+    "data.numeric": ("ln_squared", "quantile", "edges", "token", "log1p", "as_is"),
+    "data.time_form": ("seconds", "yymmddhh"),
+    "data.verify": ("fast", "full"),
+    "data.synthetic.layout": ("criteo", "avazu", "movielens"),
     "data.partition.by": ("user", "item", "time", "random", "none"),
     "integrate.perspective": ("local", "global", "dual"),
     "integrate.local": ("gate", "evidence"),
@@ -231,6 +301,10 @@ AT_LEAST = {
     "data.split.seed": 0,
     "data.partition.seed": 0,
     "data.history_length": 0,
+    "data.buckets": 2,
+    "data.negatives": 1,
+    "data.negatives_seed": 0,
+    "runtime.chunk_mb": 1,
     "data.min_count": 1,
     "data.partition.parts": 1,
     "model.embedding_dim": 4,

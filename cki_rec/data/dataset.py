@@ -1,26 +1,56 @@
-"""An encoded data set opened from its folder: manifest, memory-mapped columns, counts.
+"""An encoded data set opened from its folder: manifest, memory-mapped columns, parts, counts.
 
-Shape legend: N rows, V ids of a table.
+Shape legend: N rows, C columns of ids, P parts, V ids of a table.
 """
 
 from __future__ import annotations
 
 import json
+import os
+import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from filelock import FileLock
 from numpy.typing import NDArray
 
 from cki_rec.config import Partition, UserError
-from cki_rec.data.encode import SPLITS, Ids, Ints, Ragged, vocabulary_hash
+from cki_rec.data import vocabulary
+from cki_rec.data.columns import RAGGED, ColumnFile, Ids, Ints, Ragged, add_counts, blocks
 from cki_rec.data.partition import part_of_rows
-from cki_rec.data.schema import UNSEEN_ID, FeatureSchema
+from cki_rec.data.schema import FeatureSchema
+from cki_rec.data.split import SPLITS, Blocks, sort_rows
 
 MANIFEST = "manifest.json"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 """Raised whenever the same options and raw files would give different columns."""
-RAGGED = ("values", "starts", "lengths")
+NO_PARTITION = Partition(by="none", parts=1, seed=0)
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """The rows of each split and part."""
+
+    folder: Path
+    part: NDArray[np.uint16]
+    """``(N,)``."""
+    order: Ints
+    """``(N,)`` row numbers by split, part and row order."""
+    ends: list[list[int]]
+    """Where the rows of each split and part end in ``order``."""
+
+    def rows(self, split: int, part: int) -> Ints:
+        """Return the row numbers of a split and part, ascending, memory-mapped."""
+        flat = [0, *(end for ends in self.ends for end in ends)]
+        position = split * len(self.ends[0]) + part
+        return self.order[flat[position] : flat[position + 1]]
+
+    def counts(self, feature: str) -> Ints:
+        """Return ``(P, V)`` how often the training rows of each part hold each id."""
+        counts: Ints = np.load(self.folder / f"counts.{feature}.npy", mmap_mode="r")
+        return counts
 
 
 class EncodedDataset:
@@ -28,12 +58,13 @@ class EncodedDataset:
 
     Args:
         folder: What ``store.prepare`` wrote.
+        verify: ``fast`` checks sizes and types of all files, ``full`` their digests too.
 
     Raises:
         UserError: A file is missing or damaged.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, verify: str = "fast") -> None:
         self.folder = folder
         self.manifest = _read_json(folder / MANIFEST)
         try:
@@ -41,54 +72,85 @@ class EncodedDataset:
                 raise ValueError(f"version {self.manifest['format_version']}")
             self.schema = FeatureSchema.from_json(self.manifest["schema"])
             self.hash: str = self.manifest["hash"]
-            stored: dict[str, dict[str, Any]] = self.manifest["columns"]
-            self._columns = {name: _open_column(folder, stored[name]) for name in stored}
-            self.label: NDArray[np.uint8] = self._columns["label"]
-            self.split: NDArray[np.uint8] = self._columns["split"]
-            self.timestamp: Ints = self._columns["timestamp"]
-            self.group: Ids = self._columns["group"]
-            self.item_index: Ids = self._columns["item_index"]
+            self.id_columns: list[str] = self.manifest["id_columns"]
+            stored: dict[str, dict[str, Any]] = self.manifest["files"]
+            for entry in stored.values():
+                _check_file(folder, entry, verify)
+            columns = {
+                name: _open_column(folder, entry)
+                for name, entry in stored.items()
+                if "dtype" in entry
+            }
+            self.label: NDArray[np.uint8] = columns["label"]
+            self.split: NDArray[np.uint8] = columns["split"]
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise damaged(folder / MANIFEST, f"found {error!r}") from None
-        self._parts: dict[tuple[str, int, int], Ints] = {}
-        self.cache: dict[Any, object] = {}
-        """Of the loader: columns in memory."""
+        self._columns = columns
+        self.timestamp: Ints | None = columns.get("timestamp")
+        self.group: Ids | None = columns.get("group")
+        self.item_index: Ids | None = columns.get("item_index")
+        self.ids: Ids = columns.get("ids", np.empty((len(self), 0), np.int32))
+        """``(N, C)``, row by row: one row is one piece of memory."""
+        self.numbers: NDArray[np.float32] = columns.get(
+            "numbers", np.empty((len(self), 0), np.float32)
+        )
+        """``(N, numeric fields)``."""
+        self._parts: dict[str, Parts] = {}
 
     def __len__(self) -> int:
         """Return N."""
         return len(self.label)
 
-    def column(self, name: str) -> Ids | Ragged:
-        """Return the ids of a field: ``(N,)``, or ``Ragged`` for several ids a row."""
+    def column(self, name: str) -> NDArray[Any] | Ragged:
+        """Return the ids of a field, or its numbers: ``(N,)``; ``Ragged`` for several a row."""
         if f"field.{name}.values" in self._columns:
             return Ragged(*(self._columns[f"field.{name}.{piece}"] for piece in RAGGED))
-        ids: Ids = self._columns[f"field.{name}"]
-        return ids
+        if name in self.id_columns:
+            return self.ids[:, self.id_columns.index(name)]
+        names = [feature.name for feature in self.schema.numbers]
+        return self.numbers[:, names.index(name)]
 
     def vocabulary(self, table: str) -> list[str]:
-        """Return the tokens of a table; the first has id ``FIRST_ID``."""
-        path = self.folder / f"vocabulary.{table}.json"
-        tokens: list[str] = _read_json(path)
-        if vocabulary_hash(tokens) != self.schema.vocabulary_hashes[table]:
-            raise damaged(path, "its hash differs from the manifest")
-        return tokens
+        """Return the tokens of a table; the first has id ``FIRST_ID``.
 
-    def parts(self, partition: Partition) -> Ints:
-        """Return ``(N,)`` the part of each row (of any split)."""
-        key = (partition.by, partition.parts, partition.seed)
+        Raises:
+            UserError: The file is damaged, or ids of the table are hashes.
+        """
+        path = self.folder / f"vocabulary.{table}.txt"
+        if f"vocabulary.{table}" not in self.manifest["files"]:
+            raise UserError(f"{self.folder}: ids of table {table} are hashes, it has no tokens")
+        if vocabulary.file_sha256(path) != self.schema.vocabulary_hashes[table]:
+            raise damaged(path, "its hash differs from the manifest")
+        return vocabulary.read(path)
+
+    def parts(self, partition: Partition) -> Parts:
+        """Return which rows belong to which part, and how often each part holds each id.
+
+        Made on first use, and kept in the folder of the data set.
+
+        Raises:
+            UserError: The rows cannot be divided so.
+        """
+        key = _parts_key(partition)
         if key not in self._parts:
-            self._parts[key] = part_of_rows(
-                partition,
-                group=self.group,
-                item_index=self.item_index,
-                timestamp=self.timestamp,
-            )
+            folder = self.folder / key
+            if not folder.exists():
+                try:
+                    with FileLock(self.folder / f"{key}.lock"):
+                        if not folder.exists():
+                            self._write_parts(partition, folder)
+                except OSError as error:
+                    raise UserError(
+                        f"{folder}: cannot be written: {error.strerror or error}; free space or "
+                        "set runtime.encoded to a folder that can be written"
+                    ) from None
+            self._parts[key] = _open_parts(folder)
         return self._parts[key]
 
     def rows(
         self, split: str, partition: Partition | None = None, part: int | None = None
     ) -> Ints:
-        """Return the row numbers of ``train``, ``valid`` or ``test``, ascending.
+        """Return the row numbers of ``train``, ``valid`` or ``test``, ascending, memory-mapped.
 
         Args:
             split: Which.
@@ -98,17 +160,8 @@ class EncodedDataset:
         Raises:
             UserError: No such part, or it has no row in this split.
         """
-        is_chosen = self.split == SPLITS.index(split)
-        if part is not None:
-            assert partition is not None, "a part of what?"
-            parts = 1 if partition.by == "none" else partition.parts
-            if not 0 <= part < parts:
-                raise UserError(
-                    f"data.part={part}: data.partition has {parts} (by={partition.by}), "
-                    f"counted from 0; choose 0 to {parts - 1} or null"
-                )
-            is_chosen = is_chosen & (self.parts(partition) == part)
-        rows = np.flatnonzero(is_chosen)
+        chosen, number = self._chosen(partition, part)
+        rows = self.parts(chosen).rows(SPLITS.index(split), number)
         if not len(rows):
             raise UserError(
                 f"data.part={part}: holds no {split} row of data.split; lower "
@@ -116,66 +169,109 @@ class EncodedDataset:
             )
         return rows
 
-    def row_counts(self, rows: Ints, schema: FeatureSchema) -> dict[str, Ints]:
-        """Return how often ``rows`` look each id up, per table of ``schema``.
+    def row_counts(
+        self,
+        schema: FeatureSchema,
+        partition: Partition | None = None,
+        part: int | None = None,
+    ) -> dict[str, Ints]:
+        """Return how often training rows look each id up, per table of ``schema``.
 
         A row counts once per feature that holds the id, so a table that two features share adds
         both up (pass ``schema.without_histories()`` to leave histories out), and a history counts
         an item as often as it holds it. ``PADDING_ID`` is never held, ``UNSEEN_ID`` counts.
 
+        Args:
+            schema: The features that count.
+            partition: With ``part``: rows of that part only.
+            part: None: rows of all parts.
+
         Returns:
             Table -> ``(V,)``.
         """
-        counts: dict[str, Ints] = {
-            feature.table: np.zeros(schema.table_sizes[feature.table], dtype=np.int64)
-            for feature in schema.features
-        }
-        for feature in schema.features:
-            size = len(counts[feature.table])
-            counts[feature.table] += id_counts(self.column(feature.name), rows, size)
+        chosen, number = self._chosen(partition, part)
+        parts = self.parts(chosen)
+        counts: dict[str, Ints] = {}
+        for feature in schema.lookups:
+            found = np.array(parts.counts(feature.name)[number])
+            if feature.table in counts:
+                found += counts[feature.table]
+            counts[feature.table] = found
         return counts
 
+    def _chosen(self, partition: Partition | None, part: int | None) -> tuple[Partition, int]:
+        if part is None:
+            return NO_PARTITION, 0
+        assert partition is not None, "a part of what?"
+        parts = 1 if partition.by == "none" else partition.parts
+        if not 0 <= part < parts:
+            raise UserError(
+                f"data.part={part}: data.partition has {parts} (by={partition.by}), "
+                f"counted from 0; choose 0 to {parts - 1} or null"
+            )
+        return partition, part
 
-def summary_lines(dataset: EncodedDataset) -> list[str]:
-    """Return what a person wants to know about the data set, line by line."""
-    manifest, schema = dataset.manifest, dataset.schema
-    lines = [f"{dataset.folder}: {len(dataset):,} rows, {len(schema.features)} fields"]
-    for source in manifest["source"]:
-        lines.append(f"  from {source['name']} ({source['size']:,} bytes)")
-    for name, split in manifest["splits"].items():
-        lines.append(
-            f"  {name:<5} {split['rows']:>11,} rows, {split['positive_rate']:.1%} positive"
-        )
-    for feature in schema.features:
-        unseen = ", ".join(
-            f"{name} {'none' if share is None else format(share, '.2%')}"
-            for name, share in manifest["unseen_share"][feature.name].items()
-        )
-        lines.append(
-            f"  {feature.name:<10} {feature.kind:<11} table {feature.table} of "
-            f"{schema.table_sizes[feature.table]:,} ids, unseen: {unseen}"
-        )
-    skipped = manifest["skipped"]
-    lines.append(f"  skipped rows: {sum(entry['count'] for entry in skipped.values()):,}")
-    for reason, entry in skipped.items():
-        lines.append(f"    {reason}: {entry['count']:,}, e.g. {entry['examples'][0]}")
-    return lines
+    def _write_parts(self, partition: Partition, folder: Path) -> None:
+        """Write what ``parts`` opens; the lock is held."""
+        num_parts = 1 if partition.by == "none" else partition.parts
+        for left in self.folder.glob(f"{folder.name}.tmp-*"):
+            shutil.rmtree(left, ignore_errors=True)
+        temporary = folder.with_name(f"{folder.name}.tmp-{os.getpid()}")
+        try:
+            temporary.mkdir()
+            part = ColumnFile(temporary / "part.npy", np.uint16)
+            for block in part_of_rows(
+                partition,
+                len(self),
+                group=self.group,
+                item_index=self.item_index,
+                timestamp=self.timestamp,
+                is_chronological=self.manifest["is_chronological"],
+            ):
+                part.append(block)
+            mapped = part.mapped()
+            keys = _SplitAndPart(self.split, mapped, num_parts)
+            sizes = sort_rows(keys, temporary / "order.npy", len(self))
+            ends = np.cumsum(np.pad(sizes, (0, 3 * num_parts - len(sizes)))).reshape(3, -1)
+            for name, counts in self._count(mapped, num_parts).items():
+                np.save(temporary / f"counts.{name}.npy", counts)
+            (temporary / "ends.json").write_text(json.dumps(ends.tolist()))
+            part.close()
+            temporary.rename(folder)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+    def _count(self, part: NDArray[np.uint16], num_parts: int) -> dict[str, Ints]:
+        """Return feature -> ``(P, V)`` how often the training rows of each part hold each id."""
+        sizes = {f.name: self.schema.table_sizes[f.table] for f in self.schema.lookups}
+        counts = {n: np.zeros(num_parts * size, np.int64) for n, size in sizes.items()}
+        columns = {name: self.column(name) for name in sizes}
+        fixed = [name for name, column in columns.items() if not isinstance(column, Ragged)]
+        places = [self.id_columns.index(name) for name in fixed]
+        for start, stop in blocks(len(self)):
+            rows = start + np.flatnonzero(self.split[start:stop] == 0)
+            offset = part[rows].astype(np.int64)
+            block = np.asarray(self.ids[start:stop])[rows - start]
+            for name, place in zip(fixed, places, strict=True):
+                add_counts(counts[name], block[:, place] + offset * sizes[name])
+            for name, column in columns.items():
+                if isinstance(column, Ragged):
+                    ids, lengths = column.ids(rows)
+                    add_counts(counts[name], ids + np.repeat(offset, lengths) * sizes[name])
+        return {name: found.reshape(num_parts, -1) for name, found in counts.items()}
 
 
-def id_counts(column: Ids | Ragged, rows: Ints, size: int) -> Ints:
-    """Return ``(size,)`` how many times ``rows`` hold each id."""
-    if not isinstance(column, Ragged):
-        return np.bincount(column[rows], minlength=size)
-    weights = column.lookups(rows)
-    # exact: a float64 sum of integers below 2 ** 53
-    return np.bincount(column.values, weights=weights, minlength=size).astype(np.int64)
+class _SplitAndPart(Blocks):
+    """Split and part of every row as one number, block by block."""
 
+    def __init__(self, split: NDArray[np.uint8], part: NDArray[np.uint16], parts: int) -> None:
+        super().__init__(split)
+        self._part, self._parts = part, parts
 
-def unseen_share(column: Ids | Ragged, rows: Ints, size: int) -> float | None:
-    """Return the share of unseen ids among those that ``rows`` hold; None if they hold none."""
-    counts = id_counts(column, rows, size)
-    total = int(counts.sum())
-    return int(counts[UNSEEN_ID]) / total if total else None
+    def __iter__(self) -> Any:
+        """Yield them in order."""
+        for start, stop in blocks(len(self._array)):
+            yield self._array[start:stop].astype(np.int64) * self._parts + self._part[start:stop]
 
 
 def damaged(path: Path, what: str) -> UserError:
@@ -183,6 +279,21 @@ def damaged(path: Path, what: str) -> UserError:
     return UserError(
         f"{path}: damaged: {what}; delete the folder {path.parent} and it is prepared again"
     )
+
+
+def _parts_key(partition: Partition) -> str:
+    if partition.by == "none":
+        return "parts-none"
+    seed = "" if partition.by == "time" else f"-{partition.seed}"
+    return f"parts-{partition.by}-{partition.parts}{seed}"
+
+
+def _open_parts(folder: Path) -> Parts:
+    try:
+        part, order = (np.load(folder / f"{n}.npy", mmap_mode="r") for n in ("part", "order"))
+        return Parts(folder, part, order, _read_json(folder / "ends.json"))
+    except (OSError, ValueError) as error:
+        raise damaged(folder / "order.npy", str(error)) from None
 
 
 def _read_json(path: Path) -> Any:
@@ -196,17 +307,30 @@ def _read_json(path: Path) -> Any:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
 
 
-def _open_column(folder: Path, entry: dict[str, Any]) -> NDArray[Any]:
-    """Return one column, memory-mapped, after checking that it is as the manifest says."""
+def _check_file(folder: Path, entry: dict[str, Any], verify: str) -> None:
+    """Check that a file is as the manifest says."""
     path = folder / entry["file"]
     try:
         size = path.stat().st_size
         if size != entry["bytes"]:
             raise damaged(path, f"{size:,} bytes, expected {entry['bytes']:,}")
-        array: NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
+        if verify == "full" and vocabulary.file_sha256(path) != entry["sha256"]:
+            raise damaged(path, "its content differs from what was written")
     except FileNotFoundError:
         raise damaged(path, "missing") from None
-    except ValueError as error:
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+
+
+def _open_column(folder: Path, entry: dict[str, Any]) -> NDArray[Any]:
+    """Return one column, memory-mapped."""
+    path = folder / entry["file"]
+    try:
+        is_empty = 0 in entry["shape"]  # there is nothing to map
+        array: NDArray[Any] = np.load(
+            path, mmap_mode=None if is_empty else "r", allow_pickle=False
+        )
+    except (ValueError, EOFError) as error:
         raise damaged(path, str(error)) from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None

@@ -1,280 +1,319 @@
-"""Rows in the common form -> splits, vocabularies, integer columns.
+"""Rows in the common form -> splits, vocabularies, columns of ids on disk.
+
+Text is read once, into codes (``provisional``); what follows are passes over integers, block by
+block, so memory holds the vocabularies and a block, however many rows there are. The result is a
+function of rows and options: no chunk, thread or machine changes a byte of it.
 
 Whatever an encoded row says about other rows (which tokens exist and how their ids are ordered,
 what the user liked before) is learnt from training rows only.
 
-Shape legend: N rows, M ids of a field with several ids a row.
+Shape legend: N rows, M ids of a field with several ids a row, C columns of ids.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
+from collections.abc import Iterable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import polars as pl
-from numpy.typing import NDArray
 
-from cki_rec.config import Data, Split, UserError
-from cki_rec.data.raw import RawRows
-from cki_rec.data.schema import FIRST_ID, UNSEEN_ID, Feature, FeatureSchema
-
-SPLITS = ("train", "valid", "test")
-"""Names of split codes 0, 1, 2."""
-SPLIT_KINDS = ("random", "time", "leave_last_out")
-HISTORY = "history"
-"""The derived field: ids of table ``item``."""
-
-Ints = NDArray[np.int64]
-Ids = NDArray[np.int32]
-
-
-@dataclass(frozen=True, slots=True)
-class Ragged:
-    """Several ids a row: row ``r`` holds ``values[starts[r] : starts[r] + lengths[r]]``.
-
-    Rows may overlap: the histories of a user are windows on one list of liked items.
-    """
-
-    values: Ids
-    """``(M,)``."""
-    starts: Ints
-    """``(N,)``."""
-    lengths: Ids
-    """``(N,)``."""
-
-    def positions(self, rows: Ints) -> Ints:
-        """Return where in ``values`` the ids of ``rows`` lie, row after row."""
-        lengths = self.lengths[rows].astype(np.int64)
-        ends = np.cumsum(lengths)
-        shift = self.starts[rows] - (ends - lengths)
-        positions: Ints = np.repeat(shift, lengths)
-        positions += np.arange(len(positions), dtype=np.int64)
-        return positions
-
-    def lookups(self, rows: Ints) -> Ints:
-        """Return ``(M,)`` how many of ``rows`` hold each position of ``values``."""
-        width = len(self.values) + 1
-        starts = self.starts[rows]
-        change = np.bincount(starts, minlength=width)
-        change -= np.bincount(starts + self.lengths[rows], minlength=width)
-        counts: Ints = np.cumsum(change[:-1], dtype=np.int64)
-        return counts
+from cki_rec.config import Data, UserError
+from cki_rec.data.columns import RAGGED, ColumnFile, Ids, Ints, add_counts, blocks
+from cki_rec.data.fields import Field
+from cki_rec.data.history import write_history
+from cki_rec.data.numbers import bucket_codes, quantile_edges, standardize
+from cki_rec.data.provisional import ITEM, USER, Provisional, make_plan
+from cki_rec.data.schema import UNSEEN_ID, Feature, FeatureSchema
+from cki_rec.data.split import SPLITS, check_sizes, share, split_codes
+from cki_rec.data.vocabulary import Vocabulary, build, hashed
 
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """An encoded data set in memory, rows in the order of the source."""
+    """What an encoding found; the columns are files of its folder."""
 
     schema: FeatureSchema
-    vocabularies: dict[str, list[str]]
-    """Table -> tokens; the first has id ``FIRST_ID``."""
-    fields: dict[str, Ids | Ragged]
-    label: NDArray[np.uint8]
-    split: NDArray[np.uint8]
-    """Position in ``SPLITS``."""
-    timestamp: Ints
-    group: Ids
-    """Raw user index, in token order: distinct for users no training row holds."""
-    item_index: Ids
-    """Raw item index, in token order."""
+    ids: list[str]
+    """Names of the columns of ``ids.npy``."""
+    numbers: dict[str, list[float]]
+    """Numeric field -> what was subtracted, and then divided by."""
+    splits: dict[str, dict[str, float]]
+    unseen_share: dict[str, dict[str, float | None]]
+    """Field -> split -> share of unseen ids; None: no ids."""
 
 
-def encode(raw: RawRows, data: Data) -> Encoded:
-    """Return the data set that ``data`` asks for.
+def encode(
+    chunks: Iterable[pl.DataFrame],
+    fields: tuple[Field, ...],
+    data: Data,
+    folder: Path,
+    *,
+    user: str | None,
+    item: str | None,
+    is_chronological: bool = False,
+    rows_per_step: int = 1,
+) -> Encoded:
+    """Write the data set that ``data`` asks for into ``folder``.
 
-    Vocabularies hold the tokens of at least ``data.min_count`` training rows, by (-count, token);
-    all other tokens share ``UNSEEN_ID``. A missing value is the token ``""``.
+    Vocabularies hold the tokens of at least ``min_count`` training rows, by (-count, token); all
+    other tokens share ``UNSEEN_ID``. A missing value is the token ``""``.
 
-    The field ``history`` holds, by time, the latest ``data.history_length`` items that the user
-    liked (label 1) in TRAINING rows with a strictly smaller timestamp. No label of a validation
-    or test row enters any input.
+    A history holds, by time, the latest ``data.history_length`` items that the user liked (label
+    1) in TRAINING rows with a strictly smaller timestamp. No label of a validation or test row
+    enters any input.
+
+    Args:
+        chunks: Rows in the common form of ``cki_rec.data.raw``.
+        fields: What to encode.
+        data: Split, history and options of numbers.
+        folder: Empty; holds ``.npy`` columns and ``vocabulary.<table>.txt`` afterwards.
+        user: Column that names the user of a row.
+        item: Column that names the item of a row.
+        is_chronological: Whether rows without times stand in the order of time.
+        rows_per_step: Rows of one user that stand together for one step in time.
 
     Raises:
         UserError: An option is impossible for these rows.
     """
-    check_options(data)
-    frame = raw.frame
-    label = (frame["rating"] >= data.label_threshold).to_numpy().astype(np.uint8)
-    timestamp = frame["timestamp"].to_numpy().astype(np.int64)
-    group = _index(frame["user"])
-    item_index = _index(frame["item"])
-    split = split_rows(data.split, group=group, timestamp=timestamp)
-    is_train = split == 0
-    if len(np.unique(label[is_train])) < 2:
-        raise UserError(
-            f"data.label_threshold={data.label_threshold}: all training rows have label "
-            f"{label[is_train][0]}; choose a threshold inside the range of ratings"
+    plan = make_plan(fields, user, item, data.numeric_missing, data.buckets)
+    with closing(Provisional(folder, plan)) as columns:
+        for chunk in chunks:
+            columns.append(chunk)
+        if not columns.rows:
+            raise UserError(f"{data.raw}: no usable row; see data.on_bad_row")
+        _finish_entities(columns)
+        splits = _split(columns, data, is_chronological, rows_per_step)
+        _bucket_quantiles(columns)
+        counts = _count_training_rows(columns)
+        vocabularies = _vocabularies(columns, counts)
+        schema = _schema(fields, vocabularies)
+        unseen = _look_up(columns, vocabularies)
+        numbers = _standardize(columns)
+        for name, source in plan.histories.items():
+            unseen[name] = write_history(columns, name, source, data.history_length)
+    shares = {f.name: unseen[f.name] for f in fields if f.name in unseen}
+    return Encoded(schema, [f.name for f in plan.ids], numbers, splits, shares)
+
+
+def _finish_entities(columns: Provisional) -> None:
+    """Turn codes of users and items into indices by the order of tokens, whatever the codes."""
+    for name, target in ((USER, "group"), (ITEM, "item_index")):
+        if name not in columns.dictionaries:
+            continue
+        tokens = columns.dictionaries.pop(name).tokens()
+        rank = (tokens.rank("ordinal") - 1).to_numpy().astype(np.int32)
+        file = columns.files[target]
+        for start, stop in blocks(file.rows):
+            file.write(start, rank[file.read(start, stop)])
+
+
+def _split(
+    columns: Provisional, data: Data, is_chronological: bool, rows_per_step: int
+) -> dict[str, dict[str, float]]:
+    """Write the split of every row; return rows and positive rate of each."""
+    files, split = columns.files, data.split
+    if split.by != "files":
+        if split.by == "time" and "timestamp" not in files and not is_chronological:
+            raise UserError(
+                "data.split.by=time: these rows have no times; name their column in data.time, or "
+                "choose random"
+            )
+        codes = split_codes(
+            split,
+            columns.rows,
+            group=files["group"].mapped() if "group" in files else None,
+            timestamp=files["timestamp"].mapped() if "timestamp" in files else None,
+            rows_per_step=rows_per_step,
+            scratch=columns.folder,
         )
-
-    features = [_feature(frame, name) for name in data.fields]
-    columns = dict.fromkeys("item" if name == HISTORY else name for name in data.fields)
-    vocabularies: dict[str, list[str]] = {}
-    ids: dict[str, Ids | Ragged] = {}
-    for name in columns:
-        vocabularies[name], ids[name] = _encode_column(frame[name], is_train, data.min_count)
-    if HISTORY in data.fields:
-        items = ids["item"]
-        assert isinstance(items, np.ndarray)
-        liked = is_train & (label == 1)
-        ids[HISTORY] = histories(items, liked, group, timestamp, data.history_length)
-    schema = FeatureSchema(
-        features=tuple(features),
-        table_sizes={table: FIRST_ID + len(v) for table, v in vocabularies.items()},
-        vocabulary_hashes={table: vocabulary_hash(v) for table, v in vocabularies.items()},
-    )
-    fields = {feature.name: ids[feature.name] for feature in features}
-    return Encoded(
-        schema=schema,
-        vocabularies=vocabularies,
-        fields=fields,
-        label=label,
-        split=split,
-        timestamp=timestamp,
-        group=group,
-        item_index=item_index,
-    )
-
-
-def check_options(data: Data) -> None:
-    """Refuse options that no data set could satisfy, before anything is read."""
-    if not data.fields:
-        raise UserError("data.fields: empty, expected at least one field")
-    repeated = sorted({name for name in data.fields if data.fields.count(name) > 1})
-    if repeated:
-        raise UserError(f"data.fields: {', '.join(repeated)} named twice; name each field once")
-    if data.min_count < 1:
-        raise UserError(f"data.min_count={data.min_count}: expected 1 or more")
-    if data.history_length < 1 and HISTORY in data.fields:
-        raise UserError(f"data.history_length={data.history_length}: expected 1 or more")
-    if data.on_bad_row not in ("error", "skip"):
-        raise UserError(f"data.on_bad_row={data.on_bad_row}: expected error or skip")
-    split = data.split
-    if split.by not in SPLIT_KINDS:
-        raise UserError(f"data.split.by={split.by}: expected one of {', '.join(SPLIT_KINDS)}")
-    shares = split.fractions
-    is_valid = len(shares) == 3 and min(shares) >= 0 and abs(sum(shares) - 1) < 1e-6
-    if split.by != "leave_last_out" and not is_valid:
+        files["split"] = ColumnFile(columns.folder / "split.npy", np.uint8)
+        for block in codes:
+            files["split"].append(block)
+    elif "split" not in files:
         raise UserError(
-            f"data.split.fractions={list(shares)}: expected shares of training, validation and "
-            "test rows, each 0 or more, with sum 1"
+            f"data.split.by=files: {data.raw} does not come divided; choose random or time"
         )
-
-
-def split_rows(split: Split, *, group: Ids, timestamp: Ints) -> NDArray[np.uint8]:
-    """Return the position in ``SPLITS`` of each row.
-
-    ``random`` deals rows in an order drawn from the seed; ``time`` gives the oldest rows to
-    training and the newest to test. ``leave_last_out`` gives each user's last row to test and the
-    one before to validation; users with fewer than 3 rows only train. Ties go by row order.
-
-    Raises:
-        UserError: A split would be empty.
-    """
-    rows = len(group)
-    code = np.zeros(rows, dtype=np.uint8)
-    if split.by == "leave_last_out":
-        order = np.lexsort((timestamp, group))
-        sizes = np.bincount(group)
-        ends = np.cumsum(sizes)[sizes >= 3]
-        code[order[ends - 1]] = 2
-        code[order[ends - 2]] = 1
-        mend = "it takes users with 3 rows or more; choose another data.split.by"
-    else:
-        if split.by == "time":
-            order = np.argsort(timestamp, kind="stable")
+    sizes, clicks = np.zeros(3, dtype=np.int64), np.zeros(3, dtype=np.int64)
+    for start, stop in blocks(columns.rows):
+        code = files["split"].read(start, stop)
+        sizes += np.bincount(code, minlength=3)
+        clicks += np.bincount(code[files["label"].read(start, stop) == 1], minlength=3)
+    check_sizes(split, sizes.tolist())
+    if clicks[0] in (0, sizes[0]):
+        label = int(clicks[0] > 0)
+        mend = "a model cannot learn from one class"
+        if data.format == "movielens":
+            mend = "choose a threshold inside the range of ratings"
+            where = f"data.label_threshold={data.label_threshold}"
         else:
-            order = np.random.Generator(np.random.PCG64(split.seed)).permutation(rows)
-        first, second, _ = split.fractions
-        train_end, valid_end = round(rows * first), round(rows * (first + second))
-        code[order[train_end:valid_end]] = 1
-        code[order[valid_end:]] = 2
-        mend = f"raise its share in data.split.fractions={list(split.fractions)}"
-    for name, count in zip(SPLITS, np.bincount(code, minlength=3), strict=True):
-        if count == 0:
-            raise UserError(f"data.split.by={split.by}: no {name} row of {rows}; {mend}")
-    return code
+            where = f"{data.raw}"
+        raise UserError(f"{where}: all training rows have label {label}; {mend}")
+    return {
+        name: {"rows": int(rows), "positive_rate": int(positive) / int(rows)}
+        for name, rows, positive in zip(SPLITS, sizes, clicks, strict=True)
+    }
 
 
-def histories(
-    items: Ids, is_liked: NDArray[np.bool_], group: Ids, timestamp: Ints, length: int
-) -> Ragged:
-    """Return the latest liked items of the row's user at strictly smaller timestamps.
-
-    Args:
-        items: ``(N,)`` item ids.
-        is_liked: ``(N,)`` rows that may appear in histories.
-        group: ``(N,)`` raw user index.
-        timestamp: ``(N,)`` seconds.
-        length: Most items kept.
-
-    Returns:
-        One window a row on the liked rows, ordered by user, time and row order.
-    """
-    rank = np.unique(timestamp, return_inverse=True)[1].astype(np.int64)
-    width = int(rank.max(initial=0)) + 1
-    user_key = group.astype(np.int64) * width
-    key = user_key + rank
-    liked = np.flatnonzero(is_liked)
-    liked = liked[np.argsort(key[liked], kind="stable")]
-    ends = np.searchsorted(key[liked], key, side="left")
-    starts = np.maximum(np.searchsorted(key[liked], user_key, side="left"), ends - length)
-    return Ragged(items[liked], starts.astype(np.int64), (ends - starts).astype(np.int32))
+def _bucket_quantiles(columns: Provisional) -> None:
+    """Replace numbers that become quantile buckets by the codes of their buckets."""
+    plan, files = columns.plan, columns.files
+    if not plan.quantiles:
+        return
+    keys, ids, split = files.pop("quantiles"), files["ids"], files["split"]
+    for number, column in enumerate(plan.quantiles):
+        position = plan.ids.index(column)
+        known = (
+            keys.read(start, stop)[split.read(start, stop) == 0, number]
+            for start, stop in blocks(keys.rows)
+        )
+        edges = quantile_edges(known, plan.buckets, columns.folder)
+        for start, stop in blocks(keys.rows):
+            block = ids.read(start, stop)
+            block[:, position] = bucket_codes(keys.read(start, stop)[:, number], edges)
+            ids.write(start, block)
+    keys.delete()
 
 
-def vocabulary_hash(tokens: list[str]) -> str:
-    """Return a sha256 over tokens in id order."""
-    return hashlib.sha256(json.dumps(tokens).encode()).hexdigest()
+def _count_training_rows(columns: Provisional) -> dict[str, Ints]:
+    """Return, per table, how many training rows hold each code (of each field of the table)."""
+    plan, files = columns.plan, columns.files
+    counts = {
+        table: np.zeros(len(dictionary.tokens()), dtype=np.int64)
+        for table, dictionary in columns.dictionaries.items()
+    }
+    for start, stop in blocks(columns.rows):
+        is_train = files["split"].read(start, stop) == 0
+        block = files["ids"].read(start, stop)[is_train] if plan.ids else None
+        for position, column in enumerate(plan.ids):
+            if column.hash_size is None and block is not None:
+                add_counts(counts[column.table], block[:, position])
+    for column in plan.multi:
+        if column.hash_size is None:
+            for start, stop, values, lengths in _multi_blocks(columns, column):
+                is_train = np.repeat(files["split"].read(start, stop) == 0, lengths)
+                add_counts(counts[column.table], values[is_train])
+    return counts
 
 
-def _feature(frame: pl.DataFrame, name: str) -> Feature:
-    if name == HISTORY:
-        return Feature(name, "item", "history")
-    return Feature(name, name, "multi" if frame.schema[name] == pl.List else "categorical")
+def _vocabularies(columns: Provisional, counts: dict[str, Ints]) -> dict[str, Vocabulary]:
+    """Write the vocabulary of every table; dictionaries are let go one by one."""
+    found: dict[str, Vocabulary] = {}
+    for column in [*columns.plan.ids, *columns.plan.multi]:
+        table = column.table
+        if table in found:
+            continue
+        if column.hash_size is not None:
+            found[table] = hashed(column.hash_size)
+            continue
+        tokens = columns.dictionaries.pop(table).tokens()
+        path = columns.folder / f"vocabulary.{table}.txt"
+        found[table] = build(table, tokens, counts.pop(table), column.min_count, path)
+    return found
 
 
-def _index(column: pl.Series) -> Ids:
-    """Return the position of each token among the sorted distinct tokens."""
-    return (column.rank("dense") - 1).to_numpy().astype(np.int32)
+def _schema(fields: tuple[Field, ...], vocabularies: dict[str, Vocabulary]) -> FeatureSchema:
+    kinds = {"numeric": "categorical", "time": "categorical"}
+    features = tuple(
+        Feature(f.name, "", "numeric")
+        if f.is_number
+        else Feature(f.name, f.table, kinds.get(f.kind, f.kind))
+        for f in fields
+    )
+    tables = dict.fromkeys(f.table for f in features if f.kind != "numeric")
+    return FeatureSchema(
+        features=features,
+        table_sizes={table: vocabularies[table].size for table in tables},
+        vocabulary_hashes={table: vocabularies[table].hash for table in tables},
+    )
 
 
-def _encode_column(
-    column: pl.Series, is_train: NDArray[np.bool_], min_count: int
-) -> tuple[list[str], Ids | Ragged]:
-    """Return the vocabulary of the training rows and the ids of all rows."""
-    name = column.name
-    is_multi = column.dtype == pl.List
-    column = column.list.unique(maintain_order=True) if is_multi else column.fill_null("")
-    train = column.filter(pl.Series(is_train))
-    if is_multi:
-        lengths = column.list.len().fill_null(0).to_numpy().astype(np.int32)
-        column = column.filter(column.list.len() > 0).explode()
-        train = train.filter(train.list.len() > 0).explode()
-    counts = train.value_counts(name="count").filter(pl.col("count") >= min_count)
-    counts = counts.sort(["count", name], descending=[True, False])
-    tokens: list[str] = counts[name].to_list()
-    ids = _look_up(column, counts[name])
-    if not is_multi:
-        return tokens, ids
-    starts = np.cumsum(lengths, dtype=np.int64) - lengths
-    return tokens, _one_unseen_a_row(Ragged(ids, starts, lengths))
+def _look_up(
+    columns: Provisional, vocabularies: dict[str, Vocabulary]
+) -> dict[str, dict[str, float | None]]:
+    """Replace codes by ids; return the share of unseen ids per field in validation and test."""
+    plan, files = columns.plan, columns.files
+    totals = np.zeros(3, dtype=np.int64)
+    unseen = np.zeros((3, len(plan.ids)), dtype=np.int64)
+    for start, stop in blocks(columns.rows):
+        split = files["split"].read(start, stop)
+        totals += np.bincount(split, minlength=3)
+        if not plan.ids:
+            continue
+        block = files["ids"].read(start, stop)
+        for position, column in enumerate(plan.ids):
+            if column.hash_size is None:
+                id_of_code = vocabularies[column.table].id_of_code
+                block[:, position] = id_of_code[block[:, position]]
+        files["ids"].write(start, block)
+        for code in (1, 2):
+            unseen[code] += (block[split == code] == UNSEEN_ID).sum(0)
+    shares: dict[str, dict[str, float | None]] = {
+        column.name: {
+            name: share(unseen[code, position], totals[code])
+            for code, name in enumerate(SPLITS)
+            if code
+        }
+        for position, column in enumerate(plan.ids)
+    }
+    for column in plan.multi:
+        shares[column.name] = _look_up_multi(columns, column, vocabularies[column.table])
+    return shares
 
 
-def _look_up(column: pl.Series, tokens: pl.Series) -> Ids:
-    if not len(tokens):
-        return np.full(len(column), UNSEEN_ID, dtype=np.int32)
-    new = pl.Series(np.arange(FIRST_ID, FIRST_ID + len(tokens), dtype=np.int32))
-    ids = column.replace_strict(tokens, new, default=UNSEEN_ID, return_dtype=pl.Int32)
-    return ids.to_numpy().astype(np.int32)
+def _look_up_multi(
+    columns: Provisional, column: Field, vocabulary: Vocabulary
+) -> dict[str, float | None]:
+    """Replace codes by ids, unseen tokens of a row by one id; return the unseen shares."""
+    name = f"multi.{column.name}"
+    unseen, totals = np.zeros(3, dtype=np.int64), np.zeros(3, dtype=np.int64)
+    types: dict[str, type[np.generic]] = dict(values=np.int32, starts=np.int64, lengths=np.int32)
+    pieces = {
+        piece: ColumnFile(columns.folder / f"field.{column.name}.{piece}.npy", types[piece])
+        for piece in RAGGED
+    }
+    for start, stop, codes, code_lengths in _multi_blocks(columns, column):
+        ids = codes if column.hash_size is not None else vocabulary.id_of_code[codes]
+        values, lengths = _one_unseen_a_row(ids, code_lengths)
+        ends = pieces["values"].rows + np.cumsum(lengths, dtype=np.int64)
+        pieces["values"].append(values)
+        pieces["starts"].append(ends - lengths)
+        pieces["lengths"].append(lengths)
+        split = np.repeat(columns.files["split"].read(start, stop), lengths)
+        totals += np.bincount(split, minlength=3)
+        unseen += np.bincount(split[values == UNSEEN_ID], minlength=3)
+    for piece in ("values", "lengths"):
+        columns.files.pop(f"{name}.{piece}").delete()
+    columns.files.update({f"field.{column.name}.{piece}": file for piece, file in pieces.items()})
+    return {n: share(unseen[code], totals[code]) for code, n in enumerate(SPLITS) if code}
 
 
-def _one_unseen_a_row(ragged: Ragged) -> Ragged:
+def _one_unseen_a_row(ids: Ids, lengths: Ids) -> tuple[Ids, Ids]:
     """Return the rows with all but the first unseen id of each row dropped."""
-    row = np.repeat(np.arange(len(ragged.lengths)), ragged.lengths)
-    unseen = np.flatnonzero(ragged.values == UNSEEN_ID)
-    is_kept = np.ones(len(ragged.values), dtype=np.bool_)
+    row = np.repeat(np.arange(len(lengths)), lengths)
+    unseen = np.flatnonzero(ids == UNSEEN_ID)
+    is_kept = np.ones(len(ids), dtype=np.bool_)
     is_kept[unseen[1:][row[unseen[1:]] == row[unseen[:-1]]]] = False
-    lengths = np.bincount(row[is_kept], minlength=len(ragged.lengths)).astype(np.int32)
-    starts = np.cumsum(lengths, dtype=np.int64) - lengths
-    return Ragged(ragged.values[is_kept], starts, lengths)
+    return ids[is_kept], np.bincount(row[is_kept], minlength=len(lengths)).astype(np.int32)
+
+
+def _multi_blocks(columns: Provisional, column: Field) -> Iterator[tuple[int, int, Ids, Ids]]:
+    """Yield start and stop of every block of rows, its codes and their number per row."""
+    name, position = f"multi.{column.name}", 0
+    for start, stop in blocks(columns.rows):
+        lengths = columns.files[f"{name}.lengths"].read(start, stop)
+        end = position + int(lengths.sum(dtype=np.int64))
+        yield start, stop, columns.files[f"{name}.values"].read(position, end), lengths
+        position = end
+
+
+def _standardize(columns: Provisional) -> dict[str, list[float]]:
+    """Standardize numbers; return what was subtracted from and divided by, per field."""
+    fields = columns.plan.numbers
+    if not fields:
+        return {}
+    is_scaled = np.array([field.transform == "log1p" for field in fields])
+    facts = standardize(columns.files["numbers"], columns.files["split"], is_scaled)
+    return {field.name: facts[:, position].tolist() for position, field in enumerate(fields)}

@@ -1,109 +1,178 @@
-"""Encoded data set -> batches, gathered from columns held in memory.
+"""Encoded data set -> batches: shuffled without an order in memory, sliced by rank, resumable.
 
-Shape legend: B rows, F features, N rows of the data set.
+Shape legend: B rows of a batch, F features, N rows of the data set, R rows to be loaded.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from cki_rec.config import UserError
+from cki_rec.data.ahead import ahead
+from cki_rec.data.columns import Ints, Ragged
 from cki_rec.data.dataset import EncodedDataset
-from cki_rec.data.encode import Ids, Ints, Ragged
+from cki_rec.data.permutation import Permutation
 from cki_rec.data.schema import Batch, FeatureSchema
 
+SHUFFLE_STREAM = 3
+"""Sets the order of this draw apart from others of the same seed."""
 
-class Columns:
-    """The columns of a schema in memory, laid out for gathering random rows.
+
+class Loader:
+    """Batches of chosen rows; iterating it gives what is left of an epoch, then the next begins.
+
+    All ranks have equally many batches. A step of the whole job is ``batch_size * world_size``
+    rows; the last one of an epoch is shorter and shared evenly, and takes in what would be less
+    than a row a rank. So no row is left out and none comes twice.
+
+    ``state_dict`` says how many rows of which epoch are done, by all ranks together: it fits any
+    world size and batch size.
 
     Args:
-        dataset: Where they come from.
-        schema: Which, in order.
+        dataset: Where rows come from; nothing but a batch is read into memory.
+        schema: Features, in the order of the batch.
+        rows: ``(R,)`` row numbers, may be memory-mapped.
+        batch_size: Rows per batch and rank.
+        seed: Draws the order of every epoch; None: the order of ``rows``.
+        rank: Of this process.
+        world_size: Number of processes.
+        pin_memory: Put batches into page-locked memory, for asynchronous copies to CUDA.
+
+    Raises:
+        UserError: ``batch_size`` is below 1, or there are fewer rows than processes.
+    """
+
+    def __init__(
+        self,
+        dataset: EncodedDataset,
+        schema: FeatureSchema,
+        rows: Ints,
+        batch_size: int,
+        *,
+        seed: int | None = None,
+        rank: int = 0,
+        world_size: int = 1,
+        pin_memory: bool = False,
+    ) -> None:
+        if batch_size < 1:
+            raise UserError(f"train.batch_size={batch_size}: expected 1 or more")
+        if len(rows) < world_size:
+            raise UserError(f"{len(rows)} rows for {world_size} processes: start fewer")
+        self._gather = Gather(dataset, schema)
+        self._rows, self._batch_size, self._seed = rows, batch_size, seed
+        self._rank, self._world_size, self._pin_memory = rank, world_size, pin_memory
+        self._epoch, self._done = 0, 0
+
+    def __len__(self) -> int:
+        """Return the number of batches left in this epoch, the same on every rank."""
+        return sum(1 for _ in self._steps())
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Yield the rest of the epoch, each batch made while the one before is in use."""
+        steps = list(self._steps())
+        batches = ahead(self._batch(start, stop) for start, stop in steps)
+        for (_, stop), batch in zip(steps, batches, strict=True):
+            self._done = stop
+            yield batch
+        self._epoch, self._done = self._epoch + 1, 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the position after the last batch that was handed out; plain JSON values."""
+        return {
+            "epoch": self._epoch,
+            "rows_done": self._done,
+            "rows": len(self._rows),
+            "seed": self._seed,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a position that ``state_dict`` gave, at any world size.
+
+        Raises:
+            UserError: It is a position in other rows or in another order.
+        """
+        found = {name: state.get(name) for name in ("rows", "seed")}
+        if found != {"rows": len(self._rows), "seed": self._seed}:
+            raise UserError(
+                f"position of the loader: of {found['rows']} rows with seed {found['seed']}, "
+                f"expected {len(self._rows)} with seed {self._seed}; resume with the data options "
+                "and the seed of the run"
+            )
+        self._epoch, self._done = int(state["epoch"]), int(state["rows_done"])
+
+    def _steps(self) -> Iterator[tuple[int, int]]:
+        """Yield first and last place of every step of the job that is left."""
+        start, num_rows = self._done, len(self._rows)
+        width = self._batch_size * self._world_size
+        while start < num_rows:
+            stop = start + width
+            stop = num_rows if num_rows - stop < self._world_size else stop
+            yield start, stop
+            start = stop
+
+    def _batch(self, start: int, stop: int) -> Batch:
+        """Return this rank's rows of a step."""
+        size = stop - start
+        first, last = (size * r // self._world_size for r in (self._rank, self._rank + 1))
+        places = np.arange(start + first, start + last)
+        if self._seed is None:
+            rows = self._rows[places[0] : places[-1] + 1]
+        else:
+            order = Permutation(len(self._rows), self._seed, self._epoch, SHUFFLE_STREAM)
+            rows = self._rows[order(places)]
+        batch = self._gather(np.asarray(rows))
+        return batch.pin_memory() if self._pin_memory else batch
+
+
+class Gather:
+    """Picks rows out of a data set's memory-mapped columns.
+
+    Args:
+        dataset: Where rows are.
+        schema: Features, in the order of the batch.
     """
 
     def __init__(self, dataset: EncodedDataset, schema: FeatureSchema) -> None:
-        names = [feature.name for feature in schema.features]
-        columns = {name: dataset.column(name) for name in names}
-        fixed = [ids for ids in columns.values() if not isinstance(ids, Ragged)]
-        # row by row: one cache line serves all fields of a randomly chosen row
-        self.fixed_NF: Ids = np.empty((len(dataset), len(fixed)), dtype=np.int32)
-        for position, ids in enumerate(fixed):
-            self.fixed_NF[:, position] = ids
-        self.ragged: list[Ragged | None] = [_in_memory(columns[name]) for name in names]
-        self.label_N: NDArray[np.uint8] = np.array(dataset.label)
+        columns = [dataset.column(feature.name) for feature in schema.lookups]
+        self._ragged = [c if isinstance(c, Ragged) else None for c in columns]
+        names = [f.name for f, r in zip(schema.lookups, self._ragged, strict=True) if r is None]
+        self._ids, self._label = dataset.ids, dataset.label
+        self._places = [dataset.id_columns.index(name) for name in names]
+        self._has_all_ids = self._places == list(range(self._ids.shape[1]))
+        numbers = [feature.name for feature in dataset.schema.numbers]
+        self._number_places = [numbers.index(feature.name) for feature in schema.numbers]
+        self._numbers = dataset.numbers
+        self._is_fixed = len(names) == len(columns)
 
-    def batch(self, rows: Ints) -> Batch:
+    def __call__(self, rows: Ints) -> Batch:
         """Return ``rows`` as one batch."""
-        size = len(rows)
-        fixed_FB = self.fixed_NF[rows].T
-        positions = [None if r is None else r.positions(rows) for r in self.ragged]
-        total = sum(size if p is None else len(p) for p in positions)
-        values = np.empty(total, dtype=np.int64)
-        lengths = np.ones((len(positions), size), dtype=np.int32)
-        start = next_fixed = 0
-        for feature, (ragged, position) in enumerate(zip(self.ragged, positions, strict=True)):
-            if ragged is None or position is None:
-                values[start : start + size] = fixed_FB[next_fixed]
-                next_fixed += 1
-                start += size
+        label = torch.from_numpy(self._label[rows]).float()
+        numbers = None
+        if self._number_places:
+            numbers = torch.from_numpy(self._numbers[rows][:, self._number_places])
+        block = np.take(self._ids, rows, axis=0)
+        fixed_FB = (block if self._has_all_ids else block[:, self._places]).T
+        if self._is_fixed:
+            fixed = fixed_FB.astype(np.int64, order="C").reshape(-1)
+            return Batch(torch.from_numpy(fixed), None, label, numbers)
+        values, lengths = self._with_ragged(rows, fixed_FB)
+        return Batch(values, lengths, label, numbers)
+
+    def _with_ragged(self, rows: Ints, fixed_FB: NDArray[np.int32]) -> tuple[Tensor, Tensor]:
+        """Return values and lengths where some features hold several ids a row."""
+        fixed = iter(fixed_FB)
+        values, lengths = [], np.ones((len(self._ragged), len(rows)), dtype=np.int32)
+        for position, ragged in enumerate(self._ragged):
+            if ragged is None:
+                values.append(next(fixed))
             else:
-                values[start : start + len(position)] = ragged.values[position]
-                lengths[feature] = ragged.lengths[rows]
-                start += len(position)
-        return Batch(
-            values=torch.from_numpy(values),
-            lengths=torch.from_numpy(lengths.reshape(-1)),
-            label=torch.from_numpy(self.label_N[rows].astype(np.float32)),
-        )
-
-
-def batches(
-    dataset: EncodedDataset,
-    schema: FeatureSchema,
-    rows: Ints,
-    batch_size: int,
-    generator: np.random.Generator | None,
-) -> Iterator[Batch]:
-    """Yield ``rows`` in batches, the last one shorter where they do not divide evenly.
-
-    Args:
-        dataset: Where rows come from; keeps the columns of the last schema used in memory.
-        schema: Features, in the order of the batch.
-        rows: Row numbers.
-        batch_size: Rows per batch.
-        generator: Draws the order; None: the order of ``rows``.
-
-    Raises:
-        UserError: ``batch_size`` is below 1.
-    """
-    if batch_size < 1:
-        raise UserError(f"train.batch_size={batch_size}: expected 1 or more")
-    return _batches(_columns(dataset, schema), rows, batch_size, generator)
-
-
-def _batches(
-    columns: Columns, rows: Ints, batch_size: int, generator: np.random.Generator | None
-) -> Iterator[Batch]:
-    order = rows if generator is None else generator.permutation(rows)
-    for start in range(0, len(order), batch_size):
-        yield columns.batch(order[start : start + batch_size])
-
-
-def _columns(dataset: EncodedDataset, schema: FeatureSchema) -> Columns:
-    if schema.features not in dataset.cache:
-        dataset.cache.clear()
-        dataset.cache[schema.features] = Columns(dataset, schema)
-    columns = dataset.cache[schema.features]
-    assert isinstance(columns, Columns)
-    return columns
-
-
-def _in_memory(column: Ids | Ragged) -> Ragged | None:
-    """Return the arrays of a ragged column read into memory; None for one id a row."""
-    if not isinstance(column, Ragged):
-        return None
-    return Ragged(np.array(column.values), np.array(column.starts), np.array(column.lengths))
+                ids, lengths[position] = ragged.ids(rows)
+                values.append(ids)
+        joined = np.concatenate(values, dtype=np.int64) if values else np.empty(0, np.int64)
+        return torch.from_numpy(joined), torch.from_numpy(lengths.reshape(-1))

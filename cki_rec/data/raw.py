@@ -1,31 +1,61 @@
-"""What every reader of a raw format shares: opening files, bad rows, the common form of rows."""
+"""What every reader of a raw format shares: finding and opening files, bad rows, times.
+
+A reader yields its rows in the common form, chunk by chunk: polars frames with ``LABEL`` (UInt8),
+``TIME`` (Int64 seconds, if rows have times), ``SPLIT`` (UInt8, if files decide it) and the columns
+of its fields: String (null: missing), or Int64 and Float64 for numbers.
+"""
 
 from __future__ import annotations
 
+import glob
+import gzip
+import hashlib
+import re
 import zipfile
 import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
+from typing import IO, Any, cast
 
 import polars as pl
 
-from cki_rec.config import UserError
+from cki_rec.config import Data, UserError
 
+LABEL, TIME, SPLIT, LINE = "@label", "@time", "@split", "@line"
+"""Columns of the common form that are no raw columns."""
 EXAMPLES = 3
 """Skipped rows shown per reason."""
+LONGEST_LINE = 1 << 24
+BOM = b"\xef\xbb\xbf"
+NOT_READABLE = (zipfile.BadZipFile, gzip.BadGzipFile, zlib.error, EOFError, NotImplementedError)
+TIME_FIELDS = {
+    "hour": lambda time: time.dt.hour().cast(pl.String),
+    "weekday": lambda time: (time.dt.weekday() % 7).cast(pl.String),
+    "weekend": lambda time: (time.dt.weekday() > 5).cast(pl.Int8).cast(pl.String),
+}
+"""Fields that any format with times gives; Sunday is weekday 0. Times are UTC."""
 
 
 @dataclass(slots=True)
-class BadRows:
-    """Stops at a bad row, or counts it by reason and keeps the first examples."""
+class Reading:
+    """One reading of raw files: how to go about it, and what it found besides good rows."""
 
     on_bad_row: str
-    """``error`` or ``skip``."""
+    """``error`` stops at a bad row; ``skip`` counts it and keeps the first examples."""
+    block_bytes: int = 1 << 24
+    """Text read at a time."""
+    advance: Callable[[int], None] = lambda amount: None
+    """Called with the bytes that were read from disk."""
     counts: dict[str, int] = field(default_factory=dict)
+    """Skipped rows by reason."""
     examples: dict[str, list[str]] = field(default_factory=dict)
+    md5: dict[str, str] = field(default_factory=dict)
+    """Name of a text, without folder and ``.gz`` -> md5 of its content."""
 
-    def add(self, reason: str, where: str, found: str, expected: str, count: int = 1) -> None:
-        """Record ``count`` bad rows, the first of them at ``where``.
+    def skip(self, reason: str, where: str, found: str, expected: str) -> None:
+        """Record one bad row.
 
         Raises:
             UserError: ``on_bad_row`` is ``error``.
@@ -36,20 +66,170 @@ class BadRows:
                 f"{where}: {reason}: found {shown}, expected {expected}; "
                 "mend the line, or leave such rows out with data.on_bad_row=skip"
             )
-        self.counts[reason] = self.counts.get(reason, 0) + count
+        self.counts[reason] = self.counts.get(reason, 0) + 1
         examples = self.examples.setdefault(reason, [])
         if len(examples) < EXAMPLES:
             examples.append(f"{where}: {shown}")
 
 
 @dataclass(frozen=True, slots=True)
-class RawRows:
-    """Rows of one data set in the common form, in the order of the source."""
+class Text:
+    """A file of lines: plain, compressed (``.gz``), or a member of a zip."""
 
-    frame: pl.DataFrame
-    """``rating`` float64, ``timestamp`` int64, ``line`` uint32 (in the source), and one column a
-    field: String (null: missing) or List[String]. ``user`` and ``item`` are always there."""
-    bad_rows: BadRows
+    path: Path
+    member: str | None = None
+
+    @property
+    def name(self) -> str:
+        """Return its name without folder and ``.gz``."""
+        return PurePosixPath(self.member or self.path.name).name.removesuffix(".gz")
+
+    def __str__(self) -> str:
+        """Return how messages name it."""
+        return f"{self.path} (member {self.member})" if self.member else str(self.path)
+
+    def blocks(self, reading: Reading) -> Iterator[tuple[int, bytes]]:
+        """Yield the number of the first line and some whole lines, each ended by a newline.
+
+        A byte order mark at the start is dropped, and so are carriage returns before newlines.
+
+        Raises:
+            UserError: Absent, unreadable, cut, empty, or without newlines.
+        """
+        digest, line, rest = hashlib.md5(usedforsecurity=False), 1, b""
+        with self._open() as (file, raw):
+            position = 0
+            while True:
+                try:
+                    piece = file.read(reading.block_bytes)
+                except (*NOT_READABLE, RuntimeError) as error:
+                    raise self._damaged(error, line) from None
+                except OSError as error:
+                    raise _unreadable(str(self), error) from None
+                digest.update(piece)
+                reading.advance(max(0, raw.tell() - position))
+                position = max(position, raw.tell())
+                if line == 1 and not rest:
+                    piece = piece.removeprefix(BOM)
+                end = piece.rfind(b"\n") + 1 if piece else 0
+                if not end and piece:
+                    rest += piece
+                    self._check_newlines(rest, line)
+                    continue
+                block, rest = (rest + piece[:end], piece[end:]) if piece else (rest, b"")
+                if block:
+                    self._check_newlines(block, line)
+                    block = block if block.endswith(b"\n") else block + b"\n"
+                    yield line, block.replace(b"\r\n", b"\n") if b"\r" in block else block
+                    line += block.count(b"\n")
+                if not piece:
+                    break
+        if line == 1:
+            raise UserError(f"{self}: empty, expected one row a line; fetch the file again")
+        reading.md5[self.name] = digest.hexdigest()
+
+    def first_line(self) -> str:
+        """Return the first line, without its end."""
+        reading = Reading("error", block_bytes=1 << 16)
+        _, block = next(self.blocks(reading))
+        return block.split(b"\n", 1)[0].decode("utf-8", errors="replace")
+
+    def _check_newlines(self, text: bytes, line: int) -> None:
+        if b"\n" not in text and b"\r" in text.rstrip(b"\r"):
+            raise UserError(
+                f"{self}, line {line}: lines end with a carriage return alone, expected newlines; "
+                "convert the file, e.g. with: tr '\\r' '\\n'"
+            )
+        if b"\n" not in text and len(text) > LONGEST_LINE:
+            raise UserError(
+                f"{self}, line {line}: longer than {LONGEST_LINE:,} bytes, expected one row a "
+                "line; is this a text file?"
+            )
+
+    @contextmanager
+    def _open(self) -> Iterator[tuple[IO[bytes], IO[bytes]]]:
+        """Yield the content and the file on disk that it comes from."""
+        try:
+            raw = self.path.open("rb")
+        except OSError as error:
+            raise _unreadable(str(self.path), error) from None
+        with raw:
+            try:
+                file: IO[bytes] = raw
+                if self.member is not None:
+                    file = zipfile.ZipFile(raw).open(self.member)
+                name = self.member or self.path.name
+                if name.endswith(".gz"):
+                    file = cast(IO[bytes], gzip.GzipFile(fileobj=file))
+            except (*NOT_READABLE, RuntimeError) as error:
+                raise self._damaged(error, 1) from None
+            yield file, raw
+
+    def _damaged(self, error: BaseException, line: int) -> UserError:
+        return UserError(
+            f"{self}: damaged or cut after line {line - 1} ({error}), expected a whole file; "
+            "fetch it again or set data.raw"
+        )
+
+
+def texts(data: Data) -> list[Text]:
+    """Return the files that ``data.raw`` names, each a text; numbers in names sort as numbers.
+
+    A zip must hold one text.
+
+    Raises:
+        UserError: A path that is absent, a folder or a zip of several files.
+    """
+    found: list[Text] = []
+    for path in paths(data):
+        if path.is_dir():
+            listed = ", ".join(sorted(p.name for p in path.iterdir())[:5]) or "nothing"
+            raise UserError(
+                f"{path}: is a folder (holds {listed}), expected files; name them in data.raw, "
+                f"e.g. data.raw='{path}/*'"
+            )
+        if path.suffix == ".zip":
+            members = RawFiles(path).members()
+            if len(members) != 1:
+                raise UserError(
+                    f"{path}: holds {len(members)} files ({', '.join(members[:5])}), expected "
+                    "one; unpack it and name the file in data.raw"
+                )
+            found.append(Text(path, members[0]))
+        else:
+            found.append(Text(path))
+    return found
+
+
+def paths(data: Data) -> list[Path]:
+    """Return the paths that ``data.raw`` names.
+
+    Raises:
+        UserError: One does not exist, or a pattern matches nothing.
+    """
+    words = data.raw if isinstance(data.raw, list) else [data.raw]
+    found: list[Path] = []
+    for word in words:
+        if not isinstance(word, str) or not word:
+            raise UserError(f"data.raw={word!r}: expected a path, a pattern or a list of them")
+        matches = [word] if Path(word).exists() else glob.glob(word)
+        if not matches:
+            raise UserError(
+                f"{word}: no such file or folder; put the raw data there, set data.raw to where "
+                f"it is, or fetch it with: make data-{data.name} (data/README.md says more)"
+            )
+        found += sorted((Path(match) for match in matches), key=_natural)
+    if len({path.resolve() for path in found}) < len(found):
+        raise UserError(f"data.raw={data.raw}: names a file twice; name each once")
+    if not found:
+        raise UserError("data.raw is empty: name at least one file")
+    return found
+
+
+def with_time_fields(frame: pl.DataFrame, names: list[str]) -> pl.DataFrame:
+    """Return ``frame`` with those of ``TIME_FIELDS`` that ``names`` holds."""
+    time = pl.from_epoch(TIME)
+    return frame.with_columns(TIME_FIELDS[name](time).alias(name) for name in names)
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,20 +259,17 @@ class RawFiles:
             if self.path.is_dir():
                 both = [*self.path.glob("*"), *self.path.glob("*/*")]
                 return sorted(p.relative_to(self.path).as_posix() for p in both if p.is_file())
-            if not self.path.exists():
-                raise UserError(
-                    f"{self.path}: no such file or folder; put the raw data there or set data.raw "
-                    "to where it is (data/README.md says where to get it)"
-                )
             with zipfile.ZipFile(self.path) as archive:
                 names = archive.namelist()
         except zipfile.BadZipFile as error:
             raise self._damaged(str(error)) from None
         except OSError as error:
-            raise UserError(
-                f"{self.path}: cannot be read: {error.strerror}; set data.raw"
-            ) from None
+            raise _unreadable(str(self.path), error) from None
         return [n for n in names if not n.endswith("/") and not n.startswith("__MACOSX/")]
+
+    def text(self, member: str) -> Text:
+        """Return one member as a text."""
+        return Text(self.path / member) if self.path.is_dir() else Text(self.path, member)
 
     def read(self, member: str) -> bytes:
         """Return the content of one member."""
@@ -101,17 +278,10 @@ class RawFiles:
                 return (self.path / member).read_bytes()
             with zipfile.ZipFile(self.path) as archive:
                 return archive.read(member)
-        except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as e:
+        except (*NOT_READABLE, RuntimeError) as e:
             raise self._damaged(str(e)) from None
         except OSError as error:
-            where = self.label(member)
-            raise UserError(f"{where}: cannot be read: {error.strerror or error}") from None
-
-    def label(self, member: str) -> str:
-        """Return how messages name a member."""
-        if self.path.is_dir():
-            return str(self.path / member)
-        return f"{self.path} (member {member})"
+            raise _unreadable(str(self.text(member)), error) from None
 
     def on_disk(self, members: list[str]) -> list[Path]:
         """Return the files whose bytes decide the content: the zip, or the members."""
@@ -122,3 +292,15 @@ class RawFiles:
             f"{self.path}: damaged or not a zip ({what}), expected a whole zip file or a folder; "
             "fetch it again or set data.raw"
         )
+
+
+def _unreadable(where: str, error: OSError) -> UserError:
+    return UserError(f"{where}: cannot be read: {error.strerror or error}; set data.raw")
+
+
+def _natural(path: Path) -> list[Any]:
+    """Return a key that sorts ``day_2`` before ``day_10``."""
+    return [
+        (0, int(word), "") if word.isdigit() else (1, 0, word)
+        for word in re.split(r"(\d+)", str(path))
+    ]

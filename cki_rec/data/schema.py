@@ -5,6 +5,7 @@ Shape legend: B rows, F features, N ids of all rows and features.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -25,8 +26,10 @@ class Feature:
 
     name: str
     table: str
+    """Empty for a number."""
     kind: str
-    """``categorical`` (one id a row), ``multi`` (a set of ids) or ``history`` (ids by time)."""
+    """``categorical`` (one id a row), ``multi`` (a set of ids), ``history`` (ids by time) or
+    ``numeric`` (a float)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +40,16 @@ class FeatureSchema:
     table_sizes: dict[str, int]
     vocabulary_hashes: dict[str, str]
     """sha256 of each table's tokens in id order: equal hash, equal meaning of every row."""
+
+    @property
+    def lookups(self) -> tuple[Feature, ...]:
+        """Return the features that are looked up in tables: all but numbers."""
+        return tuple(f for f in self.features if f.kind != "numeric")
+
+    @property
+    def numbers(self) -> tuple[Feature, ...]:
+        """Return the features of kind ``numeric``."""
+        return tuple(f for f in self.features if f.kind == "numeric")
 
     def without_histories(self) -> FeatureSchema:
         """Return the schema without features of kind ``history``."""
@@ -58,14 +71,16 @@ class FeatureSchema:
 
 @dataclass(slots=True)
 class Batch:
-    """Rows as the tables read them: the content of a KeyedJaggedTensor, and the labels."""
+    """Rows as the tables read them: the content of a KeyedJaggedTensor, numbers, and labels."""
 
     values: Tensor
     """``(N,)`` int64 ids: all of feature 0 row by row, then all of feature 1, ..."""
-    lengths: Tensor
-    """``(F * B,)`` int32 ids per feature and row, in the order of ``values``."""
+    lengths: Tensor | None
+    """``(F * B,)`` int32 ids per feature and row, in the order of ``values``; None: one each."""
     label: Tensor
     """``(B,)`` float32, 0 or 1."""
+    numbers: Tensor | None = None
+    """``(B, features of kind numeric)`` float32; None: there are none."""
 
     def __len__(self) -> int:
         """Return B."""
@@ -73,8 +88,22 @@ class Batch:
 
     def to(self, device: torch.device, non_blocking: bool = False) -> Batch:
         """Return the batch on ``device``."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> Batch:
+        """Return the batch in page-locked memory, from which CUDA copies asynchronously."""
+        return self._map(lambda tensor: tensor.pin_memory())
+
+    def record_stream(self, stream: torch.Stream) -> None:
+        """Keep the memory of the batch until ``stream`` has used it."""
+        for tensor in (self.values, self.lengths, self.label, self.numbers):
+            if tensor is not None:
+                tensor.record_stream(stream)
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> Batch:
         return Batch(
-            self.values.to(device, non_blocking=non_blocking),
-            self.lengths.to(device, non_blocking=non_blocking),
-            self.label.to(device, non_blocking=non_blocking),
+            change(self.values),
+            None if self.lengths is None else change(self.lengths),
+            change(self.label),
+            None if self.numbers is None else change(self.numbers),
         )

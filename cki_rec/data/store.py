@@ -12,40 +12,55 @@ import json
 import logging
 import os
 import re
+import resource
 import shutil
+import time
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from filelock import FileLock, Timeout
-from numpy.typing import NDArray
+from omegaconf import OmegaConf
 
+from cki_rec import project_root
 from cki_rec.config import Data, UserError
-from cki_rec.data.dataset import (
-    FORMAT_VERSION,
-    MANIFEST,
-    RAGGED,
-    EncodedDataset,
-    summary_lines,
-    unseen_share,
-)
-from cki_rec.data.encode import SPLITS, Encoded, Ragged, check_options, encode
-from cki_rec.data.formats import FORMATS
-from cki_rec.data.raw import BadRows, RawRows
+from cki_rec.data.ahead import ahead
+from cki_rec.data.click_model import best_possible
+from cki_rec.data.columns import blocks
+from cki_rec.data.dataset import FORMAT_VERSION, MANIFEST, NO_PARTITION, EncodedDataset
+from cki_rec.data.download import fetch
+from cki_rec.data.encode import Encoded, encode
+from cki_rec.data.fields import Field, resolve, to_json
+from cki_rec.data.formats import FORMATS, Format, synthetic
+from cki_rec.data.raw import Reading
+from cki_rec.data.split import SPLITS, check_split
+from cki_rec.data.vocabulary import file_sha256
+from cki_rec.progress import progress
 
-__all__ = ["EncodedDataset", "prepare", "summary_lines"]
+__all__ = ["EncodedDataset", "prepare"]
 
 logger = logging.getLogger(__name__)
 _DIGESTS = "digests.json"
+PREPARATION = "preparation.json"
+"""Time and memory that a preparation took: no part of its content."""
+_CONTENT_OPTIONS = (
+    "format", "label", "label_threshold", "user", "item", "time", "time_form", "numeric_missing",
+    "buckets", "history_length", "negatives", "negatives_seed", "on_bad_row",
+)  # fmt: skip
 
 
-def prepare(data: Data, encoded_dir: str | Path) -> EncodedDataset:
+def prepare(data: Data, encoded_dir: str | Path, chunk_mb: int = 16) -> EncodedDataset:
     """Return the encoded data set that ``data`` asks for, made now or earlier.
 
     Two processes that prepare at once: one works, the other waits. What a killed preparation left
     is removed by the next one of the same name.
+
+    Args:
+        data: Which data set.
+        encoded_dir: The folder of encoded data sets.
+        chunk_mb: Raw text encoded at a time, in MiB; no result depends on it.
 
     Raises:
         UserError: An option, the raw data or the folder is not usable.
@@ -54,13 +69,18 @@ def prepare(data: Data, encoded_dir: str | Path) -> EncodedDataset:
         raise UserError(f"data.format={data.format}: expected one of {', '.join(FORMATS)}")
     if not re.fullmatch(r"[\w.-]+", data.name):
         raise UserError(f"data.name={data.name}: expected letters, digits, '_', '.' and '-' only")
-    check_options(data)
+    check_split(data.split)
+    if data.fetch:
+        _fetch(data)
+    reader = FORMATS[data.format]
+    fields = resolve(data, reader.kinds(data))
     encoded_dir = Path(encoded_dir)
     source = _source(data, encoded_dir)
-    key = _hash([FORMAT_VERSION, _options(data), [entry["sha256"] for entry in source]])[:12]
+    options = _options(data, fields)
+    key = _hash([FORMAT_VERSION, options, [entry["sha256"] for entry in source]])[:12]
     folder = encoded_dir / f"{data.name}-{key}"
     if folder.exists():
-        return EncodedDataset(folder)
+        return EncodedDataset(folder, data.verify)
     try:
         encoded_dir.mkdir(parents=True, exist_ok=True)
         lock = _acquire(encoded_dir / f"{data.name}.lock")
@@ -68,13 +88,20 @@ def prepare(data: Data, encoded_dir: str | Path) -> EncodedDataset:
         raise _unwritable(encoded_dir, error) from None
     try:
         if not folder.exists():
-            _make(data, folder, source)
+            _make(data, reader, fields, folder, source, chunk_mb)
     finally:
         lock.release()
-    return EncodedDataset(folder)
+    return EncodedDataset(folder, data.verify)
 
 
-def _make(data: Data, folder: Path, source: list[dict[str, Any]]) -> None:
+def _make(
+    data: Data,
+    reader: Format,
+    fields: tuple[Field, ...],
+    folder: Path,
+    source: list[dict[str, Any]],
+    chunk_mb: int,
+) -> None:
     """Encode and write ``folder``; the lock is held."""
     leftover = re.compile(re.escape(data.name) + r"-[0-9a-f]{12}\.tmp-\d+")
     for path in folder.parent.iterdir():
@@ -82,104 +109,149 @@ def _make(data: Data, folder: Path, source: list[dict[str, Any]]) -> None:
             logger.info("removing %s, left by a preparation that was stopped", path)
             shutil.rmtree(path, ignore_errors=True)
     logger.info("encoding %s as %s", data.raw, folder)
-    raw = FORMATS[data.format].read(Path(data.raw), data.fields, data.on_bad_row)
-    for reason, entry in _skipped(raw.bad_rows).items():
-        logger.info("skipped %d rows: %s, e.g. %s", entry["count"], reason, entry["examples"][0])
-    encoded = encode(raw, data)
     temporary = folder.with_name(f"{folder.name}.tmp-{os.getpid()}")
+    start = time.perf_counter()
+    reading = Reading(data.on_bad_row, chunk_mb << 20)
     try:
         temporary.mkdir()
-        _write(encoded, raw, data, source, temporary)
+        with progress("encoding", sum(entry["size"] for entry in source), "bytes") as advance:
+            reading.advance = advance
+            encoded = encode(
+                ahead(reader.read(data, reading)),
+                fields,
+                data,
+                temporary,
+                user=reader.user(data),
+                item=reader.item(data),
+                is_chronological=reader.is_chronological(data),
+                rows_per_step=reader.rows_per_step(data),
+            )
+        _write_manifest(data, reader, fields, encoded, reading, source, temporary)
+        for partition in dict.fromkeys((NO_PARTITION.by, data.partition.by)):
+            # counts of every id per part: evidence for integration
+            chosen = data.partition if partition != NO_PARTITION.by else NO_PARTITION
+            EncodedDataset(temporary).parts(chosen)
+        facts = {
+            "seconds": round(time.perf_counter() - start, 3),
+            "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
+        }
+        (temporary / PREPARATION).write_text(json.dumps(facts))
         temporary.rename(folder)
     except OSError as error:
         raise _unwritable(temporary, error) from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+    for reason, count in reading.counts.items():
+        logger.info("skipped %d rows: %s, e.g. %s", count, reason, reading.examples[reason][0])
 
 
-def _write(
-    encoded: Encoded, raw: RawRows, data: Data, source: list[dict[str, Any]], folder: Path
+def _write_manifest(
+    data: Data,
+    reader: Format,
+    fields: tuple[Field, ...],
+    encoded: Encoded,
+    reading: Reading,
+    source: list[dict[str, Any]],
+    folder: Path,
 ) -> None:
-    """Write columns and vocabularies, the manifest last."""
-    columns = {name: _save(folder, name, array) for name, array in _columns(encoded)}
-    for table, tokens in encoded.vocabularies.items():
-        path = folder / f"vocabulary.{table}.json"
-        path.write_text(json.dumps(tokens, indent=0), encoding="utf-8")
-    schema = encoded.schema.to_json()
-    hashes = {name: entry["sha256"] for name, entry in columns.items()}
+    files = {path.stem: _file_facts(path) for path in sorted(folder.iterdir())}
+    schema, options = encoded.schema.to_json(), _options(data, fields)
+    hashes = {name: entry["sha256"] for name, entry in files.items()}
     manifest = {
         "format_version": FORMAT_VERSION,
-        "hash": _hash([schema, _options(data), hashes]),
-        "synthetic": False,
+        "hash": _hash([schema, options, hashes]),
+        "synthetic": data.format == "synthetic",
         "source": source,
-        "options": _options(data),
+        "published": _published(data, reading.md5),
+        "options": options,
         "schema": schema,
-        "splits": _split_facts(encoded),
-        "unseen_share": _unseen(encoded),
-        "skipped": _skipped(raw.bad_rows),
-        "columns": columns,
+        "id_columns": encoded.ids,
+        "numbers": encoded.numbers,
+        "is_chronological": reader.is_chronological(data),
+        "splits": encoded.splits,
+        "best_possible": _best_possible(data, folder),
+        "unseen_share": encoded.unseen_share,
+        "skipped": {
+            reason: {"count": count, "examples": reading.examples[reason]}
+            for reason, count in reading.counts.items()
+        },
+        "files": files,
     }
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=2), encoding="utf-8")
 
 
-def _columns(encoded: Encoded) -> Iterator[tuple[str, NDArray[Any]]]:
-    for name in ("label", "split", "timestamp", "group", "item_index"):
-        yield name, getattr(encoded, name)
-    for name, column in encoded.fields.items():
-        if isinstance(column, Ragged):
-            for piece in RAGGED:
-                yield f"field.{name}.{piece}", getattr(column, piece)
-        else:
-            yield f"field.{name}", column
-
-
-def _save(folder: Path, name: str, array: NDArray[Any]) -> dict[str, Any]:
-    path = folder / f"{name}.npy"
-    np.save(path, array, allow_pickle=False)
-    return {
+def _file_facts(path: Path) -> dict[str, Any]:
+    facts: dict[str, Any] = {
         "file": path.name,
-        "dtype": str(array.dtype),
-        "shape": list(array.shape),
         "bytes": path.stat().st_size,
-        "sha256": _file_sha256(path),
+        "sha256": file_sha256(path),
     }
-
-
-def _split_facts(encoded: Encoded) -> dict[str, dict[str, float]]:
-    facts = {}
-    for code, name in enumerate(SPLITS):
-        label = encoded.label[encoded.split == code]
-        facts[name] = {"rows": len(label), "positive_rate": float(label.mean())}
+    if path.suffix == ".npy":
+        array = np.load(path, mmap_mode="r" if facts["bytes"] > 128 else None)
+        facts.update(dtype=str(array.dtype), shape=list(array.shape))
     return facts
 
 
-def _unseen(encoded: Encoded) -> dict[str, dict[str, float | None]]:
-    """Return the share of unseen ids per field in validation and test."""
-    held_out = {name: np.flatnonzero(encoded.split == SPLITS.index(name)) for name in SPLITS[1:]}
-    shares = {}
-    for feature in encoded.schema.features:
-        size = encoded.schema.table_sizes[feature.table]
-        column = encoded.fields[feature.name]
-        shares[feature.name] = {
-            name: unseen_share(column, rows, size) for name, rows in held_out.items()
-        }
-    return shares
+def _best_possible(data: Data, folder: Path) -> dict[str, Any] | None:
+    """Return AUC and LogLoss of the true click model per split; None where nobody knows it."""
+    if data.format != "synthetic":
+        return None
+    logit = np.load(synthetic.true_logits(data), mmap_mode="r")
+    split = np.load(folder / "split.npy", mmap_mode="r")
+
+    def logits(code: int) -> Iterator[np.ndarray[Any, np.dtype[np.float32]]]:
+        for start, stop in blocks(len(logit)):
+            yield logit[start:stop][split[start:stop] == code]
+
+    return {name: best_possible(logits(code)) for code, name in enumerate(SPLITS)}
 
 
-def _skipped(bad_rows: BadRows) -> dict[str, dict[str, Any]]:
-    return {
-        reason: {"count": count, "examples": bad_rows.examples[reason]}
-        for reason, count in bad_rows.counts.items()
+def _published(data: Data, found: dict[str, str]) -> dict[str, str | None]:
+    """Return which published file each raw file is, by the md5 of its content; None: of none."""
+    registry = OmegaConf.to_container(OmegaConf.load(project_root() / "conf" / "published.yaml"))
+    published = cast(dict[str, dict[str, str]], registry)
+    names = {
+        md5: f"{name}/{file}" for name, files in published.items() for file, md5 in files.items()
     }
+    wanted = published.get(data.published or "", {})
+    if data.published is not None and not wanted:
+        raise UserError(f"data.published={data.published}: expected one of {', '.join(published)}")
+    for file, md5 in found.items():
+        expected = wanted.get(file.removesuffix(".csv"), md5)
+        if md5 != expected:
+            logger.warning(
+                "%s is not the file published as %s (md5 %s, published %s): results are not "
+                "comparable with published ones",
+                *(file, data.published, md5, expected),
+            )
+    return {file: names.get(md5) for file, md5 in found.items()}
 
 
-def _options(data: Data) -> dict[str, Any]:
+def _fetch(data: Data) -> None:
+    """Download the raw file, unless it is there.
+
+    Raises:
+        UserError: It cannot be fetched by a program, or the download failed.
+    """
+    if not isinstance(data.raw, str):
+        raise UserError(f"data.raw={data.raw}: expected one path to download to")
+    target = Path(data.raw)
+    if target.exists():
+        return
+    if data.download.url is None:
+        raise UserError(
+            f"{target}: not there, and no program may fetch it: {data.download.by_hand}; then put "
+            "it there or set data.raw"
+        )
+    fetch(data.download.url, target, md5=data.download.md5)
+
+
+def _options(data: Data, fields: tuple[Field, ...]) -> dict[str, Any]:
     """Return the options that decide the encoded content, and no other."""
-    names = (
-        "format", "fields", "label_threshold", "history_length", "min_count", "on_bad_row",
-    )  # fmt: skip
-    options: dict[str, Any] = {name: getattr(data, name) for name in names}
-    return {**options, "fields": list(data.fields), "split": asdict(data.split)}
+    options: dict[str, Any] = {name: getattr(data, name) for name in _CONTENT_OPTIONS}
+    if data.format == "synthetic":
+        options["synthetic"] = asdict(data.synthetic)
+    return {**options, "fields": to_json(fields), "split": asdict(data.split)}
 
 
 def _source(data: Data, encoded_dir: Path) -> list[dict[str, Any]]:
@@ -192,13 +264,13 @@ def _source(data: Data, encoded_dir: Path) -> list[dict[str, Any]]:
         cache = {}
     source = []
     is_changed = False
-    for path in FORMATS[data.format].files(Path(data.raw)):
+    for path in FORMATS[data.format].files(data):
         try:
             facts = path.stat()
             stamp = [facts.st_size, facts.st_mtime_ns]
             entry = cache.get(str(path.resolve()))
             if not isinstance(entry, list) or entry[:2] != stamp:
-                entry = [*stamp, _file_sha256(path)]
+                entry = [*stamp, file_sha256(path)]
                 cache[str(path.resolve())] = entry
                 is_changed = True
         except OSError as error:
@@ -224,14 +296,6 @@ def _acquire(path: Path) -> FileLock:
         logger.info("waiting: another process prepares this data set (%s)", path)
         lock.acquire()
     return lock
-
-
-def _file_sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        digest = hashlib.sha256()
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _hash(value: Any) -> str:

@@ -7,7 +7,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from cki_rec.data.loader import batches
+from cki_rec.data.loader import Loader
 from cki_rec.data.schema import FeatureSchema
 from cki_rec.data.store import EncodedDataset
 
@@ -24,8 +24,10 @@ def predict(
 ) -> NDArray[np.float32]:
     """Return ``(len(rows),)`` logits in the order of ``rows``; leaves the module in eval mode."""
     module.eval()
+    if not len(rows):
+        return np.empty(0, np.float32)
     logits = [
         module(batch.to(device)).float().cpu().numpy()
-        for batch in batches(dataset, schema, rows, BATCH_SIZE, None)
+        for batch in Loader(dataset, schema, rows, BATCH_SIZE)
     ]
-    return np.concatenate(logits) if logits else np.empty(0, np.float32)
+    return np.concatenate(logits)

@@ -13,14 +13,14 @@ from torch.func import functional_call
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from cki_rec.config import Gate, UserError
-from cki_rec.data.loader import batches
+from cki_rec.data.loader import Loader
 from cki_rec.data.schema import FeatureSchema
 from cki_rec.data.store import EncodedDataset
 from cki_rec.engine.evaluator import predict
-from cki_rec.engine.progress import progress
 from cki_rec.engine.trainer import Metric
 from cki_rec.integration.params import Params, Weights
 from cki_rec.integration.splicing import splice
+from cki_rec.progress import progress
 
 Gates = dict[str, Tensor | None]
 
@@ -101,12 +101,11 @@ def train_gates(
     optimizer = torch.optim.Adam(parameters, lr=options.learning_rate)
     best = Trained({}, {}, 0, None)
     label = dataset.label[valid_rows]
-    num_steps = options.epochs * -(-len(train_rows) // batch_size)
-    with progress(title, num_steps, batch_size) as step:
+    loader = Loader(dataset, schema, train_rows, batch_size, seed=seed)
+    with progress(title, options.epochs * len(train_rows)) as advance:
         for epoch in range(1, options.epochs + 1):
             network.train()
-            order = np.random.default_rng([seed, epoch])
-            for batch in batches(dataset, schema, train_rows, batch_size, order):
+            for batch in loader:
                 params = {**splice(models, weigh(learned)), **moving}
                 logit_B = functional_call(network, params, (batch,))
                 loss = binary_cross_entropy_with_logits(logit_B, batch.label)
@@ -117,7 +116,7 @@ def train_gates(
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
-                step(f"epoch {epoch}")
+                advance(len(batch), f"epoch {epoch}")
             with torch.no_grad():
                 spliced = Spliced(network, {**splice(models, weigh(learned)), **moving})
             value = metric(

@@ -17,13 +17,13 @@ from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from cki_rec.config import Train, UserError
-from cki_rec.data.loader import batches
+from cki_rec.data.loader import Loader
 from cki_rec.data.schema import Batch, FeatureSchema
 from cki_rec.data.store import EncodedDataset
 from cki_rec.engine.embeddings import ShardedModel
 from cki_rec.engine.evaluator import predict
-from cki_rec.engine.progress import progress
 from cki_rec.models.layers import FieldEmbeddings
+from cki_rec.progress import progress
 
 Metric = Callable[[NDArray[np.uint8], NDArray[np.float32]], float | None]
 
@@ -68,22 +68,25 @@ def fit(
     looked_up = LookedUp(model.module)
     scale, best, stalled = 1.0, -math.inf, 0
     history: list[dict[str, Any]] = []
-    num_batches = -(-len(train_rows) // schedule.batch_size)
+    loader = Loader(
+        dataset, schema, train_rows, schedule.batch_size, seed=seed,
+        pin_memory=model.device.type == "cuda",
+    )  # fmt: skip
     label = dataset.label[valid_rows]
-    with progress(title, schedule.epochs * num_batches, schedule.batch_size) as step:
+    with progress(title, schedule.epochs * len(train_rows)) as advance:
         for epoch in range(1, schedule.epochs + 1):
             model.module.train()
             total = 0.0
-            order = np.random.default_rng([seed, epoch])
-            for batch in batches(dataset, schema, train_rows, schedule.batch_size, order):
-                loss = train_step(model, dense, batch.to(model.device), looked_up, schedule)
+            for batch in loader:
+                batch = batch.to(model.device, non_blocking=True)
+                loss = train_step(model, dense, batch, looked_up, schedule)
                 if not np.isfinite(loss):
                     raise UserError(
                         f"{title}: the loss is {loss} in epoch {epoch}; lower train.learning_rate"
                         " or train.table_learning_rate"
                     )
                 total += loss * len(batch)
-                step(f"epoch {epoch}")
+                advance(len(batch), f"epoch {epoch}")
             logits = predict(model.module, dataset, schema, valid_rows, model.device)
             if not np.isfinite(logits).all():
                 raise UserError(

@@ -26,7 +26,8 @@ class FieldEmbeddings(nn.Module):
     """Embeddings of every field, and first-order weights if asked, in one lookup.
 
     Features that share a vocabulary share a table. Several ids of one row are pooled by mean; no
-    ids give zeros. Fields leave in the order of ``fields``: by table, then as in the schema.
+    ids give zeros. A number times a vector of its own is its embedding. Fields leave in the order
+    of ``fields``: by table, then as in the schema, numbers last.
     """
 
     def __init__(
@@ -37,11 +38,13 @@ class FieldEmbeddings(nn.Module):
         device: torch.device | None = None,
     ) -> None:
         super().__init__()
-        self.features = [feature.name for feature in schema.features]
+        self.features = [feature.name for feature in schema.lookups]
+        numbers = [feature.name for feature in schema.numbers]
         by_table: dict[str, list[str]] = {}
-        for feature in schema.features:
+        for feature in schema.lookups:
             by_table.setdefault(feature.table, []).append(feature.name)
-        self.fields = [name for names in by_table.values() for name in names]
+        self.looked_up = [name for names in by_table.values() for name in names]
+        self.fields = [*self.looked_up, *numbers]
         self.embedding_dim = embedding_dim
         dims = {"": embedding_dim, **({FIRST_ORDER: FIRST_ORDER_DIM} if first_order else {})}
         tables = [
@@ -56,16 +59,60 @@ class FieldEmbeddings(nn.Module):
             for table, names in by_table.items()
         ]
         self.collection = EmbeddingBagCollection(tables=tables, device=device)
+        self.numbers_FD: nn.Parameter | None = None
+        self.numbers_first_order_F: nn.Parameter | None = None
+        if numbers:
+            self.numbers_FD = nn.Parameter(torch.empty(len(numbers), embedding_dim))
+            if first_order:
+                self.numbers_first_order_F = nn.Parameter(torch.empty(len(numbers)))
+        self._one_id_each: tuple[int, Tensor, Tensor] | None = None
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return embeddings ``(B, F, D)`` and the sum of first-order weights ``(B,)``."""
-        ids = KeyedJaggedTensor(
-            keys=self.features, values=batch.values, lengths=batch.lengths, stride=len(batch)
+        pooled = self.collection(self.ids(batch)).values()
+        width = len(self.looked_up) * self.embedding_dim
+        emb_BFD = pooled[:, :width].unflatten(1, (len(self.looked_up), self.embedding_dim))
+        first_order_B = pooled[:, width:].sum(1) / FIRST_ORDER_DIM
+        if self.numbers_FD is not None:
+            assert batch.numbers is not None, "the schema has numbers, the batch has none"
+            emb_BFD = torch.cat([emb_BFD, batch.numbers.unsqueeze(2) * self.numbers_FD], dim=1)
+            if self.numbers_first_order_F is not None:
+                first_order_B = first_order_B + batch.numbers @ self.numbers_first_order_F
+        return emb_BFD, first_order_B
+
+    def ids(self, batch: Batch) -> KeyedJaggedTensor:
+        """Return the ids as the tables take them.
+
+        Where every feature holds one id a row, lengths and offsets are those of the last batch of
+        this size: only values change.
+        """
+        if batch.lengths is not None:
+            return KeyedJaggedTensor(
+                keys=self.features,
+                values=batch.values,
+                lengths=batch.lengths,
+                stride=len(batch),
+            )
+        size, device = len(batch), batch.values.device
+        if (
+            self._one_id_each is None
+            or self._one_id_each[0] != size
+            or (self._one_id_each[1].device != device)
+        ):
+            num = size * len(self.features)
+            lengths = torch.ones(num, dtype=torch.int32, device=device)
+            offsets = torch.arange(num + 1, dtype=torch.int32, device=device)
+            self._one_id_each = (size, lengths, offsets)
+        _, lengths, offsets = self._one_id_each
+        return KeyedJaggedTensor(
+            keys=self.features,
+            values=batch.values,
+            lengths=lengths,
+            offsets=offsets,
+            stride=size,
+            length_per_key=[size] * len(self.features),
+            offset_per_key=list(range(0, size * (len(self.features) + 1), size)),
         )
-        pooled = self.collection(ids).values()
-        width = len(self.fields) * self.embedding_dim
-        emb_BFD = pooled[:, :width].unflatten(1, (len(self.fields), self.embedding_dim))
-        return emb_BFD, pooled[:, width:].sum(1) / FIRST_ORDER_DIM
 
 
 class MLP(nn.Module):

@@ -114,7 +114,8 @@ def _evaluate(
         "output_ensemble": _mean_logits(config, dataset, parents),
     }
     rows = dataset.rows("test")
-    unit = dataset.group[rows] if options.resample == "user" else np.arange(len(rows))
+    has_users = options.resample == "user" and dataset.group is not None
+    unit = dataset.group[rows] if has_users and dataset.group is not None else np.arange(len(rows))
     resamples = _resamples(unit.tobytes(), str(unit.dtype), options.bootstrap, options.seed)
     label = dataset.label[rows]
     own = _replicates(label, logits["test"], resamples)
@@ -158,9 +159,10 @@ def _summary(
     rows = dataset.rows(split)
     partition = config.data.partition
     has_domains = partition.by != "none" and partition.parts > 1
-    domain = dataset.parts(partition)[rows] if has_domains else None
+    domain = dataset.parts(partition).part[rows] if has_domains else None
     names = None if domain is None else np.char.add(f"{partition.by} part ", domain.astype(str))
-    return summarize(dataset.label[rows], logits, group=dataset.group[rows], domain=names)
+    group = None if dataset.group is None else dataset.group[rows]
+    return summarize(dataset.label[rows], logits, group=group, domain=names)
 
 
 def _mean_logits(config: Config, dataset: EncodedDataset, members: Sequence[Source]) -> Logits:

@@ -82,7 +82,7 @@ def _finetune(
     schedule = _schedule(config)
     model = restore(config, saved, schedule.table_learning_rate)
     rows = dataset.rows("train")
-    seen = dataset.row_counts(rows, saved.schema)  # as after training on these rows alone
+    seen = dataset.row_counts(saved.schema)  # as after training on these rows alone
     counts = {table: torch.from_numpy(values) for table, values in seen.items()}
 
     def save() -> None:

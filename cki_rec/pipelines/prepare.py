@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from cki_rec.config import Config
 from cki_rec.data import store
+from cki_rec.data.summary import summary_lines
 
 
 def run(config: Config) -> None:
     """Encode, unless done before, and print what a person wants to know."""
-    dataset = store.prepare(config.data, config.runtime.encoded)
-    print("\n".join(store.summary_lines(dataset)))
+    dataset = store.prepare(config.data, config.runtime.encoded, config.runtime.chunk_mb)
+    print("\n".join(summary_lines(dataset)))

@@ -65,7 +65,7 @@ def _train(config: Config, dataset: EncodedDataset, run: Run, reads: dict[str, A
     initialize(model, config.seed, config.model.init_std)
     counts = {
         table: torch.from_numpy(values)
-        for table, values in dataset.row_counts(train_rows, schema).items()
+        for table, values in dataset.row_counts(schema, data.partition, data.part).items()
     }
 
     def save() -> None:

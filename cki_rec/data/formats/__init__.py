@@ -2,24 +2,48 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from cki_rec.data.formats import movielens
-from cki_rec.data.raw import RawRows
+import polars as pl
+
+from cki_rec.config import Data
+from cki_rec.data.formats import avazu, bars, criteo, movielens, sequences, synthetic
+from cki_rec.data.raw import Reading
 
 
 @dataclass(frozen=True, slots=True)
 class Format:
     """One raw format."""
 
-    files: Callable[[Path], list[Path]]
-    """Path of the raw data -> the files on disk whose bytes decide the content."""
-    read: Callable[[Path, Sequence[str], str], RawRows]
-    """(path, fields, on_bad_row) -> rows in the common form, holding at least ``fields``."""
+    files: Callable[[Data], list[Path]]
+    """The files on disk whose bytes decide the content."""
+    kinds: Callable[[Data], dict[str, str]]
+    """Field -> kind it has unless ``data.fields`` says otherwise; of raw columns, times (see
+    ``raw.TIME_FIELDS``) and ``history``."""
+    read: Callable[[Data, Reading], Iterator[pl.DataFrame]]
+    """Rows in the common form of ``cki_rec.data.raw``, chunk by chunk."""
+    user: Callable[[Data], str | None]
+    """The column that names the user of a row; None: rows have none."""
+    item: Callable[[Data], str | None]
+    """The column that names the item of a row; None: rows have none."""
+    is_chronological: Callable[[Data], bool] = lambda data: False
+    """Whether rows without times stand in the order of time."""
+    rows_per_step: Callable[[Data], int] = lambda data: 1
+    """Rows of one user that stand together for one step in time."""
+
+
+def _of(module: Any, **others: Any) -> Format:
+    return Format(module.files, module.kinds, module.read, module.user, module.item, **others)
 
 
 FORMATS: dict[str, Format] = {
-    "movielens": Format(files=movielens.files, read=movielens.read),
+    "criteo": _of(criteo, is_chronological=lambda data: True),
+    "avazu": _of(avazu),
+    "movielens": _of(movielens),
+    "bars": _of(bars),
+    "sequences": _of(sequences, rows_per_step=sequences.rows_per_step),
+    "synthetic": _of(synthetic, is_chronological=lambda data: data.synthetic.layout == "criteo"),
 }

@@ -1,0 +1,125 @@
+"""Columns on disk: ``.npy`` files written and changed block by block, and rows of several ids.
+
+Shape legend: N rows, M ids of all rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+BLOCK_ROWS = 1 << 16
+"""Rows handled at a time once they are integers. Sums are taken per block, so it is fixed."""
+RAGGED = ("values", "starts", "lengths")
+"""Files of a column with several ids a row."""
+_HEADER_BYTES = 128
+
+Ints = NDArray[np.int64]
+Ids = NDArray[np.int32]
+
+
+class ColumnFile:
+    """A ``.npy`` file of rows, appended to, read and written in blocks: memory holds one block.
+
+    Args:
+        path: Where; an existing file is replaced.
+        dtype: Of the values.
+        width: Values a row; None: the array is one-dimensional.
+    """
+
+    def __init__(self, path: Path, dtype: type[np.generic], width: int | None = None) -> None:
+        self.path, self._dtype, self._width = path, np.dtype(dtype), width
+        self._row_bytes = self._dtype.itemsize * (1 if width is None else width)
+        self._file = path.open("w+b")
+        self._file.write(bytes(_HEADER_BYTES))
+        self.rows = 0
+
+    def append(self, array: NDArray[Any]) -> None:
+        """Add rows at the end."""
+        self._file.seek(_HEADER_BYTES + self.rows * self._row_bytes)
+        self._file.write(np.ascontiguousarray(array, dtype=self._dtype).data)
+        self.rows += len(array)
+
+    def read(self, start: int, stop: int) -> NDArray[Any]:
+        """Return rows ``start`` to ``stop``, a copy."""
+        stop = max(start, min(stop, self.rows))
+        shape = (stop - start,) if self._width is None else (stop - start, self._width)
+        array = np.empty(shape, dtype=self._dtype)
+        self._file.seek(_HEADER_BYTES + start * self._row_bytes)
+        self._file.readinto(array.data.cast("B") if array.size else b"")
+        return array
+
+    def write(self, start: int, array: NDArray[Any]) -> None:
+        """Replace rows from ``start`` on."""
+        self._file.seek(_HEADER_BYTES + start * self._row_bytes)
+        self._file.write(np.ascontiguousarray(array, dtype=self._dtype).data)
+
+    def mapped(self) -> NDArray[Any]:
+        """Return the rows so far, memory-mapped."""
+        self._finish()
+        array: NDArray[Any] = np.load(self.path, mmap_mode="r")
+        return array
+
+    def close(self) -> None:
+        """Finish the file, unless it is closed already."""
+        if not self._file.closed:
+            self._finish()
+            self._file.close()
+
+    def delete(self) -> None:
+        """Remove the file."""
+        self._file.close()
+        self.path.unlink()
+
+    def _finish(self) -> None:
+        """Write the header, which makes it a ``.npy`` file."""
+        shape = (self.rows,) if self._width is None else (self.rows, self._width)
+        header = repr({"descr": self._dtype.str, "fortran_order": False, "shape": shape})
+        text = f"{header:<{_HEADER_BYTES - 11}}\n".encode("latin-1")
+        length = (_HEADER_BYTES - 10).to_bytes(2, "little")
+        self._file.seek(0)
+        self._file.write(b"\x93NUMPY\x01\x00" + length + text)
+        self._file.flush()
+
+
+def blocks(num_rows: int, size: int = BLOCK_ROWS) -> Iterator[tuple[int, int]]:
+    """Yield start and stop of every block of rows."""
+    for start in range(0, num_rows, size):
+        yield start, min(start + size, num_rows)
+
+
+def add_counts(counts: Ints, codes: NDArray[Any]) -> None:
+    """Add how often each code occurs, in place."""
+    if len(counts) <= 4 * len(codes):
+        counts += np.bincount(codes, minlength=len(counts))
+    else:
+        np.add.at(counts, codes, 1)
+
+
+@dataclass(frozen=True, slots=True)
+class Ragged:
+    """Several ids a row: row ``r`` holds ``values[starts[r] : starts[r] + lengths[r]]``.
+
+    Rows may overlap: the histories of a user are windows on one list of liked items.
+    """
+
+    values: Ids
+    """``(M,)``."""
+    starts: Ints
+    """``(N,)``."""
+    lengths: Ids
+    """``(N,)``."""
+
+    def ids(self, rows: Ints | slice) -> tuple[Ids, Ids]:
+        """Return the ids of ``rows``, row after row, and ``(len(rows),)`` how many each has."""
+        lengths = np.asarray(self.lengths[rows])
+        ends = np.cumsum(lengths, dtype=np.int64)
+        shift = self.starts[rows] - (ends - lengths)
+        positions: Ints = np.repeat(shift, lengths)
+        positions += np.arange(len(positions), dtype=np.int64)
+        return self.values[positions], lengths

@@ -1,0 +1,247 @@
+"""Delimited text -> typed frames; a bad row is named by file and line, skipped or counted.
+
+A block of good lines is parsed by polars at once. Only a block that polars or a count of
+separators finds fault with is looked at line by line, to tell which lines are bad and why.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+import polars as pl
+
+from cki_rec.config import UserError
+from cki_rec.data.raw import LINE, Reading, Text
+
+SEPARATOR = "\x1f"
+"""Stands between fields inside, where the file's own separator is longer or text is quoted."""
+TYPES: dict[str, type[pl.DataType]] = {
+    "text": pl.String,
+    "integer": pl.Int64,
+    "number": pl.Float64,
+    "click": pl.Float64,
+}
+_INTEGER = re.compile(r" *[+-]?[0-9]{1,18}")
+_NUMBER = re.compile(r" *[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
+_MEANING = {"integer": "a whole number", "number": "a number", "click": "0 or 1"}
+
+
+@dataclass(frozen=True, slots=True)
+class Known:
+    """The values that a column may hold."""
+
+    values: pl.Series
+    reason: str
+    """Why a row with another value is bad, e.g. ``unknown movie``."""
+    expected: str
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """What a line holds."""
+
+    columns: Mapping[str, str]
+    """Name -> ``text``, ``integer``, ``number`` or ``click`` (0 or 1), in order."""
+    separator: str
+    header: str | None = None
+    """The first line; None: there is none."""
+    required: tuple[str, ...] = ()
+    """Columns that may not be empty; a click never is."""
+    is_quoted: bool = False
+    """Whether a field may be quoted as in csv."""
+    wanted: tuple[str, ...] = ()
+    """Columns to return; empty: all."""
+    known: Mapping[str, Known] = field(default_factory=dict)
+
+
+def read_rows(text: Text, layout: Layout, reading: Reading) -> Iterator[pl.DataFrame]:
+    """Yield the good rows of a text, block by block, with the column ``LINE`` (Int64) besides.
+
+    Args:
+        text: What to read.
+        layout: What its lines hold.
+        reading: What to do with bad rows.
+
+    Raises:
+        UserError: A bad row, if ``reading`` says so; a file without a good row.
+    """
+    num_rows = 0
+    for first, block in text.blocks(reading):
+        line = first
+        if first == 1 and layout.header is not None:
+            header, _, block = block.partition(b"\n")
+            check_header(text, header.decode("utf-8", errors="replace"), layout.header)
+            line = 2
+        frame = _parse(block, layout, layout.separator)
+        if frame is None:
+            num_lines = block.count(b"\n")
+            numbers, block = _good_lines(text, line, block, layout, reading)
+            frame = _parse(block, layout, SEPARATOR)
+            if frame is None:
+                raise UserError(
+                    f"{text}, lines {line} to {line + num_lines - 1}: not readable as "
+                    f"{_fields(layout)}; mend the lines or fetch the file again"
+                )
+            frame = frame.with_columns(pl.Series(LINE, numbers, dtype=pl.Int64))
+        else:
+            number = pl.int_range(line, line + frame.height, dtype=pl.Int64)
+            frame = frame.with_columns(number.alias(LINE))
+        num_rows += frame.height
+        if frame.height:
+            yield frame
+    if not num_rows:
+        raise UserError(
+            f"{text}: no usable row, expected rows of {_fields(layout)}; fetch the file again"
+        )
+
+
+def check_header(text: Text, found: str, expected: str) -> None:
+    """Check the first line.
+
+    Raises:
+        UserError: It is another one.
+    """
+    if found != expected:
+        raise UserError(
+            f"{text}, line 1: found {found[:80]!r}, expected the header {expected[:300]!r}; "
+            "restore the header line or fetch the file again"
+        )
+
+
+def _parse(block: bytes, layout: Layout, separator: str) -> pl.DataFrame | None:
+    """Return the rows of a block, one a line; None if any of them may be bad."""
+    num_rows = block.count(b"\n")
+    schema = {name: TYPES[kind] for name, kind in layout.columns.items()}
+    wanted = list(layout.wanted or layout.columns)
+    if not num_rows:
+        return pl.DataFrame(schema=schema).select(wanted)
+    if b"\0" in block or b"\r" in block or (layout.is_quoted and b'"' in block):
+        return None
+    if len(separator) > 1:
+        if SEPARATOR.encode() in block:
+            return None
+        block, separator = block.replace(separator.encode(), SEPARATOR.encode()), SEPARATOR
+    if block.count(separator.encode()) != num_rows * (len(schema) - 1):
+        return None
+    checked = {n for n, kind in layout.columns.items() if kind == "click"}
+    checked |= {*layout.known, *layout.required}
+    try:
+        frame = pl.read_csv(
+            block,
+            has_header=False,
+            separator=separator,
+            quote_char=None,
+            schema=schema,
+            columns=[i for i, name in enumerate(schema) if name in checked or name in wanted],
+            raise_if_empty=False,
+        )
+    except (pl.exceptions.PolarsError, UnicodeDecodeError):
+        return None
+    if frame.height != num_rows or not frame.select(_is_good(layout, frame)).item():
+        return None
+    return frame.select(wanted)
+
+
+def _is_good(layout: Layout, frame: pl.DataFrame) -> pl.Expr:
+    """Return whether all values are allowed."""
+    tests = [pl.lit(True)]
+    for name, kind in layout.columns.items():
+        column = pl.col(name)
+        if name not in frame.columns:
+            continue
+        if kind == "click":
+            tests.append(column.is_in([0.0, 1.0]).fill_null(False).all())
+        elif kind == "number":
+            tests.append(column.is_finite().fill_null(True).all())
+        if name in layout.required:
+            tests.append(column.is_not_null().all())
+        if name in layout.known:
+            tests.append(column.is_in(layout.known[name].values.implode()).all())
+    return pl.all_horizontal(tests)
+
+
+def _good_lines(
+    text: Text, first: int, block: bytes, layout: Layout, reading: Reading
+) -> tuple[list[int], bytes]:
+    """Return the numbers of the good lines, and these with ``SEPARATOR`` between fields."""
+    numbers, good = [], []
+    known = {name: {str(v) for v in entry.values} for name, entry in layout.known.items()}
+    for number, line in enumerate(block.split(b"\n")[:-1], start=first):
+        if not line.strip():
+            continue
+        shown = line.decode("utf-8", errors="replace")
+        parts = _split(shown, layout)
+        fault = _fault(line, shown, parts, layout, known)
+        if fault is None:
+            numbers.append(number)
+            good.append(SEPARATOR.join(parts))
+        else:
+            reading.skip(fault[0], f"{text}, line {number}", shown, fault[1])
+    return numbers, "".join(f"{line}\n" for line in good).encode()
+
+
+def _split(line: str, layout: Layout) -> list[str]:
+    if not layout.is_quoted or '"' not in line:
+        return line.split(layout.separator)
+    try:
+        return next(csv.reader(io.StringIO(line), delimiter=layout.separator, strict=True))
+    except csv.Error:
+        return []
+
+
+def _fault(
+    line: bytes, shown: str, parts: list[str], layout: Layout, known: Mapping[str, set[str]]
+) -> tuple[str, str] | None:
+    """Return why a line is bad and what was expected; None for a good line."""
+    if b"\0" in line:
+        return "NUL byte", "text"
+    if b"\r" in line:
+        return "carriage return", "one row a line"
+    if "�" in shown and shown.encode() != line:
+        return "not UTF-8", "text in UTF-8"
+    if SEPARATOR in shown:
+        return "control character", "text without the character 1F"
+    if not parts:
+        return "quotes", "quotes that close"
+    if layout.header is not None and shown == layout.header:
+        return "repeated header", "a row"
+    if len(parts) != len(layout.columns):
+        return "missing field" if len(parts) < len(layout.columns) else "extra field", _fields(
+            layout
+        )
+    for (name, kind), value in zip(layout.columns.items(), parts, strict=True):
+        is_read = name in (layout.wanted or layout.columns) or kind == "click"
+        if not value:
+            if name in layout.required or kind == "click":
+                return "missing field", f"{name} in {_fields(layout)}"
+            continue
+        if is_read and kind != "text" and (fault := _number_fault(name, kind, value)):
+            return fault
+        if name in known and value not in known[name]:
+            return layout.known[name].reason, layout.known[name].expected
+    return None
+
+
+def _number_fault(name: str, kind: str, value: str) -> tuple[str, str] | None:
+    expected = f"{_MEANING[kind]} in {name}"
+    if kind == "integer":
+        return None if _INTEGER.fullmatch(value) else ("not a number", expected)
+    if not _NUMBER.fullmatch(value):
+        is_special = value.lower().lstrip(" +-") in ("nan", "inf", "infinity")
+        return "not finite" if is_special else "not a number", expected
+    if not math.isfinite(float(value)):
+        return "not finite", expected
+    if kind == "click" and float(value) not in (0.0, 1.0):
+        return "not a label", expected
+    return None
+
+
+def _fields(layout: Layout) -> str:
+    names = list(layout.columns)
+    listed = ", ".join(names if len(names) <= 6 else [*names[:3], "...", names[-1]])
+    return f"{len(names)} fields ({listed})"

@@ -1,0 +1,163 @@
+"""The fields of a data set: what ``data.fields`` and the format say, made explicit."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from itertools import pairwise
+from typing import Any
+
+from cki_rec.config import CHOICES, Data, UserError, nearest
+
+KINDS = ("categorical", "numeric", "multi", "history", "time")
+TRANSFORMS = CHOICES["data.numeric"]
+FLOATS = ("log1p", "as_is")
+"""Transforms of numbers to numbers; the others make categories."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Field:
+    """One field, as it is encoded."""
+
+    name: str
+    kind: str
+    """``categorical``, ``numeric``, ``multi`` (several ids a row), ``history`` (items that the
+    user liked before) or ``time`` (of ``raw.TIME_FIELDS``)."""
+    column: str
+    """Raw column; of a history the field whose ids it holds."""
+    table: str
+    """Fields with the same table share vocabulary and embeddings."""
+    transform: str | None
+    """Of numeric fields: one of ``TRANSFORMS``."""
+    min_count: int
+    hash_size: int | None
+    """Ids are a hash of the token modulo this; no vocabulary is kept. None: a vocabulary."""
+    separator: str | None
+    """Between the tokens of a multi field."""
+    max_length: int | None
+    """Most ids of a multi field, the first ones; None: all."""
+    prefix: int | None
+    """Tokens are the first so many characters of a category; None: all."""
+    edges: tuple[float, ...] | None
+    """Of the transform ``edges``: ascending; bucket ``i`` is above edge ``i`` and at most edge
+    ``i + 1``, anything outside is missing."""
+
+    @property
+    def is_number(self) -> bool:
+        """Return whether it is encoded as a number, not as ids."""
+        return self.kind == "numeric" and self.transform in FLOATS
+
+
+OPTIONS = tuple(f.name for f in fields(Field))
+OWNERS = {"transform": "numeric", "edges": "numeric", "separator": "multi", "max_length": "multi",
+          "prefix": "categorical"}  # fmt: skip
+"""Option -> the only kind that has it."""
+
+
+def resolve(data: Data, kinds: Mapping[str, str]) -> tuple[Field, ...]:
+    """Return the fields of ``data``, in order.
+
+    Args:
+        data: What the configuration says.
+        kinds: What the format gives, and of which kind it is.
+
+    Raises:
+        UserError: An unknown field or option, or a combination that makes no sense.
+    """
+    names = [entry["name"] for entry in _entries(data)]
+    if not names:
+        raise UserError("data.fields: empty, expected at least one field")
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise UserError(f"data.fields: {', '.join(twice)} named twice; name each field once")
+    unknown = [e["name"] for e in _entries(data) if e.get("column", e["name"]) not in kinds]
+    if unknown:
+        raise UserError(
+            f"data.fields: {data.raw} gives no {', '.join(unknown)}; "
+            f"{nearest(unknown[0], kinds)}it gives {', '.join(kinds)}"
+        )
+    found = tuple(_field(entry, data, kinds) for entry in _entries(data))
+    _check_tables(found)
+    return found
+
+
+def columns_of(data: Data, kind: str) -> list[str]:
+    """Return the raw columns that ``data.fields`` says are of ``kind``."""
+    return [e.get("column", e["name"]) for e in _entries(data) if e.get("kind") == kind]
+
+
+def to_json(found: tuple[Field, ...]) -> list[dict[str, Any]]:
+    """Return a form that ``json.dumps`` takes."""
+    return [asdict(field) for field in found]
+
+
+def _entries(data: Data) -> list[dict[str, Any]]:
+    """Return every entry of ``data.fields`` as a dictionary, its words checked."""
+    entries = [{"name": e} if isinstance(e, str) else e for e in data.fields]
+    for entry in entries:
+        if not isinstance(entry, dict) or not isinstance(entry.get("name"), str):
+            raise UserError(f"data.fields: {entry!r}: expected a name or {{name: ..., ...}}")
+        for key, value in entry.items():
+            where = f"data.fields, {entry['name']}: {key}"
+            if key not in OPTIONS:
+                raise UserError(f"{where}: {nearest(key, OPTIONS)}one of {', '.join(OPTIONS)}")
+            choices = {"kind": KINDS, "transform": TRANSFORMS}.get(key)
+            if choices and value not in choices:
+                hint = nearest(value, choices)
+                raise UserError(f"{where}={value}: {hint}one of {', '.join(choices)}")
+            if key == "edges":
+                if not _is_ascending(value):
+                    raise UserError(f"{where}={value!r}: expected two ascending numbers or more")
+            elif key in ("min_count", "hash_size", "max_length", "prefix"):
+                if not isinstance(value, int) or value < 1:
+                    raise UserError(f"{where}={value}: expected a whole number, 1 or more")
+            elif not isinstance(value, str) or not value:
+                raise UserError(f"{where}={value!r}: expected a word")
+    return entries
+
+
+def _field(entry: dict[str, Any], data: Data, kinds: Mapping[str, str]) -> Field:
+    name = entry["name"]
+    kind = entry.get("kind", kinds[entry.get("column", name)])
+    column = entry.get("column", "item" if kind == "history" else name)
+    if kind == "history" and "column" not in entry and data.item is not None:
+        column = data.item
+    transform = entry.get("transform", data.numeric) if kind == "numeric" else None
+    for key, owner in OWNERS.items():
+        if key in entry and kind != owner:
+            raise UserError(f"data.fields, {name}: {key} is of kind {owner}, this is {kind}")
+    if (transform == "edges") != ("edges" in entry):
+        raise UserError(f"data.fields, {name}: edges and transform: edges go together")
+    return Field(
+        name=name,
+        kind=kind,
+        column=column,
+        table=entry.get("table", column if kind == "history" else name),
+        transform=transform,
+        min_count=entry.get("min_count", data.min_count),
+        hash_size=entry.get("hash_size"),
+        separator=entry.get("separator", "|") if kind == "multi" else None,
+        max_length=entry.get("max_length"),
+        prefix=entry.get("prefix"),
+        edges=tuple(map(float, entry["edges"])) if "edges" in entry else None,
+    )
+
+
+def _is_ascending(value: object) -> bool:
+    if not isinstance(value, list) or not all(isinstance(x, int | float) for x in value):
+        return False
+    return len(value) > 1 and all(a < b for a, b in pairwise(value))
+
+
+def _check_tables(found: tuple[Field, ...]) -> None:
+    """Check that fields which share a table agree on it, and that histories have a source."""
+    first: dict[str, Field] = {}
+    for field in found:
+        if field.is_number or field.kind == "history":
+            continue
+        other = first.setdefault(field.table, field)
+        if (field.min_count, field.hash_size) != (other.min_count, other.hash_size):
+            raise UserError(
+                f"data.fields: {other.name} and {field.name} share table {field.table}, expected "
+                "the same min_count and hash_size"
+            )

@@ -1,0 +1,164 @@
+"""Csv with a header: the published splits of the BARS benchmark, or any other set of that form.
+
+``data.raw`` is a folder or zip with ``train.csv``, ``valid.csv`` and ``test.csv`` (each may be
+``.csv.gz``; choose ``data.split.by=files``), or files to be divided by another ``data.split.by``.
+Source: https://github.com/reczoo/Datasets (Zhu et al., BARS, SIGIR 2022).
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterator
+from pathlib import Path
+
+import polars as pl
+
+from cki_rec.config import Data, UserError, nearest
+from cki_rec.data.delimited import Layout, check_header, read_rows
+from cki_rec.data.raw import (
+    LABEL,
+    LINE,
+    SPLIT,
+    TIME,
+    TIME_FIELDS,
+    RawFiles,
+    Reading,
+    Text,
+    paths,
+    texts,
+)
+
+SPLIT_FILES = ("train", "valid", "test")
+
+
+def files(data: Data) -> list[Path]:
+    """Return the files on disk whose bytes decide the content."""
+    return list(dict.fromkeys(text.path for text, _ in _texts(data)))
+
+
+def kinds(data: Data) -> dict[str, str]:
+    """Return the kind of every field: all are categories, unless ``data.fields`` says otherwise.
+
+    Raises:
+        UserError: The header lacks a column that an option names, or names one twice.
+    """
+    (text, _), *_others = _texts(data)
+    names = _header(text, data)
+    found = dict.fromkeys((n for n in names if n != data.label), "categorical")
+    if data.time is not None:
+        found.update(dict.fromkeys(TIME_FIELDS, "time"))
+    if data.time is not None and data.user is not None and data.item is not None:
+        found["history"] = "history"
+    return found
+
+
+def user(data: Data) -> str | None:
+    """Return the column of users."""
+    return data.user
+
+
+def item(data: Data) -> str | None:
+    """Return the column of items."""
+    return data.item
+
+
+def read(data: Data, reading: Reading) -> Iterator[pl.DataFrame]:
+    """Yield the rows of all files, training rows first.
+
+    Raises:
+        UserError: A bad row or file, or files with different headers.
+    """
+    from cki_rec.data.fields import columns_of  # fields know formats' kinds, not the reverse
+
+    (first, _), *_others = found = _texts(data)
+    header = first.first_line()
+    types = {name: "text" for name in _header(first, data)}
+    types.update(dict.fromkeys(columns_of(data, "numeric"), "number"))
+    types[data.label] = "click"
+    if data.time is not None:
+        types[data.time] = "integer"
+    layout = Layout(
+        columns=types,
+        separator=",",
+        header=header,
+        required=() if data.time is None else (data.time,),
+        is_quoted=True,
+    )
+    for text, split in found:
+        check_header(text, text.first_line(), header)
+        for frame in read_rows(text, layout, reading):
+            rows = frame.with_columns(pl.col(data.label).cast(pl.UInt8).alias(LABEL))
+            if split is not None:
+                rows = rows.with_columns(pl.lit(split, dtype=pl.UInt8).alias(SPLIT))
+            if data.time is not None:
+                rows = seconds(rows, data.time, data.time_form, text, reading)
+            yield rows
+
+
+def seconds(
+    frame: pl.DataFrame, column: str, form: str, text: Text, reading: Reading
+) -> pl.DataFrame:
+    """Return the rows with ``TIME``, in seconds, read from ``column``.
+
+    Raises:
+        UserError: A value is no time, and ``reading`` does not skip bad rows.
+    """
+    if form == "seconds":
+        return frame.with_columns(pl.col(column).alias(TIME))
+    digits = pl.col(column).cast(pl.String).str.zfill(8)
+    time = (pl.lit("20") + digits + "00").str.strptime(pl.Datetime, "%Y%m%d%H%M", strict=False)
+    rows = frame.with_columns(time.dt.epoch("s").alias(TIME))
+    bad = rows.filter(pl.col(TIME).is_null())
+    for line, value in bad.select(LINE, column).rows():
+        expected = f"{column} as YYMMDDHH"
+        reading.skip("not a time", f"{text}, line {line}", str(value), expected)
+    return rows.filter(pl.col(TIME).is_not_null()) if len(bad) else rows
+
+
+def _texts(data: Data) -> list[tuple[Text, int | None]]:
+    """Return the files, and the split that each holds if the data set comes divided."""
+    if data.split.by != "files":
+        return [(text, None) for text in texts(data)]
+    found = paths(data)
+    if len(found) == 1:
+        raw = RawFiles(found[0])
+        members = {
+            name: raw.find(f"{name}.csv") or raw.find(f"{name}.csv.gz") for name in SPLIT_FILES
+        }
+        wanted = [raw.text(member) for member in members.values() if member is not None]
+    else:
+        wanted = [Text(path) for path in found]
+    if len(wanted) != 3:
+        missing = [f"{name}.csv" for name in SPLIT_FILES] if len(found) != 1 else [
+            f"{name}.csv" for name, member in members.items() if member is None
+        ]  # fmt: skip
+        raise UserError(
+            f"{', '.join(map(str, found))}: no {', '.join(missing)}, expected train.csv, "
+            "valid.csv and test.csv; name their folder in data.raw, or all three in this order, "
+            "or divide the rows yourself with data.split.by=random"
+        )
+    return [(text, code) for code, text in enumerate(wanted)]
+
+
+def _header(text: Text, data: Data) -> list[str]:
+    """Return the names of the columns."""
+    names = next(csv.reader(io.StringIO(text.first_line())), [])
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise UserError(
+            f"{text}, line 1: names {', '.join(twice)} twice, expected every column once; mend "
+            "the header"
+        )
+    for option, name in (
+        ("label", data.label),
+        ("user", data.user),
+        ("item", data.item),
+        ("time", data.time),
+    ):
+        if name is not None and name not in names:
+            raise UserError(
+                f"{text}, line 1: no column {name!r} in the header ({', '.join(names[:8])}), "
+                f"expected data.{option}; {nearest(name, names)}set data.{option}"
+            )
+    return names

@@ -1,0 +1,191 @@
+"""The one pass over the text: rows -> columns of codes on disk, and the dictionaries behind them.
+
+A code stands for a token until all rows are read and training rows can be counted. So text is
+parsed once, and memory holds dictionaries and a chunk.
+
+Shape legend: N rows, C columns of ids.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+from numpy.typing import NDArray
+
+from cki_rec.data.columns import ColumnFile
+from cki_rec.data.fields import Field
+from cki_rec.data.numbers import as_number, as_token, bucket_tokens, ordered_keys
+from cki_rec.data.raw import LABEL, SPLIT, TIME, with_time_fields
+from cki_rec.data.vocabulary import Dictionary, hash_tokens
+
+USER, ITEM = "user of a row", "item of a row"
+"""Names of the dictionaries behind ``group`` and ``item_index``."""
+
+
+@dataclass(slots=True)
+class Plan:
+    """Which column of which file every field goes to."""
+
+    ids: list[Field]
+    """Columns of ``ids.npy``: one id a row. Fields that only a history needs come last."""
+    multi: list[Field]
+    numbers: list[Field]
+    histories: dict[str, Field]
+    """History -> the field whose ids it holds."""
+    user: str | None
+    item: str | None
+    missing: float | None
+    """What an empty number stands for."""
+    buckets: int
+    quantiles: list[Field] = field(default_factory=list)
+
+
+def make_plan(
+    fields: tuple[Field, ...],
+    user: str | None,
+    item: str | None,
+    missing: float | None,
+    buckets: int,
+) -> Plan:
+    """Return where every field goes."""
+    ids = [f for f in fields if f.kind not in ("multi", "history") and not f.is_number]
+    by_column = {f.column: f for f in ids if f.kind == "categorical"}
+    histories = {}
+    for history in (f for f in fields if f.kind == "history"):
+        source = by_column.get(history.column)
+        if source is None:
+            source = replace(history, name=history.column, kind="categorical")
+            ids.append(source)
+            by_column[history.column] = source
+        histories[history.name] = source
+    return Plan(
+        ids=ids,
+        multi=[f for f in fields if f.kind == "multi"],
+        numbers=[f for f in fields if f.is_number],
+        histories=histories,
+        user=user,
+        item=item,
+        missing=missing,
+        buckets=buckets,
+        quantiles=[f for f in ids if f.transform == "quantile"],
+    )
+
+
+class Provisional:
+    """Columns that grow chunk by chunk, in a folder.
+
+    Args:
+        folder: Where the files go.
+        plan: Which columns there are.
+    """
+
+    def __init__(self, folder: Path, plan: Plan) -> None:
+        self.folder, self.plan = folder, plan
+        self.dictionaries: dict[str, Dictionary] = {}
+        self.files: dict[str, ColumnFile] = {}
+        for column in [*plan.ids, *plan.multi]:
+            if column.hash_size is None and column.table not in self.dictionaries:
+                is_fixed = column.transform == "quantile"
+                tokens = bucket_tokens(plan.buckets) if is_fixed else None
+                self.dictionaries[column.table] = Dictionary(tokens)
+        for name, raw in ((USER, plan.user), (ITEM, plan.item)):
+            if raw is not None:
+                self.dictionaries[name] = Dictionary()
+
+    @property
+    def rows(self) -> int:
+        """Return N so far."""
+        return self.files["label"].rows if self.files else 0
+
+    def append(self, frame: pl.DataFrame) -> None:
+        """Add rows in the common form."""
+        plan = self.plan
+        times = [f.column for f in plan.ids if f.kind == "time"]
+        frame = with_time_fields(frame, times) if times else frame
+        self._add("label", frame[LABEL].to_numpy(), np.uint8)
+        for raw, target, dtype in ((TIME, "timestamp", np.int64), (SPLIT, "split", np.uint8)):
+            if raw in frame.columns:
+                self._add(target, frame[raw].to_numpy(), dtype)
+        if plan.ids:
+            self._add("ids", self._codes(frame), np.int32, len(plan.ids))
+        if plan.numbers:
+            values = frame.select(as_number(f, plan.missing).alias(f.name) for f in plan.numbers)
+            self._add("numbers", values.to_numpy(), np.float32, len(plan.numbers))
+        if plan.quantiles:
+            values = frame.select(as_number(f, plan.missing).alias(f.name) for f in plan.quantiles)
+            keys = [ordered_keys(values[f.name].to_numpy()) for f in plan.quantiles]
+            self._add("quantiles", np.stack(keys, axis=1), np.int64, len(keys))
+        for column in plan.multi:
+            self._append_multi(frame, column)
+        for name, column_name, target in (
+            (USER, plan.user, "group"),
+            (ITEM, plan.item, "item_index"),
+        ):
+            if column_name is not None:
+                token = pl.col(column_name)
+                codes = frame.select(_physical(token, self.dictionaries[name]))
+                self._add(target, codes.to_series().to_numpy(), np.int32)
+
+    def close(self) -> None:
+        """Close all files."""
+        for file in self.files.values():
+            file.close()
+
+    def _codes(self, frame: pl.DataFrame) -> NDArray[np.int32]:
+        """Return ``(rows, C)`` the codes of one chunk; hashed fields have their ids already."""
+        plain = [f for f in self.plan.ids if f.hash_size is None and f.transform != "quantile"]
+        expressions = [
+            _physical(_token(f, self.plan.missing), self.dictionaries[f.table]).alias(f.name)
+            for f in plain
+        ]
+        found = dict(frame.select(expressions).to_dict()) if expressions else {}
+        codes = np.zeros((len(frame), len(self.plan.ids)), dtype=np.int32)
+        for position, column in enumerate(self.plan.ids):
+            if column.name in found:
+                codes[:, position] = found[column.name].to_numpy()
+            elif column.hash_size is not None:
+                token = _token(column, self.plan.missing).fill_null("").alias("token")
+                tokens = frame.select(token).to_series()
+                codes[:, position] = hash_tokens(tokens, column.hash_size)
+        return codes
+
+    def _append_multi(self, frame: pl.DataFrame, column: Field) -> None:
+        """Add the distinct codes of every row, in the order of the text."""
+        assert column.separator is not None
+        split = pl.col(column.column).str.split(column.separator)
+        split = split.list.eval(pl.element().filter(pl.element() != ""))
+        lists = frame.select(split.list.unique(maintain_order=True).alias("token")).to_series()
+        if column.max_length is not None:
+            lists = lists.list.head(column.max_length)
+        lengths = lists.list.len().fill_null(0)
+        tokens = lists.filter(lengths > 0).explode().alias("token")
+        if column.hash_size is not None:
+            codes = hash_tokens(tokens, column.hash_size)
+        else:
+            expression = _physical(pl.col("token"), self.dictionaries[column.table])
+            codes = tokens.to_frame().select(expression).to_series().to_numpy()
+        self._add(f"multi.{column.name}.values", codes, np.int32)
+        self._add(f"multi.{column.name}.lengths", lengths.to_numpy(), np.int32)
+
+    def _add(
+        self, name: str, array: NDArray[Any], dtype: type[np.generic], width: int | None = None
+    ) -> None:
+        if name not in self.files:
+            self.files[name] = ColumnFile(self.folder / f"{name}.npy", dtype, width)
+        self.files[name].append(array)
+
+
+def _token(column: Field, missing: float | None) -> pl.Expr:
+    if column.kind == "numeric":
+        return as_token(column, missing)
+    token = pl.col(column.column)
+    return token if column.prefix is None else token.str.head(column.prefix)
+
+
+def _physical(token: pl.Expr, dictionary: Dictionary) -> pl.Expr:
+    """Return the codes of tokens; a missing one is the empty token."""
+    return token.fill_null("").cast(dictionary.dtype).to_physical()

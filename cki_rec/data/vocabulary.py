@@ -1,0 +1,121 @@
+"""Tokens -> ids: dictionaries that grow chunk by chunk, vocabularies of training rows, hashes.
+
+Shape legend: T tokens of a dictionary, V ids of a table.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+from numpy.typing import NDArray
+
+from cki_rec.config import UserError
+from cki_rec.data.columns import Ids, Ints
+from cki_rec.data.schema import FIRST_ID, UNSEEN_ID
+
+LARGEST_TABLE = 2**31 - 1
+"""Ids are int32."""
+
+
+class Dictionary:
+    """All tokens met so far, each with a code; codes go by no particular order.
+
+    Args:
+        tokens: Fixed tokens, codes in this order; None: whatever comes.
+    """
+
+    def __init__(self, tokens: list[str] | None = None) -> None:
+        self._fixed = tokens
+        self._categories = pl.Categories.random()
+        # polars drops the mapping when no series uses it
+        self._keep = pl.Series([], dtype=self.dtype)
+
+    @property
+    def dtype(self) -> pl.Categorical:
+        """Return the polars type whose physical values are the codes."""
+        return pl.Categorical(self._categories)
+
+    def tokens(self) -> pl.Series:
+        """Return ``(T,)`` the tokens, in the order of codes."""
+        if self._fixed is not None:
+            return pl.Series(self._fixed, dtype=pl.String)
+        return self._categories.to_series().cast(pl.String)
+
+
+@dataclass(frozen=True, slots=True)
+class Vocabulary:
+    """The tokens of a table, and the id of every code."""
+
+    size: int
+    """V, reserved ids included."""
+    hash: str
+    """sha256 over the tokens in id order."""
+    id_of_code: Ids
+    """``(T,)``."""
+
+
+def build(table: str, tokens: pl.Series, counts: Ints, min_count: int, path: Path) -> Vocabulary:
+    """Write the vocabulary, one token a line in the order of ids, and return it.
+
+    Args:
+        table: For messages.
+        tokens: ``(T,)`` in the order of codes.
+        counts: ``(T,)`` training rows that hold each token.
+        min_count: Tokens with fewer share ``UNSEEN_ID``; tokens of no training row always do.
+        path: Where.
+
+    Raises:
+        UserError: More tokens than ids.
+    """
+    codes = pl.Series("code", np.arange(len(tokens), dtype=np.uint32))
+    frame = pl.DataFrame({"code": codes, "token": tokens, "count": counts})
+    kept = frame.filter(pl.col("count") >= min_count)
+    kept = kept.sort(["count", "token"], descending=[True, False])
+    size = FIRST_ID + len(kept)
+    if size > LARGEST_TABLE:
+        raise UserError(
+            f"data.fields: table {table} has {size:,} ids, expected at most {LARGEST_TABLE:,}; "
+            f"raise data.min_count or hash the field: {{name: {table}, hash_size: 100000000}}"
+        )
+    ids = np.full(len(tokens), UNSEEN_ID, dtype=np.int32)
+    ids[kept["code"].to_numpy()] = np.arange(FIRST_ID, size, dtype=np.int32)
+    kept.select("token").write_csv(path, include_header=False, quote_style="never")
+    return Vocabulary(size, file_sha256(path), ids)
+
+
+def read(path: Path) -> list[str]:
+    """Return the tokens that ``build`` wrote; the first has id ``FIRST_ID``."""
+    lines = path.read_bytes().split(b"\n")[:-1]
+    return [line.decode() for line in lines]
+
+
+def hash_tokens(tokens: pl.Series, size: int) -> NDArray[np.int32]:
+    """Return the id of every token in a table of ``size`` hashed ids: equal on every machine.
+
+    Reference:
+        Weinberger et al., Feature Hashing for Large Scale Multitask Learning, ICML 2009; the hash
+        is CRC-32.
+    """
+    distinct = tokens.unique()
+    codes = [FIRST_ID + zlib.crc32(token.encode()) % size for token in distinct]
+    new = pl.Series(codes, dtype=pl.Int32)
+    return tokens.replace_strict(distinct, new, return_dtype=pl.Int32).to_numpy()
+
+
+def hashed(size: int) -> Vocabulary:
+    """Return the vocabulary of a table whose ids are hashes."""
+    return Vocabulary(FIRST_ID + size, f"crc32 modulo {size}", np.empty(0, np.int32))
+
+
+def file_sha256(path: Path) -> str:
+    """Return the sha256 of a file."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
