@@ -137,7 +137,9 @@ def sharded(schema):
     def make(seed: int = 1, learning_rate: float = 0.05, **changes):
         options = {"embedding_dim": 8, "hidden": [6], "dropout": 0.0, "histories": True}
         model = Model(name="deepfm", init_std=0.1, **{**options, **changes})
-        runtime = Runtime(out="", reports="", encoded="", device="cpu", threads=1, force=False)
+        runtime = Runtime(
+            out="", reports="", encoded="", device="cpu", threads=1, chunk_mb=1, force=False
+        )
         device = distributed.start(runtime)
         with device:
             network = build_model(schema, model, torch.device("meta"))

@@ -181,7 +181,7 @@ def _count_training_rows(columns: Provisional) -> dict[str, Ints]:
     """Return, per table, how many training rows hold each code (of each field of the table)."""
     plan, files = columns.plan, columns.files
     counts = {
-        table: np.zeros(len(dictionary.tokens()), dtype=np.int64)
+        table: np.zeros(dictionary.size, dtype=np.int64)
         for table, dictionary in columns.dictionaries.items()
     }
     for start, stop in blocks(columns.rows):

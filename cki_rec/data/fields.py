@@ -64,6 +64,11 @@ def resolve(data: Data, kinds: Mapping[str, str]) -> tuple[Field, ...]:
     Raises:
         UserError: An unknown field or option, or a combination that makes no sense.
     """
+    for option in ("min_count", "history_length", "negatives"):
+        if getattr(data, option) < 1:
+            raise UserError(f"data.{option}={getattr(data, option)}: expected 1 or more")
+    if data.on_bad_row not in CHOICES["data.on_bad_row"]:
+        raise UserError(f"data.on_bad_row={data.on_bad_row}: expected error or skip")
     names = [entry["name"] for entry in _entries(data)]
     if not names:
         raise UserError("data.fields: empty, expected at least one field")

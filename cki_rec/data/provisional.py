@@ -127,8 +127,8 @@ class Provisional:
         ):
             if column_name is not None:
                 token = pl.col(column_name)
-                codes = frame.select(_physical(token, self.dictionaries[name]))
-                self._add(target, codes.to_series().to_numpy(), np.int32)
+                physical = frame.select(_physical(token, self.dictionaries[name])).to_series()
+                self._add(target, self.dictionaries[name].codes(physical), np.int32)
 
     def close(self) -> None:
         """Close all files."""
@@ -146,7 +146,7 @@ class Provisional:
         codes = np.zeros((len(frame), len(self.plan.ids)), dtype=np.int32)
         for position, column in enumerate(self.plan.ids):
             if column.name in found:
-                codes[:, position] = found[column.name].to_numpy()
+                codes[:, position] = self.dictionaries[column.table].codes(found[column.name])
             elif column.hash_size is not None:
                 token = _token(column, self.plan.missing).fill_null("").alias("token")
                 tokens = frame.select(token).to_series()
@@ -167,7 +167,8 @@ class Provisional:
             codes = hash_tokens(tokens, column.hash_size)
         else:
             expression = _physical(pl.col("token"), self.dictionaries[column.table])
-            codes = tokens.to_frame().select(expression).to_series().to_numpy()
+            physical = tokens.to_frame().select(expression).to_series()
+            codes = self.dictionaries[column.table].codes(physical)
         self._add(f"multi.{column.name}.values", codes, np.int32)
         self._add(f"multi.{column.name}.lengths", lengths.to_numpy(), np.int32)
 

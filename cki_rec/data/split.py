@@ -123,7 +123,7 @@ def windows(timestamp: Ints | None, num_rows: int, ends: Sequence[int]) -> Itera
     Yields:
         ``0 .. W``; ties go by row order.
     """
-    if timestamp is None:
+    if timestamp is None or not len(ends):
         for start, stop in blocks(num_rows):
             yield np.searchsorted(ends, np.arange(start, stop), side="right")
         return

@@ -31,6 +31,8 @@ class Dictionary:
 
     def __init__(self, tokens: list[str] | None = None) -> None:
         self._fixed = tokens
+        self.size = 0 if tokens is None else len(tokens)
+        """T."""
         self._categories = pl.Categories.random()
         # polars drops the mapping when no series uses it
         self._keep = pl.Series([], dtype=self.dtype)
@@ -40,11 +42,18 @@ class Dictionary:
         """Return the polars type whose physical values are the codes."""
         return pl.Categorical(self._categories)
 
+    def codes(self, physical: pl.Series) -> Ids:
+        """Return codes that polars gave, and remember how many there are."""
+        codes: Ids = physical.to_numpy().astype(np.int32)
+        self.size = max(self.size, int(codes.max(initial=-1)) + 1)
+        return codes
+
     def tokens(self) -> pl.Series:
         """Return ``(T,)`` the tokens, in the order of codes."""
         if self._fixed is not None:
             return pl.Series(self._fixed, dtype=pl.String)
-        return self._categories.to_series().cast(pl.String)
+        codes = pl.Series(np.arange(self.size, dtype=np.uint32))
+        return codes.cat.to(self.dtype).cast(pl.String).fill_null("")
 
 
 @dataclass(frozen=True, slots=True)

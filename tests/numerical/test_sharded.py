@@ -275,7 +275,9 @@ def listening():
             for line in Path(f"/proc/self/net/{name}").read_text().splitlines()[1:]]
     return [row[1] for row in rows if row[3] == "0A" and row[9] in own]
 
-runtime = Runtime(out="", reports="", encoded="", device="cpu", threads=1, force=False)
+runtime = Runtime(
+            out="", reports="", encoded="", device="cpu", threads=1, chunk_mb=1, force=False
+        )
 device = distributed.start(runtime)
 assert distributed.start(runtime) == device
 total = torch.ones(3)
@@ -314,6 +316,8 @@ def test_one_process_opens_no_port(alone):
 def test_what_cannot_be_started(monkeypatch, device, world_size, part):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setenv("WORLD_SIZE", world_size)
-    runtime = Runtime(out="", reports="", encoded="", device=device, threads=1, force=False)
+    runtime = Runtime(
+        out="", reports="", encoded="", device=device, threads=1, chunk_mb=1, force=False
+    )
     with pytest.raises(UserError, match=re.escape(part)):
         distributed.start(runtime)

@@ -205,7 +205,7 @@ def test_runtime_never_enters_a_run_id(run_config, tmp_path):
 
 def test_version_enters_a_run_id(monkeypatch):
     before = run_id("train", {"seed": 1})
-    monkeypatch.setattr("cki_rec.config.__version__", "99")
+    monkeypatch.setattr("cki_rec.config.parsing.__version__", "99")
     assert run_id("train", {"seed": 1}) != before
 
 

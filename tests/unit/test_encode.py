@@ -3,6 +3,7 @@
 import csv
 import zipfile
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,50 +12,61 @@ import polars as pl
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from samples import EMBEDDED, FIELDS, LATEST, make_data, read_rows
 
-from cki_rec.config import Data, Partition, Split, UserError
-from cki_rec.data.encode import Encoded, Ragged, encode, split_rows
+from cki_rec.config import Data, Split, UserError
+from cki_rec.data.columns import Ragged
+from cki_rec.data.dataset import EncodedDataset
 from cki_rec.data.formats import FORMATS
-from cki_rec.data.raw import BadRows, RawRows
+from cki_rec.data.raw import LABEL, TIME
 from cki_rec.data.schema import FIRST_ID, PADDING_ID, UNSEEN_ID
-
-ROOT = Path(__file__).parents[2]
-LATEST = ROOT / "tests" / "golden" / "movielens_latest"
-FIELDS = ["user", "item", "genres", "year", "hour", "history"]
+from cki_rec.data.split import split_codes
+from cki_rec.data.store import prepare
 
 
-def make_data(split: Split | None = None, **changes) -> Data:
-    defaults = {
-        "name": "sample",
-        "format": "movielens",
-        "raw": str(LATEST),
-        "fields": FIELDS,
-        "label_threshold": 4.0,
-        "history_length": 3,
-        "min_count": 1,
-        "on_bad_row": "error",
-        "split": split or Split(by="random", fractions=[0.6, 0.2, 0.2], seed=0),
-        "partition": Partition(by="none", parts=1, seed=0),
-        "part": None,
-    }
-    return Data(**(defaults | changes))
+@pytest.fixture
+def encode_files(tmp_path):
+    """Function (data) -> the encoded data set."""
+    return lambda data: prepare(data, tmp_path / "encoded")
 
 
-def encode_files(data: Data) -> Encoded:
-    raw = FORMATS[data.format].read(Path(data.raw), data.fields, data.on_bad_row)
-    return encode(raw, data)
+@pytest.fixture
+def encode_frame(tmp_path, monkeypatch):
+    """Function (frame, **options) -> the encoded data set of these rows of MovieLens."""
+
+    def make(frame: pl.DataFrame, **changes) -> EncodedDataset:
+        rows = frame.with_columns(
+            (pl.col("rating") >= 4).cast(pl.UInt8).alias(LABEL), pl.col("timestamp").alias(TIME)
+        )
+        movielens = replace(FORMATS["movielens"], read=lambda data, reading: iter([rows]))
+        monkeypatch.setitem(FORMATS, "movielens", movielens)
+        return prepare(make_data(**changes), tmp_path / "frames")
+
+    return make
 
 
-def ids_of(encoded: Encoded, name: str, row: int) -> list[int]:
-    column = encoded.fields[name]
+def codes_of(split: Split, tmp_path: Path, group, timestamp, rows_per_step: int = 1):
+    found = split_codes(
+        split,
+        len(group),
+        group=group,
+        timestamp=timestamp,
+        rows_per_step=rows_per_step,
+        scratch=tmp_path,
+    )
+    return np.concatenate(list(found))
+
+
+def ids_of(encoded: EncodedDataset, name: str, row: int) -> list[int]:
+    column = encoded.column(name)
     if isinstance(column, Ragged):
-        return column.values[column.positions(np.array([row]))].tolist()
+        return column.ids(np.array([row]))[0].tolist()
     return [int(column[row])]
 
 
-def decoded(encoded: Encoded, name: str, row: int) -> list[str | None]:
+def decoded(encoded: EncodedDataset, name: str, row: int) -> list[str | None]:
     table = next(f.table for f in encoded.schema.features if f.name == name)
-    tokens = encoded.vocabularies[table]
+    tokens = encoded.vocabulary(table)
     ids = ids_of(encoded, name, row)
     return [None if i == UNSEEN_ID else tokens[i - FIRST_ID] for i in ids]
 
@@ -71,8 +83,8 @@ def pandas_rows(folder: Path) -> pd.DataFrame:
 
 
 @pytest.mark.parametrize("by", ["random", "time", "leave_last_out"])
-def test_decoded_rows_equal_pandas(by):
-    encoded = encode_files(make_data(Split(by=by, fractions=[0.6, 0.2, 0.2], seed=1)))
+def test_decoded_rows_equal_pandas(by, encode_files):
+    encoded = encode_files(make_data(split=Split(by=by, fractions=[0.6, 0.2, 0.2], seed=1)))
     rows = pandas_rows(LATEST)
     is_train = encoded.split == 0
     for name in ("user", "item", "year", "hour"):
@@ -83,7 +95,7 @@ def test_decoded_rows_equal_pandas(by):
     assert encoded.timestamp.tolist() == rows["timestamp"].tolist()
 
 
-def test_genres_decode_to_distinct_genres_of_the_movie():
+def test_genres_decode_to_distinct_genres_of_the_movie(encode_files):
     encoded = encode_files(make_data())
     rows = pandas_rows(LATEST)
     listed = [[] if g == "(no genres listed)" else list(dict.fromkeys(g.split("|")))
@@ -98,18 +110,18 @@ def test_genres_decode_to_distinct_genres_of_the_movie():
     assert any(not genres for genres in listed)
 
 
-def test_ids_follow_count_then_token_of_training_rows():
+def test_ids_follow_count_then_token_of_training_rows(encode_files):
     encoded = encode_files(make_data())
     rows = pandas_rows(LATEST)
     for name in ("user", "item", "year"):
         counts = Counter(rows[name][encoded.split == 0])
         want = sorted(counts, key=lambda token: (-counts[token], token))
-        assert encoded.vocabularies[name] == want
+        assert encoded.vocabulary(name) == want
         assert encoded.schema.table_sizes[name] == len(want) + 2
     assert (PADDING_ID, UNSEEN_ID, FIRST_ID) == (0, 1, 2)
 
 
-def test_no_vocabulary_token_comes_from_held_out_rows_alone():
+def test_no_vocabulary_token_comes_from_held_out_rows_alone(encode_frame):
     frame = pl.DataFrame(
         {
             "rating": [5.0, 1.0, 5.0, 1.0],
@@ -119,47 +131,47 @@ def test_no_vocabulary_token_comes_from_held_out_rows_alone():
         }
     )
     split = Split(by="time", fractions=[0.5, 0.25, 0.25], seed=0)
-    data = make_data(split, fields=["user", "item"])
-    encoded = encode(RawRows(frame, BadRows("error")), data)
-    assert encoded.vocabularies == {"user": ["a"], "item": ["x", "y"]}
-    assert encoded.fields["item"].tolist() == [2, 3, UNSEEN_ID, UNSEEN_ID]
+    encoded = encode_frame(frame, split=split, fields=["user", "item"])
+    assert encoded.vocabulary("user") == ["a"]
+    assert encoded.vocabulary("item") == ["x", "y"]
+    assert encoded.column("item").tolist() == [2, 3, UNSEEN_ID, UNSEEN_ID]
     assert encoded.group.tolist() == [0, 0, 1, 2]
 
 
-def test_rare_tokens_share_the_unseen_id():
+def test_rare_tokens_share_the_unseen_id(encode_files):
     encoded = encode_files(make_data(min_count=3))
     rows = pandas_rows(LATEST)
     counts = Counter(rows["item"][encoded.split == 0])
     kept = {item for item, count in counts.items() if count >= 3}
     assert 0 < len(kept) < len(counts)
-    assert set(encoded.vocabularies["item"]) == kept
+    assert set(encoded.vocabulary("item")) == kept
     for row, item in enumerate(rows["item"]):
         assert (ids_of(encoded, "item", row) == [UNSEEN_ID]) == (item not in kept)
 
 
-def test_unseen_tokens_of_a_row_are_one_id():
+def test_unseen_tokens_of_a_row_are_one_id(encode_frame):
     frame = pl.DataFrame(
         {
             "rating": [5.0, 1.0, 5.0, 1.0],
             "timestamp": [1, 2, 3, 4],
             "user": ["a"] * 4,
             "item": ["x"] * 4,
-            "genres": [["A"], ["B"], ["new", "A", "newer", "newest"], ["new", "new", "newer"]],
+            "genres": ["A", "B", "new|A|newer|newest", "new|new|newer"],
         }
     )
     split = Split(by="time", fractions=[0.5, 0.25, 0.25], seed=0)
-    encoded = encode(RawRows(frame, BadRows("error")), make_data(split, fields=["genres"]))
+    encoded = encode_frame(frame, split=split, fields=["genres"])
     found = [ids_of(encoded, "genres", row) for row in range(4)]
     assert found == [[2], [3], [UNSEEN_ID, 2], [UNSEEN_ID]]
 
 
-def test_history_without_item_field_uses_table_item():
+def test_history_without_item_field_uses_table_item(encode_files):
     encoded = encode_files(make_data(fields=["user", "history"]))
     assert set(encoded.schema.table_sizes) == {"user", "item"}
-    assert set(encoded.fields) == {"user", "history"}
+    assert [feature.name for feature in encoded.schema.features] == ["user", "history"]
 
 
-def brute_force_history(data: Data, encoded: Encoded, items, row: int) -> list[int]:
+def brute_force_history(data: Data, encoded: EncodedDataset, items, row: int) -> list[int]:
     earlier = [
         (encoded.timestamp[other], other)
         for other in range(len(encoded.label))
@@ -172,19 +184,17 @@ def brute_force_history(data: Data, encoded: Encoded, items, row: int) -> list[i
 
 
 @pytest.mark.parametrize("by", ["random", "time", "leave_last_out"])
-def test_history_is_earlier_liked_training_items(by):
-    data = make_data(Split(by=by, fractions=[0.6, 0.2, 0.2], seed=3))
+def test_history_is_earlier_liked_training_items(by, encode_files):
+    data = make_data(split=Split(by=by, fractions=[0.6, 0.2, 0.2], seed=3))
     encoded = encode_files(data)
     for row in range(len(encoded.label)):
-        want = brute_force_history(data, encoded, encoded.fields["item"], row)
+        want = brute_force_history(data, encoded, encoded.column("item"), row)
         assert ids_of(encoded, "history", row) == want
 
 
-def test_history_of_embedded_data_equals_brute_force_on_some_rows():
-    raw = str(ROOT / "data" / "ml-latest-small.zip")
-    data = make_data(
-        Split(by="random", fractions=[0.8, 0.1, 0.1], seed=0), raw=raw, history_length=50
-    )
+def test_history_of_embedded_data_equals_brute_force_on_some_rows(encode_files):
+    split = Split(by="random", fractions=[0.8, 0.1, 0.1], seed=0)
+    data = make_data(split=split, raw=str(EMBEDDED), history_length=50)
     encoded = encode_files(data)
     rows_of_user = [np.flatnonzero(encoded.group == user) for user in (0, 5, 413)]
     generator = np.random.default_rng(0)
@@ -196,30 +206,29 @@ def test_history_of_embedded_data_equals_brute_force_on_some_rows():
                 & (encoded.split[rows] == 0)
             ]
             liked = liked[np.argsort(encoded.timestamp[liked], kind="stable")][-50:]
-            assert ids_of(encoded, "history", row) == encoded.fields["item"][liked].tolist()
+            assert ids_of(encoded, "history", row) == encoded.column("item")[liked].tolist()
 
 
-def test_labels_of_held_out_rows_enter_no_input():
+def test_labels_of_held_out_rows_enter_no_input(encode_frame):
     """Flipping every held-out label changes no field."""
-    data = make_data()
-    raw = FORMATS["movielens"].read(LATEST, data.fields, "error")
-    encoded = encode(raw, data)
+    frame, _ = read_rows(make_data())
+    encoded = encode_frame(frame, name="as_is")
     held_out = pl.Series(encoded.split != 0)
-    flipped = raw.frame.with_columns(
+    flipped = frame.with_columns(
         pl.when(held_out).then(5.5 - pl.col("rating")).otherwise(pl.col("rating")).alias("rating")
     )
-    other = encode(RawRows(flipped, raw.bad_rows), data)
+    other = encode_frame(flipped, name="flipped")
     assert (other.label != encoded.label).any()
     for name in FIELDS:
         rows = range(len(encoded.label))
         assert [ids_of(encoded, name, r) for r in rows] == [ids_of(other, name, r) for r in rows]
 
 
-def test_random_split_has_the_asked_sizes_and_depends_on_the_seed():
+def test_random_split_has_the_asked_sizes_and_depends_on_the_seed(tmp_path):
     group, timestamp = np.zeros(100, np.int32), np.arange(100)
     codes = [
-        split_rows(Split(by="random", fractions=[0.8, 0.1, 0.1], seed=seed),
-                   group=group, timestamp=timestamp)
+        codes_of(Split(by="random", fractions=[0.8, 0.1, 0.1], seed=seed),
+                 tmp_path, group, timestamp)
         for seed in (0, 0, 1)
     ]  # fmt: skip
     assert np.bincount(codes[0]).tolist() == [80, 10, 10]
@@ -227,22 +236,18 @@ def test_random_split_has_the_asked_sizes_and_depends_on_the_seed():
     assert (codes[0] != codes[2]).any()
 
 
-def test_time_split_gives_oldest_rows_to_training():
+def test_time_split_gives_oldest_rows_to_training(tmp_path):
     timestamp = np.array([5, 1, 4, 2, 3, 3, 9, 8, 7, 6])
-    code = split_rows(
-        Split(by="time", fractions=[0.4, 0.3, 0.3], seed=0),
-        group=np.zeros(10, np.int32),
-        timestamp=timestamp,
-    )
+    split = Split(by="time", fractions=[0.4, 0.3, 0.3], seed=0)
+    code = codes_of(split, tmp_path, np.zeros(10, np.int32), timestamp)
     assert code.tolist() == [1, 0, 1, 0, 0, 0, 2, 2, 2, 1]
 
 
-def test_leave_last_out_takes_last_two_rows_by_time_then_order():
+def test_leave_last_out_takes_last_two_rows_by_time_then_order(tmp_path):
     group = np.array([1, 0, 1, 0, 1, 0, 2, 2], np.int32)
     timestamp = np.array([9, 1, 3, 1, 4, 1, 1, 2])
-    code = split_rows(
-        Split(by="leave_last_out", fractions=[], seed=0), group=group, timestamp=timestamp
-    )
+    split = Split(by="leave_last_out", fractions=[], seed=0)
+    code = codes_of(split, tmp_path, group, timestamp)
     assert code.tolist() == [2, 0, 0, 1, 1, 2, 0, 0]
 
 
@@ -267,20 +272,25 @@ def test_leave_last_out_takes_last_two_rows_by_time_then_order():
         ({"split": Split(by="time", fractions=[0.0, 0.5, 0.5], seed=0)}, "no train row of 20"),
     ],
 )
-def test_impossible_option_is_named(changes, message):
+def test_impossible_option_is_named(changes, message, encode_files):
     with pytest.raises(UserError) as caught:
         encode_files(make_data(**changes))
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
-def test_leave_last_out_without_long_histories_is_refused():
+def test_leave_last_out_without_long_histories_is_refused(encode_frame):
+    frame = pl.DataFrame(
+        {
+            "rating": [5.0, 1.0, 5.0, 1.0],
+            "timestamp": [1, 2, 3, 4],
+            "user": ["a", "b", "c", "d"],
+            "item": ["x"] * 4,
+        }
+    )
+    split = Split(by="leave_last_out", fractions=[], seed=0)
     with pytest.raises(UserError, match="users with 3 rows or more"):
-        split_rows(
-            Split(by="leave_last_out", fractions=[], seed=0),
-            group=np.arange(4, dtype=np.int32),
-            timestamp=np.arange(4),
-        )
+        encode_frame(frame, split=split, fields=["item"])
 
 
 ratings = st.lists(
@@ -305,9 +315,9 @@ def test_any_ratings_survive_encode_and_decode(tmp_path_factory, rows, seed, min
         movies = ["movieId,title,genres", *(f'{m},"M, {m} (199{m})",A|B{m}|A' for m in range(6))]
         archive.writestr("x/movies.csv", "\r\n".join(movies))
     split = Split(by="random", fractions=[0.5, 0.25, 0.25], seed=seed)
-    data = make_data(split, raw=str(path), min_count=min_count)
+    data = make_data(split=split, raw=str(path), min_count=min_count)
     try:
-        encoded = encode_files(data)
+        encoded = prepare(data, path.parent / "encoded")
     except UserError as error:
         assert "label_threshold" in str(error)  # noqa: PT017 training rows of one class
         return
@@ -318,7 +328,7 @@ def test_any_ratings_survive_encode_and_decode(tmp_path_factory, rows, seed, min
         is_known = items[str(movie)] >= min_count
         assert decoded(encoded, "item", number) == [str(movie) if is_known else None]
         assert encoded.label[number] == (float(rating) >= 4)
-        want = brute_force_history(data, encoded, encoded.fields["item"], number)
+        want = brute_force_history(data, encoded, encoded.column("item"), number)
         assert ids_of(encoded, "history", number) == want
 
 

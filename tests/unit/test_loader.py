@@ -1,35 +1,24 @@
 """Batches hold the rows asked for, feature by feature."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
+from samples import EMBEDDED, make_data
 
-from cki_rec.config import Data, Partition, Split, UserError
-from cki_rec.data.encode import Ragged
-from cki_rec.data.loader import batches
+from cki_rec.config import Split, UserError
+from cki_rec.data.columns import Ragged
+from cki_rec.data.loader import SHUFFLE_STREAM, Loader
+from cki_rec.data.permutation import Permutation
 from cki_rec.data.schema import Batch, Feature, FeatureSchema
 from cki_rec.data.store import EncodedDataset, prepare
 
-ROOT = Path(__file__).parents[2]
+FIELDS = ["genres", "user", "history", "item", "year"]
 
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory) -> EncodedDataset:
-    data = Data(
-        name="small",
-        format="movielens",
-        raw=str(ROOT / "data" / "ml-latest-small.zip"),
-        fields=["genres", "user", "history", "item", "year"],
-        label_threshold=4.0,
-        history_length=5,
-        min_count=1,
-        on_bad_row="error",
-        split=Split(by="random", fractions=[0.8, 0.1, 0.1], seed=0),
-        partition=Partition(by="none", parts=1, seed=0),
-        part=None,
-    )
+    split = Split(by="random", fractions=[0.8, 0.1, 0.1], seed=0)
+    data = make_data(raw=str(EMBEDDED), fields=FIELDS, history_length=5, split=split)
     return prepare(data, tmp_path_factory.mktemp("encoded"))
 
 
@@ -60,16 +49,17 @@ def check(batch: Batch, dataset: EncodedDataset, schema: FeatureSchema, rows) ->
 def test_batches_in_order_equal_rows(dataset, has_histories):
     schema = dataset.schema if has_histories else dataset.schema.without_histories()
     rows = dataset.rows("test")[:100]
-    found = list(batches(dataset, schema, rows, 32, None))
+    found = list(Loader(dataset, schema, rows, 32))
     assert [len(batch) for batch in found] == [32, 32, 32, 4]
     for number, batch in enumerate(found):
         check(batch, dataset, schema, rows[32 * number : 32 * number + 32])
 
 
-def test_shuffled_batches_hold_each_row_once_in_the_generators_order(dataset):
+def test_shuffled_batches_hold_each_row_once_in_the_order_of_the_seed(dataset):
     rows = dataset.rows("valid")[:200]
-    order = np.random.default_rng(7).permutation(rows)
-    found = list(batches(dataset, dataset.schema, rows, 64, np.random.default_rng(7)))
+    order = rows[Permutation(200, 7, 0, SHUFFLE_STREAM)(np.arange(200))]
+    assert sorted(order.tolist()) == rows.tolist()
+    found = list(Loader(dataset, dataset.schema, rows, 64, seed=7))
     assert sum(len(batch) for batch in found) == 200
     for number, batch in enumerate(found):
         check(batch, dataset, dataset.schema, order[64 * number : 64 * number + 64])
@@ -77,13 +67,10 @@ def test_shuffled_batches_hold_each_row_once_in_the_generators_order(dataset):
 
 
 def test_second_epoch_has_another_order(dataset):
-    generator = np.random.default_rng(0)
-    rows = dataset.rows("valid")
-    first, second = (
-        next(iter(batches(dataset, dataset.schema, rows, 64, generator))).values.tolist()
-        for _ in range(2)
-    )
-    assert first != second
+    loader = Loader(dataset, dataset.schema, dataset.rows("valid"), 20_000, seed=0)
+    (first,), (second,) = list(loader), list(loader)
+    assert first.values.tolist() != second.values.tolist()
+    assert sorted(first.values.tolist()) == sorted(second.values.tolist())
 
 
 def test_rows_without_any_id_have_length_zero(dataset):
@@ -91,7 +78,7 @@ def test_rows_without_any_id_have_length_zero(dataset):
     rows = np.flatnonzero(genres.lengths == 0)[:3]
     assert len(rows) == 3
     schema = FeatureSchema((Feature("genres", "genres", "multi"),), {"genres": 22}, {})
-    (batch,) = batches(dataset, schema, rows, 8, None)
+    (batch,) = Loader(dataset, schema, rows, 8)
     assert batch.values.tolist() == []
     assert batch.lengths.tolist() == [0, 0, 0]
 
@@ -99,14 +86,14 @@ def test_rows_without_any_id_have_length_zero(dataset):
 def test_change_of_schema_changes_the_batch(dataset):
     rows = dataset.rows("valid")[:10]
     for schema in (dataset.schema, dataset.schema.without_histories(), dataset.schema):
-        check(next(iter(batches(dataset, schema, rows, 10, None))), dataset, schema, rows)
+        check(next(iter(Loader(dataset, schema, rows, 10))), dataset, schema, rows)
 
 
 def test_batch_larger_than_rows_is_short(dataset):
-    (batch,) = batches(dataset, dataset.schema, dataset.rows("valid")[:7], 4096, None)
+    (batch,) = Loader(dataset, dataset.schema, dataset.rows("valid")[:7], 4096)
     assert len(batch) == 7
 
 
 def test_batch_size_below_one_is_refused_at_once(dataset):
     with pytest.raises(UserError, match="batch_size=0"):
-        batches(dataset, dataset.schema, dataset.rows("valid"), 0, None)
+        Loader(dataset, dataset.schema, dataset.rows("valid"), 0)

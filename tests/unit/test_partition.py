@@ -14,7 +14,9 @@ TIME = GENERATOR.integers(0, 50, 110)
 
 def parts_of(by: str, parts: int, seed: int = 0) -> np.ndarray:
     partition = Partition(by=by, parts=parts, seed=seed)
-    return part_of_rows(partition, group=GROUP, item_index=ITEM, timestamp=TIME)
+    return np.concatenate(
+        list(part_of_rows(partition, 110, group=GROUP, item_index=ITEM, timestamp=TIME))
+    )
 
 
 @pytest.mark.parametrize("by", KINDS)

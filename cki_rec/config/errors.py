@@ -1,0 +1,16 @@
+"""A mistake of the user, and the nearest name to what they wrote."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class UserError(Exception):
+    """A mistake of the user: shown as one line without a traceback, exit code 2."""
+
+
+def nearest(word: object, choices: Iterable[str]) -> str:
+    """Return ``"did you mean 'x'? "`` for the choice most like ``word``, or nothing."""
+    close = get_close_matches(str(word), list(choices), n=1, cutoff=0.5)
+    return f"did you mean '{close[0]}'? " if close else ""

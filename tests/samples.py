@@ -1,0 +1,58 @@
+"""Data options and raw samples that several tests use."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import pytest
+
+from cki_rec.config import Data, Partition, Split, parse, register_resolvers
+from cki_rec.data.fields import resolve
+from cki_rec.data.formats import FORMATS
+from cki_rec.data.raw import Reading
+
+ROOT = Path(__file__).resolve().parents[1]
+GOLDEN = ROOT / "tests" / "golden"
+LATEST = GOLDEN / "movielens_latest"
+EMBEDDED = ROOT / "data" / "ml-latest-small.zip"
+FIELDS = ["user", "item", "genres", "year", "hour", "history"]
+
+
+@lru_cache
+def composed(choice: str) -> Data:
+    """Return conf/data/<choice>.yaml as the command line reads it."""
+    from cki_rec.cli import _compose
+
+    register_resolvers()
+    return parse(_compose([f"data={choice}"])).data
+
+
+def make_data(choice: str = "movielens_small", **changes: Any) -> Data:
+    """Return options of a small MovieLens sample, or of another choice, with changes."""
+    data = composed(choice)
+    defaults: dict[str, Any] = {"partition": Partition(by="none", parts=1, seed=0)}
+    if choice == "movielens_small":
+        split = Split(by="random", fractions=[0.6, 0.2, 0.2], seed=0)
+        defaults.update(name="sample", raw=str(LATEST), history_length=3, split=split)
+    return replace(data, **(defaults | changes))
+
+
+def read_rows(data: Data, block_bytes: int = 1 << 24) -> tuple[pl.DataFrame, Reading]:
+    """Return all rows in the common form, and what the reading found."""
+    reading = Reading(data.on_bad_row, block_bytes)
+    reader = FORMATS[data.format]
+    resolve(data, reader.kinds(data))
+    return pl.concat(list(reader.read(data, reading))), reading
+
+
+def shared_data(name: str) -> Path:
+    """Return a file that may not be redistributed, or skip the test."""
+    folder = os.environ.get("CKI_REC_DATA")
+    if not folder or not (Path(folder) / name).exists():
+        pytest.skip(f"CKI_REC_DATA names no folder with {name}")
+    return Path(folder) / name
