@@ -159,11 +159,11 @@ def test_epochs_are_the_most_there_are(config, dataset, read_schema):
 
 
 def test_rows_come_in_another_order_every_epoch(config, dataset, read_schema, monkeypatch):
-    from cki_rec.data.loader import Columns
+    from cki_rec.data.loader import Gather
 
     seen = []
-    batch = Columns.batch
-    monkeypatch.setattr(Columns, "batch", lambda s, rows: (seen.append(rows), batch(s, rows))[1])
+    batch = Gather.__call__
+    monkeypatch.setattr(Gather, "__call__", lambda s, rows: (seen.append(rows), batch(s, rows))[1])
     train(start(config, dataset), dataset, read_schema, metric=scripted([0.1, 0.2]))
     num = -(-len(dataset.rows("train")) // SCHEDULE.batch_size)
     epochs = [np.concatenate(seen[:num]), np.concatenate(seen[num + 1 : 2 * num + 1])]
