@@ -71,17 +71,16 @@ def read_rows(text: Text, layout: Layout, reading: Reading) -> Iterator[pl.DataF
         UserError: A bad row, if ``reading`` says so; a file without a good row.
     """
     num_rows = 0
-    for first, block in text.blocks(reading):
+    for first, num_lines, block in text.blocks(reading):
         line = first
         if first == 1 and layout.header is not None:
             header, _, block = block.partition(b"\n")
             check_header(text, header.decode("utf-8", errors="replace"), layout.header)
-            line = 2
-        frame = _parse(block, layout, layout.separator)
+            line, num_lines = 2, num_lines - 1
+        frame = _parse(block, num_lines, layout, layout.separator)
         if frame is None:
-            num_lines = block.count(b"\n")
             numbers, block = _good_lines(text, line, block, layout, reading)
-            frame = _parse(block, layout, SEPARATOR)
+            frame = _parse(block, len(numbers), layout, SEPARATOR)
             if frame is None:
                 raise UserError(
                     f"{text}, lines {line} to {line + num_lines - 1}: not readable as "
@@ -113,9 +112,8 @@ def check_header(text: Text, found: str, expected: str) -> None:
         )
 
 
-def _parse(block: bytes, layout: Layout, separator: str) -> pl.DataFrame | None:
+def _parse(block: bytes, num_rows: int, layout: Layout, separator: str) -> pl.DataFrame | None:
     """Return the rows of a block, one a line; None if any of them may be bad."""
-    num_rows = block.count(b"\n")
     schema = {name: TYPES[kind] for name, kind in layout.columns.items()}
     wanted = list(layout.wanted or layout.columns)
     if not num_rows:

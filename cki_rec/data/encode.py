@@ -103,9 +103,12 @@ def _finish_entities(columns: Provisional) -> None:
     for name, target in ((USER, "group"), (ITEM, "item_index")):
         if name not in columns.dictionaries:
             continue
-        tokens = columns.dictionaries.pop(name).tokens()
-        rank = (tokens.rank("ordinal") - 1).to_numpy().astype(np.int32)
-        file = columns.files[target]
+        tokens, file = columns.dictionaries.pop(name).tokens(), columns.files[target]
+        is_held = np.zeros(len(tokens), dtype=np.bool_)
+        for start, stop in blocks(file.rows):
+            is_held[file.read(start, stop)] = True
+        rank = np.zeros(len(tokens), dtype=np.int32)
+        rank[is_held] = (tokens.filter(is_held).rank("ordinal") - 1).to_numpy()
         for start, stop in blocks(file.rows):
             file.write(start, rank[file.read(start, stop)])
 

@@ -34,7 +34,8 @@ def as_token(field: Field, missing: float | None) -> pl.Expr:
     value = value if missing is None else value.fill_null(missing)
     if field.transform == "ln_squared":
         value = value.cast(pl.Float64)
-        squared = value.log().pow(2).floor()
+        logarithm = value.log()
+        squared = (logarithm * logarithm).floor()
         return pl.when(value > 2).then(squared).otherwise(value).cast(pl.Int64).cast(pl.String)
     if field.transform == "edges":
         assert field.edges is not None

@@ -128,7 +128,8 @@ class Provisional:
             if column_name is not None:
                 token = pl.col(column_name)
                 physical = frame.select(_physical(token, self.dictionaries[name])).to_series()
-                self._add(target, self.dictionaries[name].codes(physical), np.int32)
+                self.dictionaries[name].grow(_top(physical))
+                self._add(target, physical.to_numpy(), np.int32)
 
     def close(self) -> None:
         """Close all files."""
@@ -137,20 +138,21 @@ class Provisional:
 
     def _codes(self, frame: pl.DataFrame) -> NDArray[np.int32]:
         """Return ``(rows, C)`` the codes of one chunk; hashed fields have their ids already."""
-        plain = [f for f in self.plan.ids if f.hash_size is None and f.transform != "quantile"]
+        missing = self.plan.missing
         expressions = [
-            _physical(_token(f, self.plan.missing), self.dictionaries[f.table]).alias(f.name)
-            for f in plain
+            pl.lit(0, dtype=pl.UInt32)  # known later
+            if column.transform == "quantile"
+            else _hashed(_token(column, missing), column.hash_size)
+            if column.hash_size is not None
+            else _physical(_token(column, missing), self.dictionaries[column.table])
+            for column in self.plan.ids
         ]
-        found = dict(frame.select(expressions).to_dict()) if expressions else {}
-        codes = np.zeros((len(frame), len(self.plan.ids)), dtype=np.int32)
-        for position, column in enumerate(self.plan.ids):
-            if column.name in found:
-                codes[:, position] = self.dictionaries[column.table].codes(found[column.name])
-            elif column.hash_size is not None:
-                token = _token(column, self.plan.missing).fill_null("").alias("token")
-                tokens = frame.select(token).to_series()
-                codes[:, position] = hash_tokens(tokens, column.hash_size)
+        names = [column.name for column in self.plan.ids]
+        found = frame.select(e.alias(n) for e, n in zip(expressions, names, strict=True))
+        codes: NDArray[np.int32] = found.to_numpy(order="c").view(np.int32)
+        for column, top in zip(self.plan.ids, codes.max(axis=0).tolist(), strict=True):
+            if column.hash_size is None:
+                self.dictionaries[column.table].grow(top)
         return codes
 
     def _append_multi(self, frame: pl.DataFrame, column: Field) -> None:
@@ -163,13 +165,14 @@ class Provisional:
             lists = lists.list.head(column.max_length)
         lengths = lists.list.len().fill_null(0)
         tokens = lists.filter(lengths > 0).explode().alias("token")
+        token = pl.col("token")
         if column.hash_size is not None:
-            codes = hash_tokens(tokens, column.hash_size)
+            codes = tokens.to_frame().select(_hashed(token, column.hash_size)).to_series()
         else:
-            expression = _physical(pl.col("token"), self.dictionaries[column.table])
-            physical = tokens.to_frame().select(expression).to_series()
-            codes = self.dictionaries[column.table].codes(physical)
-        self._add(f"multi.{column.name}.values", codes, np.int32)
+            dictionary = self.dictionaries[column.table]
+            codes = tokens.to_frame().select(_physical(token, dictionary)).to_series()
+            dictionary.grow(_top(codes))
+        self._add(f"multi.{column.name}.values", codes.to_numpy(), np.int32)
         self._add(f"multi.{column.name}.lengths", lengths.to_numpy(), np.int32)
 
     def _add(
@@ -188,5 +191,16 @@ def _token(column: Field, missing: float | None) -> pl.Expr:
 
 
 def _physical(token: pl.Expr, dictionary: Dictionary) -> pl.Expr:
-    """Return the codes of tokens; a missing one is the empty token."""
-    return token.fill_null("").cast(dictionary.dtype).to_physical()
+    """Return the codes of tokens; a missing one is the empty token, code 0."""
+    return token.cast(dictionary.dtype).to_physical().fill_null(0)
+
+
+def _hashed(token: pl.Expr, size: int) -> pl.Expr:
+    """Return the ids of tokens in a table of hashes; a missing one is the empty token."""
+    return token.fill_null("").map_batches(
+        lambda tokens: hash_tokens(tokens, size), return_dtype=pl.UInt32
+    )
+
+
+def _top(codes: pl.Series) -> int:
+    return int(codes.to_numpy().max(initial=0))

@@ -51,6 +51,8 @@ class Reading:
     counts: dict[str, int] = field(default_factory=dict)
     """Skipped rows by reason."""
     examples: dict[str, list[str]] = field(default_factory=dict)
+    has_published: bool = True
+    """Whether texts may be published ones, which their md5 tells."""
     md5: dict[str, str] = field(default_factory=dict)
     """Name of a text, without folder and ``.gz`` -> md5 of its content."""
 
@@ -88,8 +90,8 @@ class Text:
         """Return how messages name it."""
         return f"{self.path} (member {self.member})" if self.member else str(self.path)
 
-    def blocks(self, reading: Reading) -> Iterator[tuple[int, bytes]]:
-        """Yield the number of the first line and some whole lines, each ended by a newline.
+    def blocks(self, reading: Reading) -> Iterator[tuple[int, int, bytes]]:
+        """Yield the number of the first line, how many lines, and these, each ended by a newline.
 
         A byte order mark at the start is dropped, and so are carriage returns before newlines.
 
@@ -106,7 +108,8 @@ class Text:
                     raise self._damaged(error, line) from None
                 except OSError as error:
                     raise _unreadable(str(self), error) from None
-                digest.update(piece)
+                if reading.has_published:
+                    digest.update(piece)
                 reading.advance(max(0, raw.tell() - position))
                 position = max(position, raw.tell())
                 if line == 1 and not rest:
@@ -120,18 +123,21 @@ class Text:
                 if block:
                     self._check_newlines(block, line)
                     block = block if block.endswith(b"\n") else block + b"\n"
-                    yield line, block.replace(b"\r\n", b"\n") if b"\r" in block else block
-                    line += block.count(b"\n")
+                    num_lines = block.count(b"\n")
+                    block = block.replace(b"\r\n", b"\n") if b"\r" in block else block
+                    yield line, num_lines, block
+                    line += num_lines
                 if not piece:
                     break
         if line == 1:
             raise UserError(f"{self}: empty, expected one row a line; fetch the file again")
-        reading.md5[self.name] = digest.hexdigest()
+        if reading.has_published:
+            reading.md5[self.name] = digest.hexdigest()
 
     def first_line(self) -> str:
         """Return the first line, without its end."""
         reading = Reading("error", block_bytes=1 << 16)
-        _, block = next(self.blocks(reading))
+        _, _, block = next(self.blocks(reading))
         return block.split(b"\n", 1)[0].decode("utf-8", errors="replace")
 
     def _check_newlines(self, text: bytes, line: int) -> None:

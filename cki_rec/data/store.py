@@ -75,6 +75,7 @@ def prepare(data: Data, encoded_dir: str | Path, chunk_mb: int = 16) -> EncodedD
     reader = FORMATS[data.format]
     fields = resolve(data, reader.kinds(data))
     encoded_dir = Path(encoded_dir)
+    start = time.perf_counter()
     source = _source(data, encoded_dir)
     options = _options(data, fields)
     key = _hash([FORMAT_VERSION, options, [entry["sha256"] for entry in source]])[:12]
@@ -88,7 +89,7 @@ def prepare(data: Data, encoded_dir: str | Path, chunk_mb: int = 16) -> EncodedD
         raise _unwritable(encoded_dir, error) from None
     try:
         if not folder.exists():
-            _make(data, reader, fields, folder, source, chunk_mb)
+            _make(data, reader, fields, folder, source, chunk_mb, start)
     finally:
         lock.release()
     return EncodedDataset(folder, data.verify)
@@ -101,6 +102,7 @@ def _make(
     folder: Path,
     source: list[dict[str, Any]],
     chunk_mb: int,
+    start: float,
 ) -> None:
     """Encode and write ``folder``; the lock is held."""
     leftover = re.compile(re.escape(data.name) + r"-[0-9a-f]{12}\.tmp-\d+")
@@ -110,8 +112,7 @@ def _make(
             shutil.rmtree(path, ignore_errors=True)
     logger.info("encoding %s as %s", data.raw, folder)
     temporary = folder.with_name(f"{folder.name}.tmp-{os.getpid()}")
-    start = time.perf_counter()
-    reading = Reading(data.on_bad_row, chunk_mb << 20)
+    reading = Reading(data.on_bad_row, chunk_mb << 20, has_published=reader.has_published)
     try:
         temporary.mkdir()
         with progress("encoding", sum(entry["size"] for entry in source), "bytes") as advance:

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 import polars as pl
-from numpy.typing import NDArray
 
 from cki_rec.config import UserError
 from cki_rec.data.columns import Ids, Ints
@@ -31,22 +30,20 @@ class Dictionary:
 
     def __init__(self, tokens: list[str] | None = None) -> None:
         self._fixed = tokens
-        self.size = 0 if tokens is None else len(tokens)
+        self.size = 1 if tokens is None else len(tokens)
         """T."""
         self._categories = pl.Categories.random()
-        # polars drops the mapping when no series uses it
-        self._keep = pl.Series([], dtype=self.dtype)
+        # polars drops the mapping when no series uses it; the missing token has code 0
+        self._keep = pl.Series([""], dtype=self.dtype)
 
     @property
     def dtype(self) -> pl.Categorical:
         """Return the polars type whose physical values are the codes."""
         return pl.Categorical(self._categories)
 
-    def codes(self, physical: pl.Series) -> Ids:
-        """Return codes that polars gave, and remember how many there are."""
-        codes: Ids = physical.to_numpy().astype(np.int32)
-        self.size = max(self.size, int(codes.max(initial=-1)) + 1)
-        return codes
+    def grow(self, code: int) -> None:
+        """Remember that there is ``code``, and every one below."""
+        self.size = max(self.size, code + 1)
 
     def tokens(self) -> pl.Series:
         """Return ``(T,)`` the tokens, in the order of codes."""
@@ -103,8 +100,8 @@ def read(path: Path) -> list[str]:
     return [line.decode() for line in lines]
 
 
-def hash_tokens(tokens: pl.Series, size: int) -> NDArray[np.int32]:
-    """Return the id of every token in a table of ``size`` hashed ids: equal on every machine.
+def hash_tokens(tokens: pl.Series, size: int) -> pl.Series:
+    """Return (UInt32) the id of every token in a table of ``size`` hashes, equal everywhere.
 
     Reference:
         Weinberger et al., Feature Hashing for Large Scale Multitask Learning, ICML 2009; the hash
@@ -112,8 +109,8 @@ def hash_tokens(tokens: pl.Series, size: int) -> NDArray[np.int32]:
     """
     distinct = tokens.unique()
     codes = [FIRST_ID + zlib.crc32(token.encode()) % size for token in distinct]
-    new = pl.Series(codes, dtype=pl.Int32)
-    return tokens.replace_strict(distinct, new, return_dtype=pl.Int32).to_numpy()
+    new = pl.Series(codes, dtype=pl.UInt32)
+    return tokens.replace_strict(distinct, new, return_dtype=pl.UInt32)
 
 
 def hashed(size: int) -> Vocabulary:

@@ -29,6 +29,8 @@ class Format:
     """The column that names the user of a row; None: rows have none."""
     item: Callable[[Data], str | None]
     """The column that names the item of a row; None: rows have none."""
+    has_published: bool = False
+    """Whether ``conf/published.yaml`` knows files of this format."""
     is_chronological: Callable[[Data], bool] = lambda data: False
     """Whether rows without times stand in the order of time."""
     rows_per_step: Callable[[Data], int] = lambda data: 1
@@ -42,8 +44,8 @@ def _of(module: Any, **others: Any) -> Format:
 FORMATS: dict[str, Format] = {
     "criteo": _of(criteo, is_chronological=lambda data: True),
     "avazu": _of(avazu),
-    "movielens": _of(movielens),
-    "bars": _of(bars),
+    "movielens": _of(movielens, has_published=True),
+    "bars": _of(bars, has_published=True),
     "sequences": _of(sequences, rows_per_step=sequences.rows_per_step),
     "synthetic": _of(synthetic, is_chronological=lambda data: data.synthetic.layout == "criteo"),
 }

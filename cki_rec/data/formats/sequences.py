@@ -143,7 +143,7 @@ def _find(data: Data) -> tuple[Text, Text | None]:
 
 def _read_attributes(text: Text, universe: NDArray[np.object_]) -> pl.DataFrame:
     """Return item and its attributes, joined by ``|``."""
-    content = b"".join(block for _, block in text.blocks(Reading("error")))
+    content = b"".join(block for *_, block in text.blocks(Reading("error")))
     try:
         lists = {str(item): [str(x) for x in xs] for item, xs in json.loads(content).items()}
     except (ValueError, AttributeError, TypeError) as error:

@@ -1,0 +1,202 @@
+"""Measurements of the data layer: encoding and loading of synthetic rows in Criteo's format.
+
+One synthetic file and one encoding of each size serve all measurements of a run.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import torch
+
+from cki_rec.config import Config, Model
+from cki_rec.data.dataset import EncodedDataset
+from cki_rec.data.formats import criteo
+from cki_rec.data.loader import Loader
+from cki_rec.data.store import PREPARATION
+from cki_rec.engine import distributed
+from cki_rec.engine.embeddings import initialize, shard
+from cki_rec.engine.trainer import LookedUp, train_step
+from cki_rec.models import build_model
+
+ROWS = 1_000_000
+BATCH_SIZE = 4096
+MODEL: dict[str, Any] = {"embedding_dim": 16, "hidden": [400, 400, 400], "dropout": 0.0}
+"""The network that the wait for data is compared with: 39 fields, MLP of 3 x 400."""
+OPTIONS = [
+    "data=synthetic_criteo", "data.synthetic.vocabulary=1.0", "data.synthetic.skew=1.1",
+    "data.min_count=1",
+]  # fmt: skip
+
+
+def encode_rows_per_second(_: Config) -> tuple[float, str]:
+    """Return the rate of encoding a million rows, digests and counts included."""
+    facts = _encoded(ROWS)
+    return ROWS / facts["seconds"], f"{ROWS:,} rows, {_facts(facts)}"
+
+
+def encode_vs_scan(_: Config) -> tuple[float, str]:
+    """Return the time of a bare parse and write as a share of the time of encoding.
+
+    The bare work: polars parses all columns of the same file as text, and as many bytes as the
+    encoded set has are written.
+    """
+    facts = _encoded(ROWS)
+    folder = Path(facts["folder"])
+    num_bytes = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    seconds = min(_scan_seconds(Path(facts["raw"]), num_bytes) for _ in range(3))
+    detail = f"bare parse and write of {num_bytes:,} bytes {seconds:.2f} s (best of 3)"
+    return seconds / facts["seconds"], f"{detail}; encoding: {_facts(facts)}"
+
+
+def encode_peak_gb_10m(_: Config) -> tuple[float, str]:
+    """Return the peak memory of the process that encodes ten million rows."""
+    facts = _encoded(10 * ROWS)
+    return facts["peak_memory_mb"] / 1024, f"{10 * ROWS:,} rows, {_facts(facts)}"
+
+
+def encode_flatness(_: Config) -> tuple[float, str]:
+    """Return the rate at ten million rows as a share of the rate at one million."""
+    small, large = _encoded(ROWS), _encoded(10 * ROWS)
+    detail = f"1M: {_facts(small)}; 10M: {_facts(large)}"
+    return 10 * small["seconds"] / large["seconds"], detail
+
+
+def loader_rows_per_second(_: Config) -> tuple[float, str]:
+    """Return the rate of shuffled batches of 39 fields on one core, page cache warm."""
+    dataset = EncodedDataset(Path(_encoded(ROWS)["folder"]))
+    loader = Loader(dataset, dataset.schema, dataset.rows("train"), BATCH_SIZE, seed=1)
+    with _one_core():
+        rates = []
+        for _epoch in range(5):
+            start = time.perf_counter()
+            rows = sum(len(batch) for batch in loader)
+            rates.append(rows / (time.perf_counter() - start))
+    detail = f"{len(dataset.schema.features)} fields, batch {BATCH_SIZE}, median of epochs 2 to 5"
+    return float(np.median(rates[1:])), detail
+
+
+def loader_memory_growth_mb(_: Config) -> tuple[float, str]:
+    """Return how much memory of its own the process gains over an epoch of ten million rows."""
+    dataset = EncodedDataset(Path(_encoded(10 * ROWS)["folder"]))
+    loader = Loader(dataset, dataset.schema, dataset.rows("train"), BATCH_SIZE, seed=1)
+    sizes = []
+    for number, _batch in enumerate(loader):
+        if number % 20 == 0:
+            sizes.append(_memory_mb())
+    own, mapped = np.array(sizes).T
+    warm = len(own) // 10
+    detail = (
+        f"anonymous memory {own[warm]:.0f} MB after a tenth of the epoch, at most "
+        f"{own[warm:].max():.0f} MB later; pages of the file mapped: {mapped[warm]:.0f} to "
+        f"{mapped[-1]:.0f} MB, which the system takes back when it needs them"
+    )
+    return float(own[warm:].max() - own[warm]), detail
+
+
+def loader_wait_share(config: Config) -> tuple[float, str]:
+    """Return the share of a DeepFM training step spent waiting for its batch."""
+    dataset = EncodedDataset(Path(_encoded(ROWS)["folder"]))
+    device = distributed.start(config.runtime)
+    options: Model = replace(config.model, name="deepfm", histories=False, **MODEL)
+    with device:
+        network = build_model(dataset.schema, options, torch.device("meta"))
+    model = shard(network, device, config.train.table_learning_rate)
+    initialize(model, 1, options.init_std)
+    dense = torch.optim.Adam(model.dense_parameters(), lr=config.train.learning_rate)
+    looked_up = LookedUp(model.module)
+    batches = iter(Loader(dataset, dataset.schema, dataset.rows("train"), BATCH_SIZE, seed=1))
+    waits, steps = [], []
+    for _step in range(60):
+        start = time.perf_counter()
+        batch = next(batches).to(device)
+        waited = time.perf_counter()
+        train_step(model, dense, batch, looked_up, config.train)
+        waits.append(waited - start)
+        steps.append(time.perf_counter() - start)
+    looked_up.remove()
+    share = sum(waits[10:]) / sum(steps[10:])
+    detail = (
+        f"{1000 * np.median(waits[10:]):.2f} ms of {1000 * np.median(steps[10:]):.1f} ms a step, "
+        f"{torch.get_num_threads()} threads"
+    )
+    return share, detail
+
+
+@functools.lru_cache(maxsize=1)
+def _scratch() -> Any:
+    """Return a folder that goes when the process ends."""
+    return tempfile.TemporaryDirectory(prefix="cki_rec_bench_")
+
+
+@functools.lru_cache(maxsize=2)
+def _encoded(rows: int) -> dict[str, Any]:
+    """Return folder, raw file, seconds and peak memory of encoding ``rows`` in a new process."""
+    scratch = Path(_scratch().name)
+    words = [*OPTIONS, f"data.synthetic.rows={rows}", f"data.raw={scratch / 'raw'}"]
+    encoded = scratch / f"encoded-{rows}"
+    command = [sys.executable, "-m", "cki_rec", "prepare", *words, f"runtime.encoded={encoded}"]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    (manifest,) = encoded.glob("*/manifest.json")
+    facts = json.loads((manifest.parent / PREPARATION).read_text())
+    size = json.loads(manifest.read_text())["source"][0]["size"]
+    (raw,) = (p for p in (scratch / "raw").glob("*/train.txt") if p.stat().st_size == size)
+    return {**facts, "folder": str(manifest.parent), "raw": str(raw)}
+
+
+def _facts(facts: dict[str, Any]) -> str:
+    return f"{facts['seconds']:.1f} s, peak {facts['peak_memory_mb']:,} MB"
+
+
+def _scan_seconds(raw: Path, num_bytes: int) -> float:
+    schema = dict.fromkeys(criteo.LAYOUT.columns, pl.String)
+    target = Path(_scratch().name) / "written"
+    start = time.perf_counter()
+    frame = pl.read_csv(raw, has_header=False, separator="\t", quote_char=None, schema=schema)
+    assert frame.height == ROWS
+    with target.open("wb") as file:
+        for _block in range(num_bytes >> 20):
+            file.write(bytes(1 << 20))
+    seconds = time.perf_counter() - start
+    target.unlink()
+    return seconds
+
+
+@contextmanager
+def _one_core() -> Iterator[None]:
+    """Keep this process on one core, where the system can."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set()
+    try:
+        if cores:
+            os.sched_setaffinity(0, {min(cores)})
+        yield
+    finally:
+        torch.set_num_threads(threads)
+        if cores:
+            os.sched_setaffinity(0, cores)
+
+
+def _memory_mb() -> tuple[float, float]:
+    """Return memory of the process's own, and mapped pages of files, in MB."""
+    status = Path("/proc/self/status")
+    if not status.exists():
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        return peak, 0.0
+    words = {line.split(":")[0]: line.split()[1] for line in status.read_text().splitlines()}
+    return int(words["RssAnon"]) / 1024, int(words["RssFile"]) / 1024
