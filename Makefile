@@ -21,8 +21,8 @@ reproduce-%: setup ## the experiment conf/experiment/NAME.yaml (RAW=path of its 
 	@$(BIN)/cki-rec evaluate -m experiment=$* $(if $(RAW),data.raw=$(RAW))
 	@$(BIN)/cki-rec report name=$*
 
-data-%: setup ## encode one data set: make data-movielens_1m RAW=path/to/ml-1m.zip
-	@$(BIN)/cki-rec prepare data=$* $(if $(RAW),data.raw=$(RAW))
+data-%: setup ## fetch (unless RAW=path names it) and encode one data set: make data-movielens_1m
+	@$(BIN)/cki-rec prepare data=$* $(if $(RAW),data.raw=$(RAW),data.fetch=true)
 
 lint: setup ## ruff and mypy
 	$(BIN)/ruff check .

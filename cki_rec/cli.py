@@ -95,6 +95,9 @@ def _run(pipeline: str, options: list[str]) -> int:
     except KeyboardInterrupt:
         print("cki-rec: interrupted; finished runs are kept, run again to go on", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # whoever read our output left, e.g. head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except OSError as error:
         if error.errno not in UNWRITABLE:
             raise

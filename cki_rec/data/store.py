@@ -7,6 +7,7 @@ identifies the content; which rows a parent trains on (``data.partition``) is no
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import logging
@@ -128,10 +129,8 @@ def _make(
                 rows_per_step=reader.rows_per_step(data),
             )
         _write_manifest(data, reader, fields, encoded, reading, source, temporary)
-        for partition in dict.fromkeys((NO_PARTITION.by, data.partition.by)):
-            # counts of every id per part: evidence for integration
-            chosen = data.partition if partition != NO_PARTITION.by else NO_PARTITION
-            EncodedDataset(temporary).parts(chosen)
+        for partition in (data.partition, NO_PARTITION):
+            EncodedDataset(temporary).parts(partition)  # counts per part: evidence
         facts = {
             "seconds": round(time.perf_counter() - start, 3),
             "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
@@ -236,9 +235,9 @@ def _fetch(data: Data) -> None:
     """
     if not isinstance(data.raw, str):
         raise UserError(f"data.raw={data.raw}: expected one path to download to")
-    target = Path(data.raw)
-    if target.exists():
+    if data.format == "synthetic" or glob.glob(data.raw):
         return
+    target = Path(data.raw)
     if data.download.url is None:
         raise UserError(
             f"{target}: not there, and no program may fetch it: {data.download.by_hand}; then put "

@@ -23,6 +23,7 @@ SEQUENCES = {
     "u5": ["9", "8", "4", "5", "3", "1", "2"],
 }
 LINES = [" ".join([user, *items]) for user, items in SEQUENCES.items()]
+LEAVE_LAST_OUT = Split(by="leave_last_out", fractions=[0.8, 0.1, 0.1], seed=0)
 ITEMS = {item for items in SEQUENCES.values() for item in items}
 
 
@@ -92,14 +93,8 @@ def test_draw_depends_on_its_seed_alone(tmp_path):
 
 @pytest.mark.parametrize("block_bytes", [1, 5, 12, 50])
 def test_no_row_depends_on_the_block_size(tmp_path, block_bytes):
-    lines = [
-        *LINES[:2],
-        "",
-        "alone",
-        "u1 4 5",
-        *LINES[2:],
-        " ".join(["u9", *map(str, range(500))]),
-    ]
+    long = [" ".join([f"u{n}", *map(str, range(n, n + 300))]) for n in (100, 200)]
+    lines = [*LINES[:2], "", "alone", "u1 4 5", *LINES[2:], *long]
     path = write(tmp_path / "Beauty.txt", lines)
     want, found = read_rows(options(path, on_bad_row="skip"))
     frame, reading = read_rows(options(path, on_bad_row="skip"), block_bytes)
@@ -279,7 +274,7 @@ def test_amazon_beauty_has_its_published_size():
 
 def test_three_steps_are_needed_to_be_held_out(tmp_path):
     lines = ["a 1 2", "b 2 3", "c 4 1"]
-    data = options(write(tmp_path / "Beauty.txt", lines), split=Split("leave_last_out", [], 0))
+    data = options(write(tmp_path / "Beauty.txt", lines), split=LEAVE_LAST_OUT)
     with pytest.raises(UserError, match="it takes users with 3 rows or more"):
         prepare(data, tmp_path / "encoded")
 
