@@ -40,7 +40,11 @@ def test_commands_run(raw_zip, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for command in COMMANDS:
         words = shlex.split(command)[1:]
-        words = [w for w in words if not w.startswith("data")]
+        raw = f"data.raw={raw_zip}"
+        if "data=synthetic_criteo" in words:
+            raw = f"data.raw={tmp_path}"
+        else:
+            words = [w for w in words if not w.startswith("data")]
         for day, seed in (("monday", 11), ("tuesday", 12)):
             folder = tmp_path / "runs" / day
             if "runs/monday" in command and not folder.exists():
@@ -51,7 +55,7 @@ def test_commands_run(raw_zip, tmp_path, monkeypatch, capsys):
                 folder.parent.mkdir(exist_ok=True)
                 newest.rename(folder)
         small = [s for s in SMALL if s.split("=")[0] not in command]
-        assert main([*words, f"data.raw={raw_zip}", *places, *small]) == 0, command
+        assert main([*words, raw, *places, *small]) == 0, command
     assert "Traceback" not in capsys.readouterr().err
 
 

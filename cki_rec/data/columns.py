@@ -50,8 +50,9 @@ class ColumnFile:
         stop = max(start, min(stop, self.rows))
         shape = (stop - start,) if self._width is None else (stop - start, self._width)
         array = np.empty(shape, dtype=self._dtype)
-        self._file.seek(_HEADER_BYTES + start * self._row_bytes)
-        self._file.readinto(array.data.cast("B") if array.size else b"")
+        if array.size:
+            self._file.seek(_HEADER_BYTES + start * self._row_bytes)
+            self._file.readinto(array.data.cast("B"))
         return array
 
     def write(self, start: int, array: NDArray[Any]) -> None:
@@ -68,8 +69,10 @@ class ColumnFile:
     def close(self) -> None:
         """Finish the file, unless it is closed already."""
         if not self._file.closed:
-            self._finish()
-            self._file.close()
+            try:
+                self._finish()
+            finally:
+                self._file.close()
 
     def delete(self) -> None:
         """Remove the file."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,8 +50,7 @@ class Parts:
 
     def counts(self, feature: str) -> Ints:
         """Return ``(P, V)`` how often the training rows of each part hold each id."""
-        counts: Ints = np.load(self.folder / f"counts.{feature}.npy", mmap_mode="r")
-        return counts
+        return _load(self.folder / f"counts.{feature}.npy")
 
 
 class EncodedDataset:
@@ -219,17 +219,17 @@ class EncodedDataset:
         temporary = folder.with_name(f"{folder.name}.tmp-{os.getpid()}")
         try:
             temporary.mkdir()
-            part = ColumnFile(temporary / "part.npy", np.uint16)
-            for block in part_of_rows(
-                partition,
-                len(self),
-                group=self.group,
-                item_index=self.item_index,
-                timestamp=self.timestamp,
-                is_chronological=self.manifest["is_chronological"],
-            ):
-                part.append(block)
-            mapped = part.mapped()
+            with closing(ColumnFile(temporary / "part.npy", np.uint16)) as part:
+                for block in part_of_rows(
+                    partition,
+                    len(self),
+                    group=self.group,
+                    item_index=self.item_index,
+                    timestamp=self.timestamp,
+                    is_chronological=self.manifest["is_chronological"],
+                ):
+                    part.append(block)
+            mapped = _load(part.path)
             keys = _SplitAndPart(self.split, mapped, num_parts)
             sizes = sort_rows(keys, temporary / "order.npy", len(self))
             ends = np.cumsum(np.pad(sizes, (0, 3 * num_parts - len(sizes)))).reshape(3, -1)
@@ -238,7 +238,6 @@ class EncodedDataset:
             for name, counts in found.items():
                 np.save(temporary / f"counts.{name}.npy", counts)
             (temporary / "ends.json").write_text(json.dumps(ends.tolist()))
-            part.close()
             temporary.rename(folder)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -297,11 +296,8 @@ def _parts_key(partition: Partition) -> str:
 
 
 def _open_parts(folder: Path) -> Parts:
-    try:
-        part, order = (np.load(folder / f"{n}.npy", mmap_mode="r") for n in ("part", "order"))
-        return Parts(folder, part, order, _read_json(folder / "ends.json"))
-    except (OSError, ValueError) as error:
-        raise damaged(folder / "order.npy", str(error)) from None
+    part, order = _load(folder / "part.npy"), _load(folder / "order.npy")
+    return Parts(folder, part, order, _read_json(folder / "ends.json"))
 
 
 def _read_json(path: Path) -> Any:
@@ -330,18 +326,25 @@ def _check_file(folder: Path, entry: dict[str, Any], verify: str) -> None:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
 
 
-def _open_column(folder: Path, entry: dict[str, Any]) -> NDArray[Any]:
-    """Return one column, memory-mapped."""
-    path = folder / entry["file"]
+def _load(path: Path, is_empty: bool = False) -> NDArray[Any]:
+    """Return an array, memory-mapped unless there is nothing to map."""
     try:
-        is_empty = 0 in entry["shape"]  # there is nothing to map
         array: NDArray[Any] = np.load(
             path, mmap_mode=None if is_empty else "r", allow_pickle=False
         )
+    except FileNotFoundError:
+        raise damaged(path, "missing") from None
     except (ValueError, EOFError) as error:
         raise damaged(path, str(error)) from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    return array
+
+
+def _open_column(folder: Path, entry: dict[str, Any]) -> NDArray[Any]:
+    """Return one column, memory-mapped."""
+    path = folder / entry["file"]
+    array = _load(path, is_empty=0 in entry["shape"])
     if list(array.shape) != entry["shape"] or str(array.dtype) != entry["dtype"]:
         expected = f"{entry['dtype']} {entry['shape']}"
         raise damaged(path, f"{array.dtype} {list(array.shape)}, expected {expected}")

@@ -118,7 +118,8 @@ def _parse(block: bytes, num_rows: int, layout: Layout, separator: str) -> pl.Da
     wanted = list(layout.wanted or layout.columns)
     if not num_rows:
         return pl.DataFrame(schema=schema).select(wanted)
-    if b"\0" in block or b"\r" in block or (layout.is_quoted and b'"' in block):
+    may_be_quoted = layout.is_quoted and separator != SEPARATOR
+    if b"\0" in block or b"\r" in block or (may_be_quoted and b'"' in block):
         return None
     if len(separator) > 1:
         if SEPARATOR.encode() in block:

@@ -165,7 +165,7 @@ def _bucket_quantiles(columns: Provisional) -> None:
     plan, files = columns.plan, columns.files
     if not plan.quantiles:
         return
-    keys, ids, split = files.pop("quantiles"), files["ids"], files["split"]
+    keys, ids, split = files["quantiles"], files["ids"], files["split"]
     for number, column in enumerate(plan.quantiles):
         position = plan.ids.index(column)
         known = (
@@ -177,7 +177,7 @@ def _bucket_quantiles(columns: Provisional) -> None:
             block = ids.read(start, stop)
             block[:, position] = bucket_codes(keys.read(start, stop)[:, number], edges)
             ids.write(start, block)
-    keys.delete()
+    files.pop("quantiles").delete()
 
 
 def _count_training_rows(columns: Provisional) -> dict[str, Ints]:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from itertools import pairwise
 from typing import Any
 
 from cki_rec.config import CHOICES, Data, UserError, nearest
+from cki_rec.data.schema import FIRST_ID
 
 KINDS = ("categorical", "numeric", "multi", "history", "time")
 TRANSFORMS = CHOICES["data.numeric"]
@@ -49,6 +50,10 @@ class Field:
 
 
 OPTIONS = tuple(f.name for f in fields(Field))
+_SHARED = ("table", "min_count", "hash_size", "prefix")
+"""What a history has of the field whose ids it holds."""
+LARGEST_HASH = 2**31 - 1 - FIRST_ID
+"""Ids are int32."""
 OWNERS = {"transform": "numeric", "edges": "numeric", "separator": "multi", "max_length": "multi",
           "prefix": "categorical"}  # fmt: skip
 """Option -> the only kind that has it."""
@@ -82,6 +87,7 @@ def resolve(data: Data, kinds: Mapping[str, str]) -> tuple[Field, ...]:
             f"{nearest(unknown[0], kinds)}it gives {', '.join(kinds)}"
         )
     found = tuple(_field(entry, data, kinds) for entry in _entries(data))
+    found = tuple(_with_source(f, found, kinds) if f.kind == "history" else f for f in found)
     _check_tables(found)
     return found
 
@@ -116,6 +122,8 @@ def _entries(data: Data) -> list[dict[str, Any]]:
             elif key in ("min_count", "hash_size", "max_length", "prefix"):
                 if not isinstance(value, int) or value < 1:
                     raise UserError(f"{where}={value}: expected a whole number, 1 or more")
+                if key == "hash_size" and value > LARGEST_HASH:
+                    raise UserError(f"{where}={value}: expected at most {LARGEST_HASH}")
             elif not isinstance(value, str) or not value:
                 raise UserError(f"{where}={value!r}: expected a word")
     return entries
@@ -123,10 +131,9 @@ def _entries(data: Data) -> list[dict[str, Any]]:
 
 def _field(entry: dict[str, Any], data: Data, kinds: Mapping[str, str]) -> Field:
     name = entry["name"]
-    kind = entry.get("kind", kinds[entry.get("column", name)])
-    column = entry.get("column", "item" if kind == "history" else name)
-    if kind == "history" and "column" not in entry and data.item is not None:
-        column = data.item
+    kind = entry.get("kind", kinds[name if name in kinds else entry.get("column", name)])
+    own = (data.item or "item") if kind == "history" else name
+    column = entry.get("column", own)
     transform = entry.get("transform", data.numeric) if kind == "numeric" else None
     for key, owner in OWNERS.items():
         if key in entry and kind != owner:
@@ -154,6 +161,20 @@ def _is_ascending(value: object) -> bool:
     return len(value) > 1 and all(a < b for a, b in pairwise(value))
 
 
+def _with_source(history: Field, found: tuple[Field, ...], kinds: Mapping[str, str]) -> Field:
+    """Return the history with table, minimum count and hashing of the field whose ids it holds."""
+    sources = [f for f in found if f.kind == "categorical" and f.column == history.column]
+    if sources:
+        source = sources[0]
+        return replace(history, **{n: getattr(source, n) for n in _SHARED})
+    if kinds.get(history.column) != "categorical":
+        raise UserError(
+            f"data.fields, {history.name}: column={history.column}: expected a categorical field, "
+            f"this is {kinds.get(history.column, 'unknown')}"
+        )
+    return history
+
+
 def _check_tables(found: tuple[Field, ...]) -> None:
     """Check that fields which share a table agree on it, and that histories have a source."""
     first: dict[str, Field] = {}
@@ -161,8 +182,9 @@ def _check_tables(found: tuple[Field, ...]) -> None:
         if field.is_number or field.kind == "history":
             continue
         other = first.setdefault(field.table, field)
-        if (field.min_count, field.hash_size) != (other.min_count, other.hash_size):
+        facts = [(f.min_count, f.hash_size, f.transform == "quantile") for f in (field, other)]
+        if facts[0] != facts[1]:
             raise UserError(
                 f"data.fields: {other.name} and {field.name} share table {field.table}, expected "
-                "the same min_count and hash_size"
+                "the same min_count and hash_size, and quantiles or not"
             )

@@ -29,7 +29,8 @@ class Loader:
 
     All ranks have equally many batches. A step of the whole job is ``batch_size * world_size``
     rows; the last one of an epoch is shorter and shared evenly, and takes in what would be less
-    than a row a rank. So no row is left out and none comes twice.
+    than a row a rank. So no row is left out and none comes twice. (Only where an epoch is resumed
+    with fewer rows left than there are processes, these few end it.)
 
     ``state_dict`` says how many rows of which epoch are done, by all ranks together: it fits any
     world size and batch size.
@@ -110,7 +111,7 @@ class Loader:
         """Yield first and last place of every step of the job that is left."""
         start, num_rows = self._done, len(self._rows)
         width = self._batch_size * self._world_size
-        while start < num_rows:
+        while num_rows - start >= self._world_size:
             stop = start + width
             stop = num_rows if num_rows - stop < self._world_size else stop
             yield start, stop
@@ -122,7 +123,7 @@ class Loader:
         first, last = (size * r // self._world_size for r in (self._rank, self._rank + 1))
         places = np.arange(start + first, start + last)
         if self._seed is None:
-            rows = self._rows[places[0] : places[-1] + 1]
+            rows = self._rows[start + first : start + last]
         else:
             order = Permutation(len(self._rows), self._seed, self._epoch, SHUFFLE_STREAM)
             rows = self._rows[order(places)]

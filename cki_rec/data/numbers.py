@@ -16,6 +16,9 @@ from cki_rec.data.columns import ColumnFile, Ints, blocks
 from cki_rec.data.fields import Field
 from cki_rec.data.split import order_statistics
 
+LARGEST_FLOAT = float(np.finfo(np.float32).max)
+"""Larger numbers are taken for this."""
+LARGEST_INTEGER = 2.0**53
 MISSING_KEY = np.iinfo(np.int64).min
 """Stands for a missing value among ``ordered_keys``."""
 
@@ -30,17 +33,17 @@ def as_token(field: Field, missing: float | None) -> pl.Expr:
         The preprocessing of Criteo_x4 in BARS (Zhu et al., SIGIR 2022): its code; its text says
         log2.
     """
-    value = pl.col(field.column)
-    value = value if missing is None else value.fill_null(missing)
+    value = _filled(field, missing)
     if field.transform == "ln_squared":
-        value = value.cast(pl.Float64)
+        value = value.cast(pl.Float64).clip(lower_bound=-LARGEST_INTEGER)
         logarithm = value.log()
         squared = (logarithm * logarithm).floor()
         return pl.when(value > 2).then(squared).otherwise(value).cast(pl.Int64).cast(pl.String)
     if field.transform == "edges":
         assert field.edges is not None
         first, *others = field.edges
-        bucket = pl.sum_horizontal((value > edge).cast(pl.Int64) for edge in others[:-1])
+        above = ((value > edge).cast(pl.Int64) for edge in others[:-1])
+        bucket = pl.sum_horizontal(pl.lit(0, dtype=pl.Int64), *above)
         is_inside = (value > first) & (value <= others[-1])
         return pl.when(is_inside).then(bucket).cast(pl.String)
     assert field.transform == "token"
@@ -52,11 +55,18 @@ def as_number(field: Field, missing: float | None) -> pl.Expr:
 
     ``log1p`` keeps the sign: log(1 + abs(x)) with the sign of x.
     """
-    value = pl.col(field.column).cast(pl.Float64)
-    value = value if missing is None else value.fill_null(missing)
+    value = _filled(field, missing).cast(pl.Float64).clip(-LARGEST_FLOAT, LARGEST_FLOAT)
     if field.transform == "log1p":
         value = value.sign() * value.abs().log1p()
     return value.fill_null(float("nan"))
+
+
+def _filled(field: Field, missing: float | None) -> pl.Expr:
+    """Return the raw number, or what an empty one stands for."""
+    value = pl.col(field.column)
+    if missing is None:
+        return value
+    return value.fill_null(int(missing) if missing == int(missing) else missing)
 
 
 def ordered_keys(values: NDArray[np.float64]) -> Ints:

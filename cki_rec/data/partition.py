@@ -15,6 +15,7 @@ from cki_rec.data.permutation import Permutation
 from cki_rec.data.split import windows
 
 KINDS = ("user", "item", "time", "random", "none")
+MOST_PARTS = 2**16 - 1
 PARTITION_STREAM = 2
 """Sets the order of this draw apart from others of the same seed."""
 
@@ -51,6 +52,8 @@ def part_of_rows(
         raise UserError(f"data.partition.by={by}: expected one of {', '.join(KINDS)}")
     if parts < 1:
         raise UserError(f"data.partition.parts={parts}: expected 1 or more")
+    if parts > MOST_PARTS:
+        raise UserError(f"data.partition.parts={parts}: expected at most {MOST_PARTS}")
     if by == "time" and timestamp is None and not is_chronological:
         raise _without(by, "times")
     if by in ("time", "random") and parts > num_rows:

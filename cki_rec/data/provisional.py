@@ -8,6 +8,7 @@ Shape legend: N rows, C columns of ids.
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -133,14 +134,15 @@ class Provisional:
 
     def close(self) -> None:
         """Close all files."""
-        for file in self.files.values():
-            file.close()
+        with ExitStack() as stack:  # all of them, even if the disk is full
+            for file in self.files.values():
+                stack.callback(file.close)
 
     def _codes(self, frame: pl.DataFrame) -> NDArray[np.int32]:
         """Return ``(rows, C)`` the codes of one chunk; hashed fields have their ids already."""
         missing = self.plan.missing
         expressions = [
-            pl.lit(0, dtype=pl.UInt32)  # known later
+            pl.repeat(0, pl.len(), dtype=pl.UInt32)  # known later
             if column.transform == "quantile"
             else _hashed(_token(column, missing), column.hash_size)
             if column.hash_size is not None
@@ -186,7 +188,7 @@ class Provisional:
 def _token(column: Field, missing: float | None) -> pl.Expr:
     if column.kind == "numeric":
         return as_token(column, missing)
-    token = pl.col(column.column)
+    token = pl.col(column.column).cast(pl.String)
     return token if column.prefix is None else token.str.head(column.prefix)
 
 

@@ -20,7 +20,7 @@ SPLITS = ("train", "valid", "test")
 SPLIT_KINDS = ("random", "time", "leave_last_out", "files")
 SPLIT_STREAM = 1
 """Sets the order of this draw apart from others of the same seed."""
-_DIGIT_BITS = 16
+_DIGIT_BITS = 8
 
 
 def check_split(split: Split) -> None:
