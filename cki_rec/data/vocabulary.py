@@ -107,10 +107,11 @@ def hash_tokens(tokens: pl.Series, size: int) -> pl.Series:
         Weinberger et al., Feature Hashing for Large Scale Multitask Learning, ICML 2009; the hash
         is CRC-32.
     """
-    distinct = tokens.unique()
-    codes = [FIRST_ID + zlib.crc32(token.encode()) % size for token in distinct]
-    new = pl.Series(codes, dtype=pl.UInt32)
-    return tokens.replace_strict(distinct, new, return_dtype=pl.UInt32)
+    distinct = Dictionary()
+    codes = tokens.cast(distinct.dtype).to_physical().to_numpy()
+    distinct.grow(int(codes.max(initial=0)))
+    ids = [FIRST_ID + zlib.crc32(token.encode()) % size for token in distinct.tokens()]
+    return pl.Series(np.array(ids, dtype=np.uint32)[codes])
 
 
 def hashed(size: int) -> Vocabulary:

@@ -139,7 +139,6 @@ def test_quoted_fields_hold_commas(tmp_path):
 
 @pytest.mark.parametrize("block_bytes", [1, 1 << 20])
 def test_quoted_fields_hold_quotes(tmp_path, block_bytes):
-    # BUG: delimited.py, _parse: a quote that is left after unquoting makes the block unreadable
     data = one_file(tmp_path / "a.csv", [*ROWS, '1,u1,i1,"c ""1"""'], on_bad_row="skip")
     frame, reading = read_rows(data, block_bytes)
     assert frame["city"].to_list()[-1] == 'c "1"'
