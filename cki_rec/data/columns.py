@@ -90,6 +90,21 @@ class ColumnFile:
         self._file.flush()
 
 
+def allocate(path: Path, dtype: type[np.generic], num_rows: int) -> NDArray[Any]:
+    """Return a new ``.npy`` column of zeros, memory-mapped to be written at any place.
+
+    The zeros are written first: a mapped file that outgrows the disk would kill the process.
+    """
+    file = ColumnFile(path, dtype)
+    try:
+        for start, stop in blocks(num_rows):
+            file.append(np.zeros(stop - start, dtype=dtype))
+    finally:
+        file.close()
+    array: NDArray[Any] = np.load(path, mmap_mode="r+")
+    return array
+
+
 def blocks(num_rows: int, size: int = BLOCK_ROWS) -> Iterator[tuple[int, int]]:
     """Yield start and stop of every block of rows."""
     for start in range(0, num_rows, size):

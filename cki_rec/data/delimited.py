@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 import polars as pl
 
 from cki_rec.config import UserError
-from cki_rec.data.raw import LINE, Reading, Text
+from cki_rec.data.raw import BOM, LINE, Reading, Text
 
 SEPARATOR = "\x1f"
 """Stands between fields inside, where the file's own separator is longer or text is quoted."""
@@ -25,10 +25,12 @@ TYPES: dict[str, type[pl.DataType]] = {
     "integer": pl.Int64,
     "number": pl.Float64,
     "click": pl.Float64,
+    "yymmddhh": pl.Int64,
 }
-_INTEGER = re.compile(r" *[+-]?[0-9]{1,18}")
-_NUMBER = re.compile(r" *[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
-_MEANING = {"integer": "a whole number", "number": "a number", "click": "0 or 1"}
+_INTEGER = re.compile(r"[ \t]*[+-]?[0-9]+")
+_NUMBER = re.compile(r"[ \t]*[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
+_MEANING = {"integer": "a whole number", "number": "a number", "click": "0 or 1",
+            "yymmddhh": "a time as YYMMDDHH"}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +48,7 @@ class Layout:
     """What a line holds."""
 
     columns: Mapping[str, str]
-    """Name -> ``text``, ``integer``, ``number`` or ``click`` (0 or 1), in order."""
+    """Name -> ``text``, ``integer``, ``number``, ``click`` (0 or 1) or ``yymmddhh``, in order."""
     separator: str
     header: str | None = None
     """The first line; None: there is none."""
@@ -119,11 +121,11 @@ def _parse(block: bytes, num_rows: int, layout: Layout, separator: str) -> pl.Da
     if not num_rows:
         return pl.DataFrame(schema=schema).select(wanted)
     may_be_quoted = layout.is_quoted and separator != SEPARATOR
-    if b"\0" in block or b"\r" in block or (may_be_quoted and b'"' in block):
+    if b"\0" in block or b"\r" in block or BOM in block or (may_be_quoted and b'"' in block):
+        return None
+    if separator != SEPARATOR and SEPARATOR.encode() in block:
         return None
     if len(separator) > 1:
-        if SEPARATOR.encode() in block:
-            return None
         block, separator = block.replace(separator.encode(), SEPARATOR.encode()), SEPARATOR
     if block.count(separator.encode()) != num_rows * (len(schema) - 1):
         return None
@@ -155,6 +157,8 @@ def _is_good(layout: Layout, frame: pl.DataFrame) -> pl.Expr:
             continue
         if kind == "click":
             tests.append(column.is_in([0.0, 1.0]).fill_null(False).all())
+        elif kind == "yymmddhh":
+            tests.append((hours(name).is_not_null() | column.is_null()).all())
         elif kind == "number":
             tests.append(column.is_finite().fill_null(True).all())
         if name in layout.required:
@@ -171,7 +175,7 @@ def _good_lines(
     numbers, good = [], []
     known = {name: {str(v) for v in entry.values} for name, entry in layout.known.items()}
     for number, line in enumerate(block.split(b"\n")[:-1], start=first):
-        if not line.strip():
+        if not line.strip(b" \r"):
             continue
         shown = line.decode("utf-8", errors="replace")
         parts = _split(shown, layout)
@@ -203,6 +207,8 @@ def _fault(
         return "carriage return", "one row a line"
     if "�" in shown and shown.encode() != line:
         return "not UTF-8", "text in UTF-8"
+    if line.startswith(BOM):
+        return "byte order mark", "one at the start of the file only"
     if SEPARATOR in shown:
         return "control character", "text without the character 1F"
     if not parts:
@@ -215,21 +221,25 @@ def _fault(
         )
     for (name, kind), value in zip(layout.columns.items(), parts, strict=True):
         is_read = name in (layout.wanted or layout.columns) or kind == "click"
-        if not value:
+        if not (value if kind == "text" else value.strip(" \t")):
             if name in layout.required or kind == "click":
                 return "missing field", f"{name} in {_fields(layout)}"
             continue
         if is_read and kind != "text" and (fault := _number_fault(name, kind, value)):
             return fault
-        if name in known and value not in known[name]:
+        if name in known and (str(int(value)) if kind == "integer" else value) not in known[name]:
             return layout.known[name].reason, layout.known[name].expected
     return None
 
 
 def _number_fault(name: str, kind: str, value: str) -> tuple[str, str] | None:
-    expected = f"{_MEANING[kind]} in {name}"
-    if kind == "integer":
-        return None if _INTEGER.fullmatch(value) else ("not a number", expected)
+    shown = repr(value if len(value) <= 40 else value[:37] + "...")
+    expected = f"{_MEANING[kind]} in {name}, not {shown}"
+    if kind in ("integer", "yymmddhh"):
+        if not _INTEGER.fullmatch(value) or not -(2**63) <= int(value) < 2**63:
+            return "not a number", expected
+        is_time = kind == "integer" or _is_hour(int(value))
+        return None if is_time else ("not a time", expected)
     if not _NUMBER.fullmatch(value):
         is_special = value.lower().lstrip(" +-") in ("nan", "inf", "infinity")
         return "not finite" if is_special else "not a number", expected
@@ -238,6 +248,17 @@ def _number_fault(name: str, kind: str, value: str) -> tuple[str, str] | None:
     if kind == "click" and float(value) not in (0.0, 1.0):
         return "not a label", expected
     return None
+
+
+def hours(column: str) -> pl.Expr:
+    """Return the time of whole numbers YYMMDDHH, years 2000 to 2099; null for what is none."""
+    digits = pl.col(column).cast(pl.String).str.zfill(8)
+    return (pl.lit("20") + digits + "00").str.strptime(pl.Datetime, "%Y%m%d%H%M", strict=False)
+
+
+def _is_hour(value: int) -> bool:
+    """Return whether one number is a time, by the same rule."""
+    return not pl.DataFrame({"value": [value]}).select(hours("value").is_null()).item()
 
 
 def _fields(layout: Layout) -> str:

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cki_rec.config import UserError
-from cki_rec.data.columns import RAGGED, ColumnFile, Ids, Ints, Ragged, blocks
+from cki_rec.data.columns import RAGGED, ColumnFile, Ids, Ints, Ragged, allocate, blocks
 from cki_rec.data.fields import Field
 from cki_rec.data.provisional import Provisional
 from cki_rec.data.schema import UNSEEN_ID
@@ -42,10 +42,8 @@ def write_history(
     position = columns.plan.ids.index(source)
     paths = [columns.folder / f"field.{name}.{piece}.npy" for piece in RAGGED]
     values = ColumnFile(paths[0], np.int32)
-    starts, lengths = (
-        np.lib.format.open_memmap(path, "w+", dtype, (columns.rows,))
-        for path, dtype in zip(paths[1:], (np.int64, np.int32), strict=True)
-    )
+    starts = allocate(paths[1], np.int64, columns.rows)
+    lengths = allocate(paths[2], np.int32, columns.rows)
     for rows in rows_by_user(group, timestamp, columns.folder):
         liked = (split[rows] == 0) & (label[rows] == 1)
         part = histories(ids[rows, position], liked, group[rows], timestamp[rows], length)

@@ -104,6 +104,8 @@ class Provisional:
 
     def append(self, frame: pl.DataFrame) -> None:
         """Add rows in the common form."""
+        if frame.is_empty():
+            return
         plan = self.plan
         times = [f.column for f in plan.ids if f.kind == "time"]
         frame = with_time_fields(frame, times) if times else frame

@@ -103,7 +103,7 @@ class Text:
             position = 0
             while True:
                 try:
-                    piece = file.read(reading.block_bytes)
+                    piece = file.read(max(reading.block_bytes, len(BOM) + 1))
                 except (*NOT_READABLE, RuntimeError) as error:
                     raise self._damaged(error, line) from None
                 except OSError as error:
@@ -117,11 +117,13 @@ class Text:
                 end = piece.rfind(b"\n") + 1 if piece else 0
                 if not end and piece:
                     rest += piece
-                    self._check_newlines(rest, line)
+                    if len(rest) > LONGEST_LINE:
+                        raise self._without_newlines(rest, line)
                     continue
                 block, rest = (rest + piece[:end], piece[end:]) if piece else (rest, b"")
                 if block:
-                    self._check_newlines(block, line)
+                    if line == 1 and b"\n" not in block and b"\r" in block.rstrip(b"\r"):
+                        raise self._without_newlines(block, line)
                     block = block if block.endswith(b"\n") else block + b"\n"
                     num_lines = block.count(b"\n")
                     block = block.replace(b"\r\n", b"\n") if b"\r" in block else block
@@ -132,7 +134,9 @@ class Text:
         if line == 1:
             raise UserError(f"{self}: empty, expected one row a line; fetch the file again")
         if reading.has_published:
-            reading.md5[self.name] = digest.hexdigest()
+            is_new = self.name not in reading.md5
+            name = self.name if is_new else f"{self.path.parent.name}/{self.name}"
+            reading.md5[name] = digest.hexdigest()
 
     def first_line(self) -> str:
         """Return the first line, without its end."""
@@ -140,17 +144,16 @@ class Text:
         _, _, block = next(self.blocks(reading))
         return block.split(b"\n", 1)[0].decode("utf-8", errors="replace")
 
-    def _check_newlines(self, text: bytes, line: int) -> None:
-        if b"\n" not in text and b"\r" in text.rstrip(b"\r"):
-            raise UserError(
+    def _without_newlines(self, text: bytes, line: int) -> UserError:
+        if b"\r" in text:
+            return UserError(
                 f"{self}, line {line}: lines end with a carriage return alone, expected newlines; "
                 "convert the file, e.g. with: tr '\\r' '\\n'"
             )
-        if b"\n" not in text and len(text) > LONGEST_LINE:
-            raise UserError(
-                f"{self}, line {line}: longer than {LONGEST_LINE:,} bytes, expected one row a "
-                "line; is this a text file?"
-            )
+        return UserError(
+            f"{self}, line {line}: longer than {LONGEST_LINE:,} bytes, expected one row a line; "
+            "is this a text file?"
+        )
 
     @contextmanager
     def _open(self) -> Iterator[tuple[IO[bytes], IO[bytes]]]:

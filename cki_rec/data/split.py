@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cki_rec.config import Split, UserError
-from cki_rec.data.columns import Ids, Ints, blocks
+from cki_rec.data.columns import Ids, Ints, allocate, blocks
 from cki_rec.data.permutation import Permutation
 
 SPLITS = ("train", "valid", "test")
@@ -74,7 +74,7 @@ def split_codes(
                 "random, or name data.user and data.time"
             )
         path = scratch / "split.tmp"
-        code = np.memmap(path, dtype=np.uint8, mode="w+", shape=(num_rows,))
+        code = allocate(path, np.uint8, num_rows)
         for rows in rows_by_user(group, timestamp, scratch):
             users = group[rows]
             ends = np.flatnonzero(np.append(users[1:] != users[:-1], True)) + 1
@@ -197,7 +197,7 @@ def sort_rows(keys: Iterable[NDArray[np.integer]], path: Path, num_rows: int) ->
         found[: len(sizes)] += sizes
         sizes = found
     cursor = np.cumsum(sizes) - sizes
-    order = np.lib.format.open_memmap(path, "w+", np.int64, (num_rows,))
+    order = allocate(path, np.int64, num_rows)
     start = 0
     for block in keys:
         by_key = np.argsort(block, kind="stable")
@@ -206,7 +206,6 @@ def sort_rows(keys: Iterable[NDArray[np.integer]], path: Path, num_rows: int) ->
         order[np.repeat(cursor[found], counts) + within] = start + by_key
         cursor[found] += counts
         start += len(block)
-    order.flush()
     return sizes
 
 

@@ -26,7 +26,7 @@ from filelock import FileLock, Timeout
 from omegaconf import OmegaConf
 
 from cki_rec import project_root
-from cki_rec.config import Data, UserError
+from cki_rec.config import Data, UserError, nearest
 from cki_rec.data.ahead import ahead
 from cki_rec.data.click_model import best_possible
 from cki_rec.data.columns import blocks
@@ -71,6 +71,7 @@ def prepare(data: Data, encoded_dir: str | Path, chunk_mb: int = 32) -> EncodedD
     if not re.fullmatch(r"[\w.-]+", data.name):
         raise UserError(f"data.name={data.name}: expected letters, digits, '_', '.' and '-' only")
     check_split(data.split)
+    _published_files(data)
     if data.fetch:
         _fetch(data)
     reader = FORMATS[data.format]
@@ -208,14 +209,10 @@ def _best_possible(data: Data, folder: Path) -> dict[str, Any] | None:
 
 def _published(data: Data, found: dict[str, str]) -> dict[str, str | None]:
     """Return which published file each raw file is, by the md5 of its content; None: of none."""
-    registry = OmegaConf.to_container(OmegaConf.load(project_root() / "conf" / "published.yaml"))
-    published = cast(dict[str, dict[str, str]], registry)
+    registry, wanted = _published_files(data)
     names = {
-        md5: f"{name}/{file}" for name, files in published.items() for file, md5 in files.items()
+        md5: f"{name}/{file}" for name, files in registry.items() for file, md5 in files.items()
     }
-    wanted = published.get(data.published or "", {})
-    if data.published is not None and not wanted:
-        raise UserError(f"data.published={data.published}: expected one of {', '.join(published)}")
     for file, md5 in found.items():
         expected = wanted.get(file.removesuffix(".csv"), md5)
         if md5 != expected:
@@ -225,6 +222,24 @@ def _published(data: Data, found: dict[str, str]) -> dict[str, str | None]:
                 *(file, data.published, md5, expected),
             )
     return {file: names.get(md5) for file, md5 in found.items()}
+
+
+def _published_files(data: Data) -> tuple[dict[str, dict[str, str]], dict[str, str]]:
+    """Return all published files, and those that ``data`` should be: file -> md5.
+
+    Raises:
+        UserError: ``data.published`` is no entry.
+    """
+    registry = cast(
+        dict[str, dict[str, str]],
+        OmegaConf.to_container(OmegaConf.load(project_root() / "conf" / "published.yaml")),
+    )
+    if data.published is not None and data.published not in registry:
+        raise UserError(
+            f"data.published={data.published}: {nearest(data.published, registry)}"
+            f"expected one of {', '.join(registry)}"
+        )
+    return registry, registry.get(data.published or "", {})
 
 
 def _fetch(data: Data) -> None:

@@ -195,7 +195,7 @@ def error_of(data: Data, encoded: Path) -> str:
         prepare(data, encoded)
     message = str(caught.value)
     assert "\n" not in message
-    assert "\0" not in message  # BUG: bars.py, _header shows the header's names as they are
+    assert "\0" not in message
     assert len(message) < 1000
     return message
 

@@ -52,8 +52,6 @@ def disk(tmp_path) -> str:
 @pytest.mark.dist
 @pytest.mark.parametrize(("by", "size"), [("leave_last_out", "5m"), ("random", "9m")])
 def test_full_disk_is_one_line_and_leaves_nothing(disk, by, size):
-    # BUG: split.py and columns.py write through memory maps of files with holes: where the disk is
-    # full then, the process dies of SIGBUS without a word
     child = CHILD.format(tests=str(ROOT / "tests"), by=by, disk=disk)
     done = on_disk_of(size, disk, [sys.executable, "-c", child])
     assert (done.returncode, done.stderr) == (0, "")

@@ -147,8 +147,6 @@ CASES += [("number", word) for word in NUMBER_WORDS] + [("click", word) for word
 
 @pytest.mark.parametrize(("kind", "word"), CASES)
 def test_word_means_the_same_whatever_stands_beside(tmp_path, kind, word):
-    # BUG: delimited.py: the line-by-line path refuses 19 digits, blanks alone, a tab before and
-    # many zeros before an integer, the fast one takes them: rows then depend on the block
     layout = Layout(columns={"a": "click", "b": kind, "c": "text"}, separator="|")
     lines = ["1|1|first", f"0|{word}|second"]
     alone, found = read(tmp_path / "alone.txt", lines, layout)
@@ -160,7 +158,6 @@ def test_word_means_the_same_whatever_stands_beside(tmp_path, kind, word):
 
 @pytest.mark.parametrize("is_alone", [True, False])
 def test_control_character_is_bad_whatever_stands_beside(tmp_path, is_alone):
-    # BUG: delimited.py, _parse looks for 1F only where the separator is longer than a character
     lines = ["1,a", "0,b\x1fc", *([] if is_alone else ["0"])]
     _, reading = read(tmp_path / "rows.txt", lines, layout_of(["text"]))
     assert reading.counts.get("control character") == 1
@@ -168,7 +165,6 @@ def test_control_character_is_bad_whatever_stands_beside(tmp_path, is_alone):
 
 @pytest.mark.parametrize("is_alone", [True, False])
 def test_known_numbers_are_compared_as_numbers(tmp_path, is_alone):
-    # BUG: delimited.py, _fault compares the text of a number with that of known ones
     known = {"x0": Known(pl.Series([7, 8]), "unknown user", "a user")}
     layout = layout_of(["integer"], known=known)
     frame, reading = read(tmp_path / "r", ["1,7", "1,08", *([] if is_alone else ["0"])], layout)
@@ -198,8 +194,6 @@ def test_faults_that_even_out_are_found(tmp_path):
 @pytest.mark.parametrize("end", [b"\n", b""])
 @pytest.mark.parametrize("block_bytes", [4, 1 << 20])
 def test_return_in_a_line_is_a_bad_row(tmp_path, block_bytes, end):
-    # BUG: raw.py, _check_newlines: what is read of a line so far, or a last line without newline,
-    # passes for a file without any newline, which is refused whole
     path = tmp_path / "rows.txt"
     path.write_bytes(b"1,a\n0,b\n1,long\rlonger" + end)
     reading = Reading("skip", block_bytes)
@@ -209,13 +203,16 @@ def test_return_in_a_line_is_a_bad_row(tmp_path, block_bytes, end):
 
 
 @pytest.mark.parametrize("block_bytes", [8, 1 << 20])
-def test_mark_in_the_middle_of_a_file_is_kept_whatever_the_block(tmp_path, block_bytes):
-    # BUG: delimited.py, _parse: polars drops a byte order mark at the start of each block
+def test_mark_in_the_middle_of_a_file_is_a_bad_row_whatever_the_block(tmp_path, block_bytes):
     path = tmp_path / "rows.txt"
     path.write_bytes(b"a,1,bcde\n\xef\xbb\xbfa,1,b\n")
     layout = Layout(columns={"x": "text", "click": "click", "y": "text"}, separator=",")
-    frame = pl.concat(list(read_rows(Text(path), layout, Reading("error", block_bytes))))
-    assert frame["x"].to_list() == ["a", "\ufeffa"]
+    with pytest.raises(UserError, match=r"rows.txt, line 2: byte order mark: found"):
+        list(read_rows(Text(path), layout, Reading("error", block_bytes)))
+    reading = Reading("skip", block_bytes)
+    frame = pl.concat(list(read_rows(Text(path), layout, reading)))
+    assert frame["x"].to_list() == ["a"]
+    assert reading.counts == {"byte order mark": 1}
 
 
 def test_wanted_columns_alone_come_back(tmp_path):

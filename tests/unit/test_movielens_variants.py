@@ -111,7 +111,6 @@ def test_100k_genres_are_flags_and_years_the_release(k100):
 
 
 def test_100k_year_of_the_title_stands_in_for_a_missing_release(k100):
-    # BUG: movielens.py, _read_movies: the title's year is sought at the end of "title::date"
     years = dict(read(k100).select("item", "year").unique().rows())
     assert years["4"] == "1990"
 
@@ -207,7 +206,6 @@ def test_wrong_genre_flags_are_a_bad_movies_line(k100, flags):
 
 
 def test_bad_movies_line_shows_the_line_as_it_stands(k100):
-    # BUG: movielens.py, _movie_lines: of a line with wrong flags only the id is shown
     add_line(k100 / "u.item", "9|Late (1999)|01-Jan-1999||http://x|0|1")
     assert "Late (1999)" in error_of(k100)
 
@@ -227,7 +225,6 @@ def test_empty_side_file_is_refused(k100, name, content):
 
 
 def test_changed_genre_names_are_another_data_set(k100, tmp_path):
-    # BUG: movielens.py, files: u.genre decides the content but is no source
     first = prepare(options(k100, fields=["genres"]), tmp_path / "encoded")
     text = (k100 / "u.genre").read_text()
     (k100 / "u.genre").write_text(text.replace("Action", "Western"))
@@ -274,8 +271,6 @@ def test_bad_100k_rating_is_named(k100, line, reason):
 
 @pytest.mark.parametrize("is_alone", [True, False])
 def test_user_with_leading_zero_is_known_whatever_stands_beside(m10, k100, is_alone):
-    # BUG: delimited.py, _fault compares text, _parse numbers: a bad line elsewhere in the block
-    # makes the same row an unknown user
     add_line(k100 / "u.data", "01\t1\t4\t881250949")
     if not is_alone:
         add_line(k100 / "u.data", "1\t1")

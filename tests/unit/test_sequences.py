@@ -158,7 +158,6 @@ def test_repeated_user_is_a_bad_row(tmp_path):
 
 
 def test_items_of_skipped_lines_are_never_drawn(tmp_path):
-    # BUG: sequences.py, read: the first pass takes items of lines that the second one skips
     path = write(tmp_path / "Beauty.txt", [*LINES, "u2 only-here"])
     assert set(read(path, on_bad_row="skip", negatives=200)["item"]) == ITEMS
 
@@ -208,7 +207,6 @@ def attributes_beside(path: Path, content: str, name: str) -> Path:
 
 @pytest.mark.parametrize("name", ["Beauty.txt", "Beauty.txt.gz"])
 def test_attributes_are_a_field(tmp_path, name):
-    # BUG for .gz: sequences.py, _find looks for files that begin with "Beauty.txt"
     path = write(tmp_path / name)
     attributes_beside(path, json.dumps(ATTRIBUTES), "Beauty_item2attributes.json")
     data = options(path, fields=["item", "attributes"])
@@ -248,7 +246,6 @@ BROKEN = ['{"1": ["a"', "[1, 2]", '{"1": 5}', "not json", '{"1": "word"}']
 
 @pytest.mark.parametrize("content", BROKEN)
 def test_broken_attributes_are_refused(tmp_path, content):
-    # BUG for '{"1": "word"}': sequences.py, _read_attributes takes a word for a list of letters
     path = write(tmp_path / "Beauty.txt")
     attributes_beside(path, content, "Beauty_item2attributes.json")
     message = error_of(path)

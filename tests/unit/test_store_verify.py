@@ -185,13 +185,12 @@ def test_impossible_parts_leave_nothing(folder):
     before = sorted(path.name for path in folder.iterdir())
     many = Partition(by="user", parts=1000, seed=0)
     assert "more parts than users" in error_of(lambda: EncodedDataset(folder).parts(many))
-    gc.collect()  # BUG: part.npy is not closed when the partition is refused: ResourceWarning
+    gc.collect()
     left = sorted(path.name for path in folder.iterdir() if path.suffix != ".lock")
     assert left == [name for name in before if not name.endswith(".lock")]
 
 
 def test_more_parts_than_their_type_holds(tmp_path):
-    # BUG: parts are stored as uint16, part 65,536 becomes part 0 without a word
     raw = tmp_path / "raw.csv"
     raw.write_text("label,x\n" + "".join(f"{row % 2},{row % 7}\n" for row in range(80_000)))
     split = Split(by="random", fractions=[0.8, 0.1, 0.1], seed=0)
@@ -217,8 +216,6 @@ def damage(path: Path, how: str) -> None:
 @pytest.mark.parametrize("how", ["missing", "empty", "cut", "replaced"])
 @pytest.mark.parametrize("name", ["part.npy", "order.npy", "ends.json", "counts.item.npy"])
 def test_damaged_file_of_parts_is_named(folder, name, how):
-    # BUG: part.npy is reported as order.npy; an empty .npy raises EOFError; counts are opened
-    # without any check, so FileNotFoundError, ValueError and EOFError leave the program
     EncodedDataset(folder).parts(BY_USER)
     path = folder / "parts-user-2-3" / name
     damage(path, how)

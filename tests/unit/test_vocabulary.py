@@ -177,7 +177,6 @@ def test_table_larger_than_ids_names_table_and_options(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("size", [2**31 - 2, 2**32])
 def test_hash_larger_than_ids_is_refused(encode_csv, monkeypatch, size):
-    # BUG: nothing bounds hash_size; ids above int32 end in a TypeError of polars
     monkeypatch.setattr(EncodedDataset, "parts", lambda *_: pytest.fail("counts of every id"))
     with pytest.raises(UserError, match="hash_size"):
         encode_csv(["x"], [["a"], ["b"]] * 20, fields=[{"name": "x", "hash_size": size}])
@@ -210,7 +209,6 @@ def test_fields_that_share_a_table_must_agree(encode_csv, change):
 
 @pytest.mark.parametrize("is_first", [True, False])
 def test_quantiles_share_no_table_with_other_tokens(encode_csv, is_first):
-    # BUG: whichever comes first decides the dictionary: wrong tokens, or a ValueError of numpy
     number = {"name": "a", "kind": "numeric", "transform": "quantile", "table": "t"}
     fields = [number, {"name": "b", "table": "t"}]
     rows = [[str(i), f"word{i % 3}"] for i in range(60)]
@@ -231,7 +229,6 @@ def test_prefix_is_the_first_characters(encode_csv):
 @pytest.mark.parametrize("field", [{"name": "item", "table": "things"},
                                    {"name": "film", "column": "item"}])  # fmt: skip
 def test_history_reads_the_table_of_its_items(tmp_path, field):
-    # BUG: the history's table is the name of its column, whatever table the items have: KeyError
     dataset = prepare(make_data(fields=["user", field, "history"]), tmp_path)
     history = next(f for f in dataset.schema.features if f.name == "history")
     items = next(f for f in dataset.schema.features if f.name == field["name"])
@@ -240,14 +237,12 @@ def test_history_reads_the_table_of_its_items(tmp_path, field):
 
 @pytest.mark.parametrize("column", ["hour", "genres"])
 def test_history_of_what_is_no_category_is_refused(tmp_path, column):
-    # BUG: hour ends in a ComputeError of polars; genres quietly becomes a field of kind multi
     fields = ["user", "item", "hour", "genres", {"name": "history", "column": column}]
     with pytest.raises(UserError, match="history"):
         prepare(make_data(fields=fields), tmp_path)
 
 
 def test_multi_field_without_any_token(encode_csv):
-    # BUG: ColumnFile.read of no rows reads into b"": TypeError
     fields = ["x", {"name": "tags", "kind": "multi"}]
     dataset = encode_csv(["x", "tags"], [["a", ""], ["b", ""]] * 20, fields=fields)
     assert decoded(dataset, "tags") == [[]] * 40
@@ -262,7 +257,6 @@ def test_multi_field_keeps_first_tokens_and_drops_repeated_ones(encode_csv):
 
 
 def test_quoted_quotes(encode_csv):
-    # BUG: after the quotes are taken off, _parse refuses a block for the quotes of its text
     rows = [['say "hi"', 'a, "b"'], ['"', "plain"]] * 20
     dataset = encode_csv(["x", "y"], rows)
     assert decoded(dataset, "x") == [[row[0]] for row in rows]
@@ -270,9 +264,9 @@ def test_quoted_quotes(encode_csv):
 
 
 texts = st.text(
-    st.characters(exclude_characters='\n\r\0\x1f"', exclude_categories=["Cs"]), max_size=6
-)
-SPECIAL = [",", " ,", "a b", " ", "'", "NULL", "nan", "#", "\ufeff", "\x85", "\u2028", "\\n"]
+    st.characters(exclude_characters='\n\r\0\x1f\ufeff"', exclude_categories=["Cs"]), max_size=6
+)  # a line that begins with a byte order mark is a bad row
+SPECIAL = [",", " ,", "a b", " ", "'", "NULL", "nan", "#", "a\ufeff", "\x85", "\u2028", "\\n"]
 any_token = st.one_of(texts, st.sampled_from(SPECIAL))
 
 

@@ -22,7 +22,7 @@ HEADER = (
 )
 CATEGORIES = tuple(HEADER.split(",")[3:])
 LAYOUT = Layout(
-    columns={**dict.fromkeys(HEADER.split(","), "text"), "click": "click", "hour": "integer"},
+    columns={**dict.fromkeys(HEADER.split(","), "text"), "click": "click", "hour": "yymmddhh"},
     separator=",",
     header=HEADER,
     required=("hour",),
@@ -59,8 +59,8 @@ def read(data: Data, reading: Reading) -> Iterator[pl.DataFrame]:
     for text in texts(data):
         _check_labeled(text)
         for frame in read_rows(text, LAYOUT, reading):
-            time = bars.seconds(frame, "hour", "yymmddhh", text, reading)
-            yield time.with_columns(pl.col("click").cast(pl.UInt8).alias(LABEL))
+            label = pl.col("click").cast(pl.UInt8).alias(LABEL)
+            yield frame.with_columns(label, bars.seconds("hour", "yymmddhh"))
 
 
 def _check_labeled(text: Text) -> None:

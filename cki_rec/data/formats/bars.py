@@ -15,10 +15,9 @@ from pathlib import Path
 import polars as pl
 
 from cki_rec.config import Data, UserError, nearest
-from cki_rec.data.delimited import Layout, check_header, read_rows
+from cki_rec.data.delimited import Layout, check_header, hours, read_rows
 from cki_rec.data.raw import (
     LABEL,
-    LINE,
     SPLIT,
     TIME,
     TIME_FIELDS,
@@ -77,7 +76,7 @@ def read(data: Data, reading: Reading) -> Iterator[pl.DataFrame]:
     types.update(dict.fromkeys(columns_of(data, "numeric"), "number"))
     types[data.label] = "click"
     if data.time is not None:
-        types[data.time] = "integer"
+        types[data.time] = "yymmddhh" if data.time_form == "yymmddhh" else "integer"
     layout = Layout(
         columns=types,
         separator=",",
@@ -92,28 +91,15 @@ def read(data: Data, reading: Reading) -> Iterator[pl.DataFrame]:
             if split is not None:
                 rows = rows.with_columns(pl.lit(split, dtype=pl.UInt8).alias(SPLIT))
             if data.time is not None:
-                rows = seconds(rows, data.time, data.time_form, text, reading)
+                rows = rows.with_columns(seconds(data.time, data.time_form))
             yield rows
 
 
-def seconds(
-    frame: pl.DataFrame, column: str, form: str, text: Text, reading: Reading
-) -> pl.DataFrame:
-    """Return the rows with ``TIME``, in seconds, read from ``column``.
-
-    Raises:
-        UserError: A value is no time, and ``reading`` does not skip bad rows.
-    """
+def seconds(column: str, form: str) -> pl.Expr:
+    """Return ``TIME``, in seconds, of a column of times that were checked when they were read."""
     if form == "seconds":
-        return frame.with_columns(pl.col(column).alias(TIME))
-    digits = pl.col(column).cast(pl.String).str.zfill(8)
-    time = (pl.lit("20") + digits + "00").str.strptime(pl.Datetime, "%Y%m%d%H%M", strict=False)
-    rows = frame.with_columns(time.dt.epoch("s").alias(TIME))
-    bad = rows.filter(pl.col(TIME).is_null())
-    for line, value in bad.select(LINE, column).rows():
-        expected = f"{column} as YYMMDDHH"
-        reading.skip("not a time", f"{text}, line {line}", str(value), expected)
-    return rows.filter(pl.col(TIME).is_not_null()) if len(bad) else rows
+        return pl.col(column).alias(TIME)
+    return hours(column).dt.epoch("s").alias(TIME)
 
 
 def _texts(data: Data) -> list[tuple[Text, int | None]]:
@@ -123,27 +109,31 @@ def _texts(data: Data) -> list[tuple[Text, int | None]]:
     found = paths(data)
     if len(found) == 1:
         raw = RawFiles(found[0])
-        members = {
-            name: raw.find(f"{name}.csv") or raw.find(f"{name}.csv.gz") for name in SPLIT_FILES
-        }
-        wanted = [raw.text(member) for member in members.values() if member is not None]
+        members = {n: raw.find(f"{n}.csv") or raw.find(f"{n}.csv.gz") for n in SPLIT_FILES}
+        by_name = {name: raw.text(member) for name, member in members.items() if member}
     else:
-        wanted = [Text(path) for path in found]
-    if len(wanted) != 3:
-        missing = [f"{name}.csv" for name in SPLIT_FILES] if len(found) != 1 else [
-            f"{name}.csv" for name, member in members.items() if member is None
-        ]  # fmt: skip
-        raise UserError(
-            f"{', '.join(map(str, found))}: no {', '.join(missing)}, expected train.csv, "
-            "valid.csv and test.csv; name their folder in data.raw, or all three in this order, "
-            "or divide the rows yourself with data.split.by=random"
-        )
-    return [(text, code) for code, text in enumerate(wanted)]
+        by_name = {Text(path).name.removesuffix(".csv"): Text(path) for path in found}
+    missing = [f"{name}.csv" for name in SPLIT_FILES if name not in by_name]
+    if not missing and len(by_name) == 3:
+        return [(by_name[name], code) for code, name in enumerate(SPLIT_FILES)]
+    if isinstance(data.raw, list) and len(found) == 3:
+        return [(Text(path), code) for code, path in enumerate(found)]
+    raise UserError(
+        f"{', '.join(map(str, found))}: {'no ' + ', '.join(missing) if missing else 'other files'}"
+        ", expected train.csv, valid.csv and test.csv; name their folder in data.raw, or a list "
+        "of three files in this order, or divide the rows yourself with data.split.by=random"
+    )
 
 
 def _header(text: Text, data: Data) -> list[str]:
     """Return the names of the columns."""
-    names = next(csv.reader(io.StringIO(text.first_line())), [])
+    line = text.first_line()
+    if not line.isprintable():
+        raise UserError(
+            f"{text}, line 1: found {line[:40]!r}, expected a header of printable text in UTF-8; "
+            "convert the file"
+        )
+    names = next(csv.reader(io.StringIO(line)), [])
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise UserError(

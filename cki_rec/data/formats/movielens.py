@@ -69,8 +69,10 @@ class _Found:
 def files(data: Data) -> list[Path]:
     """Return the files on disk whose bytes decide the content."""
     found = _find(data)
-    members = [found.ratings, found.movies, *([found.users] if found.users else [])]
-    return found.raw.on_disk(members)
+    others = [found.users] if found.users else []
+    if found.variant.movies == "u.item":
+        others.append(_genres_member(found))
+    return found.raw.on_disk([found.ratings, found.movies, *others])
 
 
 def kinds(data: Data) -> dict[str, str]:
@@ -151,13 +153,13 @@ def _read_movies(found: _Found, reading: Reading) -> pl.DataFrame:
     """Return item, genres (joined by ``|``; null: none) and year of every movie."""
     text = found.raw.text(found.movies)
     items: dict[str, tuple[str | None, str | None]] = {}
-    for line, parts in _movie_lines(found, text):
+    for line, shown, parts in _movie_lines(found, text):
         if len(parts) < 3 or not parts[0] or parts[0] in items:
-            problem = "repeated movie id" if parts[0] in items else "missing field"
+            problem = "repeated movie id" if parts and parts[0] in items else "missing field"
             expected = f"movie id (each once), title, genres ({problem})"
-            reading.skip("bad movies line", f"{text}, line {line}", str(parts), expected)
+            reading.skip("bad movies line", f"{text}, line {line}", str(shown), expected)
             continue
-        year = _YEAR.search("::".join(parts[1:-1])) or _RELEASED.search("::".join(parts[1:-1]))
+        year = _YEAR.search("::".join(parts[1:-1]))
         genres = None if parts[-1] in _NO_GENRES else parts[-1]
         items[parts[0]] = (genres, year.group(1) if year else None)
     rows = [(item, *values) for item, values in items.items()]
@@ -165,28 +167,39 @@ def _read_movies(found: _Found, reading: Reading) -> pl.DataFrame:
                         orient="row")  # fmt: skip
 
 
-def _movie_lines(found: _Found, text: Text) -> Iterator[tuple[int, list[str]]]:
-    """Yield line number and id, title, ..., genres of every movie."""
+def _movie_lines(found: _Found, text: Text) -> Iterator[tuple[int, list[str], list[str]]]:
+    """Yield line number, fields as they are, and id, title, ..., genres (none: bad) of a movie."""
     content = found.raw.read(found.movies)
     if found.variant.movies != "u.item":
         separator = found.variant.separator
-        yield from _lines(text, content, separator, MOVIES_HEADER if separator == "," else None)
+        header = MOVIES_HEADER if separator == "," else None
+        for line, parts in _lines(text, content, separator, header):
+            yield line, parts, parts
         return
+    member = _genres_member(found)
+    names = [parts[0] for _, parts in _lines(found.raw.text(member), found.raw.read(member), "|")]
+    for line, parts in _lines(text, content, "|"):
+        # id, title, release date, video date, address, then one flag a genre
+        flags = parts[5:]
+        if len(flags) != len(names) or not set(flags) <= {"0", "1"}:
+            yield line, parts, []
+            continue
+        genres = [name for name, flag in zip(names, flags, strict=True) if flag == "1"]
+        title, released = parts[1], _RELEASED.search(parts[2])
+        if released:
+            title = f"{title} ({released.group(1)})"
+        yield line, parts, [parts[0], title, "|".join(genres)]
+
+
+def _genres_member(found: _Found) -> str:
+    """Return the file that names the flags of ``u.item``."""
     member = found.movies.removesuffix("u.item") + "u.genre"
     if member not in found.raw.members():
         raise UserError(
             f"{found.raw.path}: holds {found.movies} but no {member}, expected both; "
             "fetch the whole MovieLens data set again"
         )
-    names = [parts[0] for _, parts in _lines(found.raw.text(member), found.raw.read(member), "|")]
-    for line, parts in _lines(text, content, "|"):
-        # id, title, release date, video date, address, then one flag a genre
-        flags = parts[5:]
-        if len(flags) != len(names) or not set(flags) <= {"0", "1"}:
-            yield line, parts[:1]  # too short: reported
-        else:
-            genres = [name for name, flag in zip(names, flags, strict=True) if flag == "1"]
-            yield line, [parts[0], parts[1], parts[2], "|".join(genres)]
+    return member
 
 
 def _read_users(found: _Found, reading: Reading) -> pl.DataFrame:

@@ -9,6 +9,7 @@ Source of the form: Zhou et al., S3-Rec, CIKM 2020 (its released data).
 
 from __future__ import annotations
 
+import glob
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -60,23 +61,38 @@ def read(data: Data, reading: Reading) -> Iterator[pl.DataFrame]:
         UserError: A bad line or file; a user who met every item.
     """
     text, attributes = _find(data)
-    quiet = Reading("skip", reading.block_bytes)  # the second pass reports
+    quiet, users = Reading("skip", reading.block_bytes, has_published=False), set[str]()
     items: set[str] = set()
-    for frame in read_rows(text, LAYOUT, quiet):
+    for frame in read_rows(text, LAYOUT, quiet):  # bad lines are reported by the second pass
         for line in frame["sequence"]:
-            items.update(line.split()[1:])
-    universe = np.array(sorted(items), dtype=object)
+            if _is_good(line, "", users, quiet):
+                items.update(line.split()[1:])
+    universe = sorted(items)
+    index = {item: number for number, item in enumerate(universe)}
     of_item = _read_attributes(attributes, universe) if attributes else None
-    users: set[str] = set()
+    users = set()
     for frame in read_rows(text, LAYOUT, reading):
         parts = [
-            _steps(line, words.split(), universe, text, data)
+            _steps(line, words.split(), index, text, data)
             for line, words in zip(frame[LINE], frame["sequence"], strict=True)
             if _is_good(words, f"{text}, line {line}", users, reading)
         ]
         if not parts:
             continue
-        rows = pl.concat(parts)
+        names, steps = zip(*parts, strict=True)
+        drawn = np.concatenate(steps)
+        lengths = [len(step) for step in steps]
+        width = drawn.shape[1]
+        times = np.concatenate([np.arange(length) for length in lengths])
+        rows = pl.DataFrame(
+            {
+                "user": np.repeat(np.array(names, dtype=object), np.array(lengths) * width),
+                "item": pl.Series(universe, dtype=pl.String).gather(drawn.reshape(-1)),
+                LABEL: np.tile(np.arange(width) == 0, len(drawn)).astype(np.uint8),
+                TIME: np.repeat(times.astype(np.int64), width),
+            },
+            schema_overrides={"user": pl.String},
+        )
         if of_item is not None:
             rows = rows.join(of_item, on="item", how="left", maintain_order="left")
         yield rows
@@ -95,30 +111,20 @@ def _is_good(words: str, where: str, users: set[str], reading: Reading) -> bool:
 
 
 def _steps(
-    line: int, words: list[str], universe: NDArray[np.object_], text: Text, data: Data
-) -> pl.DataFrame:
-    """Return the rows of one user."""
-    sequence = np.array(words[1:], dtype=object)
-    met = set(words[1:])
-    if len(met) == len(universe):
+    line: int, words: list[str], index: dict[str, int], text: Text, data: Data
+) -> tuple[str, NDArray[np.int64]]:
+    """Return a user and ``(steps, 1 + negatives)`` item numbers, the item that was met first."""
+    sequence = np.array([index[item] for item in words[1:]], dtype=np.int64)
+    if len(set(words[1:])) == len(index):
         raise UserError(
-            f"{text}, line {line}: user {words[0]} met all {len(universe)} items, expected some "
-            "to draw negatives from; leave the line out"
+            f"{text}, line {line}: user {words[0]} met all {len(index)} items, expected some to "
+            "draw negatives from; leave the line out"
         )
     generator = np.random.default_rng([data.negatives_seed, line])
-    drawn = universe[generator.integers(len(universe), size=(len(sequence), data.negatives))]
+    drawn = generator.integers(len(index), size=(len(sequence), data.negatives))
     while (is_met := np.isin(drawn, sequence)).any():
-        drawn[is_met] = universe[generator.integers(len(universe), size=int(is_met.sum()))]
-    rows = np.concatenate([sequence[:, None], drawn], axis=1)
-    width = rows.shape[1]
-    return pl.DataFrame(
-        {
-            "user": pl.repeat(words[0], rows.size, eager=True),
-            "item": pl.Series(rows.reshape(-1).tolist(), dtype=pl.String),
-            LABEL: np.tile(np.arange(width) == 0, len(sequence)).astype(np.uint8),
-            TIME: np.repeat(np.arange(len(sequence), dtype=np.int64), width),
-        }
-    )
+        drawn[is_met] = generator.integers(len(index), size=int(is_met.sum()))
+    return words[0], np.concatenate([sequence[:, None], drawn], axis=1)
 
 
 def _find(data: Data) -> tuple[Text, Text | None]:
@@ -128,7 +134,8 @@ def _find(data: Data) -> tuple[Text, Text | None]:
         raise UserError(f"data.raw={data.raw}: {len(found)} paths, expected a file, zip or folder")
     path = found[0]
     if path.is_file() and path.suffix != ".zip":
-        beside = sorted(path.parent.glob(f"{path.stem}*{ATTRIBUTES}"))
+        stem = glob.escape(path.name.removesuffix(".gz").removesuffix(".txt"))
+        beside = sorted(path.parent.glob(f"{stem}*{ATTRIBUTES}"))
         return Text(path), Text(beside[0]) if beside else None
     raw = RawFiles(path)
     sequences = [m for m in raw.members() if m.endswith((".txt", ".txt.gz"))]
@@ -141,18 +148,20 @@ def _find(data: Data) -> tuple[Text, Text | None]:
     return raw.text(sequences[0]), raw.text(attributes[0]) if attributes else None
 
 
-def _read_attributes(text: Text, universe: NDArray[np.object_]) -> pl.DataFrame:
+def _read_attributes(text: Text, universe: list[str]) -> pl.DataFrame:
     """Return item and its attributes, joined by ``|``."""
     content = b"".join(block for *_, block in text.blocks(Reading("error")))
     try:
-        lists = {str(item): [str(x) for x in xs] for item, xs in json.loads(content).items()}
+        lists = json.loads(content)
+        if not all(isinstance(entry, list) for entry in lists.values()):
+            raise TypeError("an entry is no list")
     except (ValueError, AttributeError, TypeError) as error:
         raise UserError(
             f"{text}: not a JSON object of lists ({error}), expected item -> attributes; "
             "fetch the file again"
         ) from None
-    joined = ["|".join(lists.get(item, [])) or None for item in universe.tolist()]
+    joined = ["|".join(map(str, lists.get(item, []))) or None for item in universe]
     return pl.DataFrame(
-        {"item": universe.tolist(), "attributes": joined},
+        {"item": universe, "attributes": joined},
         schema={"item": pl.String, "attributes": pl.String},
     )
