@@ -73,28 +73,28 @@ def read_rows(text: Text, layout: Layout, reading: Reading) -> Iterator[pl.DataF
         UserError: A bad row, if ``reading`` says so; a file without a good row.
     """
     num_rows = 0
-    for first, num_lines, block in text.blocks(reading):
-        line = first
-        if first == 1 and layout.header is not None:
+    for block in text.blocks(reading):
+        if reading.line == 1 and layout.header is not None:
             header, _, block = block.partition(b"\n")
             check_header(text, header.decode("utf-8", errors="replace"), layout.header)
-            line, num_lines = 2, num_lines - 1
-        frame = _parse(block, num_lines, layout, layout.separator)
-        if frame is None:
-            numbers, block = _good_lines(text, line, block, layout, reading)
-            frame = _parse(block, len(numbers), layout, SEPARATOR)
-            if frame is None:
-                raise UserError(
-                    f"{text}, lines {line} to {line + num_lines - 1}: not readable as "
-                    f"{_fields(layout)}; mend the lines or fetch the file again"
-                )
-            frame = frame.with_columns(pl.Series(LINE, numbers, dtype=pl.Int64))
+            reading.line = 2
+        first, frame = reading.line, _parse(block, layout, layout.separator)
+        if frame is not None:
+            reading.line += frame.height
+            number = pl.int_range(first, reading.line, dtype=pl.Int64).alias(LINE)
         else:
-            number = pl.int_range(line, line + frame.height, dtype=pl.Int64)
-            frame = frame.with_columns(number.alias(LINE))
+            numbers, good = _good_lines(text, first, block, layout, reading)
+            reading.line += block.count(b"\n")
+            frame = _parse(good, layout, SEPARATOR)
+            number = pl.lit(pl.Series(LINE, numbers, dtype=pl.Int64))
+        if frame is None:
+            raise UserError(
+                f"{text}, lines {first} to {reading.line - 1}: not readable as {_fields(layout)}; "
+                "mend the lines or fetch the file again"
+            )
         num_rows += frame.height
         if frame.height:
-            yield frame
+            yield frame.with_columns(number)
     if not num_rows:
         raise UserError(
             f"{text}: no usable row, expected rows of {_fields(layout)}; fetch the file again"
@@ -114,22 +114,21 @@ def check_header(text: Text, found: str, expected: str) -> None:
         )
 
 
-def _parse(block: bytes, num_rows: int, layout: Layout, separator: str) -> pl.DataFrame | None:
+def _parse(block: bytes, layout: Layout, separator: str) -> pl.DataFrame | None:
     """Return the rows of a block, one a line; None if any of them may be bad."""
     schema = {name: TYPES[kind] for name, kind in layout.columns.items()}
+    *_others, last = schema
     wanted = list(layout.wanted or layout.columns)
-    if not num_rows:
+    if not block:
         return pl.DataFrame(schema=schema).select(wanted)
     if separator != SEPARATOR:  # as in the file, so nobody has looked at the lines
-        unusual = [b"\0", b"\r", BOM, SEPARATOR.encode(), *([b'"'] if layout.is_quoted else [])]
-        if any(word in block for word in unusual):
+        unusual = [b"\0", b"\r", SEPARATOR.encode(), *([b'"'] if layout.is_quoted else [])]
+        if any(word in block for word in unusual) or not (block.isascii() or BOM not in block):
             return None
     if len(separator) > 1:
         block, separator = block.replace(separator.encode(), SEPARATOR.encode()), SEPARATOR
-    if block.count(separator.encode()) != num_rows * (len(schema) - 1):
-        return None
     checked = {n for n, kind in layout.columns.items() if kind == "click"}
-    checked |= {*layout.known, *layout.required}
+    needed = {*wanted, *checked, *layout.known, *layout.required, last}
     try:
         frame = pl.read_csv(
             block,
@@ -137,14 +136,16 @@ def _parse(block: bytes, num_rows: int, layout: Layout, separator: str) -> pl.Da
             separator=separator,
             quote_char=None,
             schema=schema,
-            columns=[i for i, name in enumerate(schema) if name in checked or name in wanted],
+            columns=[i for i, name in enumerate(schema) if name in needed],
             raise_if_empty=False,
         )
     except (pl.exceptions.PolarsError, UnicodeDecodeError):
         return None
-    if frame.height != num_rows or not frame.select(_is_good(layout, frame)).item():
+    if block.count(separator.encode()) != frame.height * (len(schema) - 1):
         return None
-    return frame.select(wanted)
+    if frame[last].null_count() and block.count(b"\n") != frame.height:  # is a line blank?
+        return None
+    return frame.select(wanted) if frame.select(_is_good(layout, frame)).item() else None
 
 
 def _is_good(layout: Layout, frame: pl.DataFrame) -> pl.Expr:

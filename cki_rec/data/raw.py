@@ -53,6 +53,8 @@ class Reading:
     examples: dict[str, list[str]] = field(default_factory=dict)
     has_published: bool = True
     """Whether texts may be published ones, which their md5 tells."""
+    line: int = 1
+    """The next line of the text in hand."""
     md5: dict[str, str] = field(default_factory=dict)
     """Name of a text, without folder and ``.gz`` -> md5 of its content."""
 
@@ -90,48 +92,32 @@ class Text:
         """Return how messages name it."""
         return f"{self.path} (member {self.member})" if self.member else str(self.path)
 
-    def blocks(self, reading: Reading) -> Iterator[tuple[int, int, bytes]]:
-        """Yield the number of the first line, how many lines, and these, each ended by a newline.
+    def blocks(self, reading: Reading) -> Iterator[bytes]:
+        """Yield some whole lines at a time, each ended by a newline.
 
         A byte order mark at the start is dropped, and so are carriage returns before newlines.
+        Whoever counts the lines keeps ``reading.line`` up to date, for messages.
 
         Raises:
             UserError: Absent, unreadable, cut, empty, or without newlines.
         """
-        digest, line, rest = hashlib.md5(usedforsecurity=False), 1, b""
+        digest, position, is_empty = hashlib.md5(usedforsecurity=False), 0, True
+        reading.line = 1
         with self._open() as (file, raw):
-            position = 0
-            while True:
-                try:
-                    piece = file.read(max(reading.block_bytes, len(BOM) + 1))
-                except (*NOT_READABLE, RuntimeError) as error:
-                    raise self._damaged(error, line) from None
-                except OSError as error:
-                    raise _unreadable(str(self), error) from None
+            while block := self._read(file, reading):
                 if reading.has_published:
-                    digest.update(piece)
+                    digest.update(block)
                 reading.advance(max(0, raw.tell() - position))
                 position = max(position, raw.tell())
-                if line == 1 and not rest:
-                    piece = piece.removeprefix(BOM)
-                end = piece.rfind(b"\n") + 1 if piece else 0
-                if not end and piece:
-                    rest += piece
-                    if len(rest) > LONGEST_LINE:
-                        raise self._without_newlines(rest, line)
-                    continue
-                block, rest = (rest + piece[:end], piece[end:]) if piece else (rest, b"")
-                if block:
-                    if line == 1 and b"\n" not in block and b"\r" in block.rstrip(b"\r"):
-                        raise self._without_newlines(block, line)
-                    block = block if block.endswith(b"\n") else block + b"\n"
-                    num_lines = block.count(b"\n")
-                    block = block.replace(b"\r\n", b"\n") if b"\r" in block else block
-                    yield line, num_lines, block
-                    line += num_lines
-                if not piece:
+                if is_empty:
+                    block = block.removeprefix(BOM)
+                if not block:
                     break
-        if line == 1:
+                is_empty = False
+                if b"\r" in block:
+                    block = block.replace(b"\r\n", b"\n")
+                yield block if block.endswith(b"\n") else block.removesuffix(b"\r") + b"\n"
+        if is_empty:
             raise UserError(f"{self}: empty, expected one row a line; fetch the file again")
         if reading.has_published:
             is_new = self.name not in reading.md5
@@ -140,9 +126,25 @@ class Text:
 
     def first_line(self) -> str:
         """Return the first line, without its end."""
-        reading = Reading("error", block_bytes=1 << 16)
-        _, _, block = next(self.blocks(reading))
+        block = next(self.blocks(Reading("error", block_bytes=1 << 16, has_published=False)))
         return block.split(b"\n", 1)[0].decode("utf-8", errors="replace")
+
+    def _read(self, file: IO[bytes], reading: Reading) -> bytes:
+        """Return the next whole lines; nothing at the end."""
+        try:
+            block = file.read(max(reading.block_bytes, len(BOM)))
+            if block and not block.endswith(b"\n"):
+                block += file.readline(LONGEST_LINE)
+        except (*NOT_READABLE, RuntimeError) as error:
+            raise self._damaged(error, reading.line) from None
+        except OSError as error:
+            raise _unreadable(str(self), error) from None
+        is_one_line = b"\n" not in block[:-1]
+        if is_one_line and len(block) > LONGEST_LINE:
+            raise self._without_newlines(block, reading.line)
+        if is_one_line and reading.line == 1 and b"\r" in block.rstrip(b"\r\n"):
+            raise self._without_newlines(block, 1)
+        return block
 
     def _without_newlines(self, text: bytes, line: int) -> UserError:
         if b"\r" in text:

@@ -52,7 +52,7 @@ _CONTENT_OPTIONS = (
 )  # fmt: skip
 
 
-def prepare(data: Data, encoded_dir: str | Path, chunk_mb: int = 32) -> EncodedDataset:
+def prepare(data: Data, encoded_dir: str | Path, chunk_mb: int = 16) -> EncodedDataset:
     """Return the encoded data set that ``data`` asks for, made now or earlier.
 
     Two processes that prepare at once: one works, the other waits. What a killed preparation left

@@ -150,7 +150,7 @@ def _find(data: Data) -> tuple[Text, Text | None]:
 
 def _read_attributes(text: Text, universe: list[str]) -> pl.DataFrame:
     """Return item and its attributes, joined by ``|``."""
-    content = b"".join(block for *_, block in text.blocks(Reading("error")))
+    content = b"".join(text.blocks(Reading("error")))
     try:
         lists = json.loads(content)
         if not all(isinstance(entry, list) for entry in lists.values()):
