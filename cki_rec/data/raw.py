@@ -136,7 +136,7 @@ class Text:
             if block and not block.endswith(b"\n"):
                 block += file.readline(LONGEST_LINE)
         except (*NOT_READABLE, RuntimeError) as error:
-            raise self._damaged(error, reading.line) from None
+            raise self._damaged(error, self._count_lines()) from None
         except OSError as error:
             raise _unreadable(str(self), error) from None
         is_one_line = b"\n" not in block[:-1]
@@ -173,12 +173,23 @@ class Text:
                 if name.endswith(".gz"):
                     file = cast(IO[bytes], gzip.GzipFile(fileobj=file))
             except (*NOT_READABLE, RuntimeError) as error:
-                raise self._damaged(error, 1) from None
+                raise self._damaged(error, 0) from None
             yield file, raw
 
-    def _damaged(self, error: BaseException, line: int) -> UserError:
+    def _count_lines(self) -> int:
+        """Return how many whole lines of a damaged file can be read."""
+        lines = 0
+        with self._open() as (file, _):
+            try:
+                while piece := file.read(1 << 12):
+                    lines += piece.count(b"\n")
+            except (*NOT_READABLE, RuntimeError):
+                return lines
+        return lines
+
+    def _damaged(self, error: BaseException, lines: int) -> UserError:
         return UserError(
-            f"{self}: damaged or cut after line {line - 1} ({error}), expected a whole file; "
+            f"{self}: damaged or cut after line {lines} ({error}), expected a whole file; "
             "fetch it again or set data.raw"
         )
 

@@ -76,6 +76,7 @@ def prepare(data: Data, encoded_dir: str | Path, chunk_mb: int = 16) -> EncodedD
         _fetch(data)
     reader = FORMATS[data.format]
     fields = resolve(data, reader.kinds(data))
+    _check_entities(data, reader)
     encoded_dir = Path(encoded_dir)
     start = time.perf_counter()
     source = _source(data, encoded_dir)
@@ -95,6 +96,25 @@ def prepare(data: Data, encoded_dir: str | Path, chunk_mb: int = 16) -> EncodedD
     finally:
         lock.release()
     return EncodedDataset(folder, data.verify)
+
+
+def _check_entities(data: Data, reader: Format) -> None:
+    """Refuse to divide rows by what they do not have, before anything is read.
+
+    Raises:
+        UserError: Rows without users or items, and an option that needs them.
+    """
+    has = {"user": reader.user(data), "item": reader.item(data)}
+    by = data.partition.by
+    if by in has and has[by] is None:
+        raise UserError(
+            f"data.partition.by={by}: these rows have no {by}s; choose random, time or none, or "
+            f"name their column in data.{by}"
+        )
+    if data.split.by == "leave_last_out" and has["user"] is None:
+        raise UserError(
+            "data.split.by=leave_last_out: these rows have no users; choose random or time"
+        )
 
 
 def _make(
