@@ -27,6 +27,8 @@ from cki_rec.data.split import SPLITS, Blocks, sort_rows
 MANIFEST = "manifest.json"
 FORMAT_VERSION = 2
 """Raised whenever the same options and raw files would give different columns."""
+PARTS = "parts.json"
+"""In the folder of a partition: where parts end, and size and digest of its files."""
 NO_PARTITION = Partition(by="none", parts=1, seed=0)
 
 
@@ -85,7 +87,7 @@ class EncodedDataset:
             self.split: NDArray[np.uint8] = columns["split"]
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise damaged(folder / MANIFEST, f"found {error!r}") from None
-        self._columns = columns
+        self._columns, self._verify = columns, verify
         self.timestamp: Ints | None = columns.get("timestamp")
         self.group: Ids | None = columns.get("group")
         self.item_index: Ids | None = columns.get("item_index")
@@ -119,7 +121,7 @@ class EncodedDataset:
         path = self.folder / f"vocabulary.{table}.txt"
         if f"vocabulary.{table}" not in self.manifest["files"]:
             raise UserError(f"{self.folder}: ids of table {table} are hashes, it has no tokens")
-        if vocabulary.file_sha256(path) != self.schema.vocabulary_hashes[table]:
+        if vocabulary.file_sha256(path) != self.manifest["files"][f"vocabulary.{table}"]["sha256"]:
             raise damaged(path, "its hash differs from the manifest")
         return vocabulary.read(path)
 
@@ -144,7 +146,7 @@ class EncodedDataset:
                         f"{folder}: cannot be written: {error.strerror or error}; free space or "
                         "set runtime.encoded to a folder that can be written"
                     ) from None
-            self._parts[key] = _open_parts(folder)
+            self._parts[key] = _open_parts(folder, self._verify)
         return self._parts[key]
 
     def rows(
@@ -233,11 +235,13 @@ class EncodedDataset:
             keys = _SplitAndPart(self.split, mapped, num_parts)
             sizes = sort_rows(keys, temporary / "order.npy", len(self))
             ends = np.cumsum(np.pad(sizes, (0, 3 * num_parts - len(sizes)))).reshape(3, -1)
-            others = [p for p in self.folder.glob("parts-*/ends.json") if num_parts == 1]
+            others = [p for p in self.folder.glob(f"parts-*/{PARTS}") if num_parts == 1]
             found = _summed(self, others[0].parent) if others else self._count(mapped, num_parts)
             for name, counts in found.items():
                 np.save(temporary / f"counts.{name}.npy", counts)
-            (temporary / "ends.json").write_text(json.dumps(ends.tolist()))
+            files = [file_facts(path) for path in sorted(temporary.iterdir())]
+            facts = {"ends": ends.tolist(), "files": files}
+            (temporary / PARTS).write_text(json.dumps(facts))
             temporary.rename(folder)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -264,7 +268,7 @@ class EncodedDataset:
 
 def _summed(dataset: EncodedDataset, folder: Path) -> dict[str, Ints]:
     """Return feature -> ``(1, V)`` counts of all parts together, from those of some partition."""
-    parts = _open_parts(folder)
+    parts = _open_parts(folder, "fast")
     return {f.name: parts.counts(f.name).sum(0, keepdims=True) for f in dataset.schema.lookups}
 
 
@@ -284,6 +288,19 @@ class _SplitAndPart(Blocks):
             yield key.astype(np.uint16) if is_small else key
 
 
+def file_facts(path: Path) -> dict[str, Any]:
+    """Return what ``_check_file`` and ``_open_column`` compare a file with."""
+    facts: dict[str, Any] = {
+        "file": path.name,
+        "bytes": path.stat().st_size,
+        "sha256": vocabulary.file_sha256(path),
+    }
+    if path.suffix == ".npy":
+        array = _load(path, is_empty=facts["bytes"] <= 128)
+        facts.update(dtype=str(array.dtype), shape=list(array.shape))
+    return facts
+
+
 def damaged(path: Path, what: str) -> UserError:
     """Return the error for a file of an encoded data set that is not as it was written."""
     return UserError(
@@ -298,9 +315,12 @@ def _parts_key(partition: Partition) -> str:
     return f"parts-{partition.by}-{partition.parts}{seed}"
 
 
-def _open_parts(folder: Path) -> Parts:
+def _open_parts(folder: Path, verify: str) -> Parts:
+    facts = _read_json(folder / PARTS)
+    for entry in facts["files"]:
+        _check_file(folder, entry, verify)
     part, order = _load(folder / "part.npy"), _load(folder / "order.npy")
-    return Parts(folder, part, order, _read_json(folder / "ends.json"))
+    return Parts(folder, part, order, facts["ends"])
 
 
 def _read_json(path: Path) -> Any:

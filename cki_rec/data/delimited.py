@@ -26,11 +26,14 @@ TYPES: dict[str, type[pl.DataType]] = {
     "number": pl.Float64,
     "click": pl.Float64,
     "yymmddhh": pl.Int64,
+    "seconds": pl.Int64,
 }
+LATEST = 4_102_444_800
+"""The year 2100, in seconds; larger times are milliseconds or no times."""
 _INTEGER = re.compile(r"[ \t]*[+-]?[0-9]+")
 _NUMBER = re.compile(r"[ \t]*[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
 _MEANING = {"integer": "a whole number", "number": "a number", "click": "0 or 1",
-            "yymmddhh": "a time as YYMMDDHH"}  # fmt: skip
+            "yymmddhh": "a time as YYMMDDHH", "seconds": "seconds since 1970"}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +51,7 @@ class Layout:
     """What a line holds."""
 
     columns: Mapping[str, str]
-    """Name -> ``text``, ``integer``, ``number``, ``click`` (0 or 1) or ``yymmddhh``, in order."""
+    """Name -> a row of ``TYPES``, in order; a ``click`` is 0 or 1."""
     separator: str
     header: str | None = None
     """The first line; None: there is none."""
@@ -159,6 +162,8 @@ def _is_good(layout: Layout, frame: pl.DataFrame) -> pl.Expr:
             tests.append(column.is_in([0.0, 1.0]).fill_null(False).all())
         elif kind == "yymmddhh":
             tests.append((hours(name).is_not_null() | column.is_null()).all())
+        elif kind == "seconds":
+            tests.append(column.is_between(0, LATEST).fill_null(True).all())
         elif kind == "number":
             tests.append(column.is_finite().fill_null(True).all())
         if name in layout.required:
@@ -235,11 +240,13 @@ def _fault(
 def _number_fault(name: str, kind: str, value: str) -> tuple[str, str] | None:
     shown = repr(value if len(value) <= 40 else value[:37] + "...")
     expected = f"{_MEANING[kind]} in {name}, not {shown}"
-    if kind in ("integer", "yymmddhh"):
+    if kind in ("integer", "yymmddhh", "seconds"):
         if not _INTEGER.fullmatch(value) or not -(2**63) <= int(value) < 2**63:
             return "not a number", expected
-        is_time = kind == "integer" or _is_hour(int(value))
-        return None if is_time else ("not a time", expected)
+        if kind == "seconds":
+            return None if 0 <= int(value) <= LATEST else ("not a time", expected)
+        is_good = kind == "integer" or _is_hour(int(value))
+        return None if is_good else ("not a time", expected)
     if not _NUMBER.fullmatch(value):
         is_special = value.lower().lstrip(" +-") in ("nan", "inf", "infinity")
         return "not finite" if is_special else "not a number", expected

@@ -12,6 +12,8 @@ Shape legend: N rows, M ids of a field with several ids a row, C columns of ids.
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
@@ -24,7 +26,7 @@ from cki_rec.config import Data, UserError
 from cki_rec.data.columns import RAGGED, ColumnFile, Ids, Ints, add_counts, blocks
 from cki_rec.data.fields import Field
 from cki_rec.data.history import write_history
-from cki_rec.data.numbers import bucket_codes, quantile_edges, standardize
+from cki_rec.data.numbers import bucket_codes, key_values, quantile_edges, standardize
 from cki_rec.data.provisional import ITEM, USER, Provisional, make_plan
 from cki_rec.data.schema import UNSEEN_ID, Feature, FeatureSchema
 from cki_rec.data.split import SPLITS, check_sizes, share, split_codes
@@ -40,6 +42,8 @@ class Encoded:
     """Names of the columns of ``ids.npy``."""
     numbers: dict[str, list[float]]
     """Numeric field -> what was subtracted, and then divided by."""
+    edges: dict[str, list[float]]
+    """Field of quantile buckets -> largest value of each bucket but the last."""
     splits: dict[str, dict[str, float]]
     unseen_share: dict[str, dict[str, float | None]]
     """Field -> split -> share of unseen ids; None: no ids."""
@@ -86,16 +90,16 @@ def encode(
             raise UserError(f"{data.raw}: no usable row; see data.on_bad_row")
         _finish_entities(columns)
         splits = _split(columns, data, is_chronological, rows_per_step)
-        _bucket_quantiles(columns)
+        edges = _bucket_quantiles(columns)
         counts = _count_training_rows(columns)
         vocabularies = _vocabularies(columns, counts)
-        schema = _schema(fields, vocabularies)
         unseen = _look_up(columns, vocabularies)
         numbers = _standardize(columns)
+        schema = _schema(fields, vocabularies, {**numbers, **edges})
         for name, source in plan.histories.items():
             unseen[name] = write_history(columns, name, source, data.history_length)
     shares = {f.name: unseen[f.name] for f in fields if f.name in unseen}
-    return Encoded(schema, [f.name for f in plan.ids], numbers, splits, shares)
+    return Encoded(schema, [f.name for f in plan.ids], numbers, edges, splits, shares)
 
 
 def _finish_entities(columns: Provisional) -> None:
@@ -160,11 +164,11 @@ def _split(
     }
 
 
-def _bucket_quantiles(columns: Provisional) -> None:
-    """Replace numbers that become quantile buckets by the codes of their buckets."""
-    plan, files = columns.plan, columns.files
+def _bucket_quantiles(columns: Provisional) -> dict[str, list[float]]:
+    """Replace numbers that become quantile buckets by the codes of their buckets; return edges."""
+    plan, files, found = columns.plan, columns.files, {}
     if not plan.quantiles:
-        return
+        return {}
     keys, ids, split = files["quantiles"], files["ids"], files["split"]
     for number, column in enumerate(plan.quantiles):
         position = plan.ids.index(column)
@@ -173,11 +177,13 @@ def _bucket_quantiles(columns: Provisional) -> None:
             for start, stop in blocks(keys.rows)
         )
         edges = quantile_edges(known, plan.buckets, columns.folder)
+        found[column.name] = key_values(edges).tolist()
         for start, stop in blocks(keys.rows):
             block = ids.read(start, stop)
             block[:, position] = bucket_codes(keys.read(start, stop)[:, number], edges)
             ids.write(start, block)
     files.pop("quantiles").delete()
+    return found
 
 
 def _count_training_rows(columns: Provisional) -> dict[str, Ints]:
@@ -217,7 +223,12 @@ def _vocabularies(columns: Provisional, counts: dict[str, Ints]) -> dict[str, Vo
     return found
 
 
-def _schema(fields: tuple[Field, ...], vocabularies: dict[str, Vocabulary]) -> FeatureSchema:
+def _schema(
+    fields: tuple[Field, ...],
+    vocabularies: dict[str, Vocabulary],
+    numbers: dict[str, list[float]],
+) -> FeatureSchema:
+    """Return the schema; what was learnt about numbers is part of what their fields mean."""
     kinds = {"numeric": "categorical", "time": "categorical"}
     features = tuple(
         Feature(f.name, "", "numeric")
@@ -226,10 +237,14 @@ def _schema(fields: tuple[Field, ...], vocabularies: dict[str, Vocabulary]) -> F
         for f in fields
     )
     tables = dict.fromkeys(f.table for f in features if f.kind != "numeric")
+    hashes = {table: vocabularies[table].hash for table in tables}
+    for name, learnt in numbers.items():
+        text = json.dumps([hashes.get(name), learnt])
+        hashes[name] = hashlib.sha256(text.encode()).hexdigest()
     return FeatureSchema(
         features=features,
         table_sizes={table: vocabularies[table].size for table in tables},
-        vocabulary_hashes={table: vocabularies[table].hash for table in tables},
+        vocabulary_hashes=hashes,
     )
 
 

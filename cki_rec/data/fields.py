@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from itertools import pairwise
 from typing import Any
+
+from torch import nn
 
 from cki_rec.config import CHOICES, Data, UserError, nearest
 from cki_rec.data.schema import FIRST_ID
@@ -87,6 +90,8 @@ def resolve(data: Data, kinds: Mapping[str, str]) -> tuple[Field, ...]:
             f"{nearest(unknown[0], kinds)}it gives {', '.join(kinds)}"
         )
     found = tuple(_field(entry, data, kinds) for entry in _entries(data))
+    if all(f.is_number for f in found):
+        raise UserError("data.fields: numbers only, expected at least one field with ids")
     found = tuple(_with_source(f, found, kinds) if f.kind == "history" else f for f in found)
     _check_tables(found)
     return found
@@ -120,18 +125,39 @@ def _entries(data: Data) -> list[dict[str, Any]]:
                 if not _is_ascending(value):
                     raise UserError(f"{where}={value!r}: expected two ascending numbers or more")
             elif key in ("min_count", "hash_size", "max_length", "prefix"):
-                if not isinstance(value, int) or value < 1:
+                if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                     raise UserError(f"{where}={value}: expected a whole number, 1 or more")
                 if key == "hash_size" and value > LARGEST_HASH:
                     raise UserError(f"{where}={value}: expected at most {LARGEST_HASH}")
             elif not isinstance(value, str) or not value:
                 raise UserError(f"{where}={value!r}: expected a word")
+            elif key in ("name", "table"):
+                _check_name(where, value)
+            elif key == "column" and value.startswith("@"):
+                raise UserError(f"{where}={value}: names that begin with @ are ours; rename it")
     return entries
+
+
+def _check_name(where: str, name: str) -> None:
+    """Refuse names that cannot name a table of a model or a file."""
+    is_plain = re.fullmatch(r"\w[\w -]*", name) is not None and not name.endswith("_first_order")
+    if not is_plain or hasattr(nn.ModuleDict, name) or name == "training":
+        raise UserError(
+            f"{where}={name}: expected letters, digits, '_', '-' and spaces, and no word that "
+            f"torch has taken; name it otherwise: {{name: other, column: {name}}}"
+        )
 
 
 def _field(entry: dict[str, Any], data: Data, kinds: Mapping[str, str]) -> Field:
     name = entry["name"]
     kind = entry.get("kind", kinds[name if name in kinds else entry.get("column", name)])
+    given = kinds[entry.get("column", name)] if kind != "history" else kind
+    allowed = {"numeric": ("numeric",), "time": ("time",)}.get(given, KINDS[:3])
+    if kind != given and (kind not in allowed or (kind == "numeric" and data.format != "bars")):
+        raise UserError(
+            f"data.fields, {name}: kind={kind}: the column is {given}, expected "
+            f"{' or '.join(allowed if data.format == 'bars' else (given,))}"
+        )
     own = (data.item or "item") if kind == "history" else name
     column = entry.get("column", own)
     transform = entry.get("transform", data.numeric) if kind == "numeric" else None

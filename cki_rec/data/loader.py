@@ -20,6 +20,7 @@ from cki_rec.data.dataset import EncodedDataset
 from cki_rec.data.permutation import Permutation
 from cki_rec.data.schema import Batch, FeatureSchema
 
+CPU = torch.device("cpu")
 SHUFFLE_STREAM = 3
 """Sets the order of this draw apart from others of the same seed."""
 
@@ -43,7 +44,8 @@ class Loader:
         seed: Draws the order of every epoch; None: the order of ``rows``.
         rank: Of this process.
         world_size: Number of processes.
-        pin_memory: Put batches into page-locked memory, for asynchronous copies to CUDA.
+        device: Where batches go. To CUDA they are copied from page-locked memory, on a stream of
+            their own, while the batch before is in use.
 
     Raises:
         UserError: ``batch_size`` is below 1, or there are fewer rows than processes.
@@ -59,7 +61,7 @@ class Loader:
         seed: int | None = None,
         rank: int = 0,
         world_size: int = 1,
-        pin_memory: bool = False,
+        device: torch.device = CPU,
     ) -> None:
         if batch_size < 1:
             raise UserError(f"train.batch_size={batch_size}: expected 1 or more")
@@ -67,7 +69,8 @@ class Loader:
             raise UserError(f"{len(rows)} rows for {world_size} processes: start fewer")
         self._gather = Gather(dataset, schema)
         self._rows, self._batch_size, self._seed = rows, batch_size, seed
-        self._rank, self._world_size, self._pin_memory = rank, world_size, pin_memory
+        self._rank, self._world_size, self._device = rank, world_size, device
+        self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._epoch, self._done = 0, 0
 
     def __len__(self) -> int:
@@ -80,6 +83,10 @@ class Loader:
         batches = ahead(self._batch(start, stop) for start, stop in steps)
         for (_, stop), batch in zip(steps, batches, strict=True):
             self._done = stop
+            if self._copies is not None:
+                current = torch.cuda.current_stream(self._device)
+                current.wait_stream(self._copies)
+                batch.record_stream(current)
             yield batch
         self._epoch, self._done = self._epoch + 1, 0
 
@@ -128,7 +135,10 @@ class Loader:
             order = Permutation(len(self._rows), self._seed, self._epoch, SHUFFLE_STREAM)
             rows = self._rows[order(places)]
         batch = self._gather(np.asarray(rows))
-        return batch.pin_memory() if self._pin_memory else batch
+        if self._copies is None:
+            return batch
+        with torch.cuda.stream(self._copies):
+            return batch.pin_memory().to(self._device, non_blocking=True)
 
 
 class Gather:

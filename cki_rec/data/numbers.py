@@ -77,6 +77,12 @@ def ordered_keys(values: NDArray[np.float64]) -> Ints:
     return keys
 
 
+def key_values(keys: Ints) -> NDArray[np.float64]:
+    """Return the values that ``ordered_keys`` took."""
+    bits = keys ^ ((keys >> 63) & np.iinfo(np.int64).max)
+    return bits.view(np.float64)
+
+
 def quantile_edges(keys: Iterator[Ints], buckets: int, scratch: Path) -> Ints:
     """Return the distinct keys that end the first ``buckets - 1`` of equally filled buckets.
 

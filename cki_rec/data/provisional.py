@@ -129,7 +129,7 @@ class Provisional:
             (ITEM, plan.item, "item_index"),
         ):
             if column_name is not None:
-                token = pl.col(column_name)
+                token = pl.col(column_name).cast(pl.String)
                 physical = frame.select(_physical(token, self.dictionaries[name])).to_series()
                 self.dictionaries[name].grow(_top(physical))
                 self._add(target, physical.to_numpy(), np.int32)
@@ -153,11 +153,11 @@ class Provisional:
         ]
         names = [column.name for column in self.plan.ids]
         found = frame.select(e.alias(n) for e, n in zip(expressions, names, strict=True))
-        codes: NDArray[np.int32] = found.to_numpy(order="c").view(np.int32)
+        codes: NDArray[np.uint32] = found.to_numpy(order="c")
         for column, top in zip(self.plan.ids, codes.max(axis=0).tolist(), strict=True):
             if column.hash_size is None:
                 self.dictionaries[column.table].grow(top)
-        return codes
+        return codes.view(np.int32)
 
     def _append_multi(self, frame: pl.DataFrame, column: Field) -> None:
         """Add the distinct codes of every row, in the order of the text."""

@@ -220,6 +220,12 @@ def texts(data: Data) -> list[Text]:
             found.append(Text(path, members[0]))
         else:
             found.append(Text(path))
+    names = [(text.path.parent, text.name) for text in found]
+    twice = sorted({name for folder, name in names if names.count((folder, name)) > 1})
+    if twice:
+        raise UserError(
+            f"data.raw={data.raw}: names {twice[0]} plain and compressed, expected one of them"
+        )
     return found
 
 
@@ -236,9 +242,12 @@ def paths(data: Data) -> list[Path]:
             raise UserError(f"data.raw={word!r}: expected a path, a pattern or a list of them")
         matches = [word] if Path(word).exists() else glob.glob(word)
         if not matches:
+            how = f"fetch it with: make data-{data.name}"
+            if data.download.url is None:
+                how = data.download.by_hand or "get it from its owner"
             raise UserError(
-                f"{word}: no such file or folder; put the raw data there, set data.raw to where "
-                f"it is, or fetch it with: make data-{data.name} (data/README.md says more)"
+                f"{word}: no such file or folder; set data.raw to where the raw data is, or {how} "
+                "(data/README.md says more)"
             )
         found += sorted((Path(match) for match in matches), key=_natural)
     if len({path.resolve() for path in found}) < len(found):

@@ -39,7 +39,8 @@ class FeatureSchema:
     features: tuple[Feature, ...]
     table_sizes: dict[str, int]
     vocabulary_hashes: dict[str, str]
-    """sha256 of each table's tokens in id order: equal hash, equal meaning of every row."""
+    """sha256 of each table's tokens in id order: equal hash, equal meaning of every row. Of fields
+    made of numbers, by their name, also of what was learnt about them (scale, edges)."""
 
     @property
     def lookups(self) -> tuple[Feature, ...]:

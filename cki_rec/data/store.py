@@ -30,7 +30,13 @@ from cki_rec.config import Data, UserError, nearest
 from cki_rec.data.ahead import ahead
 from cki_rec.data.click_model import best_possible
 from cki_rec.data.columns import blocks
-from cki_rec.data.dataset import FORMAT_VERSION, MANIFEST, NO_PARTITION, EncodedDataset
+from cki_rec.data.dataset import (
+    FORMAT_VERSION,
+    MANIFEST,
+    NO_PARTITION,
+    EncodedDataset,
+    file_facts,
+)
 from cki_rec.data.download import fetch
 from cki_rec.data.encode import Encoded, encode
 from cki_rec.data.fields import Field, resolve, to_json
@@ -83,7 +89,7 @@ def prepare(data: Data, encoded_dir: str | Path, chunk_mb: int = 16) -> EncodedD
     options = _options(data, fields)
     key = _hash([FORMAT_VERSION, options, [entry["sha256"] for entry in source]])[:12]
     folder = encoded_dir / f"{data.name}-{key}"
-    if folder.exists():
+    if (folder / PREPARATION).exists():
         return EncodedDataset(folder, data.verify)
     try:
         encoded_dir.mkdir(parents=True, exist_ok=True)
@@ -92,7 +98,9 @@ def prepare(data: Data, encoded_dir: str | Path, chunk_mb: int = 16) -> EncodedD
         raise _unwritable(encoded_dir, error) from None
     try:
         if not folder.exists():
-            _make(data, reader, fields, folder, source, chunk_mb, start)
+            _make(data, reader, fields, folder, source, chunk_mb)
+        if not (folder / PREPARATION).exists():
+            _finish(data, folder, start)
     finally:
         lock.release()
     return EncodedDataset(folder, data.verify)
@@ -124,7 +132,6 @@ def _make(
     folder: Path,
     source: list[dict[str, Any]],
     chunk_mb: int,
-    start: float,
 ) -> None:
     """Encode and write ``folder``; the lock is held."""
     leftover = re.compile(re.escape(data.name) + r"-[0-9a-f]{12}\.tmp-\d+")
@@ -150,13 +157,6 @@ def _make(
                 rows_per_step=reader.rows_per_step(data),
             )
         _write_manifest(data, reader, fields, encoded, reading, source, temporary)
-        for partition in (data.partition, NO_PARTITION):
-            EncodedDataset(temporary).parts(partition)  # counts per part: evidence
-        facts = {
-            "seconds": round(time.perf_counter() - start, 3),
-            "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
-        }
-        (temporary / PREPARATION).write_text(json.dumps(facts))
         temporary.rename(folder)
     except OSError as error:
         raise _unwritable(temporary, error) from None
@@ -164,6 +164,26 @@ def _make(
         shutil.rmtree(temporary, ignore_errors=True)
     for reason, count in reading.counts.items():
         logger.info("skipped %d rows: %s, e.g. %s", count, reason, reading.examples[reason][0])
+
+
+def _finish(data: Data, folder: Path, start: float) -> None:
+    """Count the ids of every part, and note what the preparation took; the lock is held.
+
+    The set itself is complete, so what fails here costs no second encoding.
+    """
+    for partition in (data.partition, NO_PARTITION):
+        EncodedDataset(folder).parts(partition)
+    facts = {
+        "seconds": round(time.perf_counter() - start, 3),
+        "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
+    }
+    path = folder / PREPARATION
+    try:
+        temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+        temporary.write_text(json.dumps(facts))
+        temporary.replace(path)
+    except OSError as error:
+        raise _unwritable(path, error) from None
 
 
 def _write_manifest(
@@ -175,7 +195,7 @@ def _write_manifest(
     source: list[dict[str, Any]],
     folder: Path,
 ) -> None:
-    files = {path.stem: _file_facts(path) for path in sorted(folder.iterdir())}
+    files = {path.stem: file_facts(path) for path in sorted(folder.iterdir())}
     schema, options = encoded.schema.to_json(), _options(data, fields)
     hashes = {name: entry["sha256"] for name, entry in files.items()}
     manifest = {
@@ -184,10 +204,12 @@ def _write_manifest(
         "synthetic": data.format == "synthetic",
         "source": source,
         "published": _published(data, reading.md5),
+        "should_be_published_as": data.published,
         "options": options,
         "schema": schema,
         "id_columns": encoded.ids,
         "numbers": encoded.numbers,
+        "quantile_edges": encoded.edges,
         "is_chronological": reader.is_chronological(data),
         "splits": encoded.splits,
         "best_possible": _best_possible(data, folder),
@@ -199,18 +221,6 @@ def _write_manifest(
         "files": files,
     }
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=2), encoding="utf-8")
-
-
-def _file_facts(path: Path) -> dict[str, Any]:
-    facts: dict[str, Any] = {
-        "file": path.name,
-        "bytes": path.stat().st_size,
-        "sha256": file_sha256(path),
-    }
-    if path.suffix == ".npy":
-        array = np.load(path, mmap_mode="r" if facts["bytes"] > 128 else None)
-        facts.update(dtype=str(array.dtype), shape=list(array.shape))
-    return facts
 
 
 def _best_possible(data: Data, folder: Path) -> dict[str, Any] | None:
@@ -236,11 +246,10 @@ def _published(data: Data, found: dict[str, str]) -> dict[str, str | None]:
     for file, md5 in found.items():
         expected = wanted.get(file.removesuffix(".csv"), md5)
         if md5 != expected:
-            logger.warning(
-                "%s is not the file published as %s (md5 %s, published %s): results are not "
-                "comparable with published ones",
-                *(file, data.published, md5, expected),
-            )
+            what = f"{file} is not the file published as {data.published} (md5 {md5}, published"
+            if data.fetch:
+                raise UserError(f"{data.raw}: {what} {expected}); delete it and fetch it again")
+            logger.warning("%s %s): results are not comparable", what, expected)
     return {file: names.get(md5) for file, md5 in found.items()}
 
 

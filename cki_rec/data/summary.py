@@ -22,8 +22,12 @@ def summary_lines(dataset: EncodedDataset) -> list[str]:
         f"{dataset.folder}: {len(dataset):,} rows, {len(schema.features)} fields{is_synthetic}"
     ]
     lines += [f"  from {entry['name']} ({entry['size']:,} bytes)" for entry in manifest["source"]]
+    wanted = manifest["should_be_published_as"]
     for file, name in manifest["published"].items():
-        lines.append(f"  {file} is " + (f"published as {name}" if name else "no published file"))
+        if name is not None:
+            lines.append(f"  {file} is published as {name}")
+        elif wanted is not None:
+            lines.append(f"  {file} is NOT the file published as {wanted}")
     for name, split in manifest["splits"].items():
         line = f"  {name:<5} {split['rows']:>13,} rows, {split['positive_rate']:.2%} positive"
         best = (manifest["best_possible"] or {}).get(name)

@@ -42,7 +42,16 @@ class Dictionary:
         return pl.Categorical(self._categories)
 
     def grow(self, code: int) -> None:
-        """Remember that there is ``code``, and every one below."""
+        """Remember that there is ``code``, and every one below.
+
+        Raises:
+            UserError: More tokens than ids.
+        """
+        if code >= LARGEST_TABLE:
+            raise UserError(
+                f"data.fields: a field has more than {LARGEST_TABLE:,} different tokens; hash it: "
+                "{name: ..., hash_size: 100000000}"
+            )
         self.size = max(self.size, code + 1)
 
     def tokens(self) -> pl.Series:

@@ -20,7 +20,7 @@ from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 
 from cki_rec.integration.params import Params, generator
-from cki_rec.models.layers import FIRST_ORDER
+from cki_rec.models.layers import FIRST_ORDER, NUMBERS
 
 ADAGRAD_EPS = 1e-8
 INITIAL_BLOCK = 4096
@@ -100,8 +100,8 @@ def table_of(name: str) -> str | None:
 def initialize(model: ShardedModel, seed: int, init_std: float) -> None:
     """Set every parameter from (seed, name, row): equal for every plan and world size.
 
-    Tables: normal with ``init_std``, first-order tables zero; matrices: Xavier uniform; vectors:
-    zero.
+    Tables, and the vectors of numeric fields: normal with ``init_std``, first-order weights zero;
+    matrices: Xavier uniform; biases: zero.
     """
     for name, value in model.module.state_dict().items():
         if name in model.tables:
@@ -114,6 +114,10 @@ def initialize(model: ShardedModel, seed: int, init_std: float) -> None:
                 else:
                     full = initial_rows(seed, name, start, start + rows, value.metadata().size[1])
                     local.tensor.copy_(full[:, column : column + columns] * init_std)
+        elif name.rpartition(".")[2] in NUMBERS:
+            is_embedding = name.endswith(NUMBERS[0])
+            drawn = torch.randn(value.shape, generator=generator(seed, name))
+            value.copy_(drawn * (init_std if is_embedding else 0.0))
         elif value.dim() == 2:
             bound = math.sqrt(6 / sum(value.shape))
             value.copy_((torch.rand(value.shape, generator=generator(seed, name)) * 2 - 1) * bound)

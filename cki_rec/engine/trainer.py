@@ -70,7 +70,7 @@ def fit(
     history: list[dict[str, Any]] = []
     loader = Loader(
         dataset, schema, train_rows, schedule.batch_size, seed=seed,
-        pin_memory=model.device.type == "cuda",
+        device=model.device,
     )  # fmt: skip
     label = dataset.label[valid_rows]
     with progress(title, schedule.epochs * len(train_rows)) as advance:
@@ -78,7 +78,6 @@ def fit(
             model.module.train()
             total = 0.0
             for batch in loader:
-                batch = batch.to(model.device, non_blocking=True)
                 loss = train_step(model, dense, batch, looked_up, schedule)
                 if not np.isfinite(loss):
                     raise UserError(
@@ -154,7 +153,8 @@ class LookedUp:
     def __init__(self, module: nn.Module) -> None:
         self.emb_BFD = torch.empty(0)
         (sparse,) = [m for m in module.modules() if isinstance(m, FieldEmbeddings)]
+        self._num_looked_up = len(sparse.looked_up)
         self.remove = sparse.register_forward_hook(self._keep).remove
 
     def _keep(self, _: nn.Module, __: Any, output: tuple[Tensor, Tensor]) -> None:
-        self.emb_BFD = output[0]
+        self.emb_BFD = output[0][:, : self._num_looked_up]

@@ -17,6 +17,8 @@ from cki_rec.data.schema import Batch, FeatureSchema
 
 FIRST_ORDER = "_first_order"
 """Suffix of the tables that hold first-order weights."""
+NUMBERS = ("numbers", "numbers_first_order")
+"""Last words of the parameters that numeric fields have instead of tables."""
 FIRST_ORDER_DIM = 4
 """Columns of a first-order table. The lookup kernels need a multiple of 4; the weight is the mean
 of the columns, which start equal and get equal gradients, so they act as one."""
@@ -59,12 +61,12 @@ class FieldEmbeddings(nn.Module):
             for table, names in by_table.items()
         ]
         self.collection = EmbeddingBagCollection(tables=tables, device=device)
-        self.numbers_FD: nn.Parameter | None = None
-        self.numbers_first_order_F: nn.Parameter | None = None
-        if numbers:
-            self.numbers_FD = nn.Parameter(torch.empty(len(numbers), embedding_dim))
+        self.numbers: nn.Parameter | None = None
+        self.numbers_first_order: nn.Parameter | None = None
+        if numbers:  # F x D and F x 1: a row a field, as tables have a row an id
+            self.numbers = nn.Parameter(torch.empty(len(numbers), embedding_dim))
             if first_order:
-                self.numbers_first_order_F = nn.Parameter(torch.empty(len(numbers)))
+                self.numbers_first_order = nn.Parameter(torch.empty(len(numbers), 1))
         self._one_id_each: tuple[int, Tensor, Tensor] | None = None
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -73,11 +75,11 @@ class FieldEmbeddings(nn.Module):
         width = len(self.looked_up) * self.embedding_dim
         emb_BFD = pooled[:, :width].unflatten(1, (len(self.looked_up), self.embedding_dim))
         first_order_B = pooled[:, width:].sum(1) / FIRST_ORDER_DIM
-        if self.numbers_FD is not None:
+        if self.numbers is not None:
             assert batch.numbers is not None, "the schema has numbers, the batch has none"
-            emb_BFD = torch.cat([emb_BFD, batch.numbers.unsqueeze(2) * self.numbers_FD], dim=1)
-            if self.numbers_first_order_F is not None:
-                first_order_B = first_order_B + batch.numbers @ self.numbers_first_order_F
+            emb_BFD = torch.cat([emb_BFD, batch.numbers.unsqueeze(2) * self.numbers], dim=1)
+            if self.numbers_first_order is not None:
+                first_order_B = first_order_B + (batch.numbers @ self.numbers_first_order)[:, 0]
         return emb_BFD, first_order_B
 
     def ids(self, batch: Batch) -> KeyedJaggedTensor:

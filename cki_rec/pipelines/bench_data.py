@@ -23,7 +23,7 @@ import numpy as np
 import polars as pl
 import torch
 
-from cki_rec.config import Config, Model
+from cki_rec.config import Config
 from cki_rec.data.dataset import EncodedDataset
 from cki_rec.data.formats import criteo
 from cki_rec.data.loader import Loader
@@ -35,8 +35,6 @@ from cki_rec.models import build_model
 
 ROWS = 1_000_000
 BATCH_SIZE = 4096
-MODEL: dict[str, Any] = {"embedding_dim": 16, "hidden": [400, 400, 400], "dropout": 0.0}
-"""The network that the wait for data is compared with: 39 fields, MLP of 3 x 400."""
 OPTIONS = [
     "data=synthetic_criteo", "data.synthetic.vocabulary=1.0", "data.synthetic.skew=1.1",
     "data.min_count=1",
@@ -121,7 +119,7 @@ def loader_wait_share(config: Config) -> tuple[float, str]:
     """Return the share of a DeepFM training step spent waiting for its batch."""
     dataset = EncodedDataset(Path(_encoded(ROWS)["folder"]))
     device = distributed.start(config.runtime)
-    options: Model = replace(config.model, name="deepfm", histories=False, **MODEL)
+    options = replace(config.model, histories=False)
     with device:
         network = build_model(dataset.schema, options, torch.device("meta"))
     model = shard(network, device, config.train.table_learning_rate)
@@ -141,7 +139,7 @@ def loader_wait_share(config: Config) -> tuple[float, str]:
     share = sum(waits[10:]) / sum(steps[10:])
     detail = (
         f"{1000 * np.median(waits[10:]):.2f} ms of {1000 * np.median(steps[10:]):.1f} ms a step, "
-        f"{torch.get_num_threads()} threads"
+        f"{torch.get_num_threads()} threads, MLP {options.hidden}"
     )
     return share, detail
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from cki_rec.analysis.statistics import (
     paired_difference,
     resampling_weights,
 )
-from cki_rec.config import Config, UserError, run_id, section
+from cki_rec.config import Config, Evaluate, UserError, run_id, section
 from cki_rec.data import store
 from cki_rec.data.store import EncodedDataset
 from cki_rec.engine import checkpoint
@@ -73,20 +74,23 @@ def ensure(config: Config, force: bool = False) -> Run:
         )
     parents = integrate.resolve(config, config.suite.sources)
     members = _members(config)
-    dataset = store.prepare(config.data, config.runtime.encoded)
+    dataset = store.prepare(config.data, config.runtime.encoded, config.runtime.chunk_mb)
+    options = config.evaluate
+    if dataset.group is None:  # rows have no users, and the record must not say they had
+        options = replace(options, resample="row")
     reads = {
         "name": [config.suite.name, config.integrate.label, config.finetune.epochs > 0],
         "members": [source.identity for source in members],
         "parents": [source.identity for source in parents],
         "data": dataset.hash,
         "partition": section(config.data.partition),
-        "evaluate": section(config.evaluate),
+        "evaluate": section(options),
         "seed": config.seed,
     }
     with open_run(Path(config.runtime.out), run_id("evaluate", reads), force) as run:
         if run.record is None:
             with run.phase("evaluate"):
-                result, replicates = _evaluate(config, dataset, members, parents)
+                result, replicates = _evaluate(config, options, dataset, members, parents)
             save_arrays(run.path / REPLICATES, replicates)
             run.finish(reads, train.data_facts(dataset), result)
     return run
@@ -103,10 +107,13 @@ def _members(config: Config) -> list[Source]:
 
 
 def _evaluate(
-    config: Config, dataset: EncodedDataset, members: list[Source], parents: list[Source]
+    config: Config,
+    options: Evaluate,
+    dataset: EncodedDataset,
+    members: list[Source],
+    parents: list[Source],
 ) -> tuple[dict[str, Any], dict[str, NDArray[np.float64]]]:
     """Return the result for the record, and the bootstrap replicates of its differences."""
-    options = config.evaluate
     best = integrate.best_source(config, dataset, parents)
     logits = _mean_logits(config, dataset, members)
     references = {
@@ -114,8 +121,10 @@ def _evaluate(
         "output_ensemble": _mean_logits(config, dataset, parents),
     }
     rows = dataset.rows("test")
-    has_users = options.resample == "user" and dataset.group is not None
-    unit = dataset.group[rows] if has_users and dataset.group is not None else np.arange(len(rows))
+    unit = np.arange(len(rows))
+    if options.resample == "user":
+        assert dataset.group is not None
+        unit = dataset.group[rows].astype(unit.dtype)
     resamples = _resamples(unit.tobytes(), str(unit.dtype), options.bootstrap, options.seed)
     label = dataset.label[rows]
     own = _replicates(label, logits["test"], resamples)

@@ -45,7 +45,7 @@ def ensure(config: Config, force: bool = False) -> Run:
     if not integrate.method_of(config).single:
         raise UserError(f"integrate={config.integrate.label} gives no single model to fine-tune")
     start = merged(config)
-    dataset = store.prepare(config.data, config.runtime.encoded)
+    dataset = store.prepare(config.data, config.runtime.encoded, config.runtime.chunk_mb)
     reads = {
         "start": start.identity,
         "data": dataset.hash,

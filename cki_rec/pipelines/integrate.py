@@ -74,7 +74,11 @@ def ensure(config: Config, force: bool = False) -> Run:
     method_of(config)
     sources = resolve(config, options.sources)
     needs_rows = options.method == "best_parent" or options.gate.train != "none"
-    dataset = store.prepare(config.data, config.runtime.encoded) if needs_rows else None
+    dataset = (
+        store.prepare(config.data, config.runtime.encoded, config.runtime.chunk_mb)
+        if needs_rows
+        else None
+    )
     rule = section(options)
     del rule["sources"], rule["label"]
     reads = {

@@ -32,7 +32,7 @@ def run(config: Config) -> float:
 
 def ensure(config: Config, force: bool = False) -> Run:
     """Return the finished training run of ``config``; train first if it is not there."""
-    dataset = store.prepare(config.data, config.runtime.encoded)
+    dataset = store.prepare(config.data, config.runtime.encoded, config.runtime.chunk_mb)
     reads = {
         "data": data_identity(config, dataset),
         "model": section(config.model),

@@ -18,7 +18,7 @@ from cki_rec.config import Data, Split, UserError
 from cki_rec.data.columns import ColumnFile
 from cki_rec.data.formats import avazu, criteo
 from cki_rec.data.raw import LINE
-from cki_rec.data.store import prepare
+from cki_rec.data.store import EncodedDataset, prepare
 
 SPLIT = Split(by="random", fractions=[0.6, 0.2, 0.2], seed=0)
 
@@ -215,7 +215,8 @@ def good(tmp_path):
 
         def check() -> None:
             folders = [path for path in (tmp_path / "encoded").iterdir() if path.is_dir()]
-            assert folders == [first.folder]
+            assert first.folder in folders
+            assert all(EncodedDataset(path, "full") for path in folders)  # whole, every one
             again = prepare(data, tmp_path / "encoded")
             assert (again.folder, again.hash) == (first.folder, first.hash)
             assert len(again.rows("train")) == first.manifest["splits"]["train"]["rows"]

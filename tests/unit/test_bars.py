@@ -242,7 +242,8 @@ def test_history_needs_users_items_and_times(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "names", [("split", "label", "timestamp"), ("line", "hour", "group"), ("@x", "ids", "history")]
+    "names",
+    [("split", "label", "timestamp"), ("line", "hour", "group"), ("x y", "ids", "history")],
 )
 def test_columns_may_be_named_like_ours(tmp_path, names):
     rows = [f"{n % 2},a{n % 3},b{n % 4},c{n % 5}" for n in range(30)]

@@ -63,19 +63,19 @@ def test_fields_are_looked_up_and_numbers_scale_their_vectors(num_rows):
         table(layer, "user")[user],
         table(layer, "user")[friend],
         table(layer, "item")[item],
-        *(batch.numbers[:, [i]] * layer.numbers_FD[i] for i in range(2)),
+        *(batch.numbers[:, [i]] * layer.numbers[i] for i in range(2)),
     ]
     torch.testing.assert_close(emb_BFD, torch.stack(want, dim=1))
     weights = [table(layer, f"{n}_first_order").mean(1) for n in ("user", "user", "item")]
     linear = sum(w[ids] for w, ids in zip(weights, (user, friend, item), strict=True))
-    linear = linear + (batch.numbers * layer.numbers_first_order_F).sum(1)
+    linear = linear + (batch.numbers @ layer.numbers_first_order)[:, 0]
     torch.testing.assert_close(first_B, linear)
 
 
 def test_numbers_without_first_order_weights():
     layer, batch = build(first_order=False), draw_batch(5)
     emb_BFD, first_B = layer(batch)
-    assert layer.numbers_first_order_F is None
+    assert layer.numbers_first_order is None
     assert emb_BFD.shape == (5, 5, DIM)
     assert first_B.tolist() == [0] * 5
 
@@ -85,8 +85,8 @@ def test_gradient_reaches_numbers():
     emb_BFD, first_B = layer(batch)
     (emb_BFD.sum() + first_B.sum()).backward()
     sums = batch.numbers.sum(0)
-    torch.testing.assert_close(layer.numbers_FD.grad, sums[:, None].expand(2, DIM))
-    torch.testing.assert_close(layer.numbers_first_order_F.grad, sums)
+    torch.testing.assert_close(layer.numbers.grad, sums[:, None].expand(2, DIM))
+    torch.testing.assert_close(layer.numbers_first_order.grad, sums[:, None])
     assert table(layer, "user").grad.abs().sum() > 0
 
 

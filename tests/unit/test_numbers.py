@@ -76,11 +76,11 @@ def encode_numbers(tmp_path):
         made.append(tmp_path / f"{len(made)}.csv")
         with made[-1].open("w", newline="") as file:
             writer = csv.writer(file, lineterminator="\n")
-            writer.writerow(["label", "x"])
-            writer.writerows([number % 2, text] for number, text in enumerate(texts))
+            writer.writerow(["label", "x", "id"])
+            writer.writerows([number % 2, text, "a"] for number, text in enumerate(texts))
         field = {"name": "x", "kind": "numeric", "transform": transform}
         field |= {"edges": changes.pop("edges")} if "edges" in changes else {}
-        options = {"format": "bars", "raw": str(made[-1]), "fields": [field], "split": SPLIT}
+        options = {"format": "bars", "raw": str(made[-1]), "fields": [field, "id"], "split": SPLIT}
         return prepare(make_data("default", **(options | changes)), tmp_path / "encoded")
 
     return make

@@ -94,7 +94,6 @@ def test_summary_names_rows_fields_and_rates(dataset):
     rate = dataset.label[dataset.rows("train")].mean()
     assert f"12 rows, {rate:.2%} positive" in text
     assert all(f"  {name}" in text for name in FIELDS)
-    assert "ratings.csv is no published file" in text
     assert "rows/s), peak memory" in text
 
 

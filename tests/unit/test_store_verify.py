@@ -125,7 +125,7 @@ def test_parts_are_made_when_asked_for_and_kept(folder, monkeypatch):
     assert not made.exists()
     parts = dataset.parts(BY_USER)
     assert parts.folder == made
-    names = {f"counts.{name}.npy" for name in FIELDS} | {"part.npy", "order.npy", "ends.json"}
+    names = {f"counts.{name}.npy" for name in FIELDS} | {"part.npy", "order.npy", "parts.json"}
     assert {path.name for path in made.iterdir()} == names
     assert not list(folder.glob("*.tmp-*"))
     assert dataset.parts(BY_USER) is parts
@@ -214,7 +214,7 @@ def damage(path: Path, how: str) -> None:
 
 
 @pytest.mark.parametrize("how", ["missing", "empty", "cut", "replaced"])
-@pytest.mark.parametrize("name", ["part.npy", "order.npy", "ends.json", "counts.item.npy"])
+@pytest.mark.parametrize("name", ["part.npy", "order.npy", "parts.json", "counts.item.npy"])
 def test_damaged_file_of_parts_is_named(folder, name, how):
     EncodedDataset(folder).parts(BY_USER)
     path = folder / "parts-user-2-3" / name

@@ -46,7 +46,8 @@ def kinds(data: Data) -> dict[str, str]:
     names = _header(text, data)
     found = dict.fromkeys((n for n in names if n != data.label), "categorical")
     if data.time is not None:
-        found.update(dict.fromkeys(TIME_FIELDS, "time"))
+        derived = [n for n in TIME_FIELDS if n not in names or n == data.time]
+        found.update(dict.fromkeys(derived, "time"))
     if data.time is not None and data.user is not None and data.item is not None:
         found["history"] = "history"
     return found
@@ -76,7 +77,7 @@ def read(data: Data, reading: Reading) -> Iterator[pl.DataFrame]:
     types.update(dict.fromkeys(columns_of(data, "numeric"), "number"))
     types[data.label] = "click"
     if data.time is not None:
-        types[data.time] = "yymmddhh" if data.time_form == "yymmddhh" else "integer"
+        types[data.time] = data.time_form
     layout = Layout(
         columns=types,
         separator=",",

@@ -31,7 +31,7 @@ MOVIES_HEADER = "movieId,title,genres"
 _YEAR = re.compile(r"\((\d{4})\)\s*$")
 _RELEASED = re.compile(r"-(\d{4})$")
 _NO_GENRES = ("", "(no genres listed)")
-_COLUMNS = {"user": "integer", "item": "text", "rating": "number", "timestamp": "integer"}
+_COLUMNS = {"user": "integer", "item": "text", "rating": "number", "timestamp": "seconds"}
 
 
 @dataclass(frozen=True, slots=True)

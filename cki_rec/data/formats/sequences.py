@@ -1,9 +1,9 @@
 """Sequences: one line a user, ``user item item ...`` in the order of time (e.g. Amazon Beauty).
 
-Every item of a user is a clicked row; ``data.negatives`` items that the user never met, drawn
-uniformly, stand beside it as rows that were not clicked. Time is the position in the
-sequence. A file ``*attributes.json`` beside the sequences (item -> list of attributes) gives the
-field ``attributes``.
+Every item of a user is a clicked row; ``data.negatives`` items that the user never met (in any
+split), drawn uniformly from all items, stand beside it as rows that were not clicked. Time is the
+position in the sequence. A file ``*attributes.json`` beside the sequences (item -> list of
+attributes) gives the field ``attributes``.
 Source of the form: Zhou et al., S3-Rec, CIKM 2020 (its released data).
 """
 
