@@ -229,6 +229,16 @@ def texts(data: Data) -> list[Text]:
     return found
 
 
+def text_paths(data: Data) -> list[Path]:
+    """Return the files on disk whose bytes decide the content of ``texts``."""
+    return [text.path for text in texts(data)]
+
+
+def no_column(_: Data) -> None:
+    """Return None: no column of the format says whose row, or of which item, it is."""
+    return None
+
+
 def paths(data: Data) -> list[Path]:
     """Return the paths that ``data.raw`` names.
 

@@ -7,14 +7,13 @@ Source: https://www.kaggle.com/c/avazu-ctr-prediction.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import polars as pl
 
 from cki_rec.config import Data, UserError
 from cki_rec.data.delimited import Layout, read_rows
 from cki_rec.data.formats import bars
-from cki_rec.data.raw import LABEL, TIME_FIELDS, Reading, Text, texts
+from cki_rec.data.raw import LABEL, TIME_FIELDS, Reading, Text, no_column, text_paths, texts
 
 HEADER = (
     "id,click,hour,C1,banner_pos,site_id,site_domain,site_category,app_id,app_domain,app_category,"
@@ -29,25 +28,13 @@ LAYOUT = Layout(
     wanted=("click", "hour", *CATEGORIES),
 )
 
-
-def files(data: Data) -> list[Path]:
-    """Return the files on disk whose bytes decide the content."""
-    return [text.path for text in texts(data)]
+files = text_paths
+user = item = no_column
 
 
 def kinds(_: Data) -> dict[str, str]:
     """Return the kind of every field."""
     return {**dict.fromkeys(CATEGORIES, "categorical"), **dict.fromkeys(TIME_FIELDS, "time")}
-
-
-def user(_: Data) -> None:
-    """Return None: no column says whose row it is."""
-    return None
-
-
-def item(_: Data) -> None:
-    """Return None: no column says of which item a row is."""
-    return None
 
 
 def read(data: Data, reading: Reading) -> Iterator[pl.DataFrame]:

@@ -9,13 +9,12 @@ Logs).
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import polars as pl
 
 from cki_rec.config import Data, UserError
 from cki_rec.data.delimited import Layout, read_rows
-from cki_rec.data.raw import LABEL, Reading, Text, texts
+from cki_rec.data.raw import LABEL, Reading, Text, no_column, text_paths, texts
 
 INTEGERS = tuple(f"I{number}" for number in range(1, 14))
 CATEGORIES = tuple(f"C{number}" for number in range(1, 27))
@@ -28,25 +27,13 @@ LAYOUT = Layout(
     separator="\t",
 )
 
-
-def files(data: Data) -> list[Path]:
-    """Return the files on disk whose bytes decide the content."""
-    return [text.path for text in texts(data)]
+files = text_paths
+user = item = no_column
 
 
 def kinds(_: Data) -> dict[str, str]:
     """Return the kind of every field."""
     return {**dict.fromkeys(INTEGERS, "numeric"), **dict.fromkeys(CATEGORIES, "categorical")}
-
-
-def user(_: Data) -> None:
-    """Return None: no column says whose row it is."""
-    return None
-
-
-def item(_: Data) -> None:
-    """Return None: no column says of which item a row is."""
-    return None
 
 
 def read(data: Data, reading: Reading) -> Iterator[pl.DataFrame]:
