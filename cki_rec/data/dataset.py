@@ -50,7 +50,7 @@ class Parts:
         position = split * len(self.ends[0]) + part
         return self.order[flat[position] : flat[position + 1]]
 
-    def counts(self, feature: str) -> Ints:
+    def counts(self, feature: str) -> NDArray[np.integer]:
         """Return ``(P, V)`` how often the training rows of each part hold each id."""
         return _load(self.folder / f"counts.{feature}.npy")
 
@@ -195,7 +195,7 @@ class EncodedDataset:
         parts = self.parts(chosen)
         counts: dict[str, Ints] = {}
         for feature in schema.lookups:
-            found = np.array(parts.counts(feature.name)[number])
+            found = parts.counts(feature.name)[number].astype(np.int64)
             if feature.table in counts:
                 found += counts[feature.table]
             counts[feature.table] = found
@@ -238,7 +238,9 @@ class EncodedDataset:
             others = [p for p in self.folder.glob(f"parts-*/{PARTS}") if num_parts == 1]
             found = _summed(self, others[0].parent) if others else self._count(mapped, num_parts)
             for name, counts in found.items():
-                np.save(temporary / f"counts.{name}.npy", counts)
+                is_small = counts.max(initial=0) < 2**31
+                small = counts.astype(np.int32) if is_small else counts
+                np.save(temporary / f"counts.{name}.npy", small)
             files = [file_facts(path) for path in sorted(temporary.iterdir())]
             facts = {"ends": ends.tolist(), "files": files}
             (temporary / PARTS).write_text(json.dumps(facts))
@@ -269,7 +271,10 @@ class EncodedDataset:
 def _summed(dataset: EncodedDataset, folder: Path) -> dict[str, Ints]:
     """Return feature -> ``(1, V)`` counts of all parts together, from those of some partition."""
     parts = _open_parts(folder, "fast")
-    return {f.name: parts.counts(f.name).sum(0, keepdims=True) for f in dataset.schema.lookups}
+    return {
+        f.name: parts.counts(f.name).sum(0, dtype=np.int64, keepdims=True)
+        for f in dataset.schema.lookups
+    }
 
 
 class _SplitAndPart(Blocks):

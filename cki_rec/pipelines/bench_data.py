@@ -62,6 +62,7 @@ def encode_vs_scan(_: Config) -> tuple[float, str]:
         code = "import sys; from cki_rec.pipelines import bench_data as b; b.scan(*sys.argv[1:])"
         words = [facts["raw"], str(num_bytes), str(Path(_scratch().name) / "written")]
         command = [sys.executable, "-c", code, *words]
+        os.sync()
         scans.append(float(subprocess.run(command, check=True, capture_output=True).stdout))
     detail = (
         f"bare parse and write of {num_bytes:,} bytes {np.median(scans):.2f} s, encoding "
@@ -157,6 +158,7 @@ def _encoded(rows: int, attempt: int = 0) -> dict[str, Any]:
     words = [*OPTIONS, f"data.synthetic.rows={rows}", f"data.raw={scratch / 'raw'}"]
     encoded = scratch / f"encoded-{rows}-{attempt}"
     command = [sys.executable, "-m", "cki_rec", "prepare", *words, f"runtime.encoded={encoded}"]
+    os.sync()  # what was written before is no part of what is measured now
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     (manifest,) = encoded.glob("*/manifest.json")
     facts = json.loads((manifest.parent / PREPARATION).read_text())
@@ -203,5 +205,8 @@ def _memory_mb() -> tuple[float, float]:
     if not status.exists():
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
         return peak, 0.0
-    words = {line.split(":")[0]: line.split()[1] for line in status.read_text().splitlines()}
-    return int(words["RssAnon"]) / 1024, int(words["RssFile"]) / 1024
+    lines = status.read_text().splitlines()
+    own, mapped = (
+        int(line.split()[1]) / 1024 for line in lines if line.startswith(("RssAnon", "RssFile"))
+    )
+    return own, mapped
