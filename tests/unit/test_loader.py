@@ -97,3 +97,15 @@ def test_batch_larger_than_rows_is_short(dataset):
 def test_batch_size_below_one_is_refused_at_once(dataset):
     with pytest.raises(UserError, match="batch_size=0"):
         Loader(dataset, dataset.schema, dataset.rows("valid"), 0)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_batches_copied_to_cuda_equal_those_on_the_cpu(dataset):
+    rows, device = dataset.rows("train"), torch.device("cuda")
+    on_cpu = Loader(dataset, dataset.schema, rows, 512, seed=1)
+    on_cuda = Loader(dataset, dataset.schema, rows, 512, seed=1, device=device)
+    for expected, found in zip(on_cpu, on_cuda, strict=True):
+        assert found.values.device.type == "cuda"
+        assert torch.equal(found.values.cpu(), expected.values)
+        assert torch.equal(found.label.cpu(), expected.label)
