@@ -153,8 +153,12 @@ class LookedUp:
     def __init__(self, module: nn.Module) -> None:
         self.emb_BFD = torch.empty(0)
         (sparse,) = [m for m in module.modules() if isinstance(m, FieldEmbeddings)]
-        self._num_looked_up = len(sparse.looked_up)
+        has_numbers = len(sparse.looked_up) < len(sparse.fields)
+        self._num_looked_up = len(sparse.looked_up) if has_numbers else None
         self.remove = sparse.register_forward_hook(self._keep).remove
 
     def _keep(self, _: nn.Module, __: Any, output: tuple[Tensor, Tensor]) -> None:
-        self.emb_BFD = output[0][:, : self._num_looked_up]
+        emb_BFD = output[0]
+        self.emb_BFD = (
+            emb_BFD if self._num_looked_up is None else emb_BFD[:, : self._num_looked_up]
+        )
