@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 import polars as pl
 import pytest
 
-from cki_rec.config import Data, Partition, Split, parse, register_resolvers
+from cki_rec.config import Data, Partition, Split, UserError, parse, register_resolvers
 from cki_rec.data.fields import resolve
 from cki_rec.data.formats import FORMATS
 from cki_rec.data.raw import Reading
@@ -48,6 +49,15 @@ def read_rows(data: Data, block_bytes: int = 1 << 24) -> tuple[pl.DataFrame, Rea
     reader = FORMATS[data.format]
     resolve(data, reader.kinds(data))
     return pl.concat(list(reader.read(data, reading))), reading
+
+
+def one_line_error(action: Callable[..., Any], *arguments: Any, **options: Any) -> str:
+    """Return the message that an action refuses its arguments with; it must be one line."""
+    with pytest.raises(UserError) as caught:
+        action(*arguments, **options)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
 
 
 def shared_data(name: str) -> Path:

@@ -12,7 +12,7 @@ import numpy as np
 import polars as pl
 import pytest
 from omegaconf import OmegaConf
-from samples import ROOT, make_data, read_rows
+from samples import ROOT, make_data, one_line_error, read_rows
 
 from cki_rec.config import Data, Split, UserError
 from cki_rec.data import store
@@ -61,10 +61,7 @@ def one_file(path: Path, rows: list[str], header: str = HEADER, **changes) -> Da
 
 
 def error_of(data: Data) -> str:
-    with pytest.raises(UserError) as caught:
-        read_rows(data)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
+    return one_line_error(read_rows, data)
 
 
 def tokens_of(dataset: EncodedDataset, name: str) -> list:

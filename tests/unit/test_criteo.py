@@ -7,9 +7,9 @@ from pathlib import Path
 
 import polars as pl
 import pytest
-from samples import make_data, read_rows, shared_data
+from samples import make_data, one_line_error, read_rows, shared_data
 
-from cki_rec.config import Data, Split, UserError
+from cki_rec.config import Data, Split
 from cki_rec.data.formats import criteo
 from cki_rec.data.raw import LABEL, LINE
 from cki_rec.data.schema import FIRST_ID
@@ -51,10 +51,7 @@ def read(raw, block_bytes: int = 1 << 24, **changes) -> pl.DataFrame:
 
 
 def error_of(raw, **changes) -> str:
-    with pytest.raises(UserError) as caught:
-        read(raw, **changes)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
+    return one_line_error(read, raw, **changes)
 
 
 def by_hand(lines: list[str]) -> list[dict]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from omegaconf import OmegaConf
-from samples import ROOT, make_data
+from samples import ROOT, make_data, one_line_error
 
 from cki_rec.config import Data, Partition, Split, UserError
 from cki_rec.data.fields import resolve
@@ -37,10 +37,7 @@ def csv(tmp_path):
 
 
 def error_of(data: Data) -> str:
-    with pytest.raises(UserError) as caught:
-        resolve(data, FORMATS[data.format].kinds(data))
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
+    return one_line_error(resolve, data, FORMATS[data.format].kinds(data))
 
 
 @pytest.mark.parametrize(

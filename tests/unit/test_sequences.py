@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import pytest
-from samples import make_data, read_rows, shared_data
+from samples import make_data, one_line_error, read_rows, shared_data
 
 from cki_rec.config import Data, Split, UserError
 from cki_rec.data.raw import LABEL, LINE, TIME
@@ -43,10 +43,7 @@ def read(raw, block_bytes: int = 1 << 24, **changes) -> pl.DataFrame:
 
 
 def error_of(raw, **changes) -> str:
-    with pytest.raises(UserError) as caught:
-        read(raw, **changes)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
+    return one_line_error(read, raw, **changes)
 
 
 def tokens_of(dataset: EncodedDataset, name: str, row: int) -> list[str]:
