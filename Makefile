@@ -34,10 +34,10 @@ format: setup ## let ruff rewrite the sources
 	$(BIN)/ruff format .
 
 test: lint ## lint, types and tests
-	$(BIN)/pytest -q
+	$(BIN)/pytest -q --hypothesis-profile=fixed
 
 test-all: lint ## the same with the slow tests
-	$(BIN)/pytest -q -m "slow or not slow"
+	$(BIN)/pytest -q --hypothesis-profile=search -m "slow or not slow"
 
 bench: setup ## measure our own parts, write experiments/bench/bench.json
 	@$(BIN)/cki-rec bench

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import settings
 
 from cki_rec.config import Config, parse, register_resolvers
 from cki_rec.data.schema import Batch, Feature, FeatureSchema
@@ -23,6 +24,10 @@ SMALL = (
     "evaluate.bootstrap=100",
     "runtime.threads=1",
 )
+
+
+settings.register_profile("fixed", derandomize=True)  # make test: the same examples everywhere
+settings.register_profile("search", print_blob=True)  # make test-all: new ones every time
 
 
 @pytest.fixture(autouse=True)

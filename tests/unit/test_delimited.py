@@ -99,7 +99,10 @@ def test_rows_come_back_without_corrupted_lines(tmp_path, drawn):
     reading = Reading("skip", block_bytes)
     frames = read_rows(Text(path), layout_of(kinds, separator), reading)
     if not want:
-        with pytest.raises(UserError, match=r"empty|no usable row"):
+        # a lone line with a return in it looks like a file of lines that end so
+        is_lone_return = len(lines) == 1 and "return" in faults.values()
+        message = "carriage return alone" if is_lone_return else "empty|no usable row"
+        with pytest.raises(UserError, match=message):
             list(frames)
         return
     frame = pl.concat(list(frames))
