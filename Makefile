@@ -1,6 +1,6 @@
 # cki_rec: every target sets up what it needs; nothing but Python 3.10 to 3.13 and pip is assumed.
 .DEFAULT_GOAL := help
-.PHONY: help setup reproduce test test-all lint format bench clean
+.PHONY: help setup reproduce test test-all lint format bench bench-peers clean
 
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -42,5 +42,27 @@ test-all: lint ## the same with the slow tests
 bench: setup ## measure our own parts, write experiments/bench/bench.json
 	@$(BIN)/cki-rec bench
 
-clean: ## remove the environment, encoded data and runs
-	rm -rf $(VENV) data/encoded experiments/runs .mypy_cache .ruff_cache .pytest_cache
+PEERS := experiments/peers
+EXPORTED := experiments/runs/peers
+ML_1M = $(or $(RAW),$(and $(CKI_REC_DATA),$(wildcard $(CKI_REC_DATA)/ml-1m.zip)))
+
+bench-peers: setup .venv-peers/installed ## compare with deepctr-torch, in an environment of its own (RAW=path/to/ml-1m.zip adds ML-1M)
+	@$(MAKE) --no-print-directory peers-movielens_small RAW=
+	@$(if $(ML_1M),$(MAKE) --no-print-directory peers-movielens_1m RAW=$(ML_1M),\
+		echo "bench-peers: MovieLens 1M is left out; make bench-peers RAW=path/to/ml-1m.zip adds it")
+	@$(BIN)/python $(PEERS)/table.py $(EXPORTED) experiments/runs $(PEERS)/results.jsonl $(PEERS)/table.md
+
+peers-%: # both sides of one data set; finished runs are kept
+	@$(BIN)/python $(PEERS)/export.py $(EXPORTED) peers_$* $(if $(RAW),data.raw=$(RAW))
+	@.venv-peers/bin/python $(PEERS)/peer.py $(EXPORTED)/peers_$* $(PEERS)/results.jsonl
+	@$(BIN)/cki-rec evaluate -m experiment=peers_$* $(if $(RAW),data.raw=$(RAW))
+
+.venv-peers/installed: experiments/peers/requirements.txt
+	@echo "bench-peers: installing deepctr-torch in .venv-peers"
+	@$(PYTHON) -m venv --clear .venv-peers
+	@.venv-peers/bin/pip install --quiet --disable-pip-version-check \
+		$(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) --requirement $<
+	@touch $@
+
+clean: ## remove the environments, encoded data and runs
+	rm -rf $(VENV) .venv-peers data/encoded experiments/runs .mypy_cache .ruff_cache .pytest_cache

@@ -26,6 +26,7 @@ PIPELINES = {
     "integrate": "make one model out of several; trains sources that are missing",
     "finetune": "integrate, then train briefly on all rows",
     "evaluate": "all of the above as configured, then metrics and intervals on test rows",
+    "export": "write a trained or integrated model as one file that serves without this package",
     "report": "tables, figures and an HTML page from the records of a name",
     "bench": "measure our own parts: time and memory, as ratios within one run",
 }
@@ -35,6 +36,7 @@ EXAMPLES = {
     "integrate": "integrate=evidence 'integrate.sources=[{seed: 1},{seed: 2}]'",
     "finetune": "integrate=evidence finetune=one_epoch",
     "evaluate": "-m suite=seeds,shards seed=1,2,3 integrate=average,evidence",
+    "export": "run=train-0123456789abcdef format=onnx",
     "report": "name=quickstart",
     "bench": "select=import_seconds",
 }
@@ -80,7 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(pipeline: str, options: list[str]) -> int:
     """Compose and run one pipeline, or a sweep of it; turn known errors into one line."""
-    from cki_rec.config import UserError
+    from cki_rec.config import LostProcess, Stopped, UserError
     from cki_rec.environment import EnvironmentMismatchError, check_versions
 
     _start_log()
@@ -92,6 +94,12 @@ def _run(pipeline: str, options: list[str]) -> int:
             _run_job(pipeline, _compose(options))
     except (UserError, EnvironmentMismatchError) as error:
         return _fail(str(error))
+    except Stopped as stop:
+        print(f"cki-rec: {stop}", file=sys.stderr)
+        return 0
+    except LostProcess as loss:
+        print(f"cki-rec: {loss}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("cki-rec: interrupted; finished runs are kept, run again to go on", file=sys.stderr)
         return 130
@@ -222,7 +230,8 @@ def _start_log() -> None:
     handler.setFormatter(logging.Formatter("%(message)s"))
     ours = logging.getLogger("cki_rec")
     ours.handlers = [handler]
-    ours.setLevel(logging.INFO)
+    is_first = os.environ.get("RANK", "0") == "0"  # of several processes the first one speaks
+    ours.setLevel(logging.INFO if is_first else logging.WARNING)
     ours.propagate = False
 
 
@@ -307,6 +316,7 @@ READS = {
     "integrate": ["data", "model", "train", "suite", "integrate"],
     "finetune": ["data", "model", "train", "suite", "integrate", "finetune"],
     "evaluate": ["data", "model", "train", "suite", "integrate", "finetune", "evaluate"],
+    "export": [],
     "report": [],
     "bench": [],
 }

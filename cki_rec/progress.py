@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -23,6 +24,9 @@ def progress(title: str, total: int, unit: str = "rows") -> Iterator[Advance]:
     Shows the share done, the rate and the time left; ``total`` is the most there may be to do, 0
     if nobody knows.
     """
+    if os.environ.get("RANK", "0") != "0":  # of several processes the first one speaks
+        yield lambda *_: None
+        return
     start = time.perf_counter()
     done = 0
     if sys.stdout.isatty():

@@ -133,23 +133,7 @@ def make_batch(schema):
 
 @pytest.fixture
 def sharded(schema):
-    """Function (seed=1, learning_rate=0.05, **of the model) -> a sharded tiny DeepFM."""
-    from cki_rec.config import Model, Runtime
-    from cki_rec.engine import distributed
-    from cki_rec.engine.embeddings import initialize, shard
-    from cki_rec.models import build_model
+    """Function (*overrides, seed=1) -> a sharded tiny DeepFM."""
+    from training import sharded_model
 
-    def make(seed: int = 1, learning_rate: float = 0.05, **changes):
-        options = {"embedding_dim": 8, "hidden": [6], "dropout": 0.0, "histories": True}
-        model = Model(name="deepfm", init_std=0.1, **{**options, **changes})
-        runtime = Runtime(
-            out="", reports="", encoded="", device="cpu", threads=1, chunk_mb=1, force=False
-        )
-        device = distributed.start(runtime)
-        with device:
-            network = build_model(schema, model, torch.device("meta"))
-        built = shard(network, device, learning_rate)
-        initialize(built, seed, model.init_std)
-        return built
-
-    return make
+    return lambda *overrides, seed=1: sharded_model(schema, *overrides, seed=seed)

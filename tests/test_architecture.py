@@ -41,7 +41,13 @@ MAY_IMPORT = {
     "__main__": {"cli"},
 }
 """Part of cki_rec -> what it may import besides itself and the names of cki_rec itself."""
-CHOICES = sorted((path.parent.name, path.stem) for path in CONF.glob("*/*.yaml"))
+CHOICES = sorted(
+    (path.parent.name, path.stem)
+    for path in CONF.glob("*/*.yaml")
+    if path != CONF / "model" / "default.yaml"  # no model: what all of them start from
+)
+NOT_BOARDS = [choice for choice in CHOICES if not choice[1].startswith("bars_")]
+"""Experiments on boards are composed by unit/test_experiments.py."""
 EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
 
 
@@ -108,7 +114,7 @@ def test_torchrec_and_processes_stay_in_the_engine(module):
     may_shard = part_of(module) == "engine"
     for name in imports(MODULES[module]):
         if is_within(name, "torchrec") or is_within(name, "fbgemm_gpu"):
-            assert may_shard or module == "cki_rec.models.layers", f"{module} imports {name}"
+            assert may_shard or module == "cki_rec.models.embeddings", f"{module} imports {name}"
         if is_within(name, "torch.distributed"):
             assert may_shard, f"{module} imports {name}"
     text = MODULES[module].read_text()
@@ -134,7 +140,7 @@ def test_imports_have_no_cycle():
 
 def test_the_lists_of_imports_are_not_empty():
     assert "config" in ours(MODULES["cki_rec.engine.trainer"])
-    assert "torchrec.modules.embedding_modules" in imports(MODULES["cki_rec.models.layers"])
+    assert "torchrec.modules.embedding_modules" in imports(MODULES["cki_rec.models.embeddings"])
 
 
 SOURCES = [*MODULES.values(), *sorted((ROOT / "tests").rglob("*.py"))]
@@ -159,7 +165,7 @@ def test_conf_instantiates_nothing_but_the_callback():
     assert found == ["_target_: cki_rec.cli.SweepProgress"]
 
 
-@pytest.mark.parametrize(("group", "choice"), CHOICES)
+@pytest.mark.parametrize(("group", "choice"), NOT_BOARDS)
 def test_every_choice_composes_and_parses(compose, group, choice):
     config = parse(compose(f"{group}={choice}"))
     assert config.name == (choice if group == "experiment" else "adhoc")
@@ -189,15 +195,17 @@ def sweep_of(name: str) -> list[tuple[str, ...]]:
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_every_sweep_expands_and_its_jobs_parse(compose, name):
     jobs = sweep_of(name)
-    assert len(set(jobs)) == len(jobs) > 1
+    assert len(set(jobs)) == len(jobs) > 0
     # every value of every axis is met, not every combination: the first job with one value changed
+    # (but only the last of the seeds, which are numbers alike)
     axes = [list(dict.fromkeys(values)) for values in zip(*jobs, strict=True)]
     one_changed = {
         tuple(value if i == axis else first for i, first in enumerate(jobs[0]))
         for axis, values in enumerate(axes)
         for value in values
+        if not value.startswith("seed=")
     }
-    for job in [jobs[0], jobs[-1], *sorted(one_changed)]:
+    for job in dict.fromkeys([jobs[0], jobs[-1], *sorted(one_changed)]):
         config = parse(compose(f"experiment={name}", *job))
         assert config.name == name
 
@@ -228,7 +236,8 @@ def test_every_table_row_has_a_file():
     from cki_rec.models import MODELS
 
     def values(group, key):
-        return {OmegaConf.load(path)[key] for path in (CONF / group).glob("*.yaml")}
+        trees = [OmegaConf.load(path) for path in (CONF / group).glob("*.yaml")]
+        return {tree[key] for tree in trees if not OmegaConf.is_missing(tree, key)}
 
     assert values("integrate", "method") == set(METHODS)
     assert values("model", "name") == set(MODELS)

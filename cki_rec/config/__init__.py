@@ -4,9 +4,11 @@
 """
 
 from cki_rec.config.checks import AT_LEAST, CHOICES, check
-from cki_rec.config.errors import UserError, nearest
+from cki_rec.config.errors import LostProcess, Stopped, UserError, nearest
 from cki_rec.config.options import (
+    Attention,
     Config,
+    Cross,
     Data,
     Download,
     Evaluate,
@@ -14,15 +16,18 @@ from cki_rec.config.options import (
     Gate,
     Integrate,
     Model,
+    Monitor,
     Partition,
     Runtime,
     Split,
+    Streams,
     Suite,
     Synthetic,
     Train,
 )
 from cki_rec.config.parsing import (
     first_comment,
+    model_options,
     parse,
     register_resolvers,
     run_id,
@@ -33,23 +38,30 @@ from cki_rec.config.parsing import (
 __all__ = [
     "AT_LEAST",
     "CHOICES",
+    "Attention",
     "Config",
+    "Cross",
     "Data",
     "Download",
     "Evaluate",
     "Finetune",
     "Gate",
     "Integrate",
+    "LostProcess",
     "Model",
+    "Monitor",
     "Partition",
     "Runtime",
     "Split",
+    "Stopped",
+    "Streams",
     "Suite",
     "Synthetic",
     "Train",
     "UserError",
     "check",
     "first_comment",
+    "model_options",
     "nearest",
     "parse",
     "register_resolvers",

@@ -9,6 +9,7 @@ from cki_rec.config.errors import UserError, nearest
 from cki_rec.config.options import Config
 
 CHOICES = {
+    "format": ("pt2", "onnx"),
     "data.on_bad_row": ("error", "skip"),
     "data.split.by": ("random", "time", "leave_last_out", "files"),
     "data.numeric": ("ln_squared", "quantile", "edges", "token", "log1p", "as_is"),
@@ -24,7 +25,15 @@ CHOICES = {
     "integrate.gate.kind": ("full", "diagonal", "scalar", "identity", "none"),
     "integrate.gate.train": ("none", "frozen", "trunk"),
     "evaluate.resample": ("user", "row"),
+    "model.activation": ("relu", "dice", "prelu", "sigmoid", "tanh"),
+    "model.cross.structure": ("parallel", "stacked"),
+    "model.attention.activation": ("relu", "dice", "prelu", "sigmoid", "tanh"),
+    "train.embeddings": ("fused", "dense"),
+    "train.table_optimizer": ("rowwise_adagrad", "adagrad"),
+    "train.precision": ("fp32", "bf16"),
     "runtime.device": ("auto", "cpu", "cuda"),
+    "runtime.sharding": ("table_wise", "row_wise", "column_wise", "planner"),
+    "runtime.resume": ("auto", "never"),
 }
 """Options that take one of a few words."""
 
@@ -39,7 +48,11 @@ AT_LEAST = {
     "runtime.chunk_mb": 1,
     "data.min_count": 1,
     "data.partition.parts": 1,
-    "model.embedding_dim": 4,
+    "model.embedding_dim": 1,
+    "model.cross.layers": 1,
+    "model.cross.experts": 1,
+    "model.attention.length": 1,
+    "model.streams.heads": 1,
     "train.epochs": 1,
     "train.batch_size": 1,
     "train.patience": 1,
@@ -47,6 +60,8 @@ AT_LEAST = {
     "train.table_learning_rate": 0,
     "train.table_l2": 0,
     "train.plateau_factor": 0,
+    "train.min_learning_rate": 0,
+    "train.min_gain": 0,
     "model.init_std": 0,
     "integrate.gate.learning_rate": 0,
     "finetune.learning_rate": 0,
@@ -57,6 +72,10 @@ AT_LEAST = {
     "finetune.epochs": 0,
     "evaluate.bootstrap": 100,
     "runtime.threads": 0,
+    "runtime.checkpoint_steps": 0,
+    "runtime.checkpoint_minutes": 0,
+    "runtime.keep": 1,
+    "runtime.log_steps": 0,
 }
 """Smallest values."""
 
@@ -77,15 +96,8 @@ def check(config: Config) -> None:
             raise UserError(f"{key}={value}: must be finite")
         if value < smallest:
             raise UserError(f"{key}={value}: must be at least {smallest}")
-    if any(width < 1 for width in config.model.hidden):
-        raise UserError(f"model.hidden={config.model.hidden}: every width must be at least 1")
-    if config.model.embedding_dim % 4:
-        raise UserError(
-            f"model.embedding_dim={config.model.embedding_dim}: the lookup kernels need a multiple"
-            " of 4"
-        )
-    if not 0 <= config.model.dropout < 1:
-        raise UserError(f"model.dropout={config.model.dropout}: must be in [0, 1)")
+    _check_model(config)
+    _check_train(config)
     if not 0 < config.evaluate.confidence < 1:
         raise UserError(f"evaluate.confidence={config.evaluate.confidence}: must be in (0, 1)")
     part, partition = config.data.part, config.data.partition
@@ -105,3 +117,35 @@ def check(config: Config) -> None:
             f"integrate.gate.train={config.integrate.gate.train}: a gate of kind"
             f" {config.integrate.gate.kind} has nothing to learn; use full, diagonal or scalar"
         )
+
+
+def _check_model(config: Config) -> None:
+    model = config.model
+    widths = {
+        "model.hidden": model.hidden,
+        "model.attention.hidden": model.attention.hidden,
+        "model.streams.hidden": model.streams.hidden,
+        "model.streams.gate_hidden": model.streams.gate_hidden,
+    }
+    for key, values in widths.items():
+        if any(width < 1 for width in values):
+            raise UserError(f"{key}={values}: every width must be at least 1")
+    for key in ("model.dropout", "model.attention.dropout", "model.streams.dropout"):
+        value = attrgetter(key)(config)
+        if not 0 <= value < 1:
+            raise UserError(f"{key}={value}: must be in [0, 1)")
+    if model.matrix_std is not None and not 0 < model.matrix_std < math.inf:
+        raise UserError(f"model.matrix_std={model.matrix_std}: must be above 0, or null")
+    if model.cross.rank is not None and model.cross.rank < 1:
+        raise UserError(f"model.cross.rank={model.cross.rank}: must be at least 1, or null")
+
+
+def _check_train(config: Config) -> None:
+    train = config.train
+    weights = (train.monitor.auc, train.monitor.log_loss, train.monitor.gauc)
+    if not any(weights) or not all(math.isfinite(weight) for weight in weights):
+        raise UserError("train.monitor: weights must be finite, and one of them not 0")
+    if train.gradient_clip is not None and not 0 < train.gradient_clip < math.inf:
+        raise UserError(f"train.gradient_clip={train.gradient_clip}: must be above 0, or null")
+    if train.ema is not None and not 0 <= train.ema < 1:
+        raise UserError(f"train.ema={train.ema}: must be in [0, 1), or null")

@@ -6,6 +6,14 @@ from collections.abc import Iterable
 from difflib import get_close_matches
 
 
+class Stopped(Exception):  # noqa: N818
+    """The system asked the program to end, and its work so far is kept."""
+
+
+class LostProcess(Exception):  # noqa: N818
+    """Another process of this training has ended: shown as one line, exit code 1."""
+
+
 class UserError(Exception):
     """A mistake of the user: shown as one line without a traceback, exit code 2."""
 

@@ -118,17 +118,82 @@ class Data:
 
 
 @dataclass(slots=True, kw_only=True)
+class Cross:
+    """Cross network of DCN and DCNv2."""
+
+    layers: int
+    structure: str
+    """DCNv2: ``parallel`` to the MLP, or ``stacked`` below it."""
+    rank: int | None
+    """DCNv2: rank of the low-rank mixture's matrices; null: one full matrix a layer."""
+    experts: int
+    """DCNv2: matrices in the mixture, where ``rank`` is given."""
+
+
+@dataclass(slots=True, kw_only=True)
+class Attention:
+    """Local activation unit of DIN."""
+
+    pairs: list[Any]
+    """``[[targets, histories], ...]``, each a field or a list of fields of equal count, which are
+    concatenated; empty: every history with the categorical field of its table."""
+    length: int
+    """The latest ids of a history that are attended to."""
+    hidden: list[int]
+    activation: str
+    """``dice``, ``prelu``, ``relu``, ``sigmoid`` or ``tanh``."""
+    dropout: float
+    softmax: bool
+    """Weights of a row's history sum to one."""
+
+
+@dataclass(slots=True, kw_only=True)
+class Streams:
+    """The second of FinalMLP's two streams, and what joins them."""
+
+    hidden: list[int]
+    dropout: float
+    batch_norm: bool
+    heads: int
+    """Of the bilinear fusion; divides the last width of both streams."""
+    selection: bool
+    """Feature gates before the streams, each from a context of its own."""
+    gate_hidden: list[int]
+    contexts: list[list[str]]
+    """Fields that each stream's gate depends on; an empty list: a learned vector."""
+
+
+@dataclass(slots=True, kw_only=True)
 class Model:
     """One network."""
 
     name: str
+    """A row of ``cki_rec.models.MODELS``."""
     embedding_dim: int
     hidden: list[int]
+    activation: str
+    """Of the MLP: ``relu``, ``dice``, ``prelu``, ``sigmoid`` or ``tanh``."""
+    batch_norm: bool
+    """Between a hidden layer and its activation."""
     dropout: float
     init_std: float
     """Standard deviation of initial embeddings."""
+    matrix_std: float | None
+    """Standard deviation of initial matrices; null: Xavier uniform."""
     histories: bool
-    """Feed the user's history as one more mean-pooled field."""
+    """Feed histories: to DIN's attention, to other models as mean-pooled fields."""
+    cross: Cross
+    attention: Attention
+    streams: Streams
+
+
+@dataclass(slots=True, kw_only=True)
+class Monitor:
+    """Weights of validation metrics; their sum decides which epoch is best."""
+
+    auc: float
+    log_loss: float
+    gauc: float
 
 
 @dataclass(slots=True, kw_only=True)
@@ -137,16 +202,37 @@ class Train:
 
     epochs: int
     batch_size: int
+    """Rows of a step, all processes together."""
+    embeddings: str
+    """``fused`` (looked-up rows alone are trained, in the backward pass) or ``dense`` (Adam on
+    whole tables, a copy per process)."""
     learning_rate: float
-    """Adam, dense parameters."""
+    """Adam."""
     table_learning_rate: float
-    """Row-wise Adagrad, fused into the backward pass."""
+    """Of ``fused`` embeddings."""
+    table_optimizer: str
+    """Of ``fused`` embeddings: ``rowwise_adagrad`` (one accumulator a row) or ``adagrad``."""
     table_l2: float
-    """L2 on looked-up embeddings, as a term of the loss."""
+    """L2 as a term of the loss: on looked-up embeddings (``fused``, times their squared norm per
+    row) or on whole tables (``dense``, times half their squared norm)."""
+    monitor: Monitor
+    min_gain: float
+    """An epoch is better if the monitored sum rises by more than this."""
     plateau_factor: float
-    """Both learning rates times this when validation AUC stalls for an epoch."""
+    """Learning rates times this after an epoch that is not better."""
+    min_learning_rate: float
+    """Learning rates fall no lower."""
     patience: int
-    """Stop after this many epochs in a row without a better validation AUC."""
+    """Stop after this many epochs in a row that are not better."""
+    gradient_clip: float | None
+    """Largest norm of the gradient of all parameters that Adam trains; null: any."""
+    precision: str
+    """``fp32`` or ``bf16`` (autocast of the dense network)."""
+    compile: bool
+    """torch.compile of the dense network."""
+    ema: float | None
+    """Decay of an exponential moving average of all weights, which is evaluated and kept; null:
+    none."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -222,7 +308,22 @@ class Runtime:
     device: str
     """``auto``, ``cpu`` or ``cuda``."""
     threads: int
-    """CPU threads per process; 0: all cores."""
+    """CPU threads per process; 0: all cores, shared by the processes of this machine."""
+    sharding: str
+    """Of fused tables over processes: ``table_wise``, ``row_wise``, ``column_wise`` or ``planner``
+    (torchrec chooses)."""
+    resume: str
+    """``auto`` (an unfinished training goes on from its last checkpoint) or ``never``."""
+    checkpoint_steps: int
+    """Steps between checkpoints of an unfinished training; 0: none."""
+    checkpoint_minutes: float
+    """Minutes between them; 0: none."""
+    keep: int
+    """The latest checkpoints kept of an unfinished training."""
+    log_steps: int
+    """Steps between lines of steps.jsonl and TensorBoard; 0: one an epoch."""
+    tensorboard: bool
+    """Write TensorBoard events beside steps.jsonl."""
     chunk_mb: int
     """Raw text that is encoded at a time, in MiB; no result depends on it."""
     force: bool
@@ -249,6 +350,11 @@ class Config:
     """Of everything random but the split."""
     select: str | None
     """The one measurement that ``bench`` makes; null: all."""
+    run: str | None
+    """What ``export`` reads: a run directory, a checkpoint folder or a run id under
+    ``runtime.out``."""
+    format: str
+    """What ``export`` writes: ``pt2`` (torch.export) or ``onnx``."""
     data: Data
     model: Model
     train: Train

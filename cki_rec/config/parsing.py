@@ -13,7 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 from cki_rec import __version__, project_root
 from cki_rec.config.checks import check
 from cki_rec.config.errors import UserError
-from cki_rec.config.options import Config
+from cki_rec.config.options import Config, Model
 
 
 def first_comment(group: str, choice: str) -> str:
@@ -61,6 +61,20 @@ def run_id(pipeline: str, reads: dict[str, Any]) -> str:
 def section(value: Any) -> dict[str, Any]:
     """Return a section of the configuration as plain JSON values."""
     return asdict(value)
+
+
+def model_options(value: dict[str, Any]) -> Model:
+    """Return the model section that ``section`` gave.
+
+    Raises:
+        TypeError: A key is missing, unknown or of another type.
+    """
+    try:
+        options = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Model), value))
+    except OmegaConfBaseException as error:
+        raise TypeError(_first_line(error)) from None
+    assert isinstance(options, Model)
+    return options
 
 
 def _first_line(error: OmegaConfBaseException) -> str:

@@ -29,7 +29,14 @@ from cki_rec.data.history import write_history
 from cki_rec.data.numbers import bucket_codes, key_values, quantile_edges, standardize
 from cki_rec.data.provisional import ITEM, USER, Provisional, make_plan
 from cki_rec.data.schema import UNSEEN_ID, Feature, FeatureSchema
-from cki_rec.data.split import SPLITS, check_sizes, share, split_codes
+from cki_rec.data.split import (
+    SPLITS,
+    check_sizes,
+    draw_validation,
+    draws_validation,
+    share,
+    split_codes,
+)
 from cki_rec.data.vocabulary import Vocabulary, build, hashed
 
 
@@ -63,11 +70,13 @@ def encode(
     """Write the data set that ``data`` asks for into ``folder``.
 
     Vocabularies hold the tokens of at least ``min_count`` training rows, by (-count, token); all
-    other tokens share ``UNSEEN_ID``. A missing value is the token ``""``.
+    other tokens share ``UNSEEN_ID``. A missing value is the token ``""``. Where a history that a
+    raw column lists shares a table, a token stays if the history, with repetitions and before it
+    is cut to ``max_length``, or the other fields hold it ``min_count`` times, as in FuxiCTR.
 
-    A history holds, by time, the latest ``data.history_length`` items that the user liked (label
-    1) in TRAINING rows with a strictly smaller timestamp. No label of a validation or test row
-    enters any input.
+    Any other history holds, by time, the latest ``data.history_length`` items that the user liked
+    (label 1) in TRAINING rows with a strictly smaller timestamp. No label of a validation or test
+    row enters any input.
 
     Args:
         chunks: Rows in the common form of ``cki_rec.data.raw``.
@@ -91,8 +100,7 @@ def encode(
         _finish_entities(columns)
         splits = _split(columns, data, is_chronological, rows_per_step)
         edges = _bucket_quantiles(columns)
-        counts = _count_training_rows(columns)
-        vocabularies = _vocabularies(columns, counts)
+        vocabularies = _vocabularies(columns, *_count_training_rows(columns))
         unseen = _look_up(columns, vocabularies)
         numbers = _standardize(columns)
         schema = _schema(fields, vocabularies, {**numbers, **edges})
@@ -143,6 +151,8 @@ def _split(
         raise UserError(
             f"data.split.by=files: {data.raw} does not come divided; choose random or time"
         )
+    elif draws_validation(split):
+        draw_validation(split, files["split"])
     sizes, clicks = np.zeros(3, dtype=np.int64), np.zeros(3, dtype=np.int64)
     for start, stop in blocks(columns.rows):
         code = files["split"].read(start, stop)
@@ -186,8 +196,12 @@ def _bucket_quantiles(columns: Provisional) -> dict[str, list[float]]:
     return found
 
 
-def _count_training_rows(columns: Provisional) -> dict[str, Ints]:
-    """Return, per table, how many training rows hold each code (of each field of the table)."""
+def _count_training_rows(columns: Provisional) -> tuple[dict[str, Ints], dict[str, Ints]]:
+    """Return, per table, how often training rows hold each code, and the count that keeps it.
+
+    The first sums up the fields of a table. The second, for tables with a listed history, is the
+    largest of the counts of each such history and of all other fields together.
+    """
     plan, files = columns.plan, columns.files
     counts = {
         table: np.zeros(dictionary.size, dtype=np.int64)
@@ -199,15 +213,24 @@ def _count_training_rows(columns: Provisional) -> dict[str, Ints]:
         for position, column in enumerate(plan.ids):
             if column.hash_size is None and block is not None:
                 add_counts(counts[column.table], block[:, position])
-    for column in plan.multi:
-        if column.hash_size is None:
-            for start, stop, values, lengths in _multi_blocks(columns, column):
-                is_train = np.repeat(files["split"].read(start, stop) == 0, lengths)
-                add_counts(counts[column.table], values[is_train])
-    return counts
+    deciding: dict[str, Ints] = {}
+    for column in sorted(plan.multi, key=lambda c: c.kind == "history"):
+        if column.hash_size is not None:
+            continue
+        total = counts[column.table]
+        own = np.zeros_like(total) if column.kind == "history" else total
+        for start, stop, values, lengths in _multi_blocks(columns, column):
+            is_train = np.repeat(files["split"].read(start, stop) == 0, lengths)
+            add_counts(own, values[is_train])
+        if column.kind == "history":
+            deciding[column.table] = np.maximum(deciding.get(column.table, total), own)
+            counts[column.table] = total + own
+    return counts, deciding
 
 
-def _vocabularies(columns: Provisional, counts: dict[str, Ints]) -> dict[str, Vocabulary]:
+def _vocabularies(
+    columns: Provisional, counts: dict[str, Ints], deciding: dict[str, Ints]
+) -> dict[str, Vocabulary]:
     """Write the vocabulary of every table; dictionaries are let go one by one."""
     found: dict[str, Vocabulary] = {}
     for column in [*columns.plan.ids, *columns.plan.multi]:
@@ -219,7 +242,8 @@ def _vocabularies(columns: Provisional, counts: dict[str, Ints]) -> dict[str, Vo
             continue
         tokens = columns.dictionaries.pop(table).tokens()
         path = columns.folder / f"vocabulary.{table}.txt"
-        found[table] = build(table, tokens, counts.pop(table), column.min_count, path)
+        decide = deciding.pop(table, None)
+        found[table] = build(table, tokens, counts.pop(table), column.min_count, path, decide)
     return found
 
 
@@ -284,7 +308,10 @@ def _look_up(
 def _look_up_multi(
     columns: Provisional, column: Field, vocabulary: Vocabulary
 ) -> dict[str, float | None]:
-    """Replace codes by ids, unseen tokens of a row by one id; return the unseen shares."""
+    """Replace codes by ids, return the unseen shares.
+
+    The unseen tokens of a set become one id; a history is cut to its length.
+    """
     name = f"multi.{column.name}"
     unseen, totals = np.zeros(3, dtype=np.int64), np.zeros(3, dtype=np.int64)
     types: dict[str, type[np.generic]] = dict(values=np.int32, starts=np.int64, lengths=np.int32)
@@ -294,7 +321,10 @@ def _look_up_multi(
     }
     for start, stop, codes, code_lengths in _multi_blocks(columns, column):
         ids = codes if column.hash_size is not None else vocabulary.id_of_code[codes]
-        values, lengths = _one_unseen_a_row(ids, code_lengths)
+        if column.kind == "multi":
+            values, lengths = _one_unseen_a_row(ids, code_lengths)
+        else:
+            values, lengths = _cut(ids, code_lengths, column.max_length, column.keep)
         ends = pieces["values"].rows + np.cumsum(lengths, dtype=np.int64)
         pieces["values"].append(values)
         pieces["starts"].append(ends - lengths)
@@ -315,6 +345,17 @@ def _one_unseen_a_row(ids: Ids, lengths: Ids) -> tuple[Ids, Ids]:
     is_kept = np.ones(len(ids), dtype=np.bool_)
     is_kept[unseen[1:][row[unseen[1:]] == row[unseen[:-1]]]] = False
     return ids[is_kept], np.bincount(row[is_kept], minlength=len(lengths)).astype(np.int32)
+
+
+def _cut(ids: Ids, lengths: Ids, most: int | None, keep: str | None) -> tuple[Ids, Ids]:
+    """Return the rows with at most ``most`` ids each, the ``latest`` or the ``first``."""
+    if most is None:
+        return ids, lengths
+    ends = np.cumsum(lengths, dtype=np.int64)
+    limits = ends if keep == "latest" else ends - lengths
+    place = np.arange(len(ids)) - np.repeat(limits, lengths)
+    is_kept = place >= -most if keep == "latest" else place < most
+    return ids[is_kept], np.minimum(lengths, most)
 
 
 def _multi_blocks(columns: Provisional, column: Field) -> Iterator[tuple[int, int, Ids, Ids]]:

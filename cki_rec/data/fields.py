@@ -25,10 +25,10 @@ class Field:
 
     name: str
     kind: str
-    """``categorical``, ``numeric``, ``multi`` (several ids a row), ``history`` (items that the
-    user liked before) or ``time`` (of ``raw.TIME_FIELDS``)."""
+    """``categorical``, ``numeric``, ``multi`` (a set of ids), ``history`` (ids by time: items that
+    the user liked before, or what a raw column lists) or ``time`` (of ``raw.TIME_FIELDS``)."""
     column: str
-    """Raw column; of a history the field whose ids it holds."""
+    """Raw column; of a history of liked items the field whose ids it holds."""
     table: str
     """Fields with the same table share vocabulary and embeddings."""
     transform: str | None
@@ -37,14 +37,22 @@ class Field:
     hash_size: int | None
     """Ids are a hash of the token modulo this; no vocabulary is kept. None: a vocabulary."""
     separator: str | None
-    """Between the tokens of a multi field."""
+    """Between the tokens of a multi field, or of a history that a raw column lists; None: the
+    history is what the user liked before."""
     max_length: int | None
-    """Most ids of a multi field, the first ones; None: all."""
+    """Most ids of a multi field, the first ones, or of a listed history; None: all."""
     prefix: int | None
     """Tokens are the first so many characters of a category; None: all."""
     edges: tuple[float, ...] | None
     """Of the transform ``edges``: ascending; bucket ``i`` is above edge ``i`` and at most edge
     ``i + 1``, anything outside is missing."""
+    keep: str | None = None
+    """Of a listed history longer than ``max_length``: its ``latest`` or its ``first`` ids."""
+
+    @property
+    def is_listed(self) -> bool:
+        """Return whether a raw column lists its ids."""
+        return self.separator is not None
 
     @property
     def is_number(self) -> bool:
@@ -57,9 +65,16 @@ _SHARED = ("table", "min_count", "hash_size", "prefix")
 """What a history has of the field whose ids it holds."""
 LARGEST_HASH = 2**31 - 1 - FIRST_ID
 """Ids are int32."""
-OWNERS = {"transform": "numeric", "edges": "numeric", "separator": "multi", "max_length": "multi",
-          "prefix": "categorical"}  # fmt: skip
-"""Option -> the only kind that has it."""
+OWNERS = {
+    "transform": ("numeric",),
+    "edges": ("numeric",),
+    "separator": ("multi", "history"),
+    "max_length": ("multi", "history"),
+    "keep": ("history",),
+    "prefix": ("categorical",),
+}
+"""Option -> the only kinds that have it."""
+KEPT = ("latest", "first")
 
 
 def resolve(data: Data, kinds: Mapping[str, str]) -> tuple[Field, ...]:
@@ -92,7 +107,10 @@ def resolve(data: Data, kinds: Mapping[str, str]) -> tuple[Field, ...]:
     found = tuple(_field(entry, data, kinds) for entry in _entries(data))
     if all(f.is_number for f in found):
         raise UserError("data.fields: numbers only, expected at least one field with ids")
-    found = tuple(_with_source(f, found, kinds) if f.kind == "history" else f for f in found)
+    found = tuple(
+        _with_source(f, found, kinds) if f.kind == "history" and not f.is_listed else f
+        for f in found
+    )
     _check_tables(found)
     return found
 
@@ -103,8 +121,9 @@ def columns_of(data: Data, kind: str) -> list[str]:
 
 
 def to_json(found: tuple[Field, ...]) -> list[dict[str, Any]]:
-    """Return a form that ``json.dumps`` takes."""
-    return [asdict(field) for field in found]
+    """Return a form that ``json.dumps`` takes; data sets without ``keep`` are as before it."""
+    entries = [asdict(field) for field in found]
+    return [{k: v for k, v in e.items() if k != "keep" or v is not None} for e in entries]
 
 
 def _entries(data: Data) -> list[dict[str, Any]]:
@@ -117,7 +136,7 @@ def _entries(data: Data) -> list[dict[str, Any]]:
             where = f"data.fields, {entry['name']}: {key}"
             if key not in OPTIONS:
                 raise UserError(f"{where}: {nearest(key, OPTIONS)}one of {', '.join(OPTIONS)}")
-            choices = {"kind": KINDS, "transform": TRANSFORMS}.get(key)
+            choices = {"kind": KINDS, "transform": TRANSFORMS, "keep": KEPT}.get(key)
             if choices and value not in choices:
                 hint = nearest(value, choices)
                 raise UserError(f"{where}={value}: {hint}one of {', '.join(choices)}")
@@ -151,33 +170,47 @@ def _check_name(where: str, name: str) -> None:
 def _field(entry: dict[str, Any], data: Data, kinds: Mapping[str, str]) -> Field:
     name = entry["name"]
     kind = entry.get("kind", kinds[name if name in kinds else entry.get("column", name)])
-    given = kinds[entry.get("column", name)] if kind != "history" else kind
-    allowed = {"numeric": ("numeric",), "time": ("time",)}.get(given, KINDS[:3])
+    is_listed = kind == "history" and "separator" in entry
+    given = kinds[entry.get("column", name)] if kind != "history" or is_listed else kind
+    allowed = {"numeric": ("numeric",), "time": ("time",)}.get(given, KINDS[:4])
     if kind != given and (kind not in allowed or (kind == "numeric" and data.format != "bars")):
         raise UserError(
             f"data.fields, {name}: kind={kind}: the column is {given}, expected "
             f"{' or '.join(allowed if data.format == 'bars' else (given,))}"
         )
-    own = (data.item or "item") if kind == "history" else name
+    if is_listed and given == "history":
+        raise UserError(
+            f"data.fields, {name}: separator is of a column that lists ids, this history is what "
+            "the user liked before; leave it out"
+        )
+    own = (data.item or "item") if kind == "history" and not is_listed else name
     column = entry.get("column", own)
     transform = entry.get("transform", data.numeric) if kind == "numeric" else None
-    for key, owner in OWNERS.items():
-        if key in entry and kind != owner:
+    for key, owners in OWNERS.items():
+        if key in entry and kind not in owners:
+            owner = " or ".join(owners)
             raise UserError(f"data.fields, {name}: {key} is of kind {owner}, this is {kind}")
+    for key in ("max_length", "keep"):
+        if key in entry and kind == "history" and not is_listed:
+            raise UserError(
+                f"data.fields, {name}: {key} is of a history that a column lists: give its "
+                "separator, or set data.history_length"
+            )
     if (transform == "edges") != ("edges" in entry):
         raise UserError(f"data.fields, {name}: edges and transform: edges go together")
     return Field(
         name=name,
         kind=kind,
         column=column,
-        table=entry.get("table", column if kind == "history" else name),
+        table=entry.get("table", column if kind == "history" and not is_listed else name),
         transform=transform,
         min_count=entry.get("min_count", data.min_count),
         hash_size=entry.get("hash_size"),
-        separator=entry.get("separator", "|") if kind == "multi" else None,
+        separator=entry.get("separator", "|" if kind == "multi" else None),
         max_length=entry.get("max_length"),
         prefix=entry.get("prefix"),
         edges=tuple(map(float, entry["edges"])) if "edges" in entry else None,
+        keep=entry.get("keep", "latest") if is_listed and "max_length" in entry else None,
     )
 
 
@@ -205,7 +238,7 @@ def _check_tables(found: tuple[Field, ...]) -> None:
     """Check that fields which share a table agree on it, and that histories have a source."""
     first: dict[str, Field] = {}
     for field in found:
-        if field.is_number or field.kind == "history":
+        if field.is_number or (field.kind == "history" and not field.is_listed):
             continue
         other = first.setdefault(field.table, field)
         facts = [(f.min_count, f.hash_size, f.transform == "quantile") for f in (field, other)]

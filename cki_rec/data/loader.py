@@ -21,6 +21,9 @@ from cki_rec.data.permutation import Permutation
 from cki_rec.data.schema import Batch, FeatureSchema
 
 CPU = torch.device("cpu")
+SMALLEST_SHARE = 2
+"""Rows a rank of the last step of an epoch: fewer join the step before. (A batch of one row has no
+variance, which batch norms need.)"""
 SHUFFLE_STREAM = 3
 """Sets the order of this draw apart from others of the same seed."""
 
@@ -28,10 +31,10 @@ SHUFFLE_STREAM = 3
 class Loader:
     """Batches of chosen rows; iterating it gives what is left of an epoch, then the next begins.
 
-    All ranks have equally many batches. A step of the whole job is ``batch_size * world_size``
-    rows; the last one of an epoch is shorter and shared evenly, and takes in what would be less
-    than a row a rank. So no row is left out and none comes twice. (Only where an epoch is resumed
-    with fewer rows left than there are processes, these few end it.)
+    All ranks have equally many batches, and the rows of a step do not depend on how many ranks
+    share it. The last step of an epoch is shorter, and takes in what would be less than
+    ``SMALLEST_SHARE`` rows a rank. So no row is left out and none comes twice. (Only where an epoch is resumed with fewer
+    rows left than there are processes, these few end it.)
 
     ``state_dict`` says how many rows of which epoch are done, by all ranks together: it fits any
     world size and batch size.
@@ -40,7 +43,7 @@ class Loader:
         dataset: Where rows come from; nothing but a batch is read into memory.
         schema: Features, in the order of the batch.
         rows: ``(R,)`` row numbers, may be memory-mapped.
-        batch_size: Rows per batch and rank.
+        batch_size: Rows of a step, shared evenly by all ranks.
         seed: Draws the order of every epoch; None: the order of ``rows``.
         rank: Of this process.
         world_size: Number of processes.
@@ -48,7 +51,7 @@ class Loader:
             their own, while the batch before is in use.
 
     Raises:
-        UserError: ``batch_size`` is below 1, or there are fewer rows than processes.
+        UserError: ``batch_size`` or rows are fewer than processes.
     """
 
     def __init__(
@@ -63,8 +66,8 @@ class Loader:
         world_size: int = 1,
         device: torch.device = CPU,
     ) -> None:
-        if batch_size < 1:
-            raise UserError(f"train.batch_size={batch_size}: expected 1 or more")
+        if batch_size < world_size:
+            raise UserError(f"train.batch_size={batch_size}: expected {world_size} or more")
         if len(rows) < world_size:
             raise UserError(f"{len(rows)} rows for {world_size} processes: start fewer")
         self._gather = Gather(dataset, schema)
@@ -117,24 +120,33 @@ class Loader:
     def _steps(self) -> Iterator[tuple[int, int]]:
         """Yield first and last place of every step of the job that is left."""
         start, num_rows = self._done, len(self._rows)
-        width = self._batch_size * self._world_size
         while num_rows - start >= self._world_size:
-            stop = start + width
-            stop = num_rows if num_rows - stop < self._world_size else stop
+            stop = start + self._batch_size
+            stop = num_rows if num_rows - stop < SMALLEST_SHARE * self._world_size else stop
             yield start, stop
             start = stop
 
+    def places(self, rank: int) -> NDArray[np.int64]:
+        """Return which places of what is left of this epoch fall to ``rank``, in its order."""
+        shares = [np.arange(*self._share(*step, rank)) for step in self._steps()]
+        return np.concatenate(shares) if shares else np.empty(0, np.int64)
+
+    def _share(self, start: int, stop: int, rank: int) -> tuple[int, int]:
+        """Return first and last place of a rank's rows of a step."""
+        first, last = (start + (stop - start) * r // self._world_size for r in (rank, rank + 1))
+        return first, last
+
     def _batch(self, start: int, stop: int) -> Batch:
         """Return this rank's rows of a step."""
-        size = stop - start
-        first, last = (size * r // self._world_size for r in (self._rank, self._rank + 1))
-        places = np.arange(start + first, start + last)
+        first, last = self._share(start, stop, self._rank)
         if self._seed is None:
-            rows = self._rows[start + first : start + last]
+            rows = self._rows[first:last]
         else:
             order = Permutation(len(self._rows), self._seed, self._epoch, SHUFFLE_STREAM)
-            rows = self._rows[order(places)]
+            rows = self._rows[order(np.arange(first, last))]
         batch = self._gather(np.asarray(rows))
+        batch.step_rows = stop - start
+        batch.stride = -(-batch.step_rows // self._world_size)
         if self._copies is None:
             return batch
         with torch.cuda.stream(self._copies):

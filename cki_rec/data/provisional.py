@@ -34,9 +34,10 @@ class Plan:
     ids: list[Field]
     """Columns of ``ids.npy``: one id a row. Fields that only a history needs come last."""
     multi: list[Field]
+    """Fields whose ids a raw column lists, histories among them."""
     numbers: list[Field]
     histories: dict[str, Field]
-    """History -> the field whose ids it holds."""
+    """History of liked items -> the field whose ids it holds."""
     user: str | None
     item: str | None
     missing: float | None
@@ -56,7 +57,7 @@ def make_plan(
     ids = [f for f in fields if f.kind not in ("multi", "history") and not f.is_number]
     by_column = {f.column: f for f in ids if f.kind == "categorical"}
     histories = {}
-    for history in (f for f in fields if f.kind == "history"):
+    for history in (f for f in fields if f.kind == "history" and not f.is_listed):
         source = by_column.get(history.column)
         if source is None:
             source = replace(history, name=history.column, kind="categorical")
@@ -65,7 +66,7 @@ def make_plan(
         histories[history.name] = source
     return Plan(
         ids=ids,
-        multi=[f for f in fields if f.kind == "multi"],
+        multi=[f for f in fields if f.is_listed],
         numbers=[f for f in fields if f.is_number],
         histories=histories,
         user=user,
@@ -160,13 +161,14 @@ class Provisional:
         return codes.view(np.int32)
 
     def _append_multi(self, frame: pl.DataFrame, column: Field) -> None:
-        """Add the distinct codes of every row, in the order of the text."""
+        """Add the codes of every row in the order of the text; those of a set are distinct."""
         assert column.separator is not None
         split = pl.col(column.column).str.split(column.separator)
         split = split.list.eval(pl.element().filter(pl.element() != ""))
-        lists = frame.select(split.list.unique(maintain_order=True).alias("token")).to_series()
-        if column.max_length is not None:
-            lists = lists.list.head(column.max_length)
+        if column.kind == "multi":
+            split = split.list.unique(maintain_order=True)
+            split = split if column.max_length is None else split.list.head(column.max_length)
+        lists = frame.select(split.alias("token")).to_series()
         lengths = lists.list.len().fill_null(0)
         tokens = lists.filter(lengths > 0).explode().alias("token")
         token = pl.col("token")

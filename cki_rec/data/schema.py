@@ -82,6 +82,10 @@ class Batch:
     """``(B,)`` float32, 0 or 1."""
     numbers: Tensor | None = None
     """``(B, features of kind numeric)`` float32; None: there are none."""
+    step_rows: int | None = None
+    """Rows of the step that the batch is a share of, all processes together; None: B."""
+    stride: int | None = None
+    """Rows of the largest share, whose shape all processes look up; None: B."""
 
     def __len__(self) -> int:
         """Return B."""
@@ -107,4 +111,6 @@ class Batch:
             None if self.lengths is None else change(self.lengths),
             change(self.label),
             None if self.numbers is None else change(self.numbers),
+            self.step_rows,
+            self.stride,
         )

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cki_rec.config import Split, UserError
-from cki_rec.data.columns import Ids, Ints, allocate, blocks
+from cki_rec.data.columns import ColumnFile, Ids, Ints, allocate, blocks
 from cki_rec.data.permutation import Permutation
 
 SPLITS = ("train", "valid", "test")
@@ -33,11 +33,44 @@ def check_split(split: Split) -> None:
         raise UserError(f"data.split.by={split.by}: expected one of {', '.join(SPLIT_KINDS)}")
     shares = split.fractions
     is_valid = len(shares) == 3 and min(shares) >= 0 and abs(sum(shares) - 1) < 1e-6
-    if split.by in ("random", "time") and not is_valid:
+    has_shares = split.by in ("random", "time") or draws_validation(split)
+    if has_shares and not is_valid:
         raise UserError(
             f"data.split.fractions={list(shares)}: expected shares of training, validation and "
             "test rows, each 0 or more, with sum 1"
         )
+
+
+def draws_validation(split: Split) -> bool:
+    """Return whether training rows may become validation rows.
+
+    So it is where files decide the split and ``fractions`` has no share for test.
+    """
+    return split.by == "files" and len(split.fractions) == 3 and split.fractions[2] == 0
+
+
+def draw_validation(split: Split, codes: ColumnFile) -> None:
+    """Make validation rows of a share of the training rows, unless files hold validation rows.
+
+    Args:
+        split: Its first two ``fractions`` divide the training rows, in an order drawn from its
+            seed.
+        codes: ``(N,)`` position in ``SPLITS`` of each row; changed in place.
+    """
+    sizes = np.zeros(3, dtype=np.int64)
+    for start, stop in blocks(codes.rows):
+        sizes += np.bincount(codes.read(start, stop), minlength=3)
+    if sizes[1] or not sizes[0]:
+        return
+    order = Permutation(int(sizes[0]), split.seed, SPLIT_STREAM)
+    boundary, done = round(int(sizes[0]) * split.fractions[0]), 0
+    for start, stop in blocks(codes.rows):
+        block = codes.read(start, stop)
+        is_train = block == 0
+        count = int(is_train.sum())
+        block[is_train] = order(np.arange(done, done + count)) >= boundary
+        codes.write(start, block)
+        done += count
 
 
 def split_codes(

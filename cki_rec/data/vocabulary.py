@@ -74,7 +74,14 @@ class Vocabulary:
     """``(T,)``."""
 
 
-def build(table: str, tokens: pl.Series, counts: Ints, min_count: int, path: Path) -> Vocabulary:
+def build(
+    table: str,
+    tokens: pl.Series,
+    counts: Ints,
+    min_count: int,
+    path: Path,
+    deciding: Ints | None = None,
+) -> Vocabulary:
     """Write the vocabulary, one token a line in the order of ids, and return it.
 
     Args:
@@ -83,13 +90,15 @@ def build(table: str, tokens: pl.Series, counts: Ints, min_count: int, path: Pat
         counts: ``(T,)`` training rows that hold each token.
         min_count: Tokens with fewer share ``UNSEEN_ID``; tokens of no training row always do.
         path: Where.
+        deciding: ``(T,)`` what ``min_count`` is compared with; None: ``counts``.
 
     Raises:
         UserError: More tokens than ids.
     """
     codes = pl.Series("code", np.arange(len(tokens), dtype=np.uint32))
     frame = pl.DataFrame({"code": codes, "token": tokens, "count": counts})
-    kept = frame.filter(pl.col("count") >= min_count)
+    is_kept = (counts if deciding is None else deciding) >= min_count
+    kept = frame.filter(pl.Series(is_kept))
     kept = kept.sort(["count", "token"], descending=[True, False])
     size = FIRST_ID + len(kept)
     if size > LARGEST_TABLE:

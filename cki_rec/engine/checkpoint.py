@@ -1,8 +1,11 @@
 """Checkpoints: a folder of torch.distributed.checkpoint tensors, and JSON for everything else.
 
-``model`` holds the parameters, ``accumulator`` the row-wise Adagrad state of every table, and
+``model`` holds the parameters, ``accumulator`` the Adagrad state of every fused table, and
 ``counts`` the training rows that looked each table row up: the evidence that integration needs
-travels with the model. A digest of every file is kept, so damage is noticed.
+travels with the model. An unfinished training also keeps ``adam``, the moments, and ``average``,
+its moving average. A digest of every file is kept, so damage is noticed.
+
+Tensors are stored whole, whoever held which part: any plan on any number of processes reads them.
 """
 
 from __future__ import annotations
@@ -26,11 +29,12 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 
 from cki_rec.config import Model as ModelConfig
-from cki_rec.config import UserError, section
+from cki_rec.config import LostProcess, UserError, model_options, section
 from cki_rec.data.schema import FeatureSchema
+from cki_rec.engine import distributed
 from cki_rec.integration.params import Params
 
-FORMAT = 1
+FORMAT = 2
 TENSORS, DESCRIPTION = "tensors", "checkpoint.json"
 TORCH_METADATA_TYPES = frozenset(
     {"Metadata", "MetadataIndex", "StorageMeta", "TensorStorageMetadata", "BytesStorageMetadata"}
@@ -59,43 +63,64 @@ def save(
     model: ModelConfig,
     schema: FeatureSchema,
     data_hash: str,
+    position: dict[str, Any] | None = None,
 ) -> None:
     """Write a checkpoint whole or not at all, replacing one that is there.
 
+    All processes call this; each writes the parts it holds into the one folder.
+
     Args:
         folder: Where.
-        tensors: ``model``, ``accumulator`` and ``counts``, plain or sharded tensors by name.
+        tensors: Groups (``model``, ``accumulator``, ...) of plain or sharded tensors by name.
         model: Configuration of the network.
         schema: Its features and vocabularies.
         data_hash: Content of the data set it was trained on.
+        position: Where an unfinished training stands; plain JSON values.
     """
-    temporary = folder.with_name(f"{folder.name}.tmp-{os.getpid()}")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    description: dict[str, Any] = {
-        "format": FORMAT,
-        "model": section(model),
-        "schema": schema.to_json(),
-        "data_hash": data_hash,
-    }
+    temporary = folder.with_name(f"{folder.name}.tmp")
+    is_first = distributed.rank() == 0
     try:
+        if is_first:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+        distributed.barrier()
         try:
-            with _one_process():
-                dcp.save(tensors, checkpoint_id=temporary / TENSORS, no_dist=True)
+            with distributed.others(), _quiet():
+                dcp.save(tensors, checkpoint_id=temporary / TENSORS, no_dist=_is_alone())
         except (CheckpointException, RuntimeError) as error:
             # the former is a BaseException: it would pass by `except OSError`; the latter is how
             # torch's writer reports a full disk
             raise _as_os_error(error, folder) from None
-        description["files"] = _digests(temporary / TENSORS)
-        (temporary / DESCRIPTION).write_text(json.dumps(description, indent=1))
-        shutil.rmtree(folder, ignore_errors=True)
-        temporary.rename(folder)
+        if is_first:
+            description: dict[str, Any] = {
+                "format": FORMAT,
+                "model": section(model),
+                "schema": schema.to_json(),
+                "data_hash": data_hash,
+                "position": position,
+                "files": _digests(temporary / TENSORS),
+            }
+            (temporary / DESCRIPTION).write_text(json.dumps(description, indent=1))
+            shutil.rmtree(folder, ignore_errors=True)
+            temporary.rename(folder)
+        distributed.barrier()
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        if is_first:
+            shutil.rmtree(temporary, ignore_errors=True)
 
 
-def load(folder: Path) -> Checkpoint:
-    """Read a checkpoint as plain tensors, in any process, whatever plan wrote it.
+@dataclass(slots=True)
+class Description:
+    """What a checkpoint says of itself, its files being whole."""
+
+    model: ModelConfig
+    schema: FeatureSchema
+    data_hash: str
+    position: dict[str, Any] | None
+
+
+def describe(folder: Path) -> Description:
+    """Return the description of a checkpoint whose files are all there and unchanged.
 
     Raises:
         UserError: Nothing there, a damaged or a newer checkpoint; names the file.
@@ -104,10 +129,16 @@ def load(folder: Path) -> Checkpoint:
     try:
         description = json.loads(path.read_text())
         if description["format"] != FORMAT:
-            raise UserError(f"{path}: format {description['format']}, this release reads {FORMAT}")
-        model = ModelConfig(**description["model"])
-        schema = FeatureSchema.from_json(description["schema"])
-        data_hash: str = description["data_hash"]
+            raise UserError(
+                f"{path}: format {description['format']}, this release reads {FORMAT}; make it"
+                " again with this release"
+            )
+        found = Description(
+            model_options(description["model"]),
+            FeatureSchema.from_json(description["schema"]),
+            description["data_hash"],
+            description["position"],
+        )
         digests: dict[str, str] = description["files"]
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{folder}: no checkpoint here ({DESCRIPTION} is missing)") from None
@@ -118,12 +149,56 @@ def load(folder: Path) -> Checkpoint:
             raise UserError(f"{folder / TENSORS / name}: damaged checkpoint, the file has changed")
     if digests:
         raise UserError(f"{folder / TENSORS / min(digests)}: damaged checkpoint, the file is gone")
+    return found
+
+
+def load_into(tensors: dict[str, dict[str, Any]], folder: Path) -> None:
+    """Fill tensors, plain or sharded by any plan, from a checkpoint; all processes call this.
+
+    Each process reads what it holds, so no memory for whole tables is needed.
+
+    Args:
+        tensors: Groups of tensors by name, as for ``save``; changed in place.
+        folder: Of a checkpoint that ``describe`` found whole.
+
+    Raises:
+        UserError: A tensor is missing or has another shape.
+    """
+    reader = _Reader(folder / TENSORS)
+    try:
+        with distributed.others(), _quiet():
+            dcp.load(tensors, storage_reader=reader, no_dist=_is_alone())
+    except LostProcess:
+        raise
+    except (CheckpointException, Exception) as error:
+        raise UserError(f"{folder}: unreadable checkpoint ({_reason(error)})") from None
+
+
+def has_accumulators(folder: Path) -> bool:
+    """Return whether a checkpoint that ``describe`` found whole holds Adagrad accumulators."""
+    names = _Reader(folder / TENSORS).read_metadata().state_dict_metadata
+    return any(name.startswith("accumulator.") for name in names)
+
+
+def load(folder: Path) -> Checkpoint:
+    """Read a checkpoint as plain tensors, in any process, whatever plan wrote it.
+
+    Raises:
+        UserError: Nothing there, a damaged or a newer checkpoint; names the file.
+    """
+    found = describe(folder)
     groups: dict[str, Params] = {"model": {}, "accumulator": {}, "counts": {}}
     for key, value in _read(folder / TENSORS).items():
         group, name = key.split(".", 1)
-        groups[group][name] = value
+        if group in groups:
+            groups[group][name] = value
     return Checkpoint(
-        groups["model"], groups["accumulator"], groups["counts"], model, schema, data_hash
+        groups["model"],
+        groups["accumulator"],
+        groups["counts"],
+        found.model,
+        found.schema,
+        found.data_hash,
     )
 
 
@@ -137,12 +212,22 @@ def _read(folder: Path) -> Params:
             for name, entry in metadata.items()
             if isinstance(entry, TensorStorageMetadata)
         }
-        with _one_process():
+        with _quiet():
             dcp.load(state, storage_reader=reader, no_dist=True)
     except (CheckpointException, Exception) as error:  # whatever bytes of a stranger cause
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{folder}: unreadable checkpoint ({reason})") from None
+        raise UserError(f"{folder}: unreadable checkpoint ({_reason(error)})") from None
     return state
+
+
+def _reason(error: BaseException) -> str:
+    """Return the first line of what went wrong, in whichever process."""
+    if isinstance(error, CheckpointException) and error.failures:
+        error = next(iter(error.failures.values()))[0]
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
+
+
+def _is_alone() -> bool:
+    return distributed.world_size() == 1
 
 
 class _Reader(dcp.FileSystemReader):
@@ -201,10 +286,11 @@ def _as_os_error(error: CheckpointException | RuntimeError, folder: Path) -> OSE
 
 
 @contextmanager
-def _one_process() -> Iterator[None]:
+def _quiet() -> Iterator[None]:
     """Silence the warning that this process reads and writes alone: it is meant to."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
+        warnings.simplefilter("ignore", FutureWarning)  # torch's own use of its sharded tensors
         yield
 
 

@@ -1,4 +1,7 @@
-"""Processes and devices."""
+"""Processes and devices: one process like many, started by torchrun or by nobody.
+
+Shape legend: R rows, P processes.
+"""
 
 from __future__ import annotations
 
@@ -6,16 +9,31 @@ import atexit
 import logging
 import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
+from torch import Tensor, nn
 from torch._C._distributed_c10d import FakeProcessGroup
+from torch.distributed.nn.functional import all_reduce as differentiable_all_reduce
 
-from cki_rec.config import Runtime, UserError
+from cki_rec.config import LostProcess, Runtime, UserError
 
 SINGLE = "single"
 """Name of the backend of one process."""
+PATIENCE = timedelta(minutes=10)
+"""Longest wait for another process; encoding a data set is not waited for here."""
+
+LOSSES = (
+    *("Connection closed by peer", "Connection reset by peer", "Connection refused"),
+    *("Broken pipe", "Timed out waiting", "Socket Timeout"),
+)
+"""What gloo and torch's store say where another process is gone."""
 
 
 def start(runtime: Runtime) -> torch.device:
@@ -23,28 +41,162 @@ def start(runtime: Runtime) -> torch.device:
 
     A single process opens no port and reads no environment variable: its store is in memory and
     its process group moves nothing, which is all that a group of one has to do. (Gloo would listen
-    on a port of the loopback interface.)
+    on a port of the loopback interface.) Several processes are started by torchrun; they talk by
+    gloo on CPU and by nccl on CUDA.
 
     Raises:
-        UserError: No CUDA device where one is asked for, or several processes.
+        UserError: No CUDA device where one is asked for, or fewer than processes.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UserError("several processes (torchrun) are not supported yet; start one process")
     has_cuda = torch.cuda.is_available()
     if runtime.device == "cuda" and not has_cuda:
         raise UserError("runtime.device=cuda: torch sees no CUDA device; use runtime.device=cpu")
     device = torch.device("cuda" if has_cuda and runtime.device != "cpu" else "cpu")
-    torch.set_num_threads(runtime.threads or os.cpu_count() or 1)
+    local_rank, on_this_machine = local_position()
+    if device.type == "cuda":
+        if local_rank >= torch.cuda.device_count():
+            raise UserError(
+                f"{on_this_machine} processes for {torch.cuda.device_count()} CUDA devices on this"
+                " machine; start fewer, or use runtime.device=cpu"
+            )
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+    cores = max(1, (os.cpu_count() or 1) // on_this_machine)
+    torch.set_num_threads(runtime.threads or cores)
     torch.use_deterministic_algorithms(True, warn_only=device.type == "cuda")
+    deterministic: Any = torch.utils.deterministic
+    deterministic.fill_uninitialized_memory = False  # ours is always written
     logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)  # torchrec's own use
     if not dist.is_initialized():
-        if SINGLE not in dist.Backend.backend_list:
-            dist.Backend.register_backend(
-                SINGLE, _single_process_group, extended_api=True, devices=["cpu", "cuda"]
-            )
-        dist.init_process_group(SINGLE, rank=0, world_size=1, store=dist.HashStore())
+        _start_group(device)
         atexit.register(_stop)
     return device
+
+
+def _start_group(device: torch.device) -> None:
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=PATIENCE)
+        return
+    if SINGLE not in dist.Backend.backend_list:
+        dist.Backend.register_backend(
+            SINGLE, _single_process_group, extended_api=True, devices=["cpu", "cuda"]
+        )
+    dist.init_process_group(SINGLE, rank=0, world_size=1, store=dist.HashStore())
+
+
+def local_position() -> tuple[int, int]:
+    """Return the number of this process on its machine, and how many there are."""
+    if world_size() == 1:
+        return 0, 1
+    return int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def rank() -> int:
+    """Return the number of this process; 0 where there is one."""
+    if world_size() == 1:
+        return 0
+    return dist.get_rank() if dist.is_initialized() else int(os.environ["RANK"])
+
+
+def world_size() -> int:
+    """Return the number of processes."""
+    if dist.is_initialized():
+        return dist.get_world_size()
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def barrier() -> None:
+    """Wait until all processes are here."""
+    if world_size() > 1:
+        dist.barrier()
+
+
+def total(values: Tensor) -> Tensor:
+    """Return the sum over processes, equal on all of them; changes ``values``."""
+    if world_size() > 1:
+        dist.all_reduce(values)
+    return values
+
+
+@contextmanager
+def others() -> Iterator[None]:
+    """Say in a line that another process is gone, should talking to it fail within the block.
+
+    Raises:
+        LostProcess: It is.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        is_loss = isinstance(error, dist.DistBackendError) or any(
+            words in str(error) for words in LOSSES
+        )
+        if world_size() == 1 or not is_loss:
+            raise
+        raise LostProcess(
+            "another process has ended; the same command goes on from the last checkpoint"
+        ) from None
+
+
+def gather(values: NDArray[np.float32], places: list[NDArray[np.int64]]) -> NDArray[np.float32]:
+    """Return ``(R,)`` values of all processes, on all of them.
+
+    Args:
+        values: Those of this process.
+        places: Where the values of each process belong; together 0 to R - 1.
+    """
+    if world_size() == 1:
+        return values
+    largest = max(len(of_process) for of_process in places)
+    padded = np.zeros(largest, dtype=np.float32)
+    padded[: len(values)] = values
+    own = torch.from_numpy(padded)
+    own = own.cuda() if dist.get_backend() == "nccl" else own
+    parts = [torch.empty_like(own) for _ in places]
+    dist.all_gather(parts, own)
+    result = np.empty(sum(len(of_process) for of_process in places), dtype=np.float32)
+    for of_process, part in zip(places, parts, strict=True):
+        result[of_process] = part[: len(of_process)].cpu().numpy()
+    return result
+
+
+class SyncedBatchNorm(nn.BatchNorm1d):
+    """Batch norm over the rows of all processes, on any device (torch's own needs CUDA).
+
+    Processes may have different numbers of rows.
+    """
+
+    def forward(self, x_BH: Tensor) -> Tensor:
+        """Return normalized rows; in training also move the running statistics."""
+        if not self.training:
+            return super().forward(x_BH)
+        num_rows = x_BH.new_full((1,), float(x_BH.shape[0]))
+        sums = torch.cat([num_rows, x_BH.sum(0)])
+        sums = differentiable_all_reduce(sums)
+        num_rows, mean_H = sums[0], sums[1:] / sums[0]
+        centered_BH = x_BH - mean_H
+        variance_H = differentiable_all_reduce(centered_BH.square().sum(0)) / num_rows
+        with torch.no_grad():
+            assert self.momentum is not None
+            assert self.running_mean is not None
+            assert self.running_var is not None
+            unbiased_H = variance_H * num_rows / (num_rows - 1).clamp(min=1)
+            self.running_mean.lerp_(mean_H, self.momentum)
+            self.running_var.lerp_(unbiased_H, self.momentum)
+            if self.num_batches_tracked is not None:
+                self.num_batches_tracked.add_(1)
+        normal_BH = centered_BH * (variance_H + self.eps).rsqrt()
+        output_BH: Tensor = normal_BH * self.weight + self.bias if self.affine else normal_BH
+        return output_BH
+
+
+def synchronize_batch_norms(network: nn.Module) -> None:
+    """Let every batch norm of ``network`` see the rows of all processes."""
+    if world_size() == 1:
+        return
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm1d):
+            module.__class__ = SyncedBatchNorm
 
 
 def _single_process_group(common: Any, backend: Any) -> Any:

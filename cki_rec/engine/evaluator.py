@@ -10,6 +10,7 @@ from torch import nn
 from cki_rec.data.loader import Loader
 from cki_rec.data.schema import FeatureSchema
 from cki_rec.data.store import EncodedDataset
+from cki_rec.engine import distributed
 
 BATCH_SIZE = 16_384
 
@@ -22,12 +23,17 @@ def predict(
     rows: NDArray[np.int64],
     device: torch.device,
 ) -> NDArray[np.float32]:
-    """Return ``(len(rows),)`` logits in the order of ``rows``; leaves the module in eval mode."""
+    """Return ``(len(rows),)`` logits in the order of ``rows``; leaves the module in eval mode.
+
+    Processes share the work, and each gets the logits of all rows: a metric of them is exact.
+    """
     module.eval()
     if not len(rows):
         return np.empty(0, np.float32)
-    logits = [
-        module(batch.to(device)).float().cpu().numpy()
-        for batch in Loader(dataset, schema, rows, BATCH_SIZE)
-    ]
-    return np.concatenate(logits)
+    num = distributed.world_size()
+    loader = Loader(
+        dataset, schema, rows, max(BATCH_SIZE, num), rank=distributed.rank(), world_size=num
+    )
+    places = [loader.places(rank) for rank in range(num)]
+    logits = [module(batch.to(device)).float().cpu().numpy() for batch in loader]
+    return distributed.gather(np.concatenate(logits), places)

@@ -17,12 +17,12 @@ from cki_rec.data.loader import Loader
 from cki_rec.data.schema import FeatureSchema
 from cki_rec.data.store import EncodedDataset
 from cki_rec.engine.evaluator import predict
-from cki_rec.engine.trainer import Metric
 from cki_rec.integration.params import Params, Weights
 from cki_rec.integration.splicing import splice
 from cki_rec.progress import progress
 
 Gates = dict[str, Tensor | None]
+Metric = Callable[[NDArray[np.uint8], NDArray[np.float32]], float | None]
 
 
 @dataclass(slots=True)

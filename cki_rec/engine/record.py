@@ -23,6 +23,8 @@ from filelock import FileLock
 from numpy.typing import NDArray
 
 from cki_rec import COMMAND_VARIABLE, project_root
+from cki_rec.engine import distributed
+from cki_rec.engine.resume import RESUME, kept
 from cki_rec.environment import installed_version
 
 PACKAGES = (
@@ -40,6 +42,8 @@ class Run:
 
     path: Path
     seconds: dict[str, float] = field(default_factory=dict)
+    facts: dict[str, Any] = field(default_factory=dict)
+    """What else explains the run: plan of its tables, steps it was resumed at."""
 
     @property
     def record(self) -> dict[str, Any] | None:
@@ -76,7 +80,7 @@ class Run:
             "run_id": self.path.name,
             **content,
             "fingerprint": hashlib.sha256(text.encode()).hexdigest(),
-            "provenance": provenance(self.seconds),
+            "provenance": {**provenance(self.seconds), **self.facts},
         }
         write_atomically(
             self.path / RECORD, json.dumps(record, indent=1, allow_nan=False).encode()
@@ -84,24 +88,38 @@ class Run:
 
 
 @contextmanager
-def open_run(out: Path, run_id: str, force: bool = False) -> Iterator[Run]:
-    """Yield the run directory of ``run_id``, alone: another process that wants it waits.
+def open_run(out: Path, run_id: str, force: bool = False, resume: str = "never") -> Iterator[Run]:
+    """Yield the run directory of ``run_id``, alone: another program that wants it waits.
 
-    What a killed or failed run left is removed; a finished run stays unless ``force``.
+    What a killed or failed run left is removed, but for checkpoints to go on from where ``resume``
+    is ``auto``; a finished run stays unless ``force``. Of several processes of one program the
+    first holds the directory for all.
+
+    Raises:
+        LostProcess: One of these has ended.
     """
+    if distributed.rank() > 0:
+        with distributed.others():
+            distributed.barrier()  # the first has it now
+            yield Run(out / run_id)
+            distributed.barrier()  # and its record is written
+        return
     out.mkdir(parents=True, exist_ok=True)
     locks = out / "locks"
     locks.mkdir(exist_ok=True)
     run = Run(out / run_id)
-    with FileLock(locks / f"{run_id}.lock"):
-        if run.record is None or force:
+    with FileLock(locks / f"{run_id}.lock"), distributed.others():
+        is_unfinished = run.record is None
+        if force or (is_unfinished and not (resume == "auto" and kept(run.path / RESUME))):
             shutil.rmtree(run.path, ignore_errors=True)
             run.path.mkdir()
+        distributed.barrier()
         try:
             yield run
         finally:
-            if run.record is None:
+            if run.record is None and not kept(run.path / RESUME):
                 shutil.rmtree(run.path, ignore_errors=True)
+        distributed.barrier()
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -132,7 +150,7 @@ def provenance(seconds: dict[str, float]) -> dict[str, Any]:
         **_commit(),
         "versions": {"python": platform.python_version(), **versions},
         "hardware": hardware(),
-        "world_size": 1,
+        "world_size": distributed.world_size(),
         "seconds": {name: round(value, 3) for name, value in seconds.items()},
         "peak_memory_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1),
         "command": os.environ.get(COMMAND_VARIABLE, " ".join(sys.argv)),

@@ -1,4 +1,4 @@
-"""The training loop: fused row-wise Adagrad for tables, Adam for the rest.
+"""The training loop: Adagrad fused into the lookup of tables, Adam for the rest.
 
 Shape legend: B rows, F fields, D embedding size.
 """
@@ -7,36 +7,28 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from cki_rec.config import Train, UserError
 from cki_rec.data.loader import Loader
 from cki_rec.data.schema import Batch, FeatureSchema
 from cki_rec.data.store import EncodedDataset
+from cki_rec.engine import distributed
 from cki_rec.engine.embeddings import ShardedModel
 from cki_rec.engine.evaluator import predict
-from cki_rec.models.layers import FieldEmbeddings
+from cki_rec.engine.optimization import Average, TableL2, clip, initialized_adam
+from cki_rec.engine.resume import Keeper, TrainingState
+from cki_rec.engine.steps import StepLog
 from cki_rec.progress import progress
 
-Metric = Callable[[NDArray[np.uint8], NDArray[np.float32]], float | None]
-
-
-@dataclass(frozen=True, slots=True)
-class Epoch:
-    """What one pass over the training rows gave."""
-
-    epoch: int
-    train_loss: float
-    valid_metric: float
-    learning_rate: float
-    is_best: bool
+Metrics = Callable[[NDArray[np.uint8], NDArray[np.float32]], dict[str, float | None]]
+"""(labels, logits) of validation rows -> values by name; ``monitor`` decides."""
 
 
 def fit(
@@ -47,118 +39,132 @@ def fit(
     valid_rows: NDArray[np.int64],
     schedule: Train,
     seed: int,
-    metric: Metric,
+    metrics: Metrics,
     save: Callable[[], None],
     title: str,
+    keeper: Keeper | None = None,
+    log: StepLog | None = None,
 ) -> list[dict[str, Any]]:
-    """Train until the validation metric stops rising; ``save`` is called at every best epoch.
+    """Train until the monitored metric stops rising; ``save`` is called at every best epoch.
 
-    Both learning rates fall by ``plateau_factor`` after an epoch without a better metric; training
-    ends after ``patience`` of them in a row.
+    Learning rates fall by ``plateau_factor`` after an epoch that is not better; training ends
+    after ``patience`` of them in a row. All processes call this, and all decide alike.
 
     Returns:
-        One dictionary per epoch, the fields of ``Epoch``.
+        One dictionary per epoch: ``epoch, step, train_loss, learning_rate, is_best`` and metrics.
 
     Raises:
         UserError: The loss is not finite, or the metric undefined.
+        Stopped: The system asked to stop; a checkpoint is written, the next call goes on from it.
     """
-    torch.manual_seed(seed)  # dropout
-    dense = torch.optim.Adam(model.dense_parameters(), lr=schedule.learning_rate)
-    model.set_table_learning_rate(schedule.table_learning_rate)
-    looked_up = LookedUp(model.module)
-    scale, best, stalled = 1.0, -math.inf, 0
-    history: list[dict[str, Any]] = []
+    adam = initialized_adam(model, schedule.learning_rate)
+    average = Average(model, schedule.ema) if schedule.ema is not None else None
+    num, rank = distributed.world_size(), distributed.rank()
     loader = Loader(
         dataset, schema, train_rows, schedule.batch_size, seed=seed,
-        device=model.device,
+        rank=rank, world_size=num, device=model.device,
     )  # fmt: skip
     label = dataset.label[valid_rows]
-    with progress(title, schedule.epochs * len(train_rows)) as advance:
-        for epoch in range(1, schedule.epochs + 1):
+    keeper, log = keeper or Keeper.none(), log or StepLog.none()
+    state = TrainingState(model, adam, average, loader)
+    at = keeper.restore(state)
+    log.start(at.step)
+    step = Stepper(model, adam, schedule)
+    with progress(title, schedule.epochs * len(train_rows)) as advance, keeper, log, step:
+        advance((at.epoch - 1) * len(train_rows) + at.rows)
+        while at.epoch <= schedule.epochs and at.stalled < schedule.patience:
+            set_learning_rates(model, adam, schedule, at.scale)
             model.module.train()
-            total = 0.0
             for batch in loader:
-                loss = train_step(model, dense, batch, looked_up, schedule)
-                if not np.isfinite(loss):
+                torch.manual_seed(step_seed(seed, at.step, rank))  # dropout
+                loss = step(batch)
+                if not math.isfinite(loss):
                     raise UserError(
-                        f"{title}: the loss is {loss} in epoch {epoch}; lower train.learning_rate"
-                        " or train.table_learning_rate"
+                        f"{title}: the loss is {loss} in epoch {at.epoch}; lower"
+                        " train.learning_rate or train.table_learning_rate"
                     )
-                total += loss * len(batch)
-                advance(len(batch), f"epoch {epoch}")
-            logits = predict(model.module, dataset, schema, valid_rows, model.device)
-            if not np.isfinite(logits).all():
-                raise UserError(
-                    f"{title}: scores are not finite after epoch {epoch}; lower"
-                    " train.learning_rate or train.table_learning_rate"
-                )
-            value = metric(label, logits)
-            if value is None:
-                raise UserError(f"{title}: validation rows hold one class only, AUC is undefined")
-            is_best = value > best
-            best = max(best, value)
-            history.append(
-                asdict(
-                    Epoch(
-                        epoch,
-                        total / len(train_rows),
-                        value,
-                        schedule.learning_rate * scale,
-                        is_best,
+                if average is not None:
+                    average.update()
+                rows = batch.step_rows or len(batch)
+                at.count(loss, rows)
+                advance(rows, f"epoch {at.epoch}")
+                log.step(at.step, loss, rows, adam.param_groups[0]["lr"])
+                keeper.keep_if_due(at, state)
+            with average.applied() if average is not None else nullcontext():
+                logits = predict(model.module, dataset, schema, valid_rows, model.device)
+                if not np.isfinite(logits).all():
+                    raise UserError(
+                        f"{title}: scores are not finite after epoch {at.epoch}; lower"
+                        " train.learning_rate or train.table_learning_rate"
                     )
-                )
-            )
-            if is_best:
-                stalled = 0
-                save()
-                continue
-            stalled += 1
-            if stalled == schedule.patience:
-                break
-            scale *= schedule.plateau_factor
-            model.set_table_learning_rate(schedule.table_learning_rate * scale)
-            for group in dense.param_groups:
-                group["lr"] = schedule.learning_rate * scale
-    looked_up.remove()
-    return history
+                found = metrics(label, logits)
+                if found["monitor"] is None:
+                    raise UserError(
+                        f"{title}: a monitored metric is undefined on validation rows: they hold"
+                        " one class only, or no user with both"
+                    )
+                entry = at.end_epoch(found, schedule)
+                if entry["is_best"]:
+                    save()
+            log.epoch(entry)
+    return at.history
 
 
-def train_step(
-    model: ShardedModel,
-    dense: torch.optim.Optimizer,
-    batch: Batch,
-    looked_up: LookedUp,
-    schedule: Train,
-) -> float:
-    """Take one step; return the mean cross entropy of the batch, before the update."""
-    dense.zero_grad()
-    logit_B = model.module(batch)
-    loss = binary_cross_entropy_with_logits(logit_B, batch.label)
-    penalty = schedule.table_l2 * looked_up.emb_BFD.square().sum() / len(batch)
-    value = loss.item()
-    if np.isfinite(value):
-        (loss + penalty).backward()
-        dense.step()
-    return value
+class Stepper:
+    """Takes training steps.
 
-
-class LookedUp:
-    """Keeps the embeddings of the last forward pass, for the L2 term.
-
-    Differs:
-        Published baselines penalize whole tables in every step; with an optimizer fused into the
-        lookup only rows of the batch can move, so only these are penalized.
+    Args:
+        model: What is trained.
+        adam: Of the parameters that no fused optimizer trains.
+        schedule: Options of the loss and its gradient.
     """
 
-    def __init__(self, module: nn.Module) -> None:
-        self.emb_BFD = torch.empty(0)
-        (sparse,) = [m for m in module.modules() if isinstance(m, FieldEmbeddings)]
-        has_numbers = len(sparse.looked_up) < len(sparse.fields)
-        self._num_looked_up = len(sparse.looked_up) if has_numbers else None
-        self.remove = sparse.register_forward_hook(self._keep).remove
+    def __init__(self, model: ShardedModel, adam: torch.optim.Optimizer, schedule: Train) -> None:
+        self._model, self._adam, self._schedule = model, adam, schedule
+        self._l2 = TableL2(model, schedule.table_l2)
+        self._num = distributed.world_size()
 
-    def _keep(self, _: nn.Module, __: Any, output: tuple[Tensor, Tensor]) -> None:
-        emb_BFD = output[0]
-        self.emb_BFD = (
-            emb_BFD if self._num_looked_up is None else emb_BFD[:, : self._num_looked_up]
-        )
+    def __enter__(self) -> Stepper:
+        """Return the stepper."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Take its hooks off the model."""
+        self._l2.remove()
+
+    def __call__(self, batch: Batch) -> float:
+        """Take one step; return the mean cross entropy before it, of all processes' rows.
+
+        Where that is not finite, nothing is changed on any process.
+        """
+        rows = batch.step_rows or len(batch)
+        self._adam.zero_grad()
+        self._l2.scale = self._num / rows
+        is_bf16 = self._schedule.precision == "bf16"
+        with torch.autocast(self._model.device.type, torch.bfloat16, enabled=is_bf16):
+            logit_B = self._model.module(batch)
+        loss = binary_cross_entropy_with_logits(
+            logit_B.float(), batch.label, reduction="sum"
+        ) / rows  # fmt: skip
+        value = float(distributed.total(loss.detach().clone()))
+        if math.isfinite(value):
+            (loss * self._num).backward()  # gradients are averaged over processes
+            self._l2.add_to_dense()
+            clip(self._model, self._schedule.gradient_clip)
+            self._adam.step()
+        return value
+
+
+def set_learning_rates(
+    model: ShardedModel, adam: torch.optim.Optimizer, schedule: Train, scale: float
+) -> None:
+    """Set both learning rates to ``scale`` of the schedule's, but no lower than it allows."""
+    smallest = schedule.min_learning_rate
+    model.set_table_learning_rate(max(schedule.table_learning_rate * scale, smallest))
+    for group in adam.param_groups:
+        group["lr"] = max(schedule.learning_rate * scale, smallest)
+
+
+def step_seed(seed: int, step: int, rank: int) -> int:
+    """Return the seed of what is random in a step: a resumed run draws what an unbroken one did."""
+    return int(np.random.SeedSequence((seed, step, rank)).generate_state(1, np.uint64)[0] >> 1)

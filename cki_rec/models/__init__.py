@@ -9,9 +9,23 @@ from torch import nn
 
 from cki_rec.config import Model, UserError, nearest
 from cki_rec.data.schema import FeatureSchema
+from cki_rec.models.dcn import DCN, DCNv2
 from cki_rec.models.deepfm import DeepFM
+from cki_rec.models.din import DIN
+from cki_rec.models.final_mlp import FinalMLP
+from cki_rec.models.references import DNN, FM, LR, WideDeep
 
-MODELS: dict[str, Callable[..., nn.Module]] = {"deepfm": DeepFM}
+MODELS: dict[str, Callable[[FeatureSchema, Model, torch.device | None], nn.Module]] = {
+    "lr": LR,
+    "fm": FM,
+    "dnn": DNN,
+    "wide_deep": WideDeep,
+    "deepfm": DeepFM,
+    "dcn": DCN,
+    "dcnv2": DCNv2,
+    "din": DIN,
+    "final_mlp": FinalMLP,
+}
 """Name in ``conf/model`` -> class."""
 
 
@@ -31,10 +45,4 @@ def build_model(
     if model.name not in MODELS:
         hint = nearest(model.name, MODELS)
         raise UserError(f"model.name={model.name}: {hint}one of {', '.join(MODELS)}")
-    return MODELS[model.name](
-        model_schema(schema, model),
-        embedding_dim=model.embedding_dim,
-        hidden=model.hidden,
-        dropout=model.dropout,
-        device=device,
-    )
+    return MODELS[model.name](model_schema(schema, model), model, device)

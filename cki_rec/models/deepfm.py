@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor, nn
 
+from cki_rec.config import Model
 from cki_rec.data.schema import Batch, FeatureSchema
-from cki_rec.models.layers import MLP, FieldEmbeddings, fm_interaction
+from cki_rec.models.embeddings import Embedded, FieldEmbeddings
+from cki_rec.models.layers import MLP, fm_interaction
+from cki_rec.models.symmetries import Symmetry, common_frame, hidden_units
 
 
 class DeepFM(nn.Module):
@@ -22,22 +23,28 @@ class DeepFM(nn.Module):
     """
 
     def __init__(
-        self,
-        schema: FeatureSchema,
-        embedding_dim: int,
-        hidden: Sequence[int],
-        dropout: float,
-        device: torch.device | None = None,
+        self, schema: FeatureSchema, model: Model, device: torch.device | None = None
     ) -> None:
         super().__init__()
-        self.sparse = FieldEmbeddings(schema, embedding_dim, first_order=True, device=device)
-        self.mlp = MLP(len(self.sparse.fields) * embedding_dim, hidden, dropout)
+        dim = model.embedding_dim
+        self.sparse = FieldEmbeddings(schema, dim, first_order=True, device=device)
+        width = len(self.sparse.fields) * dim
+        self.mlp = MLP(width, model.hidden, model.dropout, model.activation, model.batch_norm)
         self.bias = nn.Parameter(torch.zeros(1))
 
     def forward(self, batch: Batch) -> Tensor:
         """Return ``(B,)``, the logit of a click per row."""
-        emb_BFD, first_order_B = self.sparse(batch)
-        logit: Tensor = (
-            self.bias + first_order_B + fm_interaction(emb_BFD) + self.mlp(emb_BFD.flatten(1))
+        return self.interact(self.sparse(batch))
+
+    def interact(self, emb: Embedded) -> Tensor:
+        """Return ``(B,)`` logits from embeddings: all of the network that is not lookups."""
+        emb_BFD = emb.fields_BFD
+        logit_B: Tensor = (
+            self.bias + emb.first_order_B + fm_interaction(emb_BFD) + self.mlp(emb_BFD.flatten(1))
         )
-        return logit
+        return logit_B
+
+    def symmetries(self) -> list[Symmetry]:
+        """Return the one rotation of all embeddings, and the hidden units' permutations."""
+        frame = common_frame(self.sparse, ["mlp.layers.0.weight"])
+        return [frame, *hidden_units(self.mlp, "mlp")]

@@ -5,136 +5,95 @@ Shape legend: B rows, F fields, D embedding size, H hidden units.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
-from torchrec.modules.embedding_configs import EmbeddingBagConfig, PoolingType
-from torchrec.modules.embedding_modules import EmbeddingBagCollection
-from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
-
-from cki_rec.data.schema import Batch, FeatureSchema
-
-FIRST_ORDER = "_first_order"
-"""Suffix of the tables that hold first-order weights."""
-NUMBERS = ("numbers", "numbers_first_order")
-"""Last words of the parameters that numeric fields have instead of tables."""
-FIRST_ORDER_DIM = 4
-"""Columns of a first-order table. The lookup kernels need a multiple of 4; the weight is the mean
-of the columns, which start equal and get equal gradients, so they act as one."""
 
 
-class FieldEmbeddings(nn.Module):
-    """Embeddings of every field, and first-order weights if asked, in one lookup.
+class Dice(nn.Module):
+    r"""PReLU that bends where the data are, with a smooth bend.
 
-    Features that share a vocabulary share a table. Several ids of one row are pooled by mean; no
-    ids give zeros. A number times a vector of its own is its embedding. Fields leave in the order
-    of ``fields``: by table, then as in the schema, numbers last.
+    .. math:: p\,s + (1 - p)\,\alpha s,\quad p = \sigma((s - E[s]) / \sqrt{Var[s] + \epsilon})
+
+    Mean and variance are those of the batch in training, running ones otherwise. Of the running
+    ones a batch replaces a hundredth (``momentum``); epsilon is 1e-8.
+
+    Args:
+        width: H; every unit has an alpha of its own, at first 0.
+
+    Reference:
+        Zhou et al., Deep Interest Network, KDD 2018, section 5.2.
+
+    Differs:
+        The paper gives no momentum; 0.01 is FuxiCTR's.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(width, eps=1e-8, momentum=0.01, affine=False)
+        self.alpha = nn.Parameter(torch.zeros(width))
+
+    def forward(self, x_BH: Tensor) -> Tensor:
+        """Return ``(B, H)``."""
+        above_BH = torch.sigmoid(self.norm(x_BH))
+        return x_BH * (above_BH + (1 - above_BH) * self.alpha)
+
+
+ACTIVATIONS: dict[str, Callable[[int], nn.Module]] = {
+    "relu": lambda _: nn.ReLU(),
+    "dice": Dice,
+    "prelu": nn.PReLU,
+    "sigmoid": lambda _: nn.Sigmoid(),
+    "tanh": lambda _: nn.Tanh(),
+}
+"""Name -> module for a number of hidden units."""
+
+
+class MLP(nn.Module):
+    """Linear, batch norm if asked, activation and dropout for every hidden width.
+
+    Args:
+        width: Of the input.
+        hidden: Widths of the hidden layers.
+        dropout: After each of them.
+        activation: A row of ``ACTIVATIONS``.
+        batch_norm: Between linear map and activation.
+        scores: Outputs of a last Linear; 0: the last hidden layer is the output.
+
+    Attributes:
+        width: Of the output.
     """
 
     def __init__(
         self,
-        schema: FeatureSchema,
-        embedding_dim: int,
-        first_order: bool,
-        device: torch.device | None = None,
+        width: int,
+        hidden: Sequence[int],
+        dropout: float,
+        activation: str = "relu",
+        batch_norm: bool = False,
+        scores: int = 1,
     ) -> None:
         super().__init__()
-        self.features = [feature.name for feature in schema.lookups]
-        numbers = [feature.name for feature in schema.numbers]
-        by_table: dict[str, list[str]] = {}
-        for feature in schema.lookups:
-            by_table.setdefault(feature.table, []).append(feature.name)
-        self.looked_up = [name for names in by_table.values() for name in names]
-        self.fields = [*self.looked_up, *numbers]
-        self.embedding_dim = embedding_dim
-        dims = {"": embedding_dim, **({FIRST_ORDER: FIRST_ORDER_DIM} if first_order else {})}
-        tables = [
-            EmbeddingBagConfig(
-                name=table + suffix,
-                embedding_dim=dim,
-                num_embeddings=schema.table_sizes[table],
-                feature_names=names,
-                pooling=PoolingType.MEAN,
-            )
-            for suffix, dim in dims.items()
-            for table, names in by_table.items()
-        ]
-        self.collection = EmbeddingBagCollection(tables=tables, device=device)
-        self.numbers: nn.Parameter | None = None
-        self.numbers_first_order: nn.Parameter | None = None
-        if numbers:  # F x D and F x 1: a row a field, as tables have a row an id
-            self.numbers = nn.Parameter(torch.empty(len(numbers), embedding_dim))
-            if first_order:
-                self.numbers_first_order = nn.Parameter(torch.empty(len(numbers), 1))
-        self._one_id_each: tuple[int, Tensor, Tensor] | None = None
-
-    def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Return embeddings ``(B, F, D)`` and the sum of first-order weights ``(B,)``."""
-        pooled = self.collection(self.ids(batch)).values()
-        width = len(self.looked_up) * self.embedding_dim
-        emb_BFD = pooled[:, :width].unflatten(1, (len(self.looked_up), self.embedding_dim))
-        first_order_B = pooled[:, width:].sum(1) / FIRST_ORDER_DIM
-        if self.numbers is not None:
-            assert batch.numbers is not None, "the schema has numbers, the batch has none"
-            emb_BFD = torch.cat([emb_BFD, batch.numbers.unsqueeze(2) * self.numbers], dim=1)
-            if self.numbers_first_order is not None:
-                first_order_B = first_order_B + (batch.numbers @ self.numbers_first_order)[:, 0]
-        return emb_BFD, first_order_B
-
-    def ids(self, batch: Batch) -> KeyedJaggedTensor:
-        """Return the ids as the tables take them.
-
-        Where every feature holds one id a row, lengths and offsets are those of the last batch of
-        this size: only values change.
-        """
-        if batch.lengths is not None:
-            return KeyedJaggedTensor(
-                keys=self.features,
-                values=batch.values,
-                lengths=batch.lengths,
-                stride=len(batch),
-            )
-        size, device = len(batch), batch.values.device
-        if (
-            self._one_id_each is None
-            or self._one_id_each[0] != size
-            or (self._one_id_each[1].device != device)
-        ):
-            num = size * len(self.features)
-            lengths = torch.ones(num, dtype=torch.int32, device=device)
-            offsets = torch.arange(num + 1, dtype=torch.int32, device=device)
-            self._one_id_each = (size, lengths, offsets)
-        _, lengths, offsets = self._one_id_each
-        return KeyedJaggedTensor(
-            keys=self.features,
-            values=batch.values,
-            lengths=lengths,
-            offsets=offsets,
-            stride=size,
-            length_per_key=[size] * len(self.features),
-            offset_per_key=list(range(0, size * (len(self.features) + 1), size)),
-        )
-
-
-class MLP(nn.Module):
-    """Linear, ReLU and dropout for every hidden width, then Linear to one output."""
-
-    def __init__(self, width: int, hidden: Sequence[int], dropout: float) -> None:
-        super().__init__()
-        widths = [width, *hidden]
-        self.layers = nn.ModuleList(
-            nn.Linear(i, o) for i, o in zip(widths, [*hidden, 1], strict=True)
-        )
+        self.hidden, self.scores = list(hidden), scores
+        self.width = scores or (hidden[-1] if hidden else width)
+        widths = [width, *hidden, *([scores] if scores else [])]
+        self.layers = nn.ModuleList(nn.Linear(before, after) for before, after in pairwise(widths))
+        self.norms = nn.ModuleList(nn.BatchNorm1d(width) for width in hidden if batch_norm)
+        self.activations = nn.ModuleList(ACTIVATIONS[activation](width) for width in hidden)
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x_BH: Tensor) -> Tensor:
-        """Return ``(B,)``, one score per row."""
-        *hidden, last = self.layers
-        for layer in hidden:
-            x_BH = self.dropout(torch.relu(layer(x_BH)))
-        score: Tensor = last(x_BH).squeeze(1)
-        return score
+        """Return ``(B,)`` where there is one score, else ``(B, scores)`` or ``(B, H)``."""
+        for position, activation in enumerate(self.activations):
+            x_BH = self.layers[position](x_BH)
+            if self.norms:
+                x_BH = self.norms[position](x_BH)
+            x_BH = self.dropout(activation(x_BH))
+        if self.scores:
+            x_BH = self.layers[-1](x_BH)
+        return x_BH.squeeze(1) if self.scores == 1 else x_BH
 
 
 def fm_interaction(emb_BFD: Tensor) -> Tensor:

@@ -28,10 +28,9 @@ from cki_rec.data.dataset import EncodedDataset
 from cki_rec.data.formats import criteo
 from cki_rec.data.loader import Loader
 from cki_rec.data.store import PREPARATION
-from cki_rec.engine import distributed
-from cki_rec.engine.embeddings import initialize, shard
-from cki_rec.engine.trainer import LookedUp, train_step
-from cki_rec.models import build_model
+from cki_rec.engine.embeddings import build, initialize
+from cki_rec.engine.optimization import initialized_adam
+from cki_rec.engine.trainer import Stepper
 
 ROWS = 1_000_000
 BATCH_SIZE = 4096
@@ -119,30 +118,31 @@ def loader_memory_growth_mb(_: Config) -> tuple[float, str]:
 def loader_wait_share(config: Config) -> tuple[float, str]:
     """Return the share of a DeepFM training step spent waiting for its batch."""
     dataset = EncodedDataset(Path(_encoded(ROWS)["folder"]))
-    device = distributed.start(config.runtime)
     options = replace(config.model, histories=False)
-    with device:
-        network = build_model(dataset.schema, options, torch.device("meta"))
-    model = shard(network, device, config.train.table_learning_rate)
+    model = build(dataset.schema, options, config.train, config.runtime)
     initialize(model, 1, options.init_std)
-    dense = torch.optim.Adam(model.dense_parameters(), lr=config.train.learning_rate)
-    looked_up = LookedUp(model.module)
+    adam = initialized_adam(model, config.train.learning_rate)
+    step = Stepper(model, adam, config.train)
     batches = iter(Loader(dataset, dataset.schema, dataset.rows("train"), BATCH_SIZE, seed=1))
     waits, steps = [], []
     for _step in range(60):
         start = time.perf_counter()
-        batch = next(batches).to(device)
+        batch = next(batches).to(model.device)
         waited = time.perf_counter()
-        train_step(model, dense, batch, looked_up, config.train)
+        step(batch)
         waits.append(waited - start)
         steps.append(time.perf_counter() - start)
-    looked_up.remove()
     share = sum(waits[10:]) / sum(steps[10:])
     detail = (
         f"{1000 * np.median(waits[10:]):.2f} ms of {1000 * np.median(steps[10:]):.1f} ms a step, "
         f"{torch.get_num_threads()} threads, MLP {options.hidden}"
     )
     return share, detail
+
+
+def encoded_folder() -> Path:
+    """Return an encoded set of a million rows."""
+    return Path(_encoded(ROWS)["folder"])
 
 
 @functools.lru_cache(maxsize=1)

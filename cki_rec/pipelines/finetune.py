@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 import logging
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from cki_rec.analysis.metrics import auc
 from cki_rec.config import Config, Train, UserError, run_id, section
 from cki_rec.data import store
 from cki_rec.data.store import EncodedDataset
-from cki_rec.engine import checkpoint
+from cki_rec.engine import checkpoint, distributed
 from cki_rec.engine.record import Run, open_run
-from cki_rec.engine.trainer import fit
 from cki_rec.pipelines import integrate, train
 from cki_rec.pipelines.integrate import Source
 from cki_rec.pipelines.scores import check_data, restore
@@ -52,7 +47,9 @@ def ensure(config: Config, force: bool = False) -> Run:
         "schedule": section(_schedule(config)),
         "seed": config.seed,
     }
-    with open_run(Path(config.runtime.out), run_id("finetune", reads), force) as run:
+    distributed.start(config.runtime)
+    out, resume = Path(config.runtime.out), config.runtime.resume
+    with open_run(out, run_id("finetune", reads), force, resume) as run:
         if run.record is None:
             _finetune(config, dataset, start, run, reads)
     return run
@@ -77,36 +74,14 @@ def _schedule(config: Config) -> Train:
 def _finetune(
     config: Config, dataset: EncodedDataset, start: Source, run: Run, reads: dict[str, Any]
 ) -> None:
-    saved = checkpoint.load(start.folder)
+    saved = checkpoint.describe(start.folder)
     check_data(saved, dataset, start.name)
     schedule = _schedule(config)
-    model = restore(config, saved, schedule.table_learning_rate)
-    rows = dataset.rows("train")
-    seen = dataset.row_counts(saved.schema)  # as after training on these rows alone
-    counts = {table: torch.from_numpy(values) for table, values in seen.items()}
-
-    def save() -> None:
-        tensors = {
-            "model": model.module.state_dict(),
-            "accumulator": model.accumulators(),
-            "counts": counts,
-        }
-        checkpoint.save(run.checkpoint, tensors, saved.model, saved.schema, dataset.hash)
-
+    model = restore(saved, start.folder, schedule, config.runtime)
+    rows = [dataset.rows(split) for split in ("train", "valid")]
+    counts = dataset.row_counts(saved.schema)  # as after training on these rows alone
     title = f"fine-tune {config.integrate.label}, {config.suite.name}, seed {config.seed}"
-    began = time.perf_counter()
-    with run.phase("finetune"):
-        history = fit(
-            model,
-            dataset,
-            saved.schema,
-            rows,
-            dataset.rows("valid"),
-            schedule,
-            config.seed,
-            auc,
-            save,
-            title,
-        )
-    train.finish(run, reads, dataset, history)
-    log.info("  %s: %s, %.1f s", title, train.describe(history), time.perf_counter() - began)
+    train.run_training(
+        *(config, dataset, run, reads, model, saved.model, saved.schema),
+        *(rows, counts, schedule, title),
+    )

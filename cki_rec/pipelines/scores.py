@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
-from cki_rec.config import Config, UserError
+from cki_rec.config import Config, Runtime, Train, UserError
 from cki_rec.data.store import EncodedDataset
-from cki_rec.engine import checkpoint, distributed
-from cki_rec.engine.checkpoint import Checkpoint
-from cki_rec.engine.embeddings import ShardedModel, load_params, shard
+from cki_rec.engine import checkpoint
+from cki_rec.engine.checkpoint import Checkpoint, Description
+from cki_rec.engine.embeddings import ShardedModel, build
 from cki_rec.engine.evaluator import predict
 from cki_rec.engine.record import save_arrays
-from cki_rec.models import build_model
 
 SPLITS = ("valid", "test")
 EXTERNAL = "external-"
@@ -33,9 +33,10 @@ def predictions(
     home = Path(config.runtime.out) / (f"logits/{identity}" if is_external(identity) else identity)
     path = home / f"logits-{dataset.hash[:16]}.npz"
     if not path.exists():
-        saved = checkpoint.load(folder)
+        saved = checkpoint.describe(folder)
         check_data(saved, dataset, str(folder))
-        model = restore(config, saved)
+        plain = replace(config.train, embeddings="fused", compile=False)
+        model = restore(saved, folder, plain, config.runtime)
         logits = {
             split: predict(model.module, dataset, saved.schema, dataset.rows(split), model.device)
             for split in SPLITS
@@ -50,7 +51,7 @@ def is_external(identity: str) -> bool:
     return identity.startswith(EXTERNAL)
 
 
-def check_data(saved: Checkpoint, dataset: EncodedDataset, name: str) -> None:
+def check_data(saved: Checkpoint | Description, dataset: EncodedDataset, name: str) -> None:
     """Check that a checkpoint was trained on this very data set.
 
     Equal vocabularies would not do: with another split, test rows may have been training rows.
@@ -65,11 +66,15 @@ def check_data(saved: Checkpoint, dataset: EncodedDataset, name: str) -> None:
         )
 
 
-def restore(config: Config, saved: Checkpoint, table_learning_rate: float = 0.0) -> ShardedModel:
-    """Return a sharded model, ready to predict or to train on, from a checkpoint."""
-    device = distributed.start(config.runtime)
-    with device:
-        network = build_model(saved.schema, saved.model, torch.device("meta"))
-    model = shard(network, device, table_learning_rate)
-    load_params(model, saved.params, saved.accumulators)
+def restore(saved: Description, folder: Path, schedule: Train, runtime: Runtime) -> ShardedModel:
+    """Return a model on its devices, ready to predict or to train on, from a checkpoint.
+
+    Accumulators come along where there are some and the schedule has fused tables; others are
+    zero, as before any training.
+    """
+    model = build(saved.schema, saved.model, schedule, runtime)
+    tensors: dict[str, dict[str, Any]] = {"model": model.module.state_dict()}
+    if checkpoint.has_accumulators(folder) and model.is_fused:
+        tensors["accumulator"] = model.accumulators()
+    checkpoint.load_into(tensors, folder)
     return model

@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
-import json
 import logging
+import shutil
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
-from cki_rec.analysis.metrics import auc
-from cki_rec.config import Config, run_id, section
+from cki_rec.analysis.metrics import auc, grouped_auc, log_loss
+from cki_rec.config import Config, Model, Monitor, Train, UserError, run_id, section
 from cki_rec.data import store
+from cki_rec.data.schema import FeatureSchema
 from cki_rec.data.store import EncodedDataset
-from cki_rec.engine import checkpoint, distributed
-from cki_rec.engine.embeddings import initialize, shard
+from cki_rec.engine import checkpoint, distributed, plans
+from cki_rec.engine.embeddings import ShardedModel, build, initialize
 from cki_rec.engine.record import Run, open_run
-from cki_rec.engine.trainer import fit
-from cki_rec.models import build_model, model_schema
+from cki_rec.engine.resume import RESUME, Keeper
+from cki_rec.engine.steps import StepLog
+from cki_rec.engine.trainer import Metrics, fit
+from cki_rec.models import model_schema
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +45,9 @@ def ensure(config: Config, force: bool = False) -> Run:
         "train": section(config.train),
         "seed": config.seed,
     }
-    with open_run(Path(config.runtime.out), run_id("train", reads), force) as run:
+    distributed.start(config.runtime)
+    out, resume = Path(config.runtime.out), config.runtime.resume
+    with open_run(out, run_id("train", reads), force, resume) as run:
         if run.record is None:
             _train(config, dataset, run, reads)
     return run
@@ -53,20 +61,52 @@ def valid_auc(run: Run) -> float:
 
 
 def _train(config: Config, dataset: EncodedDataset, run: Run, reads: dict[str, Any]) -> None:
-    device = distributed.start(config.runtime)
     data = config.data
-    train_rows = dataset.rows("train", data.partition, data.part)
-    valid_rows = dataset.rows("valid", data.partition, data.part)
     schema = model_schema(dataset.schema, config.model)
+    model = build(dataset.schema, config.model, config.train, config.runtime)
+    initialize(model, config.seed, config.model.init_std, config.model.matrix_std)
+    run.facts["plan"] = model.plan
+    if distributed.world_size() > 1:
+        for line in plans.summarize(model.plan, distributed.world_size()):
+            log.info("  %s", line)
+    counts = dataset.row_counts(schema, data.partition, data.part)
+    part = "all rows" if data.part is None else f"part {data.part} by {data.partition.by}"
+    title = f"train {config.model.name}, {part}, seed {config.seed}"
+    rows = [dataset.rows(split, data.partition, data.part) for split in ("train", "valid")]
+    run_training(
+        config, dataset, run, reads, model, config.model, schema, rows, counts, config.train, title
+    )
 
-    with device:
-        network = build_model(dataset.schema, config.model, torch.device("meta"))
-    model = shard(network, device, config.train.table_learning_rate)
-    initialize(model, config.seed, config.model.init_std)
-    counts = {
-        table: torch.from_numpy(values)
-        for table, values in dataset.row_counts(schema, data.partition, data.part).items()
-    }
+
+def run_training(
+    config: Config,
+    dataset: EncodedDataset,
+    run: Run,
+    reads: dict[str, Any],
+    model: ShardedModel,
+    options: Model,
+    schema: FeatureSchema,
+    rows: Sequence[NDArray[np.int64]],
+    row_counts: Mapping[str, NDArray[np.int64]],
+    schedule: Train,
+    title: str,
+) -> None:
+    """Train ``model`` on the first of ``rows``, choose on the second, and write the record.
+
+    Args:
+        config: Seed and runtime.
+        dataset: Where rows are.
+        run: Directory of the run.
+        reads: What the result depends on.
+        model: Start.
+        options: Its configuration.
+        schema: Its features.
+        rows: Of training and of validation.
+        row_counts: Per table, the training rows that look each of its rows up.
+        schedule: How to train.
+        title: For the progress display.
+    """
+    counts = {table: torch.from_numpy(values) for table, values in row_counts.items()}
 
     def save() -> None:
         tensors = {
@@ -74,33 +114,60 @@ def _train(config: Config, dataset: EncodedDataset, run: Run, reads: dict[str, A
             "accumulator": model.accumulators(),
             "counts": counts,
         }
-        checkpoint.save(run.checkpoint, tensors, config.model, schema, dataset.hash)
+        checkpoint.save(run.checkpoint, tensors, options, schema, dataset.hash)
 
-    part = "all rows" if data.part is None else f"part {data.part} by {data.partition.by}"
-    title = f"train {config.model.name}, {part}, seed {config.seed}"
-    start = time.perf_counter()
+    runtime, start = config.runtime, time.perf_counter()
+    keeper = Keeper(run.path, runtime, options, schema, dataset.hash)
+    steps = StepLog(run.path, runtime.log_steps, runtime.tensorboard)
+    metrics = monitored(schedule.monitor, dataset, rows[1])
     with run.phase("train"):
         history = fit(
-            *(model, dataset, schema, train_rows, valid_rows),
-            *(config.train, config.seed, auc, save, title),
+            *(model, dataset, schema, rows[0], rows[1], schedule, config.seed),
+            *(metrics, save, title, keeper, steps),
         )
+    run.facts["resumed_at_step"] = keeper.resumed
     finish(run, reads, dataset, history)
     log.info("  %s: %s, %.1f s", title, describe(history), time.perf_counter() - start)
+
+
+def monitored(weights: Monitor, dataset: EncodedDataset, rows: NDArray[np.int64]) -> Metrics:
+    """Return a function (labels, logits) -> metrics of ``rows``, and the sum that decides.
+
+    Raises:
+        UserError: ``gauc`` is asked for, and rows have no users.
+    """
+    if weights.gauc and dataset.group is None:
+        raise UserError("train.monitor.gauc: the rows of this data set have no users")
+    group = None if dataset.group is None else dataset.group[rows]
+
+    def measure(label: NDArray[np.uint8], logits: NDArray[np.float32]) -> dict[str, float | None]:
+        found = {"auc": auc(label, logits), "log_loss": log_loss(label, logits)}
+        if weights.gauc:
+            assert group is not None
+            found["gauc"] = grouped_auc(label, logits, group)
+        terms = [(found[name], w) for name, w in section(weights).items() if w]
+        known = [value * weight for value, weight in terms if value is not None]
+        found["monitor"] = sum(known) if len(known) == len(terms) else None
+        return found
+
+    return measure
 
 
 def finish(
     run: Run, reads: dict[str, Any], dataset: EncodedDataset, history: list[dict[str, Any]]
 ) -> None:
-    """Write the epochs and the record of a training."""
-    lines = [json.dumps(epoch) for epoch in history]
-    (run.path / "steps.jsonl").write_text("\n".join(lines) + "\n")
+    """Write the record of a training, and forget the checkpoints on its way."""
+    if distributed.rank() > 0:
+        return
     best = best_epoch(history)
     result = {
         "epochs": len(history),
         "best_epoch": best["epoch"],
-        "valid_auc": best["valid_metric"],
+        "valid_auc": best["valid_auc"],
+        "history": history,
     }
     run.finish(reads, data_facts(dataset), result)
+    shutil.rmtree(run.path / RESUME, ignore_errors=True)
 
 
 def best_epoch(history: list[dict[str, Any]]) -> dict[str, Any]:
@@ -111,8 +178,9 @@ def best_epoch(history: list[dict[str, Any]]) -> dict[str, Any]:
 def describe(history: list[dict[str, Any]]) -> str:
     """Return how many epochs there were and what the best one reached."""
     best = best_epoch(history)
-    value = best["valid_metric"]
-    return f"best of {len(history)} epochs is {best['epoch']}, validation AUC {value:.4f}"
+    return (
+        f"best of {len(history)} epochs is {best['epoch']}, validation AUC {best['valid_auc']:.4f}"
+    )
 
 
 def data_identity(config: Config, dataset: EncodedDataset) -> dict[str, Any]:

@@ -1,257 +1,366 @@
-"""What every row of MODELS promises, and DeepFM against its formula in float64."""
+"""What every row of MODELS promises, for any schema that fits it."""
 
 from __future__ import annotations
 
+import copy
 import dataclasses
-import itertools
 
 import pytest
 import torch
-from torch.nn.functional import binary_cross_entropy_with_logits, embedding_bag
+from networks import (
+    CASES,
+    FITTING,
+    MIXED,
+    ON_MIXED,
+    SCHEMAS,
+    WITH_HISTORIES,
+    build,
+    draw_batch,
+    embed,
+    make_case,
+    options,
+    select,
+)
+from torch import nn
+from torch.nn.functional import binary_cross_entropy_with_logits
 
-from cki_rec.config import Model, UserError
-from cki_rec.data.schema import Feature
-from cki_rec.models import MODELS, build_model, model_schema
-from cki_rec.models.layers import FIRST_ORDER_DIM, MLP, FieldEmbeddings, fm_interaction
+from cki_rec.config import UserError
+from cki_rec.models import MODELS, model_schema
+from cki_rec.models.embeddings import Embedded, FieldEmbeddings
 
-TABLES = "sparse.collection.embedding_bags."
-
-
-def options(name="deepfm", **changes) -> Model:
-    values = {"embedding_dim": 8, "hidden": [16, 8], "dropout": 0.0, "histories": True}
-    return Model(name=name, init_std=0.1, **{**values, **changes})
-
-
-def build(schema, seed=0, **changes):
-    torch.manual_seed(seed)
-    return build_model(schema, options(**changes), torch.device("cpu"))
-
-
-def bags_of(batch, schema):
-    """Return feature name -> (ids, offsets) of its bags, row by row."""
-    values = batch.values.split(batch.lengths.view(len(schema.features), -1).sum(1).tolist())
-    bags = {}
-    for feature, ids, lengths in zip(
-        schema.features, values, batch.lengths.view(len(schema.features), -1), strict=True
-    ):
-        bags[feature.name] = (ids, torch.cat([torch.zeros(1), lengths.cumsum(0)[:-1]]).long())
-    return bags
+TITLES = [*CASES, *ON_MIXED]
 
 
-def pooled(batch, schema, weights, suffix=""):
-    """Return name -> mean of the rows of its table, with plain torch in float64."""
-    bags = bags_of(batch, schema)
-    return {
-        f.name: embedding_bag(*bags[f.name][:1], weights[f.table + suffix], bags[f.name][1])
-        for f in schema.features
-    }
+def rowwise(title):
+    """Return a case without what looks at other rows in training, and its schema."""
+    network, schema = make_case(title, "mixed")
+    return network.eval(), schema
 
 
-def double_tables(model, schema):
-    state = model.state_dict()
-    return {
-        table + suffix: state[f"{TABLES}{table}{suffix}.weight"].double()
-        for table in schema.table_sizes
-        for suffix in ("", "_first_order")
-    }
+class Interaction(nn.Module):
+    """The dense network from plain tensors, as it is exported."""
+
+    def __init__(self, network):
+        super().__init__()
+        self.network, self.attended = network, network.sparse.attended
+
+    def forward(self, fields_BFD, first_order_B, histories, masks):
+        histories = dict(zip(self.attended, histories, strict=True))
+        masks = dict(zip(self.attended, masks, strict=True))
+        return self.network.interact(Embedded(fields_BFD, first_order_B, histories, masks))
 
 
-def reference_deepfm(model, schema, batch):
-    """Equations 1 to 3 of the paper, pair by pair, in float64."""
-    tables = double_tables(model, schema)
-    first = pooled(batch, schema, tables, "_first_order")
-    linear = sum(values.mean(1) for values in first.values())
-    fields = pooled(batch, schema, tables)
-    pairs = sum((a * b).sum(1) for a, b in itertools.combinations(fields.values(), 2))
-    x = torch.cat([fields[name] for name in model.sparse.fields], dim=1)
-    state = {name: tensor.double() for name, tensor in model.state_dict().items()}
-    num_layers = len(model.mlp.layers)
-    for i in range(num_layers):
-        x = x @ state[f"mlp.layers.{i}.weight"].T + state[f"mlp.layers.{i}.bias"]
-        x = x.clamp(min=0) if i < num_layers - 1 else x
-    return state["bias"] + linear + pairs + x[:, 0]
+def inputs_of(network, batch):
+    emb, names = network.sparse(batch), network.sparse.attended  # histories leave table by table
+    histories, masks = ([part[name] for name in names] for part in (emb.histories, emb.masks))
+    return emb.fields_BFD, emb.first_order_B, histories, masks
 
 
-@pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("histories", [True, False])
-@pytest.mark.parametrize("num_rows", [1, 2, 33])
-def test_one_finite_logit_per_row(schema, make_batch, name, histories, num_rows):
-    model = build(schema, name=name, histories=histories).eval()
-    read = model_schema(schema, options(histories=histories))
-    batch = make_batch(num_rows, schema=read)
-    logit_B = model(batch)
-    assert logit_B.shape == (num_rows,)
+def test_every_model_has_a_case():
+    assert {name for name, _ in CASES.values()} == set(MODELS)
+
+
+@pytest.mark.parametrize(("title", "key"), FITTING)
+def test_one_finite_logit_per_row_that_depends_on_it_alone(title, key):
+    network, schema = make_case(title, key)
+    network = network.eval()
+    batch = draw_batch(schema, 9)
+    logit_B = network(batch)
+    assert logit_B.shape == (9,)
     assert logit_B.dtype == torch.float32
     assert torch.isfinite(logit_B).all()
-
-
-@pytest.mark.parametrize("name", MODELS)
-def test_rows_do_not_see_each_other(schema, make_batch, name):
-    model = build(schema, name=name).eval()
-    batch = make_batch(9)
-    bags = {
-        feature: ids.tensor_split(offsets[1:])
-        for feature, (ids, offsets) in bags_of(batch, schema).items()
-    }
-    for row in range(len(batch)):
-        alone = dataclasses.replace(
-            batch,
-            values=torch.cat([bags[f.name][row] for f in schema.features]),
-            lengths=torch.tensor(
-                [len(bags[f.name][row]) for f in schema.features], dtype=torch.int32
-            ),
-            label=batch.label[row : row + 1],
+    order = torch.randperm(9, generator=torch.Generator().manual_seed(0)).tolist()
+    for rows in ([0], [8], order, [3, 3]):
+        torch.testing.assert_close(
+            network(select(batch, rows)), logit_B[rows], rtol=1e-4, atol=1e-5
         )
-        torch.testing.assert_close(model(alone), model(batch)[row : row + 1])
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_gradient_reaches_every_parameter(schema, make_batch, name):
-    model = build(schema, name=name)
-    batch = make_batch(64)
-    binary_cross_entropy_with_logits(model(batch), batch.label).backward()
-    for key, parameter in model.named_parameters():
-        assert parameter.grad is not None, key
-        assert parameter.grad.any(), key
+@pytest.mark.parametrize(("title", "key"), FITTING)
+def test_lookups_are_those_of_plain_torch(title, key):
+    network, schema = make_case(title, key)
+    batch = draw_batch(schema, 9)
+    emb = embed(network, schema, batch)
+    found, network = network.sparse(batch), network.double().eval()
+    torch.testing.assert_close(found.fields_BFD.double(), emb.fields_BFD, rtol=1e-5, atol=1e-6)
+    for name in emb.histories:
+        assert torch.equal(found.masks[name], emb.masks[name])
+        assert torch.equal(found.histories[name].double(), emb.histories[name])
+    torch.testing.assert_close(
+        network.interact(emb).float(), network.float()(batch), rtol=1e-4, atol=1e-4
+    )
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_histories_change_the_logit_only_where_they_are_read(schema, make_batch, name):
-    batch = make_batch(20)
-    plain = schema.without_histories()
-    start = sum(
-        int(x) for x in batch.lengths.view(5, -1)[[i for i in range(3)]].sum(1)
-    )  # values before the history
-    length = int(batch.lengths.view(5, -1)[3].sum())
-    other = dataclasses.replace(batch, values=batch.values.clone())
-    other.values[start : start + length] = 1 + (other.values[start : start + length] % 14)
-    model = build(schema, name=name).eval()
-    changed = model(batch) != model(other)
-    has_history = batch.lengths.view(5, -1)[3] > 0
+@pytest.mark.parametrize(("title", "key"), [case for case in FITTING if case != ("fm", "one")])
+def test_gradient_reaches_every_parameter(title, key):
+    network, schema = make_case(title, key)
+    batch = draw_batch(schema, 64)
+    binary_cross_entropy_with_logits(network.train()(batch), batch.label).backward()
+    for name, parameter in network.named_parameters():
+        assert parameter.grad is not None, name
+        assert torch.isfinite(parameter.grad).all(), name
+        is_before_norm = network.mlp.norms if hasattr(network, "mlp") else False
+        if not (is_before_norm and name.endswith(".bias") and "layers" in name):
+            assert parameter.grad.any(), name
+
+
+@pytest.mark.parametrize("title", TITLES)
+def test_columns_that_only_fill_up_get_no_gradient(title):
+    name, changes = {**CASES, **ON_MIXED}[title]
+    network = build(MIXED, name=name, **changes, embedding_dim=6)
+    batch = draw_batch(model_schema(MIXED, options(name, **changes)), 32)
+    network(batch).square().sum().backward()
+    used = network.sparse.embedding_dim
+    for key, parameter in network.named_parameters():
+        if "embedding_bags" in key:
+            width = 1 if key.endswith("_first_order.weight") else used
+            assert parameter.shape[1] % 4 == 0
+            assert parameter.grad[:, :width].any(), key
+            assert not parameter.grad[:, width:].any(), key
+
+
+@pytest.mark.parametrize("title", TITLES)
+def test_a_share_that_is_filled_up_gives_the_same(title):
+    network, schema = rowwise(title)
+    batch = draw_batch(schema, 5)
+    filled = dataclasses.replace(batch, stride=8)
+    assert torch.equal(network(filled), network(batch))
+    grads = []
+    for each in (batch, filled):
+        network.zero_grad()
+        network(each).sum().backward()
+        grads.append({name: p.grad.clone() for name, p in network.named_parameters()})
+    for name, grad in grads[0].items():
+        torch.testing.assert_close(grads[1][name], grad)
+
+
+@pytest.mark.parametrize("title", TITLES)
+def test_a_share_may_have_no_rows(title):
+    network, schema = rowwise(title)
+    empty = dataclasses.replace(select(draw_batch(schema, 5), []), stride=4)
+    logit_B = network(empty)
+    assert logit_B.shape == (0,)
+    logit_B.sum().backward()
+    grads = [parameter.grad for parameter in network.parameters()]
+    assert not any(grad.any() for grad in grads)
+
+
+@pytest.mark.parametrize("title", TITLES)
+def test_histories_change_the_logit_only_where_they_are_read(title):
+    network, schema = rowwise(title)
+    batch = draw_batch(schema, 20)
+    start, other = 0, dataclasses.replace(batch, values=batch.values.clone())
+    for feature, lengths in zip(
+        schema.lookups, batch.lengths.view(-1, 20).sum(1).tolist(), strict=True
+    ):
+        if feature.kind == "history":
+            ids = other.values[start : start + lengths]
+            ids.copy_(1 + ids % (schema.table_sizes[feature.table] - 1))
+        start += lengths
+    places = [i for i, f in enumerate(schema.lookups) if f.kind == "history"]
+    has_history = batch.lengths.view(-1, 20)[places].sum(0) > 0
+    changed = network(batch) != network(other)
     assert changed[has_history].any()
     assert not changed[~has_history].any()
-    without = build(schema, name=name, histories=False)
-    assert [f.name for f in plain.features] == without.sparse.features
+
+
+@pytest.mark.parametrize("name", [name for name in MODELS if name != "din"])
+def test_histories_can_be_left_out(name):
+    network = build(MIXED, name=name, histories=False)
+    assert not {"clicked", "clicked_brands", "skipped"} & set(network.sparse.fields)
+    assert network(draw_batch(MIXED.without_histories(), 4)).shape == (4,)
+
+
+@pytest.mark.parametrize("title", [t for t in TITLES if t not in ("lr", "fm", "dcn without MLP")])
+def test_dropout_acts_in_training_only(title):
+    name, changes = {**CASES, **ON_MIXED}[title]
+    streams = {"streams__dropout": 0.5, "attention__dropout": 0.5}
+    network = build(MIXED, name=name, **{**changes, **streams}, dropout=0.5)
+    batch = draw_batch(model_schema(MIXED, options(name, **changes)), 16)
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm1d):
+            module.momentum = 0.0
+    assert not torch.equal(network.train()(batch), network(batch))
+    assert torch.equal(network.eval()(batch), network(batch))
+
+
+@pytest.mark.parametrize("title", TITLES)
+def test_a_copy_is_the_same_and_apart(title):
+    network, schema = rowwise(title)
+    batch = draw_batch(schema, 8)
+    twin = copy.deepcopy(network)
+    assert torch.equal(twin(batch), network(batch))
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            parameter.zero_()
+    assert not torch.equal(twin(batch), network(batch))
+    with torch.inference_mode():
+        assert torch.equal(network(batch), network(batch))
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_dropout_acts_in_training_only(schema, make_batch, name):
-    model = build(schema, name=name, dropout=0.5, hidden=[32])
-    batch = make_batch(16)
-    assert not torch.equal(model.train()(batch), model(batch))
-    assert torch.equal(model.eval()(batch), model(batch))
-
-
-@pytest.mark.parametrize("name", MODELS)
-def test_overfits_32_rows(schema, make_batch, name):
-    model = build(schema, name=name)
-    batch = make_batch(32, seed=3)
-    optimizer = torch.optim.Adam(model.parameters(), lr=0.03)
-    for _ in range(150):
+def test_overfits_32_rows(name):
+    network = build(MIXED, name=name, activation="relu")
+    batch = draw_batch(MIXED, 32, seed=3)
+    optimizer = torch.optim.Adam(network.parameters(), lr=0.03)
+    for _ in range(80):
         optimizer.zero_grad()
-        loss = binary_cross_entropy_with_logits(model(batch), batch.label)
+        loss = binary_cross_entropy_with_logits(network(batch), batch.label)
         loss.backward()
         optimizer.step()
-    assert 0 < loss.item() < 0.02
+    assert 0 < loss.item() < 0.1
 
 
-def test_empty_bags_give_zeros(schema, make_batch):
-    model = build(schema)
-    batch = make_batch(20)
-    emb_BFD, _ = model.sparse(batch)
-    is_empty = batch.lengths.view(5, -1)[3] == 0
-    position = model.sparse.fields.index("history")
-    assert is_empty.any()
-    assert not is_empty.all()
-    assert not emb_BFD[is_empty, position].any()
-    assert (emb_BFD[~is_empty, position] != 0).all()
+@pytest.mark.parametrize("title", TITLES)
+def test_parameters_fit_the_rule_of_initial_weights(title):
+    """Matrices are drawn, last words ``bias`` zeroed, other vectors stay as built."""
+    name, changes = {**CASES, **ON_MIXED}[title]
+    network = build(MIXED, name=name, **changes)
+    for key, parameter in network.named_parameters():
+        assert parameter.ndim == 1 or key.rpartition(".")[2] != "bias", key
+    constants = {"weight": (1.0, 0.25), "alpha": (0.0,), "bias": (0.0,)}  # norm, PReLU; Dice
+    for module in network.modules():
+        if not isinstance(module, nn.Linear):
+            for word, parameter in module.named_parameters(recurse=False):
+                assert parameter.ndim > 1 or parameter.unique().item() in constants[word], word
 
 
-def test_fields_that_share_a_table_keep_their_names(schema, make_batch):
-    model = build(schema)
-    batch = make_batch(20)
-    emb_BFD, _ = model.sparse(batch)
-    assert model.sparse.features == [feature.name for feature in schema.features]
-    assert model.sparse.fields == ["user", "item", "history", "genres", "hour"]
-    for name, expected in pooled(batch, schema, double_tables(model, schema)).items():
-        found = emb_BFD[:, model.sparse.fields.index(name)].double()
-        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-7)
+@pytest.mark.parametrize("title", TITLES)
+def test_interaction_can_be_traced(title):
+    class Lookups(torch.fx.Tracer):
+        def is_leaf_module(self, module, name):
+            return isinstance(module, FieldEmbeddings) or super().is_leaf_module(module, name)
+
+    network, schema = rowwise(title)
+    batch = draw_batch(schema, 6)
+    for is_training in (True, False):
+        graph = Lookups().trace(network.train(is_training))
+    traced = torch.fx.GraphModule(network, graph)
+    assert torch.equal(traced(batch), network(batch))
 
 
-def test_first_order_weight_is_the_mean_of_the_columns(schema, make_batch):
-    model = build(schema)
-    batch = make_batch(20)
-    assert model.state_dict()[f"{TABLES}user_first_order.weight"].shape == (12, FIRST_ORDER_DIM)
-    _, first_B = model.sparse(batch)
-    values = pooled(batch, schema, double_tables(model, schema), "_first_order").values()
-    expected = sum(value.mean(1) for value in values)
-    torch.testing.assert_close(first_B.double(), expected, rtol=1e-5, atol=1e-6)
-
-
-def test_first_order_can_be_left_out(schema, make_batch):
-    sparse = FieldEmbeddings(schema, 8, first_order=False, device=torch.device("cpu"))
-    emb_BFD, first_B = sparse(make_batch(3))
-    assert emb_BFD.shape == (3, 5, 8)
-    assert not first_B.any()
-    assert not [name for name in sparse.state_dict() if "first_order" in name]
-
-
-@pytest.mark.parametrize("hidden", [[16, 8], [4], []])
-def test_deepfm_equals_its_formula(schema, make_batch, hidden):
-    model = build(schema, hidden=hidden).eval()
+@pytest.mark.parametrize("title", ["deepfm", "dcnv2 mixture", "din softmax", "final_mlp contexts"])
+def test_interaction_can_be_exported(title):
+    network, schema = rowwise(title)
+    network.requires_grad_(False)
+    inputs = inputs_of(network, draw_batch(schema, 6))
+    rows = torch.export.Dim("rows", min=2)
+    shapes = ({0: rows}, {0: rows}, [{0: rows}] * len(inputs[2]), [{0: rows}] * len(inputs[3]))
     with torch.no_grad():
-        model.bias.fill_(0.3)
-    batch = make_batch(50)
-    expected = reference_deepfm(model, schema, batch)
-    torch.testing.assert_close(model(batch).double(), expected, rtol=1e-5, atol=1e-5)
+        program = torch.export.export(Interaction(network), inputs, dynamic_shapes=shapes)
+        other = draw_batch(schema, 11, seed=1)
+        found = program.module()(*inputs_of(network, other))
+        torch.testing.assert_close(found, network(other))
 
 
-@pytest.mark.parametrize("num_fields", [1, 2, 5])
-def test_fm_interaction_is_the_sum_over_pairs(num_fields):
-    emb_BFD = torch.randn(
-        7, num_fields, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1)
-    )
-    pairs = itertools.combinations(range(num_fields), 2)
-    expected = sum(((emb_BFD[:, i] * emb_BFD[:, j]).sum(1) for i, j in pairs), torch.zeros(7))
-    torch.testing.assert_close(fm_interaction(emb_BFD), expected.double())
+TABLES = [f"sparse.collection.embedding_bags.{table}.weight" for table in ("site", "hour")]
+FIRST_ORDER = [name.replace(".weight", "_first_order.weight") for name in TABLES]
 
 
-def test_fm_interaction_has_the_right_gradient():
-    emb_BFD = torch.randn(2, 3, 2, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(fm_interaction, emb_BFD)
+def layers(*names):
+    return [f"{name}.{key}" for name in names for key in ("weight", "bias")]
 
 
-def test_mlp_without_hidden_layers_is_linear():
-    mlp = MLP(3, [], 0.5)
-    x = torch.randn(4, 3)
-    torch.testing.assert_close(mlp(x), (x @ mlp.layers[0].weight.T + mlp.layers[0].bias)[:, 0])
+GOLDEN_NAMES = {
+    "lr": ["bias", *TABLES],
+    "fm": ["bias", *TABLES, *FIRST_ORDER],
+    "dnn": [*TABLES, *layers("mlp.layers.0", "mlp.layers.1")],
+    "wide_deep": [*TABLES, *FIRST_ORDER, *layers("mlp.layers.0", "mlp.layers.1")],
+    "deepfm": ["bias", *TABLES, *FIRST_ORDER, *layers("mlp.layers.0", "mlp.layers.1")],
+    "dcn": [
+        *TABLES,
+        *(f"cross.layers.{i}.{key}" for i in range(2) for key in ("map.weight", "bias")),
+        *layers("mlp.layers.0", "score"),
+    ],
+    "dcnv2": [*TABLES, *layers("cross.layers.0", "cross.layers.1", "mlp.layers.0", "score")],
+    "din": [
+        "sparse.sequences.item.embedding_bags.item.weight",
+        *layers("attention.0.mlp.layers.0", "attention.0.mlp.layers.1"),
+        *(f"attention.0.mlp.activations.0.{key}" for key in ("alpha", "norm.running_mean")),
+        *(
+            f"attention.0.mlp.activations.0.norm.{k}"
+            for k in ("running_var", "num_batches_tracked")
+        ),
+        *layers("mlp.layers.0", "mlp.layers.1"),
+    ],
+    "final_mlp": [
+        *TABLES,
+        *(
+            f"gates.{i}.{key}"
+            for i in range(2)
+            for key in ("context", *layers("mlp.layers.0", "factors"))
+        ),
+        *layers("mlp.layers.0", "second.layers.0", "fusion.first"),
+        "fusion.second.weight",
+        "fusion.forms",
+    ],
+}
 
 
-def test_names_of_parameters_are_stable(schema):
+@pytest.mark.parametrize("name", MODELS)
+def test_names_of_parameters_are_stable(name):
     """A checkpoint of an older release must load: changing these is a breaking change."""
-    tables = ["genres", "hour", "item", "user"]
-    assert sorted(build(schema, hidden=[6]).state_dict()) == sorted(
-        [
-            "bias",
-            "mlp.layers.0.bias",
-            "mlp.layers.0.weight",
-            "mlp.layers.1.bias",
-            "mlp.layers.1.weight",
-            *(f"sparse.collection.embedding_bags.{t}.weight" for t in tables),
-            *(f"sparse.collection.embedding_bags.{t}_first_order.weight" for t in tables),
-        ]
-    )
+    schema = SCHEMAS["short" if name == "din" else "plain"]
+    assert sorted(build(schema, name=name, hidden=[6]).state_dict()) == sorted(GOLDEN_NAMES[name])
 
 
-def test_every_model_has_golden_names():
-    assert list(MODELS) == ["deepfm"], "add the names of the new model's parameters above"
-
-
-def test_unknown_model(schema):
+def test_unknown_model():
     with pytest.raises(UserError, match=r"model\.name=depfm: did you mean 'deepfm'\? one of"):
-        build(schema, name="depfm")
+        build(MIXED, name="depfm")
 
 
-def test_a_schema_of_one_field(make_batch, schema):
-    one = dataclasses.replace(schema, features=(Feature("user", "user", "categorical"),))
-    assert build(one)(make_batch(4, schema=one)).shape == (4,)
+@pytest.mark.parametrize("key", [key for key in SCHEMAS if key not in WITH_HISTORIES])
+def test_din_needs_histories(key):
+    with pytest.raises(UserError, match=r"^model\.attention\.pairs: .* no feature of kind hist"):
+        build(SCHEMAS[key], name="din")
+    with pytest.raises(UserError, match=r"^model\.histories=false"):
+        build(MIXED, name="din", histories=False)
+
+
+@pytest.mark.parametrize(
+    ("pairs", "message"),
+    [
+        ([["itme", "clicked"]], r"itme is no categorical field; did you mean 'item'\?"),
+        ([["item", "click"]], r"click is no history field; did you mean 'clicked'\?"),
+        ([["genres", "clicked"]], "genres is no categorical field"),
+        ([["item", "user"]], "user is no history field"),
+        ([["item"]], r"\['item'\] is not \[targets, histories\]"),
+        (["item"], r"item is not \[targets, histories\]"),
+        ([[3, "clicked"]], "3 is no categorical field"),
+        ([[["item", "brand"], "clicked"]], "as many targets as histories"),
+        ([[[], []]], "as many targets as histories"),
+        ([["user", "clicked"]], r"user and clicked have different tables \(user, item\)"),
+    ],
+)
+def test_pairs_that_do_not_fit(pairs, message):
+    with pytest.raises(UserError, match=message) as caught:
+        build(MIXED, name="din", attention__pairs=pairs)
+    assert str(caught.value).startswith("model.attention.pairs: ")
+    assert "\n" not in str(caught.value)
+
+
+def test_din_without_a_field_for_its_history():
+    schema = dataclasses.replace(
+        MIXED,
+        features=tuple(
+            f for f in MIXED.features if f.table in ("genres", "item") and f.name != "item"
+        ),
+    )
+    with pytest.raises(UserError, match=r"no categorical field shares a table .*clicked, skipped"):
+        build(schema, name="din")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"streams__contexts": [["uesr"], []]}, r"contexts: no field uesr; did you mean 'user'\?"),
+        ({"streams__contexts": [[]]}, r"contexts=\[\[\]\]: one list of fields for each stream"),
+        ({"streams__heads": 3}, r"heads=3: must divide the last width of model\.hidden=\[16, 8\]"),
+        ({"streams__heads": 8}, r"heads=8: .* model\.streams\.hidden=\[12\]"),
+        ({"hidden": []}, r"model\.hidden=\[\]: FinalMLP needs hidden layers"),
+        ({"streams__hidden": []}, r"model\.streams\.hidden=\[\]: FinalMLP needs"),
+    ],
+)
+def test_streams_that_do_not_fit(changes, message):
+    with pytest.raises(UserError, match=message):
+        build(MIXED, name="final_mlp", **changes)

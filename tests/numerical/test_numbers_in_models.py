@@ -6,14 +6,10 @@ import json
 
 import numpy as np
 import pytest
-import torch
+from training import sharded_model
 
 from cki_rec.cli import main
-from cki_rec.config import Model, Runtime
 from cki_rec.data.schema import Feature, FeatureSchema
-from cki_rec.engine import distributed
-from cki_rec.engine.embeddings import initialize, shard
-from cki_rec.models import build_model
 
 SMALL = ("model.hidden=[8]", "model.embedding_dim=4", "evaluate.bootstrap=100", "train.epochs=1",
          "train.batch_size=512", "runtime.threads=1", "data.synthetic.rows=3000")  # fmt: skip
@@ -22,17 +18,7 @@ SMALL = ("model.hidden=[8]", "model.embedding_dim=4", "evaluate.bootstrap=100", 
 def test_vectors_of_numbers_start_like_embeddings():
     numbers = [Feature(f"n{number}", "", "numeric") for number in range(300)]
     schema = FeatureSchema((Feature("c", "c", "categorical"), *numbers), {"c": 5}, {"c": "x"})
-    model = Model(
-        name="deepfm", embedding_dim=8, hidden=[4], dropout=0.0, init_std=0.01, histories=False
-    )
-    runtime = Runtime(
-        out="", reports="", encoded="", device="cpu", threads=1, chunk_mb=1, force=False
-    )
-    device = distributed.start(runtime)
-    with device:
-        network = build_model(schema, model, torch.device("meta"))
-    built = shard(network, device, 0.1)
-    initialize(built, seed=1, init_std=0.01)
+    built = sharded_model(schema, "model.init_std=0.01", "model.histories=false")
     state = built.module.state_dict()
     assert state["sparse.numbers"].std().item() == pytest.approx(0.01, rel=0.1)
     assert not state["sparse.numbers_first_order"].any()

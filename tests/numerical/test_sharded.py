@@ -3,56 +3,22 @@
 from __future__ import annotations
 
 import json
-import re
 import subprocess
 import sys
 
 import pytest
 import torch
 from torch.nn.functional import binary_cross_entropy_with_logits, embedding_bag
+from training import accumulators_of, options, state_of, step
 
-from cki_rec.config import Model, Runtime, Train, UserError
+from cki_rec.config import UserError
 from cki_rec.engine import distributed, embeddings
 from cki_rec.engine.embeddings import initial_rows, initialize, load_params, table_of
-from cki_rec.engine.trainer import LookedUp, train_step
+from cki_rec.engine.optimization import initialized_adam
 from cki_rec.models import build_model
 
-MODEL = Model(
-    name="deepfm", embedding_dim=8, hidden=[6], dropout=0.0, init_std=0.1, histories=True
-)
 TABLES = "sparse.collection.embedding_bags."
-
-
-def plain(value):
-    return value.local_tensor() if hasattr(value, "local_shards") else value
-
-
-def state_of(model):
-    return {k: plain(v).detach().clone() for k, v in model.module.state_dict().items()}
-
-
-def accumulators_of(model):
-    return {k: plain(v).detach().clone() for k, v in model.accumulators().items()}
-
-
-def schedule(table_learning_rate=0.05, table_l2=0.0) -> Train:
-    return Train(
-        epochs=1,
-        batch_size=16,
-        learning_rate=0.01,
-        table_learning_rate=table_learning_rate,
-        table_l2=table_l2,
-        plateau_factor=0.1,
-        patience=2,
-    )
-
-
-def step(model, batch, dense=None, table_l2=0.0) -> float:
-    dense = dense or torch.optim.Adam(model.dense_parameters(), lr=0.01)
-    looked_up = LookedUp(model.module)
-    loss = train_step(model, dense, batch, looked_up, schedule(table_l2=table_l2))
-    looked_up.remove()
-    return loss
+SCHEDULE = options().train
 
 
 def reference_logit(params, schema, batch):
@@ -64,7 +30,7 @@ def reference_logit(params, schema, batch):
         starts = (lengths.cumsum(0) - lengths).long()
         emb[feature.name] = embedding_bag(ids, params[f"{TABLES}{feature.table}.weight"], starts)
         weight = params[f"{TABLES}{feature.table}_first_order.weight"]
-        first = first + embedding_bag(ids, weight, starts).mean(1)
+        first = first + embedding_bag(ids, weight, starts)[:, 0]
     emb_BFD = torch.stack([emb[n] for n in ("user", "item", "history", "genres", "hour")], dim=1)
     fm = 0.5 * (emb_BFD.sum(1) ** 2 - (emb_BFD**2).sum(1)).sum(1)
     x = emb_BFD.flatten(1) @ params["mlp.layers.0.weight"].T + params["mlp.layers.0.bias"]
@@ -74,7 +40,7 @@ def reference_logit(params, schema, batch):
 
 def test_sharded_and_unsharded_give_the_same_logits(sharded, schema, make_batch):
     torch.manual_seed(0)
-    network = build_model(schema, MODEL, torch.device("cpu"))
+    network = build_model(schema, options().model, torch.device("cpu"))
     model = sharded()
     load_params(model, network.state_dict())
     batch = make_batch(40)
@@ -86,43 +52,52 @@ def test_sharded_and_unsharded_give_the_same_logits(sharded, schema, make_batch)
 
 
 @pytest.mark.parametrize("table_l2", [0.0, 0.3])
-def test_five_steps_equal_a_float64_reference(sharded, schema, make_batch, table_l2):
-    """Row-wise Adagrad: per row the accumulator adds mean g^2, the step is lr g / (sqrt + eps)."""
-    model = sharded(learning_rate=0.05)
+@pytest.mark.parametrize("optimizer", ["rowwise_adagrad", "adagrad"])
+def test_five_steps_equal_a_float64_reference(sharded, schema, make_batch, optimizer, table_l2):
+    """Adagrad's accumulator adds g^2, row-wise its mean over the columns of the table.
+
+    First-order tables have one column in use of four, so their mean is a quarter of g^2.
+    """
+    words = f"train.table_optimizer={optimizer}", f"train.table_l2={table_l2}"
+    model, schedule = sharded(*words), options(*words).train
     params = {k: v.double().requires_grad_() for k, v in state_of(model).items()}
     is_table = {name: table_of(name) is not None for name in params}
-    state = {n: torch.zeros(len(t), dtype=torch.float64) for n, t in params.items() if is_table[n]}
-    dense = torch.optim.Adam(model.dense_parameters(), lr=0.01)
-    own_dense = torch.optim.Adam([t for n, t in params.items() if not is_table[n]], lr=0.01)
+    state = {n: torch.zeros_like(t.detach()) for n, t in params.items() if is_table[n]}
+    adam = initialized_adam(model, schedule.learning_rate)
+    own_adam = torch.optim.Adam([t for n, t in params.items() if not is_table[n]], lr=0.01)
     for number in range(5):
         batch = make_batch(16, seed=number)
-        loss = step(model, batch, dense, table_l2)
-        own_dense.zero_grad()
+        loss = step(model, batch, schedule, adam)
+        own_adam.zero_grad()
         logit, emb_BFD = reference_logit(params, schema, batch)
         cross_entropy = binary_cross_entropy_with_logits(logit, batch.label.double())
         penalty = table_l2 * (emb_BFD**2).sum() / len(batch)
         (cross_entropy + penalty).backward()
         assert loss == pytest.approx(cross_entropy.item(), abs=1e-5)
-        own_dense.step()
+        own_adam.step()
         with torch.no_grad():
             for name, accumulator in state.items():
-                gradient = params[name].grad
-                accumulator += (gradient**2).mean(1)
-                params[name] -= 0.05 * gradient / (accumulator.sqrt()[:, None] + 1e-8)
+                squared = params[name].grad ** 2
+                if optimizer == "rowwise_adagrad":
+                    squared = squared.mean(1, keepdim=True).expand_as(squared)
+                accumulator += squared
+                params[name] -= 0.05 * params[name].grad / (accumulator.sqrt() + 1e-8)
                 params[name].grad = None
     found = state_of(model)
     for name, tensor in params.items():
         torch.testing.assert_close(found[name].double(), tensor.detach(), rtol=1e-5, atol=1e-5)
     for name, tensor in accumulators_of(model).items():
-        torch.testing.assert_close(tensor.double(), state[name], rtol=1e-4, atol=1e-7)
+        want = state[name][:, 0] if optimizer == "rowwise_adagrad" else state[name]
+        torch.testing.assert_close(tensor.double(), want, rtol=1e-4, atol=1e-7)
         assert tensor.any()
 
 
 def test_l2_changes_the_tables(sharded, make_batch):
     states = []
     for table_l2 in (0.0, 0.3):
-        model = sharded()
-        step(model, make_batch(16), table_l2=table_l2)
+        words = (f"train.table_l2={table_l2}",)
+        model = sharded(*words)
+        step(model, make_batch(16), options(*words).train)
         states.append(state_of(model))
     assert not torch.equal(*(s[f"{TABLES}user.weight"] for s in states))
     first = f"{TABLES}user_first_order.weight"
@@ -133,18 +108,22 @@ def test_only_rows_of_the_batch_move(sharded, make_batch):
     model = sharded()
     before = state_of(model)
     batch = make_batch(2)
-    step(model, batch)
+    step(model, batch, SCHEDULE)
     moved = (state_of(model)[f"{TABLES}user.weight"] != before[f"{TABLES}user.weight"]).any(1)
     assert set(moved.nonzero()[:, 0].tolist()) == set(batch.values[:2].tolist())
 
 
-def test_first_order_columns_stay_equal(sharded, make_batch):
-    model = sharded()
+@pytest.mark.parametrize("optimizer", ["rowwise_adagrad", "adagrad"])
+def test_columns_that_pad_a_table_stay_zero(sharded, make_batch, optimizer):
+    words = ("model.embedding_dim=6", f"train.table_optimizer={optimizer}", "train.table_l2=0.1")
+    model = sharded(*words)
     for number in range(3):
-        step(model, make_batch(16, seed=number))
-    weight = state_of(model)[f"{TABLES}item_first_order.weight"]
-    assert weight.any()
-    assert torch.equal(weight, weight[:, :1].expand_as(weight))
+        step(model, make_batch(16, seed=number), options(*words).train)
+    for name, dim in (("item", 6), ("item_first_order", 1)):
+        weight = state_of(model)[f"{TABLES}{name}.weight"]
+        assert weight.shape[1] == {6: 8, 1: 4}[dim]
+        assert weight[:, :dim].any(0).all()
+        assert not weight[:, dim:].any()
 
 
 BLOCK = embeddings.INITIAL_BLOCK
@@ -193,17 +172,17 @@ def test_initial_parameters(sharded):
 def test_initialize_undoes_training(sharded, make_batch):
     model = sharded(seed=5)
     before = state_of(model)
-    step(model, make_batch(16))
+    step(model, make_batch(16), SCHEDULE)
     initialize(model, 5, 0.1)
     assert all(torch.equal(state_of(model)[name], tensor) for name, tensor in before.items())
 
 
-@pytest.mark.parametrize("through", [0.5, 0.0])
+@pytest.mark.parametrize("through", ["0.5", "0.0"])
 def test_learning_rate_takes_effect_at_the_next_step(sharded, make_batch, through):
-    changed, constant = sharded(learning_rate=through), sharded(learning_rate=0.05)
+    changed, constant = sharded(f"train.table_learning_rate={through}"), sharded()
     changed.set_table_learning_rate(0.05)
     for model in (changed, constant):
-        step(model, make_batch(16))
+        step(model, make_batch(16), SCHEDULE)
     assert torch.equal(
         state_of(changed)[f"{TABLES}item.weight"], state_of(constant)[f"{TABLES}item.weight"]
     )
@@ -211,7 +190,7 @@ def test_learning_rate_takes_effect_at_the_next_step(sharded, make_batch, throug
 
 def test_setting_the_learning_rate_moves_nothing(sharded, make_batch):
     model = sharded()
-    step(model, make_batch(16))
+    step(model, make_batch(16), SCHEDULE)
     before, accumulators = state_of(model), accumulators_of(model)
     model.set_table_learning_rate(10.0)
     assert all(torch.equal(state_of(model)[name], tensor) for name, tensor in before.items())
@@ -227,13 +206,11 @@ def test_every_table_is_trained_by_the_fused_optimizer_and_by_no_other(sharded, 
     assert sizes == {
         name: len(tensor) for name, tensor in state_of(model).items() if name in names
     }
-    dense = {id(p) for p in model.dense_parameters()}
-    found = {name for name, p in model.module.named_parameters() if id(p) in dense}
-    assert found == set(state_of(model)) - names
+    assert set(model.dense_parameters()) == set(state_of(model)) - names
     model.set_table_learning_rate(0.0)
     before = state_of(model)
     for number in range(2):
-        step(model, make_batch(16, seed=number))
+        step(model, make_batch(16, seed=number), SCHEDULE)
     for name, tensor in state_of(model).items():
         assert torch.equal(tensor, before[name]) == (name in names), name
 
@@ -246,7 +223,7 @@ def test_table_of():
 
 def test_loading_without_accumulators_keeps_them(sharded, make_batch):
     model = sharded()
-    step(model, make_batch(16))
+    step(model, make_batch(16), SCHEDULE)
     before = accumulators_of(model)
     load_params(model, state_of(sharded(seed=8)))
     assert all(torch.equal(accumulators_of(model)[name], t) for name, t in before.items())
@@ -259,7 +236,8 @@ ALONE = """
 import json, os
 from pathlib import Path
 import torch
-from cki_rec.config import Runtime
+from cki_rec.cli import _compose
+from cki_rec.config import parse, register_resolvers
 from cki_rec.engine import distributed
 
 def listening():
@@ -275,9 +253,8 @@ def listening():
             for line in Path(f"/proc/self/net/{name}").read_text().splitlines()[1:]]
     return [row[1] for row in rows if row[3] == "0A" and row[9] in own]
 
-runtime = Runtime(
-            out="", reports="", encoded="", device="cpu", threads=1, chunk_mb=1, force=False
-        )
+register_resolvers()
+runtime = parse(_compose(["runtime.device=cpu", "runtime.threads=1"])).runtime
 device = distributed.start(runtime)
 assert distributed.start(runtime) == device
 total = torch.ones(3)
@@ -309,15 +286,15 @@ def test_one_process_opens_no_port(alone):
     assert alone["listening"] == []
 
 
-@pytest.mark.parametrize(
-    ("device", "world_size", "part"),
-    [("cuda", "1", "torch sees no CUDA device"), ("cpu", "2", "several processes (torchrun) are")],
-)
-def test_what_cannot_be_started(monkeypatch, device, world_size, part):
+def test_cuda_where_there_is_none(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setenv("WORLD_SIZE", world_size)
-    runtime = Runtime(
-        out="", reports="", encoded="", device=device, threads=1, chunk_mb=1, force=False
-    )
-    with pytest.raises(UserError, match=re.escape(part)):
-        distributed.start(runtime)
+    with pytest.raises(UserError, match="torch sees no CUDA device"):
+        distributed.start(options("runtime.device=cuda").runtime)
+
+
+def test_more_processes_than_cuda_devices(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(distributed, "local_position", lambda: (1, 2))
+    with pytest.raises(UserError, match="2 processes for 1 CUDA devices on this machine"):
+        distributed.start(options("runtime.device=cuda").runtime)

@@ -7,12 +7,12 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+from training import equal, plain, state_of
 
 from cki_rec.analysis.metrics import auc
-from cki_rec.config import Gate, Train, UserError
+from cki_rec.config import Gate, UserError
 from cki_rec.data import store
-from cki_rec.engine import distributed
-from cki_rec.engine.embeddings import initialize, shard, table_of
+from cki_rec.engine.embeddings import build, initialize, table_of
 from cki_rec.engine.evaluator import predict
 from cki_rec.engine.gating import train_gates
 from cki_rec.engine.trainer import fit
@@ -21,20 +21,15 @@ from cki_rec.integration.gate import initialize_gate
 from cki_rec.integration.methods import cki_weights
 from cki_rec.models import build_model, model_schema
 
-SCHEDULE = Train(
-    epochs=2,
-    batch_size=512,
-    learning_rate=0.01,
-    table_learning_rate=0.05,
-    table_l2=1e-5,
-    plateau_factor=0.1,
-    patience=2,
+SCHEDULE = (
+    *("train.epochs=2", "train.batch_size=512", "train.learning_rate=0.01"),
+    *("train.table_learning_rate=0.05", "train.table_l2=1e-5", "train.patience=2"),
 )
 
 
 @pytest.fixture(scope="module")
 def config(run_config, tmp_path_factory):
-    return run_config(tmp_path_factory.mktemp("trainer"), "model.dropout=0.2")
+    return run_config(tmp_path_factory.mktemp("trainer"), "model.dropout=0.2", *SCHEDULE)
 
 
 @pytest.fixture(scope="module")
@@ -48,24 +43,9 @@ def read_schema(config, dataset):
 
 
 def start(config, dataset, seed=1):
-    device = distributed.start(config.runtime)
-    with device:
-        network = build_model(dataset.schema, config.model, torch.device("meta"))
-    model = shard(network, device, SCHEDULE.table_learning_rate)
+    model = build(dataset.schema, config.model, config.train, config.runtime)
     initialize(model, seed, config.model.init_std)
     return model
-
-
-def plain(value):
-    return value.local_tensor() if hasattr(value, "local_shards") else value
-
-
-def state_of(model):
-    return {k: plain(v).detach().clone() for k, v in model.module.state_dict().items()}
-
-
-def equal(a, b) -> bool:
-    return set(a) == set(b) and all(torch.equal(tensor, b[name]) for name, tensor in a.items())
 
 
 def scripted(values, before=lambda: None):
@@ -79,16 +59,24 @@ def scripted(values, before=lambda: None):
     return metric
 
 
-def train(model, dataset, schema, schedule=SCHEDULE, seed=1, metric=auc, save=lambda: None):
+def monitored(metric):
+    return lambda label, logits: {"monitor": metric(label, logits)}
+
+
+def train(config, dataset, schema, model=None, seed=1, metric=auc, save=lambda: None, **changes):
+    schedule = dataclasses.replace(config.train, **changes)
+    model = model or start(config, dataset)
     rows, valid = dataset.rows("train"), dataset.rows("valid")
-    return fit(model, dataset, schema, rows, valid, schedule, seed, metric, save, "a title")
+    return fit(
+        model, dataset, schema, rows, valid, schedule, seed, monitored(metric), save, "a title"
+    )
 
 
 def test_the_same_seed_gives_the_same_bits(config, dataset, read_schema):
     results = []
     for seed in (1, 1, 2):
         model = start(config, dataset)
-        history = train(model, dataset, read_schema, seed=seed)
+        history = train(config, dataset, read_schema, model, seed=seed)
         torch.manual_seed(99)  # nothing outside reaches in
         results.append((state_of(model), history, model.accumulators()))
     assert results[0][1] == results[1][1]
@@ -100,14 +88,9 @@ def test_the_same_seed_gives_the_same_bits(config, dataset, read_schema):
 
 
 def test_training_learns(config, dataset, read_schema):
-    history = train(
-        start(config, dataset),
-        dataset,
-        read_schema,
-        dataclasses.replace(SCHEDULE, epochs=6, patience=6),
-    )
+    history = train(config, dataset, read_schema, epochs=6, patience=6)
     assert history[-1]["train_loss"] < history[0]["train_loss"] < 0.75
-    assert max(epoch["valid_metric"] for epoch in history) > 0.7
+    assert max(epoch["valid_monitor"] for epoch in history) > 0.7
 
 
 def test_plateau_and_early_stopping_follow_the_rules(config, dataset, read_schema):
@@ -122,15 +105,14 @@ def test_plateau_and_early_stopping_follow_the_rules(config, dataset, read_schem
         table_rates.append(rate)
 
     history = train(
-        model,
-        dataset,
-        read_schema,
-        dataclasses.replace(SCHEDULE, epochs=30, patience=3),
+        *(config, dataset, read_schema, model),
+        epochs=30,
+        patience=3,
         metric=scripted(values, before),
         save=lambda: saved.append(len(table_rates)),
     )
     assert [epoch["epoch"] for epoch in history] == [1, 2, 3, 4, 5, 6, 7]
-    assert [epoch["valid_metric"] for epoch in history] == values[:-1]
+    assert [epoch["valid_monitor"] for epoch in history] == values[:-1]
     assert [epoch["epoch"] for epoch in history if epoch["is_best"]] == [1, 2, 4] == saved
     scale = [1, 1, 1, 0.1, 0.1, 0.01, 0.001]
     assert [epoch["learning_rate"] for epoch in history] == pytest.approx(
@@ -143,10 +125,10 @@ def test_a_rate_of_zero_after_a_plateau_stops_every_parameter(config, dataset, r
     model = start(config, dataset)
     states = []
     train(
-        model,
-        dataset,
-        read_schema,
-        dataclasses.replace(SCHEDULE, epochs=3, plateau_factor=0.0, patience=9),
+        *(config, dataset, read_schema, model),
+        epochs=3,
+        plateau_factor=0.0,
+        patience=9,
         metric=scripted([0.5, 0.5, 0.5], lambda: states.append(state_of(model))),
     )
     assert not equal(states[0], states[1])
@@ -154,8 +136,8 @@ def test_a_rate_of_zero_after_a_plateau_stops_every_parameter(config, dataset, r
 
 
 def test_epochs_are_the_most_there_are(config, dataset, read_schema):
-    history = train(start(config, dataset), dataset, read_schema, metric=scripted([0.1, 0.2, 0.3]))
-    assert len(history) == SCHEDULE.epochs
+    history = train(config, dataset, read_schema, metric=scripted([0.1, 0.2, 0.3]))
+    assert len(history) == config.train.epochs
 
 
 def test_rows_come_in_another_order_every_epoch(config, dataset, read_schema, monkeypatch):
@@ -164,8 +146,8 @@ def test_rows_come_in_another_order_every_epoch(config, dataset, read_schema, mo
     seen = []
     batch = Gather.__call__
     monkeypatch.setattr(Gather, "__call__", lambda s, rows: (seen.append(rows), batch(s, rows))[1])
-    train(start(config, dataset), dataset, read_schema, metric=scripted([0.1, 0.2]))
-    num = -(-len(dataset.rows("train")) // SCHEDULE.batch_size)
+    train(config, dataset, read_schema, metric=scripted([0.1, 0.2]))
+    num = -(-len(dataset.rows("train")) // config.train.batch_size)
     epochs = [np.concatenate(seen[:num]), np.concatenate(seen[num + 1 : 2 * num + 1])]
     for order in epochs:
         assert sorted(order) == dataset.rows("train").tolist()
@@ -179,7 +161,7 @@ def test_a_loss_that_is_not_finite_stops_before_any_update(config, dataset, read
         model.module.state_dict()["bias"].fill_(value)
     before = state_of(model)
     with pytest.raises(UserError) as caught:
-        train(model, dataset, read_schema, save=lambda: pytest.fail("it saved"))
+        train(config, dataset, read_schema, model, save=lambda: pytest.fail("it saved"))
     message = str(caught.value)
     assert "a title: the loss is" in message
     assert "in epoch 1; lower train.learning_rate or train.table_learning_rate" in message
@@ -190,7 +172,7 @@ def test_a_loss_that_is_not_finite_stops_before_any_update(config, dataset, read
 
 def test_predictions_are_in_the_order_of_the_rows(config, dataset, read_schema):
     model = start(config, dataset)
-    train(model, dataset, read_schema)
+    train(config, dataset, read_schema, model)
     rows = dataset.rows("valid")
     device = torch.device("cpu")
     logits = predict(model.module, dataset, read_schema, rows, device)
@@ -208,7 +190,7 @@ def sources(config, dataset, read_schema):
     models = []
     for seed in (1, 2):
         model = start(config, dataset, seed)
-        train(model, dataset, read_schema, seed=seed)
+        train(config, dataset, read_schema, model, seed=seed)
         models.append(state_of(model))
     return models
 

@@ -346,16 +346,25 @@ def test_every_published_choice_prepares_a_small_sample(tmp_path, choice, caplog
             return f"141021{row % 24:02}"
         if name in numbers:
             return "" if row % 5 == 0 else str(row % 40)
+        if kinds[name] == "history":
+            return "^".join(["a", f"{name}{row % 3}"])
         return f"{name}{row % 3} x" if kinds[name] == "multi" else f"{name}{row % 3}"
 
+    names += [name for name in (data.user, data.item) if name and name not in names]
+    kinds.update(dict.fromkeys(set(names) - set(kinds)))
+    has_valid = data.split.fractions[2] > 0
+    files = ["train.csv", *(["valid.csv"] if has_valid else []), "test.csv"]
     for split, count in (("train", 60), ("valid", 9), ("test", 9)):
+        if f"{split}.csv" not in files:
+            continue
         rows = [",".join([str(n % 2), *(value(name, n) for name in names)]) for n in range(count)]
         write(tmp_path / "raw" / f"{split}.csv", rows, ",".join([data.label, *names]))
     dataset = prepare(data, tmp_path / "encoded")
     assert [feature.name for feature in dataset.schema.features] == [e["name"] for e in entries]
-    assert [split["rows"] for split in dataset.manifest["splits"].values()] == [60, 9, 9]
-    assert dataset.manifest["published"] == dict.fromkeys(("train.csv", "valid.csv", "test.csv"))
-    assert caplog.text.count(f"is not the file published as {data.published}") == 3
+    sizes = [split["rows"] for split in dataset.manifest["splits"].values()]
+    assert sizes == ([60, 9, 9] if has_valid else [54, 6, 9])
+    assert dataset.manifest["published"] == dict.fromkeys(files)
+    assert caplog.text.count(f"is not the file published as {data.published}") == len(files)
     assert (dataset.group is not None) == (data.user is not None)
     plain = next(e["name"] for e in reversed(entries) if set(e) == {"name"} and e["name"] in names)
     assert tokens_of(dataset, plain)[:3] == [f"{plain}{n}" for n in range(3)]

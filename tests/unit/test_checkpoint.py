@@ -11,26 +11,24 @@ import pytest
 import torch
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.nn.functional import binary_cross_entropy_with_logits
+from training import options, plain, state_of, step
 
-from cki_rec.config import Model, UserError
+from cki_rec.config import UserError
 from cki_rec.data.schema import Feature
 from cki_rec.engine import checkpoint
 from cki_rec.engine.embeddings import load_params, table_of
+from cki_rec.engine.optimization import initialized_adam
 
-MODEL = Model(
-    name="deepfm", embedding_dim=8, hidden=[6], dropout=0.0, init_std=0.1, histories=True
-)
+CONFIG = options("train.table_learning_rate=0.1")
+MODEL = CONFIG.model
 
 
 @pytest.fixture
 def trained(sharded, make_batch):
-    model = sharded(learning_rate=0.1)
-    dense = torch.optim.Adam(model.dense_parameters(), lr=0.01)
-    for step in range(3):
-        batch = make_batch(16, seed=step)
-        dense.zero_grad()
-        binary_cross_entropy_with_logits(model.module(batch), batch.label).backward()
-        dense.step()
+    model = sharded("train.table_learning_rate=0.1")
+    adam = initialized_adam(model, CONFIG.train.learning_rate)
+    for seed in range(3):
+        step(model, make_batch(16, seed=seed), CONFIG.train, adam)
     return model
 
 
@@ -49,10 +47,6 @@ def saved(tmp_path, tensors, schema):
     folder = tmp_path / "run" / "checkpoint"
     checkpoint.save(folder, tensors, MODEL, schema, "data hash")
     return folder
-
-
-def plain(value):
-    return value.local_tensor() if hasattr(value, "local_shards") else value
 
 
 def test_everything_comes_back_bit_for_bit(saved, tensors, schema):
@@ -74,7 +68,7 @@ def test_everything_comes_back_bit_for_bit(saved, tensors, schema):
 
 def test_a_new_model_gives_the_same_logits(saved, trained, sharded, make_batch):
     loaded = checkpoint.load(saved)
-    other = sharded(seed=99, learning_rate=0.1)
+    other = sharded("train.table_learning_rate=0.1", seed=99)
     batch = make_batch(20, seed=7)
     assert not torch.equal(other.module(batch), trained.module(batch))
     load_params(other, loaded.params, loaded.accumulators)
@@ -86,13 +80,13 @@ def test_a_new_model_gives_the_same_logits(saved, trained, sharded, make_batch):
 
 def test_training_goes_on_bit_for_bit(saved, trained, sharded, make_batch):
     loaded = checkpoint.load(saved)
-    restored = sharded(seed=99, learning_rate=0.1)
+    restored = sharded("train.table_learning_rate=0.1", seed=99)
     load_params(restored, loaded.params, loaded.accumulators)
     batch = make_batch(20, seed=7)
     states = []
     for model in (trained, restored):
         binary_cross_entropy_with_logits(model.module(batch), batch.label).backward()
-        states.append({k: plain(v).clone() for k, v in model.module.state_dict().items()})
+        states.append(state_of(model))
     for name in trained.tables:
         assert torch.equal(states[0][name], states[1][name])
         assert not torch.equal(states[0][name], loaded.params[name])
@@ -134,7 +128,7 @@ def test_nothing_there(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "text", ["", "{", "[]", "null", "{}", '{"format": 1, "model": {}}', '"text"']
+    "text", ["", "{", "[]", "null", "{}", '{"format": 2, "model": {}}', '"text"']
 )
 def test_broken_description(saved, text):
     (saved / "checkpoint.json").write_text(text)
@@ -152,8 +146,8 @@ def test_a_description_without_a_key(saved, key):
 
 def test_another_format(saved):
     path = saved / "checkpoint.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "format": 2}))
-    assert "checkpoint.json: format 2, this release reads 1" in error_of(saved)
+    path.write_text(json.dumps({**json.loads(path.read_text()), "format": 3}))
+    assert "checkpoint.json: format 3, this release reads 2" in error_of(saved)
 
 
 def truncate(path):

@@ -71,7 +71,7 @@ def test_help_of_a_pipeline_lists_what_it_reads(command, pipeline):
 def test_help_of_train_shows_values_with_their_meaning(command):
     code, out, _ = command("train", "seed=1", "-h")
     assert code == 0
-    assert "patience: 2                # epochs in a row without" in out
+    assert "patience: 2                # epochs in a row that are not better" in out
     assert "train=default; train.KEY=VALUE" in out
 
 
@@ -87,7 +87,10 @@ def test_version(command):
         (["train", "train.epoch=3"], "no option 'train.epoch': did you mean 'train.epochs'?"),
         (["train", "sed=3"], "no option 'sed': did you mean 'seed'?"),
         (["train", "qqqqqq=3"], "no option 'qqqqqq': see cki-rec --help"),
-        (["train", "model=depfm"], "model=depfm: did you mean 'deepfm'? one of deepfm"),
+        (
+            ["train", "model=depfm"],
+            "model=depfm: did you mean 'deepfm'? one of dcn, dcnv2, deepfm",
+        ),
         (["train", "integrate=zzz"], "integrate=zzz: one of average"),
         (["evaluate", "experiment=quickstrat"], "did you mean 'quickstart'?"),
         (["train", "foo"], "'foo': options are written key=value"),

@@ -55,7 +55,7 @@ def error_of(data: Data) -> str:
         ({"name": "c", "kind": "words"}, "kind=words: one of categorical"),
         ({"name": "n", "kind": "numeric", "edges": [3, 1]}, "expected two ascending numbers"),
         ({"name": "n", "kind": "numeric", "transform": "edges"}, "go together"),
-        ({"name": "c", "separator": ";"}, "separator is of kind multi, this is categorical"),
+        ({"name": "c", "separator": ";"}, "separator is of kind multi or history, this is"),
     ],
 )
 def test_impossible_field_is_named(csv, field, message):

@@ -2,6 +2,8 @@
 
 ``data.raw`` is a folder or zip with ``train.csv``, ``valid.csv`` and ``test.csv`` (each may be
 ``.csv.gz``; choose ``data.split.by=files``), or files to be divided by another ``data.split.by``.
+Where a benchmark publishes no ``valid.csv``, ``data.split.fractions=[0.9,0.1,0]`` draws validation
+rows from the training rows: nothing is ever chosen on test rows.
 Source: https://github.com/reczoo/Datasets (Zhu et al., BARS, SIGIR 2022).
 """
 
@@ -27,6 +29,7 @@ from cki_rec.data.raw import (
     paths,
     texts,
 )
+from cki_rec.data.split import draws_validation
 
 SPLIT_FILES = ("train", "valid", "test")
 
@@ -49,7 +52,7 @@ def kinds(data: Data) -> dict[str, str]:
         derived = [n for n in TIME_FIELDS if n not in names or n == data.time]
         found.update(dict.fromkeys(derived, "time"))
     if data.time is not None and data.user is not None and data.item is not None:
-        found["history"] = "history"
+        found.setdefault("history", "history")
     return found
 
 
@@ -114,15 +117,19 @@ def _texts(data: Data) -> list[tuple[Text, int | None]]:
         by_name = {name: raw.text(member) for name, member in members.items() if member}
     else:
         by_name = {Text(path).name.removesuffix(".csv"): Text(path) for path in found}
-    missing = [f"{name}.csv" for name in SPLIT_FILES if name not in by_name]
-    if not missing and len(by_name) == 3:
-        return [(by_name[name], code) for code, name in enumerate(SPLIT_FILES)]
+    codes = {name: code for code, name in enumerate(SPLIT_FILES)}
+    if draws_validation(data.split) and "valid" not in by_name:
+        del codes["valid"]
+    missing = [f"{name}.csv" for name in codes if name not in by_name]
+    if not missing and len(by_name) == len(codes):
+        return [(by_name[name], code) for name, code in codes.items()]
     if isinstance(data.raw, list) and len(found) == 3:
         return [(Text(path), code) for code, path in enumerate(found)]
     raise UserError(
         f"{', '.join(map(str, found))}: {'no ' + ', '.join(missing) if missing else 'other files'}"
         ", expected train.csv, valid.csv and test.csv; name their folder in data.raw, or a list "
-        "of three files in this order, or divide the rows yourself with data.split.by=random"
+        "of three files in this order, or divide the rows yourself with data.split.by=random, or "
+        "draw validation rows from train.csv with data.split.fractions=[0.9,0.1,0]"
     )
 
 

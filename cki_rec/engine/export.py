@@ -1,0 +1,407 @@
+"""A trained network as one file that serves without our code: ids in, logits out.
+
+Shape legend: B rows, F fields, D embedding size, C fields with one id, L ids of a field with
+several, K ids that are attended to, N numbers.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import io
+import logging
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import IO, Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import embedding
+from torch.nn.utils.rnn import pad_sequence
+from torchrec.modules.embedding_modules import EmbeddingBagCollection
+
+from cki_rec.config import Model, UserError, section
+from cki_rec.data.schema import FIRST_ID, PADDING_ID, UNSEEN_ID, Batch, FeatureSchema
+from cki_rec.models.embeddings import Embedded, FieldEmbeddings
+
+IDS, NUMBERS = "ids", "numbers"
+"""Inputs that hold several fields, a column each."""
+OUTPUTS = ("logit", "probability")
+TOLERANCE = 1e-5
+"""Largest difference of exported scores from the network's own."""
+LARGEST_ONNX = 2**31 - 2**26
+"""Bytes of weights in one ONNX file; more lie in a file beside it."""
+EXAMPLE_ROWS, EXAMPLE_LENGTH = 3, 2
+"""Of the batch that is traced: any but 0 and 1, which torch takes for constants."""
+
+Inputs = dict[str, Tensor]
+Scores = Callable[[Inputs], Tensor]
+"""From inputs to ``(B,)`` logits."""
+
+
+class Servable(nn.Module):
+    """A network with plain tables in place of sharded ones: what ``torch.export`` takes.
+
+    ``forward`` takes a dictionary of tensors and returns ``{"logit": (B,), "probability": (B,)}``.
+
+    - ``ids`` ``(B, C)`` int64: the fields with one id, in the order of the schema;
+    - ``ids.NAME`` ``(B, L)`` int64: the ids of a field with several, a history's by time;
+      ``PADDING_ID`` fills up rows on either side and is ignored. L is the field's own and free.
+    - ``numbers`` ``(B, N)`` float32: the fields of kind ``numeric``, in the order of the schema.
+
+    Inputs that a model has no field for are left out. The network that is given stays as it is:
+    tables are copied, without columns that nothing reads, row ``PADDING_ID`` zero.
+
+    Args:
+        network: ``interact(sparse(batch))``, its tables on the CPU and not sharded.
+        schema: The features that it reads.
+    """
+
+    def __init__(self, network: nn.Module, schema: FeatureSchema) -> None:
+        super().__init__()
+        sparse = network.sparse
+        assert isinstance(sparse, FieldEmbeddings)
+        self.schema, self.inputs = schema, input_names(schema)
+        self.looked_up, self.length = list(sparse.looked_up), sparse.length
+        self.attended = [f.name for f in schema.lookups if f.name in sparse.attended]
+        one_id = [f.name for f in schema.lookups if f.kind == "categorical"]
+        self.columns = {name: column for column, name in enumerate(one_id)}
+        tables: list[nn.Parameter] = []
+        place_of: dict[str, int] = {}
+        self.first_order_of: dict[str, int] = {}
+        for module in sparse.modules():
+            if isinstance(module, EmbeddingBagCollection):
+                for config in module.embedding_bag_configs():
+                    if config.name in schema.table_sizes:
+                        place_of[config.name], dim = len(tables), sparse.embedding_dim
+                    else:
+                        keys, dim = config.feature_names, 1
+                        self.first_order_of.update(dict.fromkeys(keys, len(tables)))
+                    tables.append(_table(module.embedding_bags[config.name].weight, dim))
+        self.tables = nn.ParameterList(tables)
+        self.table_of = {f.name: place_of[f.table] for f in schema.lookups}
+        self.number_vectors = copy.deepcopy(sparse.numbers)
+        self.number_weights = copy.deepcopy(sparse.numbers_first_order)
+        self.network = _without_lookups(network)
+        self.eval().requires_grad_(False)
+
+    def forward(self, inputs: Inputs) -> dict[str, Tensor]:
+        """Return ``logit`` and ``probability`` of every row."""
+        parts: list[Tensor] = []
+        first_order: list[Tensor] = []
+        for name in self.looked_up:
+            ids = self._ids(inputs, name)
+            parts.append(_pooled(ids, self.tables[self.table_of[name]]))
+            if name in self.first_order_of:
+                weights = self.tables[self.first_order_of[name]]
+                first_order.append(_pooled(ids, weights)[:, 0])
+        fields = [torch.stack(parts, dim=1)] if parts else []
+        if self.number_vectors is not None:
+            fields.append(inputs[NUMBERS].unsqueeze(2) * self.number_vectors)
+            if self.number_weights is not None:
+                first_order.append((inputs[NUMBERS] @ self.number_weights)[:, 0])
+        fields_BFD = torch.cat(fields, dim=1)
+        num_rows = fields_BFD.shape[0]
+        first_order_B = fields_BFD.new_zeros(num_rows)
+        for term in first_order:
+            first_order_B = first_order_B + term
+        histories, masks = {}, {}
+        for name in self.attended:
+            ids_BK, masks[name] = _latest(self._ids(inputs, name), self.length)
+            histories[name] = embedding(ids_BK, self.tables[self.table_of[name]])
+        emb = Embedded(fields_BFD, first_order_B, histories, masks)
+        logit_B = self.network.interact(emb)  # type: ignore[operator]
+        return dict(zip(OUTPUTS, (logit_B, logit_B.sigmoid()), strict=True))
+
+    def _ids(self, inputs: Inputs, name: str) -> Tensor:
+        """Return ``(B,)`` ids of a field with one, ``(B, L)`` of one with several."""
+        if name in self.columns:
+            return inputs[IDS][:, self.columns[name]]
+        return inputs[self.inputs[name]]
+
+
+def input_names(schema: FeatureSchema) -> dict[str, str]:
+    """Return the input that holds each field, by the field's name, in the order of inputs."""
+    lookups = sorted(schema.lookups, key=lambda feature: feature.kind != "categorical")
+    names = {f.name: IDS if f.kind == "categorical" else f"{IDS}.{f.name}" for f in lookups}
+    return {**names, **{f.name: NUMBERS for f in schema.numbers}}
+
+
+def free_dims(name: str) -> dict[int, str]:
+    """Return the dimensions of an input that may be of any size, and what they are called."""
+    rows = {0: "rows"}
+    return rows if name in (IDS, NUMBERS) else {**rows, 1: f"length_of_{name}"}
+
+
+def inputs_of(batch: Batch, schema: FeatureSchema) -> Inputs:
+    """Return a batch of our own as the inputs of a ``Servable``."""
+    lookups = schema.lookups
+    size = (len(lookups), len(batch))
+    lengths_FB = torch.ones(size).int() if batch.lengths is None else batch.lengths.view(size)
+    names, columns, inputs = input_names(schema), [], {}
+    pieces = batch.values.split(lengths_FB.sum(1).tolist()) if lookups else []
+    for feature, ids, lengths_B in zip(lookups, pieces, lengths_FB, strict=True):
+        if feature.kind == "categorical":
+            columns.append(ids)
+        else:
+            rows = list(ids.split(lengths_B.tolist()))
+            inputs[names[feature.name]] = pad_sequence(rows, True, PADDING_ID)
+    if columns:
+        inputs = {IDS: torch.stack(columns, dim=1), **inputs}
+    if batch.numbers is not None:
+        inputs[NUMBERS] = batch.numbers
+    return inputs
+
+
+def draw_batch(
+    schema: FeatureSchema, num_rows: int, longest: int, generator: torch.Generator
+) -> Batch:
+    """Draw rows from all ids; fields with several hold 0 to ``longest``, both are met."""
+    values, lengths = [torch.empty(0, dtype=torch.int64)], []
+    for feature in schema.lookups:
+        sizes = torch.ones(num_rows, dtype=torch.int64)
+        if feature.kind != "categorical":
+            sizes = torch.randint(0, longest + 1, (num_rows,), generator=generator)
+            sizes[0] = 0
+            sizes[-1] = longest
+        lengths.append(sizes)
+        of_table = (UNSEEN_ID, schema.table_sizes[feature.table])
+        values.append(torch.randint(*of_table, (int(sizes.sum()),), generator=generator))
+    num = len(schema.numbers)
+    return Batch(
+        torch.cat(values),
+        torch.cat(lengths).int() if lengths else None,
+        torch.zeros(num_rows),
+        torch.randn(num_rows, num, generator=generator) if num else None,
+    )
+
+
+def write_pt2(servable: Servable, example: Inputs, path: Path) -> None:
+    """Write what ``torch.export.load(path).module()`` reads."""
+    program = _traced(servable, example)
+    with path.open("wb") as file:
+        forgiving = _Forgiving(file)
+        torch.export.save(program, cast(IO[bytes], forgiving))
+        if forgiving.error is not None:
+            raise forgiving.error
+
+
+def write_onnx(servable: Servable, example: Inputs, path: Path) -> None:
+    """Write an ONNX file; weights beyond its limit go to ``<path>.data`` beside it."""
+    program = _traced(servable, example)
+    num_bytes = sum(p.numel() * p.element_size() for p in servable.parameters())
+    with _quiet_onnx():
+        made = torch.onnx.export(
+            program,
+            dynamo=True,
+            verbose=False,
+            input_names=list(example),
+            output_names=list(OUTPUTS),
+            dynamic_shapes={"inputs": {name: free_dims(name) for name in example}},
+        )
+        assert made is not None
+        made.save(path, external_data=num_bytes > LARGEST_ONNX)
+
+
+def read_pt2(path: Path) -> Scores:
+    """Return the logits of an exported program."""
+    module = torch.export.load(path).module()
+    return lambda inputs: module(inputs)["logit"]
+
+
+def read_onnx(path: Path) -> Scores:
+    """Return the logits of an ONNX file, run by onnxruntime on the CPU."""
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+
+    def scores(inputs: Inputs) -> Tensor:
+        arrays = {name: tensor.numpy() for name, tensor in inputs.items()}
+        return torch.from_numpy(session.run(["logit"], arrays)[0])
+
+    return scores
+
+
+@dataclass(frozen=True, slots=True)
+class Format:
+    """A kind of file."""
+
+    write: Callable[[Servable, Inputs, Path], None]
+    read: Callable[[Path], Scores]
+    packages: tuple[str, ...] = ()
+    """What it needs besides torch."""
+
+
+FORMATS = {
+    "pt2": Format(write_pt2, read_pt2),
+    "onnx": Format(write_onnx, read_onnx, ("onnx", "onnxscript", "onnxruntime")),
+}
+"""Name, which is the file's suffix too -> how it is written and read."""
+
+
+def check_packages(name: str) -> None:
+    """Check that what a format needs is installed.
+
+    Raises:
+        UserError: Something is missing; says how to install it.
+    """
+    packages = FORMATS[name].packages
+    missing = [package for package in packages if importlib.util.find_spec(package) is None]
+    if missing:
+        raise UserError(
+            f"format={name}: {', '.join(missing)} missing; pip install {' '.join(packages)}"
+        )
+
+
+@torch.no_grad()
+def largest_difference(network: nn.Module, schema: FeatureSchema, scores: Scores) -> float:
+    """Return how far exported logits are from the network's own, on random rows.
+
+    The largest over probabilities and over logits, these relative to the largest logit of a batch
+    where it is above 1. Batches of several sizes are drawn from all ids, with sets and histories
+    that are empty, short and longer than what is attended to. NaN where a score is not finite.
+    """
+    sparse = network.sparse
+    assert isinstance(sparse, FieldEmbeddings)
+    generator = torch.Generator().manual_seed(0)
+    largest = torch.zeros(())
+    for num_rows, longest in ((256, sparse.length + 3), (2, 1), (1, sparse.length), (5, 0)):
+        batch = draw_batch(schema, num_rows, longest, generator)
+        own, exported = network(batch), scores(inputs_of(batch, schema))
+        of_logits = (exported - own).abs().max() / own.abs().max().clamp(min=1)
+        of_probabilities = (exported.sigmoid() - own.sigmoid()).abs().max()
+        largest = torch.maximum(largest, torch.maximum(of_logits, of_probabilities))
+    return float(largest)
+
+
+def example_inputs(schema: FeatureSchema) -> Inputs:
+    """Return a batch to trace with: only its shapes matter."""
+    generator = torch.Generator().manual_seed(0)
+    return inputs_of(draw_batch(schema, EXAMPLE_ROWS, EXAMPLE_LENGTH, generator), schema)
+
+
+def describe(servable: Servable, model: Model) -> dict[str, Any]:
+    """Return what a program that serves the file must know, as plain JSON values."""
+    schema, names = servable.schema, servable.inputs
+    attended = {"attends_to_latest": servable.length}
+    inputs = []
+    for name in dict.fromkeys(names.values()):
+        fields = [field for field, of in names.items() if of == name]
+        second = len(fields) if name in (IDS, NUMBERS) else free_dims(name)[1]
+        dtype = "float32" if name == NUMBERS else "int64"
+        inputs.append({"name": name, "dtype": dtype, "shape": ["rows", second], "fields": fields})
+    return {
+        "inputs": inputs,
+        "outputs": [{"name": name, "dtype": "float32", "shape": ["rows"]} for name in OUTPUTS],
+        "fields": [
+            {
+                **asdict(feature),
+                "input": names[feature.name],
+                **(attended if feature.name in servable.attended else {}),
+            }
+            for feature in schema.features
+        ],
+        "tables": {
+            table: {"rows": rows, "vocabulary_hash": schema.vocabulary_hashes[table]}
+            for table, rows in schema.table_sizes.items()
+            if table in {f.table for f in schema.lookups}
+        },
+        "numbers": {f.name: schema.vocabulary_hashes.get(f.name) for f in schema.numbers},
+        "padding_id": PADDING_ID,
+        "unseen_id": UNSEEN_ID,
+        "first_id": FIRST_ID,
+        "model": section(model),
+    }
+
+
+class _Forgiving(io.RawIOBase):
+    """A file that keeps its first error: torch's writer ends the process when it meets one."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self.file = file
+        self.error: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        """Write unless that failed before; return the number of bytes either way."""
+        if self.error is None:
+            try:
+                self.file.write(data)
+            except OSError as error:
+                self.error = error
+        return len(data)
+
+    def writable(self) -> bool:
+        """Say so: torch asks."""
+        return True
+
+    def seekable(self) -> bool:
+        """Say so: torch asks."""
+        return True
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        """Stay at the end: torch winds back what it has written."""
+        return offset
+
+
+def _traced(servable: Servable, example: Inputs) -> torch.export.ExportedProgram:
+    """Return the exported program, free in its number of rows and in the length of every field."""
+    rows, shapes = torch.export.Dim("rows", min=1), {}
+    for number, name in enumerate(example):
+        lengths = torch.export.Dim(f"length_{number}", min=1)
+        shapes[name] = {dim: lengths if dim else rows for dim in free_dims(name)}
+    with torch.no_grad():
+        return torch.export.export(servable, (example,), dynamic_shapes={"inputs": shapes})
+
+
+def _table(weight: Tensor, dim: int) -> nn.Parameter:
+    """Return ``(rows, dim)``, the columns that are used; the row of padding is zero."""
+    table = weight.detach()[:, :dim].clone(memory_format=torch.contiguous_format)
+    table[PADDING_ID] = 0
+    return nn.Parameter(table, requires_grad=False)
+
+
+def _without_lookups(network: nn.Module) -> nn.Module:
+    """Return a copy of a network that shares nothing with it and has no tables."""
+    body, sparse = copy.copy(network), copy.copy(network.sparse)
+    assert isinstance(sparse, nn.Module)
+    sparse._modules, sparse._parameters = {}, {}
+    body._modules = {**network._modules, "sparse": sparse}
+    return copy.deepcopy(body)
+
+
+def _pooled(ids: Tensor, table: Tensor) -> Tensor:
+    """Return ``(B, D)``: the row of one id, the mean over those of several that are no padding."""
+    if ids.dim() == 1:
+        return embedding(ids, table)
+    counts_B1 = (ids != PADDING_ID).sum(1, keepdim=True)
+    return embedding(ids, table).sum(1) / counts_B1.clamp(min=1)
+
+
+def _latest(ids_BL: Tensor, length: int) -> tuple[Tensor, Tensor]:
+    """Return ``(B, K)`` the latest ids, oldest first, padded at the end, and where they are."""
+    is_id_BL = ids_BL != PADDING_ID
+    counts_B1 = is_id_BL.sum(1, keepdim=True)
+    dropped_B1 = (counts_B1 - length).clamp(min=0)
+    target_BL = is_id_BL.cumsum(1) - 1 - dropped_B1
+    places_K1 = torch.arange(length, device=ids_BL.device).unsqueeze(1)
+    moves_BKL = (target_BL.unsqueeze(1) == places_K1) & is_id_BL.unsqueeze(1)
+    ids_BK = (moves_BKL * ids_BL.unsqueeze(1)).sum(2)
+    return ids_BK, ids_BK != PADDING_ID
+
+
+@contextmanager
+def _quiet_onnx() -> Iterator[None]:
+    """Silence what torch.onnx says about itself: deprecated calls, absent packages."""
+    logger = logging.getLogger("torch.onnx._internal.exporter._registration")
+    level = logger.level
+    logger.setLevel(logging.ERROR)  # torchvision, whose operators no model of ours has
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*LeafSpec", FutureWarning)
+            warnings.filterwarnings("ignore", "# The axis name: rows", UserWarning)
+            yield
+    finally:
+        logger.setLevel(level)

@@ -1,0 +1,155 @@
+"""DCN and DCNv2. Shape legend: B rows, F fields, D embedding size, W = F * D."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from cki_rec.config import Model
+from cki_rec.data.schema import Batch, FeatureSchema
+from cki_rec.models.crossing import CrossNet, CrossNetMix, CrossNetV2
+from cki_rec.models.embeddings import Embedded, FieldEmbeddings
+from cki_rec.models.layers import MLP
+from cki_rec.models.symmetries import Frame, Kind, Slice, Symmetry, frames, hidden_units
+
+
+class DCN(nn.Module):
+    """Cross network and MLP on the same embeddings, and a linear map of both outputs.
+
+    Without hidden layers only the cross network is left.
+
+    Reference:
+        Wang et al., Deep & Cross Network for Ad Click Predictions, ADKDD 2017.
+
+    Differs:
+        Numbers have embeddings too, where the paper takes them as they are.
+    """
+
+    frame_kind: Kind = "rotation"
+
+    def __init__(
+        self, schema: FeatureSchema, model: Model, device: torch.device | None = None
+    ) -> None:
+        super().__init__()
+        dim = model.embedding_dim
+        self.sparse = FieldEmbeddings(schema, dim, first_order=False, device=device)
+        width = len(self.sparse.fields) * dim
+        self.is_stacked, self.num_layers = self.stacks(model), model.cross.layers
+        self.cross = self.make_cross(width, model)
+        self.mlp = MLP(
+            width, model.hidden, model.dropout, model.activation, model.batch_norm, scores=0
+        )
+        self.is_deep = bool(model.hidden)
+        both = width + self.mlp.width if self.is_deep else width
+        self.score = nn.Linear(self.mlp.width if self.is_stacked else both, 1)
+
+    def stacks(self, model: Model) -> bool:
+        """Return whether the MLP is above the cross network, not beside it."""
+        return False
+
+    def make_cross(self, width: int, model: Model) -> nn.Module:
+        """Return the cross network."""
+        return CrossNet(width, model.cross.layers)
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Return ``(B,)``, the logit of a click per row."""
+        return self.interact(self.sparse(batch))
+
+    def interact(self, emb: Embedded) -> Tensor:
+        """Return ``(B,)`` logits from embeddings: all of the network that is not lookups."""
+        x_BW = emb.fields_BFD.flatten(1)
+        crossed_BW = self.cross(x_BW)
+        if self.is_stacked:
+            top = self.mlp(crossed_BW)
+        elif self.is_deep:
+            top = torch.cat([crossed_BW, self.mlp(x_BW)], dim=1)
+        else:
+            top = crossed_BW
+        logit_B: Tensor = self.score(top).squeeze(1)
+        return logit_B
+
+    def symmetries(self) -> list[Symmetry]:
+        """Return what acts on each table and number, then on hidden units."""
+        dim, order = self.sparse.embedding_dim, self.sparse.fields
+        readers = ["mlp.layers.0.weight"] if self.is_deep else []
+        readers += ["score.weight"] if not (self.is_stacked and self.is_deep) else []
+        found = []
+        for frame in frames(self.sparse):
+            read = [s for reader in readers for s in frame.blocks(reader, order, dim)]
+            slices = (frame.vectors, *self.cross_slices(frame), *read)
+            found.append(Symmetry(self.frame_kind, dim, slices))
+        start = 0 if self.is_stacked else len(order) * dim
+        return [*found, *hidden_units(self.mlp, "mlp", [Slice("score.weight", 1, start)])]
+
+    def cross_slices(self, frame: Frame) -> Iterator[Slice]:
+        """Yield what the cross network has for the coordinates of ``frame``."""
+        dim, order = self.sparse.embedding_dim, self.sparse.fields
+        for layer in range(self.num_layers):
+            yield from frame.blocks(f"cross.layers.{layer}.map.weight", order, dim)
+            yield from frame.blocks(f"cross.layers.{layer}.bias", order, dim, axis=0)
+
+
+class DCNv2(DCN):
+    """A cross network of matrices, full or mixtures of low rank, beside or below the MLP.
+
+    Its products are of coordinates, so embeddings cannot be rotated: only permuted, with signs.
+
+    Reference:
+        Wang et al., DCN V2, WWW 2021.
+
+    Differs:
+        As DCN.
+    """
+
+    frame_kind: Kind = "signed_permutation"
+
+    def stacks(self, model: Model) -> bool:
+        """Return whether the MLP is above the cross network, not beside it."""
+        return model.cross.structure == "stacked"
+
+    def make_cross(self, width: int, model: Model) -> nn.Module:
+        """Return the cross network."""
+        cross = model.cross
+        if cross.rank is None:
+            return CrossNetV2(width, cross.layers)
+        return CrossNetMix(width, cross.layers, cross.rank, cross.experts)
+
+    def cross_slices(self, frame: Frame) -> Iterator[Slice]:
+        """Yield what the cross network has for the coordinates of ``frame``.
+
+        What is multiplied with the input follows its order but not its signs.
+        """
+        dim, order = self.sparse.embedding_dim, self.sparse.fields
+        for layer in range(self.num_layers):
+            name = f"cross.layers.{layer}"
+            if isinstance(self.cross, CrossNetMix):
+                yield from frame.blocks(f"{name}.down", order, dim)
+                yield from frame.blocks(f"{name}.up", order, dim, signed=False)
+            else:
+                yield from frame.blocks(f"{name}.weight", order, dim)
+                yield from frame.blocks(f"{name}.weight", order, dim, axis=0, signed=False)
+            yield from frame.blocks(f"{name}.bias", order, dim, axis=0, signed=False)
+        if isinstance(self.cross, CrossNetMix) and self.cross.gate is not None:
+            yield from frame.blocks("cross.gate.weight", order, dim)
+
+    def symmetries(self) -> list[Symmetry]:
+        """Return what acts on tables, hidden units, experts and the experts' units."""
+        if not isinstance(self.cross, CrossNetMix):
+            return super().symmetries()
+        experts, rank = self.cross.experts, self.cross.rank
+        names = [f"cross.layers.{layer}" for layer in range(self.num_layers)]
+        found = []
+        for name in names:
+            for expert in range(experts):
+                own = ((0, expert, expert + 1),)
+                down, up = (Slice(f"{name}.{key}", 2, within=own) for key in ("down", "up"))
+                inner, outer = (Slice(f"{name}.core", axis, within=own) for axis in (2, 1))
+                found.append(Symmetry("signed_permutation", rank, (down, inner)))
+                found.append(Symmetry("signed_permutation", rank, (outer, up)))
+        if experts > 1:
+            keys = [f"{name}.{key}" for name in names for key in ("down", "core", "up")]
+            slices = (*(Slice(key, 0) for key in keys), Slice("cross.gate.weight", 0))
+            found.append(Symmetry("permutation", experts, slices))
+        return [*super().symmetries(), *found]

@@ -1,0 +1,155 @@
+"""DIN. Shape legend: B rows, F fields, D embedding size, L ids of a history."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cki_rec.config import Model, UserError, nearest
+from cki_rec.data.schema import Batch, Feature, FeatureSchema
+from cki_rec.models.attention import ActivationUnit
+from cki_rec.models.embeddings import Embedded, FieldEmbeddings
+from cki_rec.models.layers import MLP
+from cki_rec.models.symmetries import Kind, Symmetry, frames, hidden_units
+
+OPTION = "model.attention.pairs"
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """What asks and what is asked; several fields are concatenated, place by place."""
+
+    targets: tuple[str, ...]
+    histories: tuple[str, ...]
+
+
+class DIN(nn.Module):
+    """Attention to histories, given a target, in place of their mean; then an MLP on all fields.
+
+    Reference:
+        Zhou et al., Deep Interest Network, KDD 2018.
+
+    Differs:
+        Histories that no pair names are pooled by mean.
+    """
+
+    def __init__(
+        self, schema: FeatureSchema, model: Model, device: torch.device | None = None
+    ) -> None:
+        super().__init__()
+        self.pairs = attention_pairs(schema, model)
+        self.attended = [name for pair in self.pairs for name in pair.histories]
+        options, dim = model.attention, model.embedding_dim
+        self.sparse = FieldEmbeddings(
+            schema,
+            dim,
+            first_order=False,
+            attended=list(dict.fromkeys(self.attended)),
+            length=options.length,
+            device=device,
+        )
+        self.places = [[self.sparse.fields.index(t) for t in pair.targets] for pair in self.pairs]
+        self.attention = nn.ModuleList(
+            ActivationUnit(
+                dim * len(pair.targets),
+                options.hidden,
+                options.activation,
+                options.dropout,
+                options.softmax,
+            )
+            for pair in self.pairs
+        )
+        width = (len(self.sparse.fields) + len(self.attended)) * dim
+        self.mlp = MLP(width, model.hidden, model.dropout, model.activation, model.batch_norm)
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Return ``(B,)``, the logit of a click per row."""
+        return self.interact(self.sparse(batch))
+
+    def interact(self, emb: Embedded) -> Tensor:
+        """Return ``(B,)`` logits from embeddings: all of the network that is not lookups."""
+        parts = [emb.fields_BFD.flatten(1)]
+        for pair, places, unit in zip(self.pairs, self.places, self.attention, strict=True):
+            query = torch.cat([emb.fields_BFD[:, place] for place in places], dim=1)
+            keys = torch.cat([emb.histories[name] for name in pair.histories], dim=2)
+            parts.append(unit(query, keys, emb.masks[pair.histories[0]]))
+        logit_B: Tensor = self.mlp(torch.cat(parts, dim=1))
+        return logit_B
+
+    def symmetries(self) -> list[Symmetry]:
+        """Return what acts on each table and number, then on hidden units.
+
+        Tables of targets are only permuted, with signs: their coordinates are multiplied.
+        """
+        dim, order = self.sparse.embedding_dim, [*self.sparse.fields, *self.attended]
+        asked = {name for pair in self.pairs for name in pair.targets}
+        found = []
+        for frame in frames(self.sparse):
+            slices = [frame.vectors, *frame.blocks("mlp.layers.0.weight", order, dim)]
+            for number, pair in enumerate(self.pairs):
+                reader, width = f"attention.{number}.mlp.layers.0.weight", len(pair.targets) * dim
+                slices += frame.blocks(reader, pair.targets, dim)
+                slices += frame.blocks(reader, pair.histories, dim, start=width)
+                slices += frame.blocks(reader, pair.histories, dim, start=2 * width)
+                slices += frame.blocks(reader, pair.histories, dim, start=3 * width, signed=False)
+            is_asked = bool(asked & set(frame.fields))
+            kind: Kind = "signed_permutation" if is_asked else "rotation"
+            found.append(Symmetry(kind, dim, tuple(slices)))
+        found += hidden_units(self.mlp, "mlp")
+        for number, unit in enumerate(self.attention):
+            assert isinstance(unit, ActivationUnit)
+            found += hidden_units(unit.mlp, f"attention.{number}.mlp")
+        return found
+
+
+def attention_pairs(schema: FeatureSchema, model: Model) -> list[Pair]:
+    """Return the pairs that ``model`` asks for, or every history with its table's field.
+
+    Raises:
+        UserError: There is no history, or a pair does not fit the schema.
+    """
+    if not model.histories:
+        raise UserError("model.histories=false: DIN attends to histories; set it to true")
+    histories = [f for f in schema.lookups if f.kind == "history"]
+    if not histories:
+        raise UserError(f"{OPTION}: the data set has no feature of kind history for DIN")
+    if model.attention.pairs:
+        return [_checked(pair, schema) for pair in model.attention.pairs]
+    firsts: dict[str, str] = {}
+    for feature in schema.lookups:
+        if feature.kind == "categorical":
+            firsts.setdefault(feature.table, feature.name)
+    pairs = [Pair((firsts[f.table],), (f.name,)) for f in histories if f.table in firsts]
+    if not pairs:
+        names = ", ".join(f.name for f in histories)
+        raise UserError(f"{OPTION}: no categorical field shares a table with a history ({names})")
+    return pairs
+
+
+def _checked(pair: Any, schema: FeatureSchema) -> Pair:
+    if not isinstance(pair, list) or len(pair) != 2:
+        raise UserError(f"{OPTION}: {pair} is not [targets, histories]")
+    sides = [side if isinstance(side, list) else [side] for side in pair]
+    targets = [_feature(name, "categorical", schema) for name in sides[0]]
+    histories = [_feature(name, "history", schema) for name in sides[1]]
+    if not targets or len(targets) != len(histories):
+        raise UserError(f"{OPTION}: {pair} needs as many targets as histories, at least one")
+    for target, history in zip(targets, histories, strict=True):
+        if target.table != history.table:
+            raise UserError(
+                f"{OPTION}: {target.name} and {history.name} have different tables"
+                f" ({target.table}, {history.table})"
+            )
+    return Pair(tuple(f.name for f in targets), tuple(f.name for f in histories))
+
+
+def _feature(name: Any, kind: str, schema: FeatureSchema) -> Feature:
+    fit = {f.name: f for f in schema.features if f.kind == kind}
+    if name not in fit:
+        hint = nearest(name, fit)
+        names = ", ".join(fit) or "none"
+        raise UserError(f"{OPTION}: {name} is no {kind} field; {hint}{kind} fields: {names}")
+    return fit[name]

@@ -1,0 +1,318 @@
+"""Embeddings of every field of a batch, looked up through TorchRec.
+
+Shape legend: B rows, F fields, D embedding size, L ids of a history, S bags of a lookup.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torchrec.modules.embedding_configs import EmbeddingBagConfig, PoolingType
+from torchrec.modules.embedding_modules import EmbeddingBagCollection
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
+
+from cki_rec.data.schema import Batch, Feature, FeatureSchema
+
+FIRST_ORDER = "_first_order"
+"""Suffix of the tables that hold first-order weights."""
+NUMBERS = ("numbers", "numbers_first_order")
+"""Last words of the parameters that numeric fields have instead of tables."""
+LANES = 4
+"""The lookup kernels need widths that are multiples of this. Columns beyond the embedding size are
+zero, are read by nothing, get no gradient and so stay zero."""
+
+
+@dataclass(slots=True)
+class Embedded:
+    """The embeddings of a batch."""
+
+    fields_BFD: Tensor
+    """In the order of ``FieldEmbeddings.fields``."""
+    first_order_B: Tensor
+    """Sum of first-order weights; zeros where the model has none."""
+    histories: dict[str, Tensor] = field(default_factory=dict)
+    """Attended histories, ``(B, L, D)``; zeros where a row has no id."""
+    masks: dict[str, Tensor] = field(default_factory=dict)
+    """``(B, L)`` bool: where a row of ``histories`` has an id."""
+
+
+class FieldEmbeddings(nn.Module):
+    """Embeddings of every field, and first-order weights if asked.
+
+    Features that share a vocabulary share a table. Several ids of one row are pooled by mean; no
+    ids give zeros. A number times a vector of its own is its embedding. Fields leave in the order
+    of ``fields``: by table, then as in the schema, numbers last.
+
+    A history that a model attends to leaves as one embedding per id. It is looked up like the
+    rest, with a bag for each of its ids, since sharded sequence lookups are wrong on CPU.
+
+    Args:
+        schema: Fields and table sizes.
+        embedding_dim: D.
+        first_order: Whether fields have first-order weights too.
+        attended: Features of kind ``history`` that are not pooled.
+        length: L; of a longer history the latest ids count.
+        device: Where tables are; ``meta`` before sharding.
+    """
+
+    def __init__(
+        self,
+        schema: FeatureSchema,
+        embedding_dim: int,
+        first_order: bool,
+        attended: Sequence[str] = (),
+        length: int = 1,
+        device: torch.device | None = None,
+    ) -> None:
+        super().__init__()
+        self.embedding_dim = embedding_dim
+        self.attended, self.length = tuple(attended), length
+        names = [feature.name for feature in schema.lookups]
+        numbers = [feature.name for feature in schema.numbers]
+        by_table: dict[str, list[Feature]] = {}
+        for feature in schema.lookups:
+            by_table.setdefault(feature.table, []).append(feature)
+        is_unpooled = {f.table for f in schema.lookups if f.name in self.attended}
+        pooled = {t: fs for t, fs in by_table.items() if t not in is_unpooled}
+        unpooled = {t: fs for t, fs in by_table.items() if t in is_unpooled}
+
+        def config(table: str, suffix: str, dim: int, keys: list[str]) -> EmbeddingBagConfig:
+            return EmbeddingBagConfig(
+                name=table + suffix,
+                embedding_dim=-(-dim // LANES) * LANES,
+                num_embeddings=schema.table_sizes[table],
+                feature_names=keys,
+                pooling=PoolingType.MEAN,
+            )
+
+        tables = [
+            config(table, "", embedding_dim, [f.name for f in features])
+            for table, features in pooled.items()
+        ]
+        if first_order:
+            kept = {
+                t: [f.name for f in fs if f.name not in attended] for t, fs in by_table.items()
+            }
+            tables += [config(t, FIRST_ORDER, 1, keys) for t, keys in kept.items() if keys]
+        uses = [(key, table.name) for table in tables for key in table.feature_names]
+        keys = [key for key, _ in uses]
+        self.keys = [f"{k}@{table}" if keys.count(k) > 1 else k for k, table in uses]
+        self.collection = EmbeddingBagCollection(tables=tables, device=device) if tables else None
+        self.to_bags = Bags(names, [name for name in names if name in keys])
+        self.sequences = nn.ModuleDict()
+        self.to_sequences = nn.ModuleDict()
+        for table, features in unpooled.items():
+            self.sequences[table] = EmbeddingBagCollection(
+                tables=[config(table, "", embedding_dim, [table])], device=device
+            )
+            of_table = [f.name for f in features]
+            with_bags_each = [name for name in of_table if name in self.attended]
+            self.to_sequences[table] = SequenceBags(table, names, of_table, with_bags_each, length)
+        self.pooled_fields = [f.name for features in pooled.values() for f in features]
+        self.looked_up = [
+            *self.pooled_fields,
+            *(f.name for fs in unpooled.values() for f in fs if f.name not in self.attended),
+        ]
+        self.fields = [*self.looked_up, *numbers]
+        self.sources = {
+            **{
+                f.name: f"sequences.{table}.embedding_bags.{table}.weight"
+                if table in unpooled
+                else f"collection.embedding_bags.{table}.weight"
+                for table, features in by_table.items()
+                for f in features
+            },
+            **dict.fromkeys(numbers, NUMBERS[0]),
+        }
+        """Field, attended ones too -> the parameter that holds its embeddings."""
+        self.numbers: nn.Parameter | None = None
+        self.numbers_first_order: nn.Parameter | None = None
+        if numbers:  # F x D and F x 1: a row a field, as tables have a row an id
+            self.numbers = nn.Parameter(torch.empty(len(numbers), embedding_dim))
+            if first_order:
+                self.numbers_first_order = nn.Parameter(torch.empty(len(numbers), 1))
+
+    def forward(self, batch: Batch) -> Embedded:
+        """Return the embeddings of ``batch``."""
+        num_rows, dim = batch.label.shape[0], self.embedding_dim
+        parts: list[Tensor] = []
+        first_order_B = batch.label.new_zeros(()).expand(num_rows)
+        if self.collection is not None:
+            found = self.collection(self.to_bags(batch))
+            pooled = in_order(found, self.keys)[:num_rows]
+            lanes = -(-dim // LANES) * LANES
+            width = len(self.pooled_fields) * lanes
+            if self.pooled_fields:
+                parts.append(pooled[:, :width].unflatten(1, (-1, lanes))[:, :, :dim])
+            first_order_B = pooled[:, width::LANES].sum(1)
+        histories, masks = {}, {}
+        for table, collection in self.sequences.items():
+            to_bags = self.to_sequences[table]
+            assert isinstance(to_bags, SequenceBags)
+            bags_SD = collection(to_bags(batch)).values()[:, :dim]
+            for name, emb in to_bags.split(bags_SD, num_rows, batch.stride or num_rows).items():
+                if name in self.attended:
+                    histories[name], masks[name] = emb, to_bags.mask(batch, name)
+                else:
+                    parts.append(emb)
+        if self.numbers is not None:
+            assert batch.numbers is not None, "the schema has numbers, the batch has none"
+            parts.append(batch.numbers.unsqueeze(2) * self.numbers)
+            if self.numbers_first_order is not None:
+                first_order_B = first_order_B + (batch.numbers @ self.numbers_first_order)[:, 0]
+        fields_BFD = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+        return Embedded(fields_BFD, first_order_B, histories, masks)
+
+
+@torch.fx.wrap
+def in_order(embeddings: KeyedTensor, keys: list[str]) -> Tensor:
+    """Return ``(B, all columns)`` in the order of ``keys``; plans of sharding order otherwise."""
+    if list(embeddings.keys()) == keys:
+        values: Tensor = embeddings.values()
+        return values
+    (grouped,) = KeyedTensor.regroup([embeddings], [keys])
+    assert isinstance(grouped, Tensor)
+    return grouped
+
+
+class Bags(nn.Module):
+    """Ids of a batch as one lookup takes them: a bag per feature and row.
+
+    Where every feature holds one id a row, lengths and offsets are those of the last batch of this
+    size: only values change. Where rows are fewer than ``batch.stride``, empty bags follow: all
+    processes look up equally many.
+
+    Args:
+        features: All that are looked up, in the order of the batch.
+        keys: Those that this lookup reads, in the same order.
+    """
+
+    def __init__(self, features: Sequence[str], keys: Sequence[str]) -> None:
+        super().__init__()
+        self.features, self.keys = list(features), list(keys)
+        self.places = [self.features.index(key) for key in self.keys]
+        self._one_id_each: tuple[tuple[int, int, torch.device], Tensor, Tensor] | None = None
+
+    def forward(self, batch: Batch) -> KeyedJaggedTensor:
+        """Return the ids of ``keys``."""
+        stride, has_all = batch.stride or len(batch), self.keys == self.features
+        if batch.lengths is None and has_all and stride == len(batch):
+            return self._of_one_id_each(batch)
+        lengths_FB = _lengths(batch, len(self.features))
+        values = batch.values
+        if not has_all:
+            pieces = _pieces(batch, lengths_FB)
+            values = torch.cat([pieces[place] for place in self.places])
+            lengths_FB = lengths_FB[self.places]
+        if stride > len(batch):
+            lengths_FB = nn.functional.pad(lengths_FB, (0, stride - len(batch)))
+        return KeyedJaggedTensor(
+            keys=self.keys, values=values, lengths=lengths_FB.reshape(-1), stride=stride
+        )
+
+    def _of_one_id_each(self, batch: Batch) -> KeyedJaggedTensor:
+        size, device = len(batch), batch.values.device
+        key = (size, len(self.keys), device)
+        if self._one_id_each is None or self._one_id_each[0] != key:
+            num = size * len(self.keys)
+            lengths = torch.ones(num, dtype=torch.int32, device=device)
+            offsets = torch.arange(num + 1, dtype=torch.int32, device=device)
+            self._one_id_each = (key, lengths, offsets)
+        _, lengths, offsets = self._one_id_each
+        return KeyedJaggedTensor(
+            keys=self.keys,
+            values=batch.values,
+            lengths=lengths,
+            offsets=offsets,
+            stride=size,
+            length_per_key=[size] * len(self.keys),
+            offset_per_key=list(range(0, size * (len(self.keys) + 1), size)),
+        )
+
+
+class SequenceBags(nn.Module):
+    """Ids of one table with a bag for every id of its attended histories, a bag a row of others.
+
+    Bags are ordered by feature, then row, then place in the history.
+
+    Args:
+        table: Its name, the key of the lookup.
+        names: All features that are looked up, in the order of the batch.
+        features: Those of the table.
+        attended: Those of them with a bag for each id.
+        length: L, bags of an attended feature and row.
+    """
+
+    def __init__(
+        self,
+        table: str,
+        names: Sequence[str],
+        features: Sequence[str],
+        attended: Sequence[str],
+        length: int,
+    ) -> None:
+        super().__init__()
+        self.table, self.num_features, self.length = table, len(names), length
+        self.places = {name: list(names).index(name) for name in features}
+        self.widths = {name: length if name in attended else 1 for name in features}
+        self.attended = tuple(attended)
+
+    def forward(self, batch: Batch) -> KeyedJaggedTensor:
+        """Return the ids of all bags."""
+        lengths_FB = _lengths(batch, self.num_features)
+        pieces = _pieces(batch, lengths_FB)
+        missing = (batch.stride or len(batch)) - len(batch)
+        values, lengths = [], []
+        for name, place in self.places.items():
+            ids, lengths_B = pieces[place], lengths_FB[place]
+            if name in self.attended:
+                ids = _latest(ids, lengths_B, self.length)
+                lengths_B = self.mask(batch, name).to(lengths_B.dtype).flatten()
+            values.append(ids)
+            lengths.append(nn.functional.pad(lengths_B, (0, missing * self.widths[name])))
+        lengths_S = torch.cat(lengths)
+        return KeyedJaggedTensor(
+            keys=[self.table],
+            values=torch.cat(values),
+            lengths=lengths_S,
+            stride=lengths_S.shape[0],
+        )
+
+    def mask(self, batch: Batch, name: str) -> Tensor:
+        """Return ``(B, L)`` bool: which bags of an attended feature hold an id."""
+        lengths_B = _lengths(batch, self.num_features)[self.places[name]]
+        places_L = torch.arange(self.length, device=lengths_B.device)
+        return places_L < lengths_B.unsqueeze(1)
+
+    def split(self, bags_SD: Tensor, num_rows: int, stride: int) -> dict[str, Tensor]:
+        """Return ``(B, bags per row, D)`` of each feature; ``stride`` rows were looked up."""
+        blocks = bags_SD.split([stride * width for width in self.widths.values()])
+        return {
+            name: block.unflatten(0, (stride, width))[:num_rows]
+            for (name, width), block in zip(self.widths.items(), blocks, strict=True)
+        }
+
+
+def _lengths(batch: Batch, num_features: int) -> Tensor:
+    """Return ``(F, B)`` ids per feature and row."""
+    if batch.lengths is None:
+        size = (num_features, batch.label.shape[0])
+        return torch.ones(size, dtype=torch.int32, device=batch.values.device)
+    return batch.lengths.view(num_features, -1)
+
+
+def _pieces(batch: Batch, lengths_FB: Tensor) -> list[Tensor]:
+    """Return the ids of each feature."""
+    return list(batch.values.split(lengths_FB.sum(1).tolist()))
+
+
+def _latest(ids: Tensor, lengths_B: Tensor, length: int) -> Tensor:
+    """Return the last ``length`` ids of every row."""
+    if not len(lengths_B) or int(lengths_B.max()) <= length:
+        return ids
+    ends = lengths_B.cumsum(0).repeat_interleave(lengths_B)
+    from_end = ends - torch.arange(len(ids), device=ids.device)
+    return ids[from_end <= length]

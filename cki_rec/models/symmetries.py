@@ -1,0 +1,172 @@
+"""What may change in a network's parameters without any change of its outputs, as data.
+
+Two models that were trained apart agree, if at all, up to such changes, so they are undone before
+parameters are merged. Models declare them, ``integration`` applies them: a ``Symmetry`` is names,
+axes and numbers, nothing else. Names are those of ``state_dict()``, buffers included.
+
+To act with a matrix ``Q`` on a parameter along an axis of a slice means
+
+    x'[..., j, ...] = sum over i of x[..., i, ...] * Q[i, j]
+
+where i and j run over the units of the slice; a unit is ``width`` entries in a row. One ``Q`` acts
+on all slices of a symmetry; on a slice that is not ``signed``, the absolute values of its entries
+act. Elements of different symmetries of a model may be applied one after the other, in any order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import nn
+
+from cki_rec.models.embeddings import FieldEmbeddings
+from cki_rec.models.layers import MLP, Dice
+
+Kind = Literal["rotation", "signed_permutation", "permutation"]
+"""The matrices Q that may act: orthogonal ones (reflections too), permutations of which some rows
+are negated, permutations."""
+
+
+@dataclass(frozen=True, slots=True)
+class Slice:
+    """Part of one parameter that a symmetry moves along one axis."""
+
+    parameter: str
+    axis: int
+    start: int = 0
+    """Where the units begin on the axis."""
+    width: int = 1
+    """Entries of a unit. Other entries of the axis stay."""
+    signed: bool = True
+    """Whether units are negated where Q says so."""
+    within: tuple[tuple[int, int, int], ...] = ()
+    """``(axis, start, stop)``: the rest of the parameter, on another axis, stays."""
+
+
+@dataclass(frozen=True, slots=True)
+class Symmetry:
+    """A group of matrices, ``size`` by ``size``, and all that they act on together."""
+
+    kind: Kind
+    size: int
+    slices: tuple[Slice, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Frame:
+    """Fields whose embeddings have common coordinates: those of a table, or one number."""
+
+    vectors: Slice
+    fields: tuple[str, ...]
+
+    def blocks(
+        self,
+        parameter: str,
+        order: Sequence[str],
+        dim: int,
+        axis: int = 1,
+        start: int = 0,
+        signed: bool = True,
+    ) -> list[Slice]:
+        """Return the slices of ``parameter`` that meet the fields of this frame.
+
+        Args:
+            parameter: What reads a concatenation of embeddings.
+            order: The fields of the concatenation.
+            dim: Width of one embedding.
+            axis: That runs over the concatenation.
+            start: Where the concatenation begins on it.
+            signed: Whether the blocks change sign with the embeddings.
+        """
+        return [
+            Slice(parameter, axis, start + place * dim, signed=signed)
+            for place, name in enumerate(order)
+            if name in self.fields
+        ]
+
+
+def frames(sparse: FieldEmbeddings) -> list[Frame]:
+    """Return the frames of all fields: one per table, one per numeric field."""
+    fields: dict[str, list[str]] = {}
+    for field, parameter in sparse.sources.items():
+        fields.setdefault(parameter, []).append(field)
+    found = []
+    for parameter, of_table in fields.items():
+        if parameter == "numbers":
+            found += [
+                Frame(Slice("sparse.numbers", 1, within=((0, row, row + 1),)), (field,))
+                for row, field in enumerate(of_table)
+            ]
+        else:
+            found.append(Frame(Slice(f"sparse.{parameter}", 1), tuple(of_table)))
+    return found
+
+
+def common_frame(sparse: FieldEmbeddings, readers: Iterable[str] = ()) -> Symmetry:
+    """Return the one rotation of all embeddings, and of parameters that read all of them."""
+    dim = sparse.embedding_dim
+    parts = frames(sparse)
+    slices = [part.vectors for part in parts]
+    slices += [s for r in readers for part in parts for s in part.blocks(r, sparse.fields, dim)]
+    return Symmetry("rotation", dim, tuple(slices))
+
+
+def own_frames(sparse: FieldEmbeddings, readers: Iterable[str]) -> list[Symmetry]:
+    """Return a rotation of each frame, and of ``readers``: linear maps of all embeddings."""
+    dim, readers = sparse.embedding_dim, list(readers)
+    return [
+        Symmetry(
+            "rotation",
+            dim,
+            (part.vectors, *(s for r in readers for s in part.blocks(r, sparse.fields, dim))),
+        )
+        for part in frames(sparse)
+    ]
+
+
+def hidden_units(mlp: MLP, name: str, readers: Sequence[Slice] = ()) -> list[Symmetry]:
+    """Return the permutations of each hidden layer of an MLP that is called ``name``.
+
+    Args:
+        mlp: The network.
+        name: Its own, before those of its parameters.
+        readers: What reads its last hidden layer where that is its output; none: that layer's
+            units are left out.
+    """
+    found = []
+    for layer, activation in enumerate(mlp.activations):
+        is_last = layer + 1 == len(mlp.layers)
+        if is_last and not readers:
+            continue
+        after = readers if is_last else [Slice(f"{name}.layers.{layer + 1}.weight", 1)]
+        slices = (*layer_outputs(mlp, name, layer), *after)
+        found.append(Symmetry(hidden_kind(activation), mlp.hidden[layer], slices))
+    return found
+
+
+def layer_outputs(
+    mlp: MLP, name: str, layer: int, start: int = 0, width: int = 1
+) -> Iterator[Slice]:
+    """Yield what makes the outputs of a hidden layer, from unit ``start`` on."""
+    whole = [f"{name}.layers.{layer}.weight", f"{name}.layers.{layer}.bias"]
+    scales: list[str] = []
+    if mlp.norms:
+        whole += [f"{name}.norms.{layer}.{key}" for key in ("bias", "running_mean")]
+        scales += [f"{name}.norms.{layer}.{key}" for key in ("weight", "running_var")]
+    activation = mlp.activations[layer]
+    if isinstance(activation, Dice):
+        keys = ("alpha", "norm.running_mean", "norm.running_var")
+        scales += [f"{name}.activations.{layer}.{key}" for key in keys]
+    elif isinstance(activation, nn.PReLU):
+        scales.append(f"{name}.activations.{layer}.weight")
+    for parameter in whole:
+        yield Slice(parameter, 0, start, width)
+    for parameter in scales:
+        yield Slice(parameter, 0, start, width, signed=False)
+
+
+def hidden_kind(activation: nn.Module) -> Kind:
+    """Return what permutes units behind ``activation``: odd functions let signs pass."""
+    return "signed_permutation" if isinstance(activation, nn.Tanh) else "permutation"

@@ -1,0 +1,230 @@
+"""Write a model at rest as one file that serves without this package."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import platform
+import shutil
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from cki_rec.config import Config, UserError, nearest
+from cki_rec.data.vocabulary import file_sha256
+from cki_rec.engine import checkpoint, distributed
+from cki_rec.engine.checkpoint import DESCRIPTION, Checkpoint
+from cki_rec.engine.export import (
+    FORMATS,
+    TOLERANCE,
+    Servable,
+    check_packages,
+    describe,
+    example_inputs,
+    largest_difference,
+)
+from cki_rec.engine.record import CHECKPOINT, RECORD, Run
+from cki_rec.environment import installed_version
+from cki_rec.models import build_model
+
+FORMAT = 1
+"""Of the description."""
+FOLDER = "export"
+"""Where exports of a run are, in its directory."""
+LOADING = {
+    "pt2": "torch.export.load(FILE).module()(INPUTS), a dict of tensors by input name; returns a"
+    " dict of tensors",
+    "onnx": "onnxruntime.InferenceSession(FILE).run(None, INPUTS), a dict of arrays by input name;"
+    " returns a list in the order of outputs",
+}
+IDS_OF_TOKENS = (
+    "line n (from 0) of vocabulary.TABLE.txt in the encoded data set is the token of id"
+    " first_id + n; any other token has unseen_id. vocabulary_hash is the sha256 of that file, of"
+    " fields made of numbers together with what was learnt of them. Where it is 'crc32 modulo M',"
+    " a token's id is first_id + CRC-32 of its UTF-8 bytes modulo M. padding_id fills up rows of"
+    " fields with several ids, on either side. How raw values become tokens and numbers:"
+    " options, numbers and quantile_edges of manifest.json there."
+)
+"""For whoever serves the file."""
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """The model that ``run`` names."""
+
+    checkpoint: Path
+    home: Path
+    """Of its run, or the checkpoint folder itself."""
+    run_id: str | None
+
+
+def run(config: Config) -> None:
+    """Export as configured; say where the file is, its size and how exact it is.
+
+    Raises:
+        UserError: No such model, a damaged one, missing packages, or scores that differ: then no
+            file is left.
+    """
+    check_packages(config.format)
+    if distributed.world_size() > 1:
+        raise UserError("export runs in one process; start it without torchrun")
+    found = find(config)
+    distributed.start(replace(config.runtime, device="cpu"))
+    saved = checkpoint.load(found.checkpoint)
+    network = restore(saved, found.checkpoint)
+    target = found.home / FOLDER / f"model.{config.format}"
+    about = {
+        "source": {
+            "run_id": found.run_id,
+            "checkpoint_sha256": file_sha256(found.checkpoint / DESCRIPTION),
+            "data_hash": saved.data_hash,
+            "data_set": _data_set(Path(config.runtime.encoded), saved.data_hash),
+        },
+        "ids": IDS_OF_TOKENS,
+        "loading": LOADING[config.format],
+        "versions": _versions(config.format),
+    }
+    difference = write(network, saved, target, config.format, about)
+    megabytes = sum(path.stat().st_size for path in target.parent.glob(f"{target.name}*")) / 1e6
+    log.info("model: %s", target)
+    log.info("  %.2f MB; inputs and ids are described in %s.json", megabytes, target.name)
+    log.info("  largest difference from the model's own scores: %.1e", difference)
+
+
+def find(config: Config) -> Found:
+    """Return the model that ``run`` names: a path, or a run id under ``runtime.out``.
+
+    Raises:
+        UserError: None named, no such run, an unfinished one, or one that made no model.
+    """
+    if config.run is None:
+        raise UserError(f"run=null: name a model, e.g. cki-rec export run={_example(config)}")
+    out = Path(config.runtime.out)
+    folder = next((f for f in (Path(config.run), out / config.run) if f.exists()), None)
+    if folder is None:
+        known = [path.parent.name for path in out.glob(f"*/{RECORD}")]
+        hint = nearest(config.run, known)
+        raise UserError(f"run={config.run}: {hint}no such folder, and no such run in {out}")
+    if (folder / DESCRIPTION).is_file():
+        is_of_run = folder.name == CHECKPOINT
+        home = folder.resolve().parent if is_of_run else folder
+        return Found(folder, home, _run_id(home) if is_of_run else None)
+    if not (folder / RECORD).is_file():
+        if (folder / CHECKPOINT).is_dir():
+            raise UserError(
+                f"run={config.run}: unfinished, {RECORD} is missing; run its command again, or"
+                f" name its checkpoint as it is: run={folder / CHECKPOINT}"
+            )
+        raise UserError(f"run={config.run}: no run and no checkpoint in {folder}")
+    if not (folder / CHECKPOINT).is_dir():
+        record = Run(folder).record or {}
+        kept = (record.get("result") or {}).get("kept") or []
+        others = f"; it kept others as they are: run={', run='.join(kept)}" if kept else ""
+        raise UserError(f"run={config.run}: this run made no model{others}")
+    return Found(folder / CHECKPOINT, folder, _run_id(folder))
+
+
+def restore(saved: Checkpoint, folder: Path) -> nn.Module:
+    """Return the network of a checkpoint, on the CPU, its tables not sharded.
+
+    Raises:
+        UserError: Its tensors are not those of its network.
+    """
+    network = build_model(saved.schema, saved.model, torch.device("meta"))
+    try:
+        network.load_state_dict(saved.params, assign=True)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{folder}: its tensors do not fit its network ({reason})") from None
+    return network.eval()
+
+
+def write(
+    network: nn.Module,
+    saved: Checkpoint,
+    target: Path,
+    name: str,
+    about: dict[str, Any],
+) -> float:
+    """Write the file and its description whole or not at all; return the difference of scores.
+
+    Args:
+        network: Of ``saved``.
+        saved: The model at rest.
+        target: The file; its description is beside it.
+        name: A row of ``FORMATS``.
+        about: What the description says besides what follows from the rest.
+
+    Raises:
+        UserError: Scores of what was written differ from the network's own.
+    """
+    temporary = target.with_name(f".{target.name}.tmp-{os.getpid()}")
+    try:
+        temporary.mkdir(parents=True)
+        path, servable = temporary / target.name, Servable(network, saved.schema)
+        FORMATS[name].write(servable, example_inputs(saved.schema), path)
+        difference = largest_difference(network, saved.schema, FORMATS[name].read(path))
+        if not difference <= TOLERANCE:
+            raise UserError(
+                f"format={name}: exported scores differ from the model's own by {difference:.1e},"
+                f" more than {TOLERANCE:.0e}; nothing is kept"
+            )
+        parts = sorted(temporary.iterdir())
+        description = {
+            "format": FORMAT,
+            "files": {part.name: file_sha256(part) for part in parts},
+            "largest_difference": difference,
+            **about,
+            **describe(servable, saved.model),
+        }
+        beside = temporary / f"{target.name}.json"
+        beside.write_text(json.dumps(description, indent=1, allow_nan=False))
+        for part in (*parts, beside):
+            part.replace(target.with_name(part.name))
+        if len(parts) == 1:
+            target.with_name(f"{target.name}.data").unlink(missing_ok=True)
+    except OSError as error:
+        error.filename = error.filename or str(target)
+        raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        with suppress(OSError):
+            target.parent.rmdir()  # where nothing is in it
+    return difference
+
+
+def _run_id(home: Path) -> str | None:
+    """Return the id that a run's record holds; None without one."""
+    record = Run(home).record
+    return None if record is None else str(record.get("run_id"))
+
+
+def _example(config: Config) -> str:
+    """Return the latest run that made a model, for a message."""
+    runs = Path(config.runtime.out).glob(f"*/{CHECKPOINT}/{DESCRIPTION}")
+    latest = max(runs, key=lambda path: path.stat().st_mtime, default=None)
+    return latest.parent.parent.name if latest else "experiments/runs/train-0123456789abcdef"
+
+
+def _data_set(encoded: Path, data_hash: str) -> str | None:
+    """Return the encoded data set of that content, if it is on this machine."""
+    for path in sorted(encoded.glob("*/manifest.json")):
+        try:
+            if json.loads(path.read_text())["hash"] == data_hash:
+                return path.parent.name
+        except (OSError, ValueError, KeyError, TypeError):
+            continue  # damaged, or being written: not the one
+    return None
+
+
+def _versions(name: str) -> dict[str, str]:
+    packages = ("cki-rec", "torch", *FORMATS[name].packages)
+    found = {package: installed_version(package) for package in packages}
+    return {"python": platform.python_version(), **{p: v for p, v in found.items() if v}}
