@@ -6,11 +6,11 @@ from collections.abc import Iterable
 from difflib import get_close_matches
 
 
-class Stopped(Exception):  # noqa: N818
+class Stopped(Exception):
     """The system asked the program to end, and its work so far is kept."""
 
 
-class LostProcess(Exception):  # noqa: N818
+class LostProcess(Exception):
     """Another process of this training has ended: shown as one line, exit code 1."""
 
 

@@ -179,7 +179,7 @@ class Model:
     init_std: float
     """Standard deviation of initial embeddings."""
     matrix_std: float | None
-    """Standard deviation of initial matrices; null: Xavier uniform."""
+    """Standard deviation of initial matrices, those of one output apart; null: Xavier uniform."""
     histories: bool
     """Feed histories: to DIN's attention, to other models as mean-pooled fields."""
     cross: Cross

@@ -33,8 +33,8 @@ class Loader:
 
     All ranks have equally many batches, and the rows of a step do not depend on how many ranks
     share it. The last step of an epoch is shorter, and takes in what would be less than
-    ``SMALLEST_SHARE`` rows a rank. So no row is left out and none comes twice. (Only where an epoch is resumed with fewer
-    rows left than there are processes, these few end it.)
+    ``SMALLEST_SHARE`` rows a rank. So no row is left out and none comes twice. (Only where an
+    epoch is resumed with fewer rows left than there are processes, these few end it.)
 
     ``state_dict`` says how many rows of which epoch are done, by all ranks together: it fits any
     world size and batch size.

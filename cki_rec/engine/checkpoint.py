@@ -13,7 +13,6 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
-import os
 import pickle
 import shutil
 import warnings
@@ -28,8 +27,8 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 
-from cki_rec.config import Model as ModelConfig
 from cki_rec.config import LostProcess, UserError, model_options, section
+from cki_rec.config import Model as ModelConfig
 from cki_rec.data.schema import FeatureSchema
 from cki_rec.engine import distributed
 from cki_rec.integration.params import Params

@@ -141,8 +141,8 @@ def initialize(
 
     Embeddings, those of numeric fields too: normal with ``init_std``; first-order weights, biases
     and unused columns: zero; matrices, stacked ones too: normal with ``matrix_std``, or Xavier
-    uniform. What else a network has (scales of batch norms, slopes of activations) stays as it was
-    built.
+    uniform where that is None or they have one output. What else a network has (scales of batch
+    norms, slopes of activations) stays as it was built.
     """
     parameters = set(dict(model.module.named_parameters())) | model.tables
     for name, value in model.module.state_dict().items():
@@ -167,7 +167,7 @@ def initialize(
 def _initial_matrix(
     shape: torch.Size, drawing: torch.Generator, matrix_std: float | None
 ) -> Tensor:
-    if matrix_std is not None:
+    if matrix_std is not None and shape[-2] > 1:
         return torch.randn(shape, generator=drawing) * matrix_std
     bound = math.sqrt(6 / sum(shape[-2:]))
     return (torch.rand(shape, generator=drawing) * 2 - 1) * bound

@@ -156,7 +156,9 @@ class Keeper:
         asked, late = any_process(state.model.device, self._is_asked_to_stop, is_late)
         every = self._runtime.checkpoint_steps
         if asked or late or (every and at.step % every == 0):
-            at.loader = state.loader.state_dict()
+            # not the loader's own position: on CUDA it is ahead of what was trained on
+            done = {"epoch": at.epoch - 1, "rows_done": at.rows}
+            at.loader = {**state.loader.state_dict(), **done}
             folder = self._folder / f"step-{at.step:010d}"
             model, schema, data_hash = self._about
             assert model is not None

@@ -5,14 +5,16 @@ Shape legend: B rows, F fields, D embedding size.
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from cki_rec.config import Train, UserError
@@ -23,6 +25,7 @@ from cki_rec.engine import distributed
 from cki_rec.engine.embeddings import ShardedModel
 from cki_rec.engine.evaluator import predict
 from cki_rec.engine.optimization import Average, TableL2, clip, initialized_adam
+from cki_rec.engine.pipelining import Pipeline
 from cki_rec.engine.resume import Keeper, TrainingState
 from cki_rec.engine.steps import StepLog
 from cki_rec.progress import progress
@@ -59,10 +62,9 @@ def fit(
     """
     adam = initialized_adam(model, schedule.learning_rate)
     average = Average(model, schedule.ema) if schedule.ema is not None else None
-    num, rank = distributed.world_size(), distributed.rank()
     loader = Loader(
         dataset, schema, train_rows, schedule.batch_size, seed=seed,
-        rank=rank, world_size=num, device=model.device,
+        rank=distributed.rank(), world_size=distributed.world_size(), device=model.device,
     )  # fmt: skip
     label = dataset.label[valid_rows]
     keeper, log = keeper or Keeper.none(), log or StepLog.none()
@@ -75,9 +77,7 @@ def fit(
         while at.epoch <= schedule.epochs and at.stalled < schedule.patience:
             set_learning_rates(model, adam, schedule, at.scale)
             model.module.train()
-            for batch in loader:
-                torch.manual_seed(step_seed(seed, at.step, rank))  # dropout
-                loss = step(batch)
+            for loss, rows in step.epoch(loader, seed, at.step):
                 if not math.isfinite(loss):
                     raise UserError(
                         f"{title}: the loss is {loss} in epoch {at.epoch}; lower"
@@ -85,7 +85,6 @@ def fit(
                     )
                 if average is not None:
                     average.update()
-                rows = batch.step_rows or len(batch)
                 at.count(loss, rows)
                 advance(rows, f"epoch {at.epoch}")
                 log.step(at.step, loss, rows, adam.param_groups[0]["lr"])
@@ -132,27 +131,63 @@ class Stepper:
         """Take its hooks off the model."""
         self._l2.remove()
 
+    def epoch(self, loader: Loader, seed: int, step: int) -> Iterator[tuple[float, int]]:
+        """Take a step for every batch that is left of the epoch; yield loss and rows of each.
+
+        What is random in a step is drawn from (seed, step, process): a resumed run draws what an
+        unbroken one would have drawn.
+
+        Args:
+            loader: Of the batches.
+            seed: Of the run.
+            step: Number of the first step.
+        """
+        numbers, rank = itertools.count(step), distributed.rank()
+
+        def forward(batch: Batch) -> tuple[float, Tensor]:
+            torch.manual_seed(step_seed(seed, next(numbers), rank))
+            return self._forward(batch)
+
+        if self._model.device.type == "cuda" and self._model.is_fused:
+            yield from Pipeline(self._model, self._adam, forward, self._finish).steps(loader)
+            return
+        for batch in loader:
+            yield self._step(batch, forward), batch.step_rows or len(batch)
+
     def __call__(self, batch: Batch) -> float:
         """Take one step; return the mean cross entropy before it, of all processes' rows.
 
         Where that is not finite, nothing is changed on any process.
         """
-        rows = batch.step_rows or len(batch)
+        return self._step(batch, self._forward)
+
+    def _step(self, batch: Batch, forward: Callable[[Batch], tuple[float, Tensor]]) -> float:
         self._adam.zero_grad()
+        value, loss = forward(batch)
+        if math.isfinite(value):
+            loss.backward()
+            self._finish()
+            self._adam.step()
+        return value
+
+    def _forward(self, batch: Batch) -> tuple[float, Tensor]:
+        """Return the mean cross entropy of all processes' rows, and this one's share of it.
+
+        The share is times the number of processes, since gradients are averaged over them.
+        """
+        rows = batch.step_rows or len(batch)
         self._l2.scale = self._num / rows
         is_bf16 = self._schedule.precision == "bf16"
         with torch.autocast(self._model.device.type, torch.bfloat16, enabled=is_bf16):
             logit_B = self._model.module(batch)
-        loss = binary_cross_entropy_with_logits(
-            logit_B.float(), batch.label, reduction="sum"
-        ) / rows  # fmt: skip
-        value = float(distributed.total(loss.detach().clone()))
-        if math.isfinite(value):
-            (loss * self._num).backward()  # gradients are averaged over processes
-            self._l2.add_to_dense()
-            clip(self._model, self._schedule.gradient_clip)
-            self._adam.step()
-        return value
+        total = binary_cross_entropy_with_logits(logit_B.float(), batch.label, reduction="sum")
+        share = total / rows
+        return float(distributed.total(share.detach().clone())), share * self._num
+
+    def _finish(self) -> None:
+        """Complete the gradient that Adam sees."""
+        self._l2.add_to_dense()
+        clip(self._model, self._schedule.gradient_clip)
 
 
 def set_learning_rates(
@@ -166,5 +201,5 @@ def set_learning_rates(
 
 
 def step_seed(seed: int, step: int, rank: int) -> int:
-    """Return the seed of what is random in a step: a resumed run draws what an unbroken one did."""
+    """Return the seed of what is random in a step of one process."""
     return int(np.random.SeedSequence((seed, step, rank)).generate_state(1, np.uint64)[0] >> 1)

@@ -1,4 +1,4 @@
-"""Measurements of training: DeepFM on 39 fields, whole steps with loading, as ratios within one run.
+"""Measurements of training: DeepFM on 39 fields, whole steps with loading, as ratios of one run.
 
 Rows are synthetic ones in Criteo's format. Tables of other sizes are made by spreading their ids:
 ``id * stretch``, so a batch looks up equally many different rows of tables of any size.
@@ -8,7 +8,6 @@ Shape legend: B rows, F fields, D embedding size.
 
 from __future__ import annotations
 
-import functools
 import gc
 import json
 import subprocess
@@ -24,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-from cki_rec.config import Config, Model, Train, parse, section
+from cki_rec.config import Config, Model, Train, parse
 from cki_rec.data.dataset import EncodedDataset
 from cki_rec.data.loader import Loader
 from cki_rec.data.schema import Batch, FeatureSchema

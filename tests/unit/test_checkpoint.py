@@ -135,7 +135,10 @@ def test_broken_description(saved, text):
     assert "checkpoint.json: damaged checkpoint" in error_of(saved)
 
 
-@pytest.mark.parametrize("key", ["format", "model", "schema", "data_hash"])
+KEYS = ["format", "model", "schema", "data_hash", "position", "files"]
+
+
+@pytest.mark.parametrize("key", KEYS)
 def test_a_description_without_a_key(saved, key):
     path = saved / "checkpoint.json"
     description = json.loads(path.read_text())

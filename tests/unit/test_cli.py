@@ -11,7 +11,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from cki_rec import __version__, cli
-from cki_rec.config import UserError
+from cki_rec.config import LostProcess, Stopped, UserError
 from cki_rec.environment import EnvironmentMismatchError
 
 
@@ -89,7 +89,7 @@ def test_version(command):
         (["train", "qqqqqq=3"], "no option 'qqqqqq': see cki-rec --help"),
         (
             ["train", "model=depfm"],
-            "model=depfm: did you mean 'deepfm'? one of dcn, dcnv2, deepfm",
+            "did you mean 'deepfm'? one of dcn, dcnv2, deepfm",
         ),
         (["train", "integrate=zzz"], "integrate=zzz: one of average"),
         (["evaluate", "experiment=quickstrat"], "did you mean 'quickstart'?"),
@@ -161,6 +161,8 @@ def test_a_sweep_of_training_begins_no_list_of_evaluations(command, tmp_path, mo
     [
         (UserError("the reason"), 2, "cki-rec: the reason"),
         (EnvironmentMismatchError("install it"), 2, "cki-rec: install it"),
+        (LostProcess("another is gone"), 1, "cki-rec: another is gone"),
+        (Stopped("stopped after step 3"), 0, "cki-rec: stopped after step 3"),
         (KeyboardInterrupt(), 130, "interrupted; finished runs are kept"),
         (OSError(errno.ENOSPC, "No space left on device", "/x"), 2, "cannot write /x: No space"),
         (OSError(errno.ENOSPC, "No space left on device"), 2, "cannot write: No space left"),

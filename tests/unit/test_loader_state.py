@@ -18,7 +18,7 @@ from samples import make_data
 from cki_rec.config import Split, UserError
 from cki_rec.data.columns import Ragged
 from cki_rec.data.dataset import EncodedDataset
-from cki_rec.data.loader import Loader
+from cki_rec.data.loader import SMALLEST_SHARE, Loader
 from cki_rec.data.schema import Batch, FeatureSchema
 from cki_rec.data.store import prepare
 
@@ -98,7 +98,7 @@ def flat(steps) -> list[int]:
     seed=st.sampled_from([None, 0, 5]),
 )
 def test_every_row_once_over_all_ranks(dataset, num_rows, batch_size, world_size, seed):
-    assume(num_rows >= world_size)
+    assume(min(num_rows, batch_size) >= world_size)
     make = loader_maker(dataset, dataset.schema)
     rows = np.sort(np.random.default_rng(num_rows).permutation(ROWS)[:num_rows])
     steps = steps_of(make, rows, batch_size, world_size, seed=seed)
@@ -107,8 +107,9 @@ def test_every_row_once_over_all_ranks(dataset, num_rows, batch_size, world_size
         sizes = [len(rank) for rank in step]
         assert max(sizes) - min(sizes) <= 1
         assert min(sizes) >= 1
-        assert sizes == [batch_size] * world_size or number == len(steps)
-        assert max(sizes) <= batch_size + 1
+        assert sum(sizes) == batch_size or number == len(steps)
+        assert sum(sizes) < batch_size + SMALLEST_SHARE * world_size  # the last takes in few rows
+        assert min(sizes) >= min(SMALLEST_SHARE, batch_size // world_size, num_rows // world_size)
     one_rank = flat(steps_of(make, rows, 7, 1, seed=seed))
     assert flat(steps) == one_rank  # ranks side by side are the order of one rank
     if seed is None:
@@ -125,7 +126,7 @@ def test_every_row_once_over_all_ranks(dataset, num_rows, batch_size, world_size
     seed=st.sampled_from([None, 3]),
 )
 def test_position_fits_another_world(dataset, num_rows, sizes, worlds, share, epochs, seed):
-    assume(num_rows >= max(worlds))
+    assume(num_rows >= max(worlds) and all(s >= w for s, w in zip(sizes, worlds, strict=True)))
     make = loader_maker(dataset, dataset.schema)
     rows = np.arange(num_rows)
     before, states = [], []
@@ -165,7 +166,7 @@ def test_fewer_rows_left_than_ranks(make_loader, seed):
     list(islice(done, 6))
     sizes = []
     for rank in range(4):
-        loader = make_loader(range(7), 1, rank=rank, world_size=4, seed=seed)
+        loader = make_loader(range(7), 4, rank=rank, world_size=4, seed=seed)
         loader.load_state_dict(done.state_dict())
         sizes.append([len(batch) for batch in loader])
         assert loader.state_dict()["epoch"] == 1
@@ -255,7 +256,7 @@ def test_error_in_a_loop_leaves_no_thread(make_loader):
 
 def test_row_that_does_not_exist_raises_in_the_loop(make_loader):
     threads = set(threading.enumerate())
-    loader = make_loader([0, 1, ROWS + 5], 2, seed=None)
+    loader = make_loader([0, 1, ROWS + 5, 2], 2, seed=None)
     batches = iter(loader)
     assert rows_of(next(batches)) == [0, 1]
     with pytest.raises(IndexError):
@@ -266,6 +267,37 @@ def test_row_that_does_not_exist_raises_in_the_loop(make_loader):
 def test_more_processes_than_rows_are_refused(make_loader):
     with pytest.raises(UserError, match="3 rows for 4 processes"):
         make_loader(range(3), 8, world_size=4)
+    with pytest.raises(UserError, match=r"train\.batch_size=3: expected 4 or more"):
+        make_loader(range(9), 3, world_size=4)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_a_step_is_the_same_rows_however_many_share_it(make_loader, world_size):
+    whole = [rows_of(batch) for batch in make_loader(range(55), 16)]
+    shares = [
+        list(make_loader(range(55), 16, rank=rank, world_size=world_size))
+        for rank in range(world_size)
+    ]
+    for number, rows in enumerate(whole):
+        of_step = [batches[number] for batches in shares]
+        assert [row for batch in of_step for row in rows_of(batch)] == rows
+        assert {batch.step_rows for batch in of_step} == {len(rows)}
+        assert {batch.stride for batch in of_step} == {max(len(batch) for batch in of_step)}
+        moved = of_step[0].to(torch.device("cpu"))
+        assert (moved.step_rows, moved.stride) == (len(rows), of_step[0].stride)
+
+
+@pytest.mark.parametrize("done", [0, 20])
+def test_places_are_where_the_rows_of_every_rank_belong(make_loader, done):
+    rows = np.arange(100, 150)
+    loaders = [make_loader(rows, 10, seed=None, rank=r, world_size=3) for r in range(3)]
+    for loader in loaders:
+        loader.load_state_dict({"epoch": 0, "rows_done": done, "rows": 50, "seed": None})
+    found = [[other.places(rank).tolist() for other in loaders] for rank in range(3)]
+    for loader, places, rank in zip(loaders, found, range(3), strict=True):
+        assert places[0] == places[1] == places[2]
+        assert [row for batch in loader for row in rows_of(batch)] == rows[places[0]].tolist()
+        assert loader.places(rank).min() < 10  # the next epoch: all of it
 
 
 @pytest.mark.parametrize(
