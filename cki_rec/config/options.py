@@ -14,9 +14,11 @@ class Split:
     """``random``, ``time`` (oldest rows train), ``leave_last_out`` (each user's last row) or
     ``files`` (as published: train, valid and test files)."""
     fractions: list[float]
-    """Shares of training, validation and test rows; sum 1. For ``random`` and ``time``."""
+    """Shares of training, validation and test rows; sum 1. For ``random`` and ``time``; where
+    ``files`` lack valid.csv and the third share is 0, the first two divide training rows."""
     seed: int
-    """Of ``random``. Fixed over the repetitions of an experiment: all runs share test rows."""
+    """Of ``random``, and of validation rows drawn from training files. Fixed over the repetitions
+    of an experiment: all runs share test rows."""
 
 
 @dataclass(slots=True, kw_only=True)

@@ -70,7 +70,7 @@ class TableL2:
         looked_up = [(emb.fields_BFD, self._num_looked_up)]
         looked_up += [(history, history.shape[1]) for history in emb.histories.values()]
         for value, num in looked_up:
-            if value.requires_grad:
+            if isinstance(value, Tensor) and value.requires_grad:  # no tensors while traced
                 value.register_hook(self._adder(value.detach(), num, 2 * self._l2 * self.scale))
 
     @staticmethod

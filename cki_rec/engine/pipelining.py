@@ -9,10 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
+from torchrec.streamable import Pipelineable
 
 from cki_rec.data.loader import Loader
 from cki_rec.data.schema import Batch
 from cki_rec.engine.embeddings import ShardedModel
+
+Pipelineable.register(Batch)  # it has the methods; data may not import torchrec
 
 
 class Pipeline(TrainPipelineSparseDist):  # type: ignore[misc]

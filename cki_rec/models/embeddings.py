@@ -103,14 +103,18 @@ class FieldEmbeddings(nn.Module):
         self.collection = EmbeddingBagCollection(tables=tables, device=device) if tables else None
         self.to_bags = Bags(names, [name for name in names if name in keys])
         self.sequences = nn.ModuleDict()
-        self.to_sequences = nn.ModuleDict()
+        self.names = names
+        self.bags: dict[str, dict[str, int]] = {}
+        """Table with attended histories -> its features -> bags per row."""
         for table, features in unpooled.items():
             self.sequences[table] = EmbeddingBagCollection(
                 tables=[config(table, "", embedding_dim, [table])], device=device
             )
-            of_table = [f.name for f in features]
-            with_bags_each = [name for name in of_table if name in self.attended]
-            self.to_sequences[table] = SequenceBags(table, names, of_table, with_bags_each, length)
+            widths = {f.name: length if f.name in self.attended else 1 for f in features}
+            self.bags[table] = widths
+            bags = SequenceBags(table, names, widths, attended, length)
+            # an attribute of its own: torchrec's pipelines trace into containers
+            self.add_module(f"to_bags_of_{table}", bags)
         self.pooled_fields = [f.name for features in pooled.values() for f in features]
         self.looked_up = [
             *self.pooled_fields,
@@ -150,12 +154,12 @@ class FieldEmbeddings(nn.Module):
             first_order_B = pooled[:, width::LANES].sum(1)
         histories, masks = {}, {}
         for table, collection in self.sequences.items():
-            to_bags = self.to_sequences[table]
-            assert isinstance(to_bags, SequenceBags)
+            to_bags = self.get_submodule(f"to_bags_of_{table}")
             bags_SD = collection(to_bags(batch)).values()[:, :dim]
-            for name, emb in to_bags.split(bags_SD, num_rows, batch.stride or num_rows).items():
+            for name, emb in split_bags(bags_SD, self.bags[table], num_rows).items():
                 if name in self.attended:
-                    histories[name], masks[name] = emb, to_bags.mask(batch, name)
+                    lengths_B = _lengths(batch, len(self.names))[self.names.index(name)]
+                    histories[name], masks[name] = emb, mask_of(lengths_B, self.length)
                 else:
                     parts.append(emb)
         if self.numbers is not None:
@@ -241,8 +245,8 @@ class SequenceBags(nn.Module):
     Args:
         table: Its name, the key of the lookup.
         names: All features that are looked up, in the order of the batch.
-        features: Those of the table.
-        attended: Those of them with a bag for each id.
+        widths: Features of the table -> bags per row.
+        attended: Features with a bag for each id.
         length: L, bags of an attended feature and row.
     """
 
@@ -250,15 +254,14 @@ class SequenceBags(nn.Module):
         self,
         table: str,
         names: Sequence[str],
-        features: Sequence[str],
+        widths: dict[str, int],
         attended: Sequence[str],
         length: int,
     ) -> None:
         super().__init__()
         self.table, self.num_features, self.length = table, len(names), length
-        self.places = {name: list(names).index(name) for name in features}
-        self.widths = {name: length if name in attended else 1 for name in features}
-        self.attended = tuple(attended)
+        self.places = {name: list(names).index(name) for name in widths}
+        self.widths, self.attended = widths, tuple(attended)
 
     def forward(self, batch: Batch) -> KeyedJaggedTensor:
         """Return the ids of all bags."""
@@ -270,7 +273,7 @@ class SequenceBags(nn.Module):
             ids, lengths_B = pieces[place], lengths_FB[place]
             if name in self.attended:
                 ids = _latest(ids, lengths_B, self.length)
-                lengths_B = self.mask(batch, name).to(lengths_B.dtype).flatten()
+                lengths_B = mask_of(lengths_B, self.length).to(lengths_B.dtype).flatten()
             values.append(ids)
             lengths.append(nn.functional.pad(lengths_B, (0, missing * self.widths[name])))
         lengths_S = torch.cat(lengths)
@@ -281,19 +284,22 @@ class SequenceBags(nn.Module):
             stride=lengths_S.shape[0],
         )
 
-    def mask(self, batch: Batch, name: str) -> Tensor:
-        """Return ``(B, L)`` bool: which bags of an attended feature hold an id."""
-        lengths_B = _lengths(batch, self.num_features)[self.places[name]]
-        places_L = torch.arange(self.length, device=lengths_B.device)
-        return places_L < lengths_B.unsqueeze(1)
 
-    def split(self, bags_SD: Tensor, num_rows: int, stride: int) -> dict[str, Tensor]:
-        """Return ``(B, bags per row, D)`` of each feature; ``stride`` rows were looked up."""
-        blocks = bags_SD.split([stride * width for width in self.widths.values()])
-        return {
-            name: block.unflatten(0, (stride, width))[:num_rows]
-            for (name, width), block in zip(self.widths.items(), blocks, strict=True)
-        }
+def mask_of(lengths_B: Tensor, length: int) -> Tensor:
+    """Return ``(B, L)`` bool: which of a row's ``length`` bags hold an id."""
+    places_L = torch.arange(length, device=lengths_B.device)
+    return places_L < lengths_B.unsqueeze(1)
+
+
+def split_bags(bags_SD: Tensor, widths: dict[str, int], num_rows: int) -> dict[str, Tensor]:
+    """Return ``(B, bags per row, D)`` of each feature of ``widths``: name -> bags per row."""
+    stride = bags_SD.shape[0] // sum(widths.values())
+    emb, start = {}, 0
+    for name, width in widths.items():
+        block = bags_SD[stride * start : stride * (start + width)]
+        emb[name] = block.unflatten(0, (-1, width))[:num_rows]
+        start += width
+    return emb
 
 
 def _lengths(batch: Batch, num_features: int) -> Tensor:

@@ -7,9 +7,35 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+
+class BatchNorm(nn.BatchNorm1d):
+    """Batch norm without its counter of batches, which nothing reads: its state can be merged."""
+
+    def __init__(self, width: int, **options: Any) -> None:
+        super().__init__(width, **options)
+        self.num_batches_tracked = None
+
+    def _check_input_dim(self, x_BH: Tensor) -> None:
+        """Take any input: a look at its shape could not be traced."""
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Any,
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        # torch would add the counter to a state that does not say its version
+        metadata, found = {**local_metadata, "version": 2}, (missing_keys, unexpected_keys)
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, *found, error_msgs)
 
 
 class Dice(nn.Module):
@@ -32,7 +58,7 @@ class Dice(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.norm = nn.BatchNorm1d(width, eps=1e-8, momentum=0.01, affine=False)
+        self.norm = BatchNorm(width, eps=1e-8, momentum=0.01, affine=False)
         self.alpha = nn.Parameter(torch.zeros(width))
 
     def forward(self, x_BH: Tensor) -> Tensor:
@@ -80,7 +106,7 @@ class MLP(nn.Module):
         self.width = scores or (hidden[-1] if hidden else width)
         widths = [width, *hidden, *([scores] if scores else [])]
         self.layers = nn.ModuleList(nn.Linear(before, after) for before, after in pairwise(widths))
-        self.norms = nn.ModuleList(nn.BatchNorm1d(width) for width in hidden if batch_norm)
+        self.norms = nn.ModuleList(BatchNorm(width) for width in hidden if batch_norm)
         self.activations = nn.ModuleList(ACTIVATIONS[activation](width) for width in hidden)
         self.dropout = nn.Dropout(dropout)
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from cki_rec.config import Config, UserError, nearest
 from cki_rec.engine.record import hardware, write_atomically
-from cki_rec.pipelines import bench_data
+from cki_rec.pipelines import bench_data, bench_train
 
 COMMAND = [sys.executable, "-m", "cki_rec"]
 
@@ -98,6 +98,19 @@ BENCHMARKS: dict[str, Benchmark] = {
     ),
     "loader_memory_growth_mb": Benchmark(bench_data.loader_memory_growth_mb, "MB", "below", 20.0),
     "loader_wait_share": Benchmark(bench_data.loader_wait_share, "of a step", "below", 0.03),
+    "train_vs_dense_bound": Benchmark(
+        bench_train.train_vs_dense_bound, "of a step", "above", 0.85
+    ),
+    "train_vs_plain_500k": Benchmark(bench_train.train_vs_plain_500k, "times", "above", 1.6),
+    "train_vs_plain_10m": Benchmark(bench_train.train_vs_plain_10m, "times", "above", 5.0),
+    "train_flatness": Benchmark(
+        bench_train.train_flatness, "of the step at 1M rows", "below", 1.15
+    ),
+    "train_two_processes": Benchmark(
+        bench_train.train_two_processes, "of one process", "above", 0.8
+    ),
+    "train_bf16": Benchmark(bench_train.train_bf16, "times", "above", 1.0),
+    "train_compiled": Benchmark(bench_train.train_compiled, "times", "above", 1.0),
     "reproduce_minutes": Benchmark(reproduce_minutes, "min", "below", 10.0),
 }
 """Name -> what measures it, and its target."""

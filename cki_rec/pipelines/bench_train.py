@@ -20,10 +20,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from omegaconf import OmegaConf
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-from cki_rec.config import Config, Model, Train, parse
+from cki_rec.config import Config, Model, Train, parse, section
 from cki_rec.data.dataset import EncodedDataset
 from cki_rec.data.loader import Loader
 from cki_rec.data.schema import Batch, FeatureSchema
@@ -85,8 +86,8 @@ def train_two_processes(config: Config) -> tuple[float, str]:
     """Return the throughput of two processes of one thread in terms of one process of two."""
     one, two = [], []
     for _attempt in range(2):
-        one.append(_rate_of(1, 2))
-        two.append(_rate_of(2, 1))
+        one.append(_rate_of(config, 1, 2))
+        two.append(_rate_of(config, 2, 1))
     detail = f"rows/s: one process {max(one):,.0f}, two {max(two):,.0f} (best of 2 each, in turn)"
     return max(two) / max(one), detail
 
@@ -223,11 +224,12 @@ def _stretch(rows: int) -> int:
     return max(1, round(rows / sum(sizes.values())))
 
 
-def _rate_of(processes: int, threads: int) -> float:
+def _rate_of(config: Config, processes: int, threads: int) -> float:
     """Return rows per second of training in new processes."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    options = replace(config, runtime=replace(config.runtime, threads=threads))
+    command = [str(Path(sys.executable).with_name("torchrun")), "--standalone"]
     command += ["--nproc-per-node", str(processes), "-m", __spec__.name]
-    words = [str(encoded_folder()), str(threads)]
+    words = [str(encoded_folder()), json.dumps(section(options))]
     done = subprocess.run([*command, *words], check=True, capture_output=True, text=True)
     return float(json.loads(done.stdout.splitlines()[-1])["rows_per_second"])
 
@@ -236,11 +238,9 @@ def _ms(seconds: float) -> str:
     return f"{1000 * seconds:.1f} ms"
 
 
-def main(folder: str, threads: str) -> None:
+def main(folder: str, options: str) -> None:
     """Print the rate of this group of processes, for ``train_two_processes``."""
-    from cki_rec.cli import _compose
-
-    config = parse(_compose([f"runtime.threads={threads}", "runtime.device=cpu"]))
+    config = parse(OmegaConf.create(json.loads(options)))
     dataset = EncodedDataset(Path(folder))
     step, _ = _ours(config, dataset.schema)
     batches = _batches(dataset, 1)

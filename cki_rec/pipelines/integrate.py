@@ -36,6 +36,9 @@ SEVERAL = "several"
 """Stands for the data hash of a model whose sources were trained on different data sets: it fits
 none of them, since what is a test row of one may have been a training row of another."""
 
+STATISTICS = ("running_mean", "running_var")
+"""Last words of buffers that batch norms keep."""
+
 log = logging.getLogger(__name__)
 
 
@@ -258,8 +261,10 @@ def initial_gates(options: Integrate, params: Params, seed: int) -> Gates:
     """Return an initial gate for every parameter whose weights the gate decides."""
     gates: Gates = {}
     for name, tensor in params.items():
-        is_decided_elsewhere = (table_of(name) and options.tables != "same") or (
-            tensor.ndim == 1 and options.bias == "base"
+        is_decided_elsewhere = (
+            (table_of(name) and options.tables != "same")
+            or (tensor.ndim == 1 and options.bias == "base")
+            or name.endswith(STATISTICS)  # of batch norms: no gradient reaches them
         )
         kind = "none" if is_decided_elsewhere or options.method != "cki" else options.gate.kind
         gates[name] = initialize_gate(tensor.shape, kind, seed, name)

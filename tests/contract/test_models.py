@@ -276,10 +276,9 @@ GOLDEN_NAMES = {
     "din": [
         "sparse.sequences.item.embedding_bags.item.weight",
         *layers("attention.0.mlp.layers.0", "attention.0.mlp.layers.1"),
-        *(f"attention.0.mlp.activations.0.{key}" for key in ("alpha", "norm.running_mean")),
         *(
-            f"attention.0.mlp.activations.0.norm.{k}"
-            for k in ("running_var", "num_batches_tracked")
+            f"attention.0.mlp.activations.0.{key}"
+            for key in ("alpha", "norm.running_mean", "norm.running_var")
         ),
         *layers("mlp.layers.0", "mlp.layers.1"),
     ],

@@ -116,7 +116,7 @@ def test_killed_sweep_goes_on_with_equal_results(options, tmp_path, capsys):
     for row in (*one, *two):
         del row["command"]  # names the folder
     assert one == two
-    assert not list(broken.rglob("*.tmp-*"))
+    assert not list(broken.rglob("*.tmp*"))
 
 
 def test_external_checkpoints_need_no_data(options, tmp_path, capsys):
@@ -219,7 +219,7 @@ def test_full_disk_leaves_nothing_half_written(options, tmp_path, capsys, monkey
     monkeypatch.setattr(checkpoint.dcp, "save", full)
     assert main(["train", *options]) == 2
     assert "No space left on device" in capsys.readouterr().err
-    assert not list((tmp_path / "out").rglob("*.tmp-*"))
+    assert not list((tmp_path / "out").rglob("*.tmp*"))
     assert not list((tmp_path / "out").glob("*/record.json"))
     monkeypatch.undo()
     assert main(["train", *options]) == 0

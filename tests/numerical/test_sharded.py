@@ -8,8 +8,8 @@ import sys
 
 import pytest
 import torch
-from torch.nn.functional import binary_cross_entropy_with_logits, embedding_bag
-from training import accumulators_of, options, state_of, step
+from torch.nn.functional import binary_cross_entropy_with_logits
+from training import TABLES, accumulators_of, options, reference_logit, state_of, step
 
 from cki_rec.config import UserError
 from cki_rec.engine import distributed, embeddings
@@ -17,25 +17,7 @@ from cki_rec.engine.embeddings import initial_rows, initialize, load_params, tab
 from cki_rec.engine.optimization import initialized_adam
 from cki_rec.models import build_model
 
-TABLES = "sparse.collection.embedding_bags."
 SCHEDULE = options().train
-
-
-def reference_logit(params, schema, batch):
-    """Return logits and pooled embeddings of DeepFM, float64 and differentiable."""
-    lengths_FB = batch.lengths.view(len(schema.features), -1)
-    bags = batch.values.split(lengths_FB.sum(1).tolist())
-    emb, first = {}, 0
-    for feature, ids, lengths in zip(schema.features, bags, lengths_FB, strict=True):
-        starts = (lengths.cumsum(0) - lengths).long()
-        emb[feature.name] = embedding_bag(ids, params[f"{TABLES}{feature.table}.weight"], starts)
-        weight = params[f"{TABLES}{feature.table}_first_order.weight"]
-        first = first + embedding_bag(ids, weight, starts)[:, 0]
-    emb_BFD = torch.stack([emb[n] for n in ("user", "item", "history", "genres", "hour")], dim=1)
-    fm = 0.5 * (emb_BFD.sum(1) ** 2 - (emb_BFD**2).sum(1)).sum(1)
-    x = emb_BFD.flatten(1) @ params["mlp.layers.0.weight"].T + params["mlp.layers.0.bias"]
-    x = x.relu() @ params["mlp.layers.1.weight"].T + params["mlp.layers.1.bias"]
-    return params["bias"] + first + fm + x[:, 0], emb_BFD
 
 
 def test_sharded_and_unsharded_give_the_same_logits(sharded, schema, make_batch):

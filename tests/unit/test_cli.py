@@ -72,7 +72,7 @@ def test_help_of_train_shows_values_with_their_meaning(command):
     code, out, _ = command("train", "seed=1", "-h")
     assert code == 0
     assert "patience: 2                # epochs in a row that are not better" in out
-    assert "train=default; train.KEY=VALUE" in out
+    assert "train=bars|default; train.KEY=VALUE" in out
 
 
 def test_version(command):

@@ -186,7 +186,7 @@ def test_all_shares_look_up_equally_many_bags():
     for rows in (1, 5, 8):
         batch = dataclasses.replace(draw_batch(MIXED, rows), stride=8)
         assert layer.to_bags(batch).stride() == 8
-        assert layer.to_sequences["item"](batch).stride() == 8 * (1 + 3 + 1)
+        assert layer.to_bags_of_item(batch).stride() == 8 * (1 + 3 + 1)
 
 
 def test_a_share_without_rows():

@@ -1,0 +1,166 @@
+"""One process, two and three: the same weights, predictions and messages from the same rows."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import steps
+import torch
+
+from cki_rec.engine import checkpoint
+
+pytestmark = pytest.mark.dist
+SCRIPT = Path(steps.__file__)
+WORLDS = (2, 3)
+pairs = pytest.mark.parametrize(("case", "plan"), steps.FITTING)
+
+
+def is_noise(case: str, name: str) -> bool:
+    """Return whether rounding alone moves a parameter.
+
+    A batch norm takes the bias before it away, so the gradient of that bias is zero but for
+    rounding, and Adam makes whole steps of it. Nothing else in training depends on it.
+    """
+    return case == "batch norm" and ("mlp.layers.0.bias" in name or "running_mean" in name)
+
+
+def torchrun(num: int, *words: object) -> list[str]:
+    """Return the command that starts so many processes."""
+    launcher = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone"]
+    return [*launcher, f"--nproc-per-node={num}", *map(str, words)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("worlds")
+
+
+@pytest.fixture(scope="module")
+def alone(folder, raw_zip) -> Path:
+    """Folder of what one process, this one, finds."""
+    (folder / "1").mkdir()
+    torch.set_num_threads(1)
+    steps.run(folder / "1", str(raw_zip), str(folder / "encoded"))
+    return folder / "1"
+
+
+@pytest.fixture(scope="module")
+def worlds(folder, raw_zip, alone) -> dict[int, Path]:
+    """World size -> folder of what its processes found."""
+    for num in WORLDS:
+        (folder / str(num)).mkdir()
+        words = [SCRIPT, folder / str(num), raw_zip, folder / "encoded"]
+        words += [folder / "2"] if num == 3 else []
+        done = subprocess.run(
+            torchrun(num, *words), capture_output=True, text=True, check=False, timeout=300
+        )
+        assert done.returncode == 0, done.stderr[-4000:]
+    return {num: folder / str(num) for num in WORLDS}
+
+
+def arrays_of(folder: Path) -> list[dict[str, np.ndarray]]:
+    return [dict(np.load(path)) for path in sorted(folder.glob("process-*.npz"))]
+
+
+def messages_of(folder: Path) -> list[dict]:
+    return [json.loads(path.read_text()) for path in sorted(folder.glob("process-*.json"))]
+
+
+def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
+    return checkpoint._read(folder / checkpoint.TENSORS)
+
+
+@pytest.mark.parametrize("num", WORLDS)
+@pairs
+def test_weights_after_twenty_steps_are_those_of_one_process(alone, worlds, case, plan, num):
+    one, many = tensors_of(alone / case / plan), tensors_of(worlds[num] / case / plan)
+    assert set(one) == set(many)
+    for name, tensor in one.items():
+        if not is_noise(case, name):
+            torch.testing.assert_close(many[name], tensor, rtol=1e-5, atol=1e-5, msg=name)
+        if name.startswith("model.") and tensor.dtype == torch.float32 and tensor.ndim == 2:
+            assert tensor.any(), name
+
+
+@pytest.mark.parametrize("num", WORLDS)
+@pairs
+def test_losses_and_logits_are_those_of_one_process(alone, worlds, case, plan, num):
+    (want,) = messages_of(alone)
+    key = f"{case}/{plan}"
+    losses = [found["losses"][key] for found in messages_of(worlds[num])]
+    assert len(losses) == num
+    assert len(set(losses)) == 1  # every process knows the loss of all rows
+    assert losses[0] == pytest.approx(want["losses"][key], abs=1e-5)
+    if case == "batch norm":  # evaluated with a running mean that lags behind the bias
+        return
+    logits = [found[f"logits {key}"] for found in arrays_of(worlds[num])]
+    assert len({len(part) for part in logits}) == 2  # shares are uneven
+    (expected,) = arrays_of(alone)
+    np.testing.assert_allclose(np.concatenate(logits), expected[f"logits {key}"], atol=1e-4)
+
+
+def test_plans_of_one_process_agree(alone):
+    for case, _ in steps.MOVED:
+        found = [tensors_of(alone / case / p) for p in ("table_wise", "row_wise", "planner")]
+        for name, tensor in found[0].items():
+            for other in found[1:]:
+                torch.testing.assert_close(other[name], tensor, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("num", WORLDS)
+def test_predictions_are_gathered_in_the_order_of_rows(alone, worlds, num, raw_zip, folder):
+    (want,) = arrays_of(alone)
+    dataset, _ = steps.data_of(str(raw_zip), str(folder / "encoded"))
+    ids = dataset.ids[dataset.rows("valid"), dataset.id_columns.index("user")]
+    for found in arrays_of(worlds[num]):
+        assert np.array_equal(found["ids"], ids)
+        np.testing.assert_allclose(found["predictions"], want["predictions"], atol=1e-6)
+        assert len(np.unique(found["predictions"])) > 100
+
+
+@pytest.mark.parametrize("num", WORLDS)
+def test_batch_norm_sees_the_rows_of_all_processes(alone, worlds, num):
+    (want,), found = arrays_of(alone), arrays_of(worlds[num])
+    for name in [n for n in want if n.split()[0] in ("y", "gradient", "evaluated")]:
+        parts = [process[name] for process in found]
+        assert len({len(part) for part in parts}) == num
+        np.testing.assert_allclose(np.concatenate(parts), want[name], rtol=0, atol=1e-10)
+    for name in [n for n in want if n.startswith(("running", "num_batches", "sum"))]:
+        for process in found:
+            np.testing.assert_allclose(process[name], want[name], rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize(("case", "plan"), steps.MOVED)
+def test_checkpoint_of_two_processes_fits_one_and_three(worlds, folder, case, plan):
+    """Weights, accumulators, moments and average: bit for bit, under another plan."""
+    written = tensors_of(worlds[2] / case / plan)
+    groups = {name.split(".")[0] for name in written}
+    assert groups == {"model", "accumulator", "adam", "average"}
+    steps.move(worlds[2] / case / plan, folder / "1" / "moved" / case, case, "table_wise")
+    for other in (folder / "1", worlds[3]):
+        found = tensors_of(other / "moved" / case)
+        assert set(found) == set(written)
+        assert all(torch.equal(found[name], tensor) for name, tensor in written.items())
+
+
+@pytest.mark.parametrize("num", WORLDS)
+def test_a_bad_row_of_one_process_stops_all_before_any_update(worlds, num):
+    found = [messages["not finite"] for messages in messages_of(worlds[num])]
+    assert len(found) == num
+    for each in found:
+        assert each["error"].startswith("a title: the loss is nan in epoch 1; lower train.learn")
+        assert each["steps"] == 2
+        assert each["unchanged"]
+
+
+def test_columns_apart_need_an_optimizer_that_allows_it(alone, worlds):
+    (message,) = (messages["columns"] for messages in messages_of(alone))
+    assert message is None  # alone, columns stay together
+    for num in WORLDS:
+        for messages in messages_of(worlds[num]):
+            assert "column_wise: row-wise Adagrad needs whole rows" in messages["columns"]
