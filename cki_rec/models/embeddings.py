@@ -97,6 +97,9 @@ class FieldEmbeddings(nn.Module):
                 t: [f.name for f in fs if f.name not in attended] for t, fs in by_table.items()
             }
             tables += [config(t, FIRST_ORDER, 1, keys) for t, keys in kept.items() if keys]
+        self.first_order = [
+            key for t in tables if t.name.endswith(FIRST_ORDER) for key in t.feature_names
+        ]
         uses = [(key, table.name) for table in tables for key in table.feature_names]
         keys = [key for key, _ in uses]
         self.keys = [f"{k}@{table}" if keys.count(k) > 1 else k for k, table in uses]
@@ -145,13 +148,17 @@ class FieldEmbeddings(nn.Module):
         parts: list[Tensor] = []
         first_order_B = batch.label.new_zeros(()).expand(num_rows)
         if self.collection is not None:
-            found = self.collection(self.to_bags(batch))
-            pooled = in_order(found, self.keys)[:num_rows]
+            pooled = in_order(self.collection(self.to_bags(batch)), self.keys)
+            if is_padded(batch):
+                pooled = pooled[:num_rows]
             lanes = -(-dim // LANES) * LANES
             width = len(self.pooled_fields) * lanes
+            emb, first_order = pooled.split([width, len(self.first_order) * LANES], dim=1)
             if self.pooled_fields:
-                parts.append(pooled[:, :width].unflatten(1, (-1, lanes))[:, :, :dim])
-            first_order_B = pooled[:, width::LANES].sum(1)
+                emb_BFD = emb.unflatten(1, (-1, lanes))
+                parts.append(emb_BFD if lanes == dim else emb_BFD[:, :, :dim])
+            if self.first_order:
+                first_order_B = first_order[:, ::LANES].sum(1)
         histories, masks = {}, {}
         for table, collection in self.sequences.items():
             to_bags = self.get_submodule(f"to_bags_of_{table}")
@@ -169,6 +176,13 @@ class FieldEmbeddings(nn.Module):
                 first_order_B = first_order_B + (batch.numbers @ self.numbers_first_order)[:, 0]
         fields_BFD = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
         return Embedded(fields_BFD, first_order_B, histories, masks)
+
+
+def is_padded(batch: Batch) -> bool:
+    """Return whether more rows are looked up than a batch has; a traced one may be any."""
+    if type(batch) is not Batch:
+        return True
+    return batch.stride is not None and batch.stride > len(batch)
 
 
 @torch.fx.wrap
