@@ -5,6 +5,7 @@
 VENV ?= .venv
 BIN := $(VENV)/bin
 ACCELERATOR ?= auto
+PARALLEL ?= -n auto --maxprocesses 8 --dist loadfile # PARALLEL= runs tests one after the other
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.10; do \
 	$$p -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null && echo $$p && break; done)
 
@@ -34,10 +35,10 @@ format: setup ## let ruff rewrite the sources
 	$(BIN)/ruff format .
 
 test: lint ## lint, types and tests
-	$(BIN)/pytest -q --hypothesis-profile=fixed
+	$(BIN)/pytest -q --hypothesis-profile=fixed $(PARALLEL)
 
 test-all: lint ## the same with the slow tests
-	$(BIN)/pytest -q --hypothesis-profile=search -m "slow or not slow"
+	$(BIN)/pytest -q --hypothesis-profile=search $(PARALLEL) -m "slow or not slow"
 
 bench: setup ## measure our own parts, write experiments/bench/bench.json
 	@$(BIN)/cki-rec bench

@@ -104,8 +104,11 @@ def encode(
         unseen = _look_up(columns, vocabularies)
         numbers = _standardize(columns)
         schema = _schema(fields, vocabularies, {**numbers, **edges})
+        earlier = {field.name for field in fields if field.rows == "earlier"}
         for name, source in plan.histories.items():
-            unseen[name] = write_history(columns, name, source, data.history_length)
+            unseen[name] = write_history(
+                columns, name, source, data.history_length, name in earlier
+            )
     shares = {f.name: unseen[f.name] for f in fields if f.name in unseen}
     return Encoded(schema, [f.name for f in plan.ids], numbers, edges, splits, shares)
 

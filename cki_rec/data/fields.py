@@ -48,6 +48,9 @@ class Field:
     ``i + 1``, anything outside is missing."""
     keep: str | None = None
     """Of a listed history longer than ``max_length``: its ``latest`` or its ``first`` ids."""
+    rows: str | None = None
+    """Of a history of liked items: ``train`` (None says the same: training rows alone) or
+    ``earlier`` (all rows before this one in time, whatever their split)."""
 
     @property
     def is_listed(self) -> bool:
@@ -71,10 +74,14 @@ OWNERS = {
     "separator": ("multi", "history"),
     "max_length": ("multi", "history"),
     "keep": ("history",),
+    "rows": ("history",),
     "prefix": ("categorical",),
 }
 """Option -> the only kinds that have it."""
 KEPT = ("latest", "first")
+ROWS = ("train", "earlier")
+CHRONOLOGICAL = ("time", "leave_last_out")
+"""Splits in which what is earlier is known when a row is scored."""
 
 
 def resolve(data: Data, kinds: Mapping[str, str]) -> tuple[Field, ...]:
@@ -121,9 +128,10 @@ def columns_of(data: Data, kind: str) -> list[str]:
 
 
 def to_json(found: tuple[Field, ...]) -> list[dict[str, Any]]:
-    """Return a form that ``json.dumps`` takes; data sets without ``keep`` are as before it."""
+    """Return a form that ``json.dumps`` takes; data sets without late options are as before."""
+    late = ("keep", "rows")
     entries = [asdict(field) for field in found]
-    return [{k: v for k, v in e.items() if k != "keep" or v is not None} for e in entries]
+    return [{k: v for k, v in e.items() if k not in late or v is not None} for e in entries]
 
 
 def _entries(data: Data) -> list[dict[str, Any]]:
@@ -136,7 +144,7 @@ def _entries(data: Data) -> list[dict[str, Any]]:
             where = f"data.fields, {entry['name']}: {key}"
             if key not in OPTIONS:
                 raise UserError(f"{where}: {nearest(key, OPTIONS)}one of {', '.join(OPTIONS)}")
-            choices = {"kind": KINDS, "transform": TRANSFORMS, "keep": KEPT}.get(key)
+            choices = {"kind": KINDS, "transform": TRANSFORMS, "keep": KEPT, "rows": ROWS}.get(key)
             if choices and value not in choices:
                 hint = nearest(value, choices)
                 raise UserError(f"{where}={value}: {hint}one of {', '.join(choices)}")
@@ -196,6 +204,15 @@ def _field(entry: dict[str, Any], data: Data, kinds: Mapping[str, str]) -> Field
                 f"data.fields, {name}: {key} is of a history that a column lists: give its "
                 "separator, or set data.history_length"
             )
+    if is_listed and "rows" in entry:
+        raise UserError(
+            f"data.fields, {name}: rows is of a history of liked items, this one is listed"
+        )
+    if entry.get("rows") == "earlier" and data.split.by not in CHRONOLOGICAL:
+        raise UserError(
+            f"data.fields, {name}: rows=earlier: with data.split.by={data.split.by} labels of test"
+            f" rows would be inputs; it goes with {' or '.join(CHRONOLOGICAL)}"
+        )
     if (transform == "edges") != ("edges" in entry):
         raise UserError(f"data.fields, {name}: edges and transform: edges go together")
     return Field(
@@ -211,6 +228,7 @@ def _field(entry: dict[str, Any], data: Data, kinds: Mapping[str, str]) -> Field
         prefix=entry.get("prefix"),
         edges=tuple(map(float, entry["edges"])) if "edges" in entry else None,
         keep=entry.get("keep", "latest") if is_listed and "max_length" in entry else None,
+        rows="earlier" if entry.get("rows") == "earlier" else None,
     )
 
 

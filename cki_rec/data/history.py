@@ -17,7 +17,7 @@ from cki_rec.data.split import SPLITS, rows_by_user, share
 
 
 def write_history(
-    columns: Provisional, name: str, source: Field, length: int
+    columns: Provisional, name: str, source: Field, length: int, has_earlier: bool = False
 ) -> dict[str, float | None]:
     """Write the history of every row; return its share of unseen ids in validation and test.
 
@@ -26,6 +26,7 @@ def write_history(
         name: Of the field.
         source: The field whose ids it holds.
         length: Most ids kept.
+        has_earlier: Liked rows of every split are in it, not those of training alone.
 
     Raises:
         UserError: The rows have no users or no times.
@@ -45,7 +46,7 @@ def write_history(
     starts = allocate(paths[1], np.int64, columns.rows)
     lengths = allocate(paths[2], np.int32, columns.rows)
     for rows in rows_by_user(group, timestamp, columns.folder):
-        liked = (split[rows] == 0) & (label[rows] == 1)
+        liked = (label[rows] == 1) & (has_earlier | (split[rows] == 0))
         part = histories(ids[rows, position], liked, group[rows], timestamp[rows], length)
         starts[rows] = part.starts + values.rows
         lengths[rows] = part.lengths

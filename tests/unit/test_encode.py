@@ -171,14 +171,16 @@ def test_history_without_item_field_uses_table_item(encode_files):
     assert [feature.name for feature in encoded.schema.features] == ["user", "history"]
 
 
-def brute_force_history(data: Data, encoded: EncodedDataset, items, row: int) -> list[int]:
+def brute_force_history(
+    data: Data, encoded: EncodedDataset, items, row: int, splits=(0,)
+) -> list[int]:
     earlier = [
         (encoded.timestamp[other], other)
         for other in range(len(encoded.label))
         if encoded.group[other] == encoded.group[row]
         and encoded.timestamp[other] < encoded.timestamp[row]
         and encoded.label[other] == 1
-        and encoded.split[other] == 0
+        and encoded.split[other] in splits
     ]
     return [int(items[other]) for _, other in sorted(earlier)][-data.history_length :]
 
@@ -190,6 +192,28 @@ def test_history_is_earlier_liked_training_items(by, encode_files):
     for row in range(len(encoded.label)):
         want = brute_force_history(data, encoded, encoded.column("item"), row)
         assert ids_of(encoded, "history", row) == want
+
+
+@pytest.mark.parametrize("by", ["time", "leave_last_out"])
+def test_history_of_all_earlier_rows(by, encode_files):
+    split = Split(by=by, fractions=[0.6, 0.2, 0.2], seed=3)
+    fields = ["user", "item", {"name": "history", "rows": "earlier"}]
+    data = make_data(split=split, fields=fields)
+    encoded = encode_files(data)
+    plain = encode_files(make_data(split=split, fields=["user", "item", "history"]))
+    assert encoded.hash != plain.hash
+    differ = 0
+    for row in range(len(encoded.label)):
+        want = brute_force_history(data, encoded, encoded.column("item"), row, (0, 1, 2))
+        assert ids_of(encoded, "history", row) == want
+        differ += want != ids_of(plain, "history", row)
+    assert differ
+
+
+def test_history_of_training_rows_is_the_default(encode_files):
+    fields = ["user", "item", {"name": "history", "rows": "train"}]
+    found = [encode_files(make_data(fields=f)) for f in (fields, ["user", "item", "history"])]
+    assert found[0].hash == found[1].hash
 
 
 def test_history_of_embedded_data_equals_brute_force_on_some_rows(encode_files):

@@ -158,6 +158,9 @@ def test_impossible_history_is_named(tmp_path, field, message):
     [
         ({"name": "history", "max_length": 3}, "max_length is of a history that a column lists"),
         ({"name": "history", "separator": "|"}, "history is what the user liked before"),
+        ({"name": "history", "rows": "earlier"}, "labels of test rows would be inputs"),
+        ({"name": "history", "rows": "late"}, "rows=late: one of train, earlier"),
+        ({"name": "genres", "rows": "earlier"}, "rows is of kind history, this is multi"),
         ({"name": "genres", "kind": "history", "table": "x"}, ""),
     ],
 )
