@@ -23,7 +23,8 @@ def options(name: str = "deepfm", **changes) -> Model:
         activation="relu",
         batch_norm=False,
         dropout=0.0,
-        init_std=0.1, matrix_std=None,
+        init_std=0.1,
+        matrix_std=None,
         histories=True,
         cross=Cross(layers=2, structure="parallel", rank=None, experts=1),
         attention=Attention(
