@@ -40,6 +40,7 @@ EXAMPLES = {
     "report": "name=quickstart",
     "bench": "select=import_seconds",
 }
+ON_SEVERAL_PROCESSES = ("train",)
 SWEEP_VARIABLE = "CKI_REC_SWEEP"
 """Number of jobs and start time of the running sweep, for its jobs in other processes."""
 
@@ -143,6 +144,13 @@ def _run_job(pipeline: str, composed: DictConfig) -> float | None:
     from cki_rec.config import parse
 
     config = parse(composed)
+    if pipeline not in ON_SEVERAL_PROCESSES and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        from cki_rec.config import UserError
+
+        raise UserError(
+            f"{pipeline} runs in one process; start it without torchrun"
+            f" ({', '.join(ON_SEVERAL_PROCESSES)} alone: several)"
+        )
     value: float | None = importlib.import_module(f"cki_rec.pipelines.{pipeline}").run(config)
     return value
 

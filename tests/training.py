@@ -7,6 +7,7 @@ from functools import lru_cache
 import torch
 import yaml
 from torch import Tensor
+from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torch.nn.functional import embedding_bag
 
 from cki_rec.config import Config, Train, parse, register_resolvers, with_delta
@@ -14,6 +15,7 @@ from cki_rec.data.schema import Batch, FeatureSchema
 from cki_rec.engine.embeddings import ShardedModel, build, initialize
 from cki_rec.engine.optimization import initialized_adam
 from cki_rec.engine.trainer import Stepper
+from cki_rec.integration.params import Params
 
 TINY = (
     *("model.embedding_dim=8", "model.hidden=[6]", "model.dropout=0.0", "model.init_std=0.1"),
@@ -97,3 +99,26 @@ def reference_logit(
     x = emb_BFD.flatten(1) @ params["mlp.layers.0.weight"].T + params["mlp.layers.0.bias"]
     x = x.relu() @ params["mlp.layers.1.weight"].T + params["mlp.layers.1.bias"]
     return params["bias"] + first + fm + x[:, 0], emb_BFD
+
+
+@torch.no_grad()
+def load_params(model: ShardedModel, params: Params, accumulators: Params | None = None) -> None:
+    """Copy plain tensors into a sharded model (and into its fused optimizer)."""
+    state = model.module.state_dict()
+    targets = {**state, **{f"accumulator {k}": v for k, v in model.accumulators().items()}}
+    sources = dict(params)
+    if accumulators is not None:
+        sources.update({f"accumulator {k}": v for k, v in accumulators.items()})
+    for name, source in sources.items():
+        target = targets[name]
+        if isinstance(target, ShardedTensor):
+            for local in target.local_shards():
+                region = tuple(
+                    slice(offset, offset + size)
+                    for offset, size in zip(
+                        local.metadata.shard_offsets, local.metadata.shard_sizes, strict=True
+                    )
+                )
+                local.tensor.copy_(source[region])
+        else:
+            target.copy_(source)

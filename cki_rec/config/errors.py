@@ -6,11 +6,14 @@ from collections.abc import Iterable
 from difflib import get_close_matches
 
 
-class Stopped(Exception):
-    """The system asked the program to end, and its work so far is kept."""
+class Stopped(BaseException):
+    """The system asked the program to end, and its work so far is kept.
+
+    Like ``KeyboardInterrupt`` no ``Exception``, which a sweep would note before its next job.
+    """
 
 
-class LostProcess(Exception):
+class LostProcess(BaseException):
     """Another process of this training has ended: shown as one line, exit code 1."""
 
 

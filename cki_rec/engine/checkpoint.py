@@ -34,6 +34,8 @@ from cki_rec.engine import distributed
 from cki_rec.integration.params import Params
 
 FORMAT = 2
+TEMPORARY, REPLACED = ".tmp", ".tmp-replaced"
+"""Suffixes of a folder while it is written, and of the one whose place it takes."""
 TENSORS, DESCRIPTION = "tensors", "checkpoint.json"
 TORCH_METADATA_TYPES = frozenset(
     {"Metadata", "MetadataIndex", "StorageMeta", "TensorStorageMetadata", "BytesStorageMetadata"}
@@ -76,7 +78,7 @@ def save(
         data_hash: Content of the data set it was trained on.
         position: Where an unfinished training stands; plain JSON values.
     """
-    temporary = folder.with_name(f"{folder.name}.tmp")
+    temporary = folder.with_name(folder.name + TEMPORARY)
     is_first = distributed.rank() == 0
     try:
         if is_first:
@@ -100,12 +102,25 @@ def save(
                 "files": _digests(temporary / TENSORS),
             }
             (temporary / DESCRIPTION).write_text(json.dumps(description, indent=1))
-            shutil.rmtree(folder, ignore_errors=True)
+            replaced = folder.with_name(folder.name + REPLACED)
+            if folder.exists():
+                folder.rename(replaced)
             temporary.rename(folder)
+            shutil.rmtree(replaced, ignore_errors=True)
         distributed.barrier()
     finally:
         if is_first:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+def tidy(folder: Path) -> None:
+    """Bring in order what processes left below ``folder`` that were killed as they wrote."""
+    for left in list(folder.rglob(f"*{REPLACED}")):
+        whole = left.with_name(left.name.removesuffix(REPLACED))
+        if not whole.exists():
+            left.rename(whole)
+    for left in list(folder.rglob(f"*{TEMPORARY}*")):
+        shutil.rmtree(left, ignore_errors=True)
 
 
 @dataclass(slots=True)
@@ -173,10 +188,14 @@ def load_into(tensors: dict[str, dict[str, Any]], folder: Path) -> None:
         raise UserError(f"{folder}: unreadable checkpoint ({_reason(error)})") from None
 
 
-def has_accumulators(folder: Path) -> bool:
-    """Return whether a checkpoint that ``describe`` found whole holds Adagrad accumulators."""
-    names = _Reader(folder / TENSORS).read_metadata().state_dict_metadata
-    return any(name.startswith("accumulator.") for name in names)
+def accumulator_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the Adagrad accumulators of a checkpoint that is whole, by name."""
+    entries = _Reader(folder / TENSORS).read_metadata().state_dict_metadata
+    return {
+        name.removeprefix("accumulator."): tuple(entry.size)
+        for name, entry in entries.items()
+        if name.startswith("accumulator.") and isinstance(entry, TensorStorageMetadata)
+    }
 
 
 def load(folder: Path) -> Checkpoint:
@@ -319,3 +338,10 @@ def check_compatible(checkpoints: list[Checkpoint], names: list[str]) -> None:
             ]
             if shapes[0] != shapes[1]:
                 raise UserError(f"{pair}: tensor {key} is {shapes[0]} against {shapes[1]}")
+        for key in first.accumulators.keys() & other.accumulators.keys():
+            shapes = [tuple(c.accumulators[key].shape) for c in (other, first)]
+            if shapes[0] != shapes[1]:
+                raise UserError(
+                    f"{pair}: the accumulator of {key} is {shapes[0]} against {shapes[1]}; train"
+                    " both with the same train.table_optimizer"
+                )

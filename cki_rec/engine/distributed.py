@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -23,6 +23,8 @@ from torch._C._distributed_c10d import FakeProcessGroup
 from torch.distributed.nn.functional import all_reduce as differentiable_all_reduce
 
 from cki_rec.config import LostProcess, Runtime, UserError
+
+Value = TypeVar("Value")
 
 SINGLE = "single"
 """Name of the backend of one process."""
@@ -116,6 +118,15 @@ def total(values: Tensor) -> Tensor:
     if world_size() > 1:
         dist.all_reduce(values)
     return values
+
+
+def from_first(value: Value) -> Value:
+    """Return the value that the first process has, on all of them; plain Python values."""
+    if world_size() == 1:
+        return value
+    values = [value]
+    dist.broadcast_object_list(values, src=0)
+    return values[0]
 
 
 @contextmanager

@@ -21,7 +21,7 @@ from cki_rec.config import Model, Runtime, Train
 from cki_rec.data.schema import FeatureSchema
 from cki_rec.engine import distributed
 from cki_rec.engine.plans import Sharder, describe, make_plan
-from cki_rec.integration.params import Params, generator
+from cki_rec.integration.params import generator
 from cki_rec.models import build_model
 from cki_rec.models.embeddings import FIRST_ORDER, NUMBERS, FieldEmbeddings
 
@@ -94,7 +94,7 @@ def build(schema: FeatureSchema, model: Model, train: Train, runtime: Runtime) -
         options = {"lr": train.table_learning_rate, "eps": ADAGRAD_EPS}
         fused = [p for name, p in network.named_parameters() if name in tables]
         apply_optimizer_in_backward(TABLE_OPTIMIZERS[train.table_optimizer], fused, dict(options))
-        plan = make_plan(network, runtime, train)
+        plan = make_plan(network, device, runtime.sharding, train.table_optimizer)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # torchrec's own use of torch
         module = DistributedModelParallel(
@@ -201,26 +201,3 @@ def initial_rows(seed: int, name: str, start: int, stop: int, dim: int) -> Tenso
     ]
     offset = start - first * INITIAL_BLOCK
     return torch.cat(blocks)[offset : offset + stop - start]
-
-
-@torch.no_grad()
-def load_params(model: ShardedModel, params: Params, accumulators: Params | None = None) -> None:
-    """Copy plain tensors into a sharded model (and into its fused optimizer)."""
-    state = model.module.state_dict()
-    targets = {**state, **{f"accumulator {k}": v for k, v in model.accumulators().items()}}
-    sources = dict(params)
-    if accumulators is not None:
-        sources.update({f"accumulator {k}": v for k, v in accumulators.items()})
-    for name, source in sources.items():
-        target = targets[name]
-        if isinstance(target, ShardedTensor):
-            for local in target.local_shards():
-                region = tuple(
-                    slice(offset, offset + size)
-                    for offset, size in zip(
-                        local.metadata.shard_offsets, local.metadata.shard_sizes, strict=True
-                    )
-                )
-                local.tensor.copy_(source[region])
-        else:
-            target.copy_(source)

@@ -53,7 +53,7 @@ class TableL2:
 
     Differs:
         With an optimizer fused into the lookup only rows of the batch can move, so only these are
-        penalized.
+        penalized; first-order weights and the vectors of numeric fields are not.
     """
 
     def __init__(self, model: ShardedModel, l2: float) -> None:

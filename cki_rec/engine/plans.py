@@ -21,7 +21,7 @@ from torchrec.distributed.types import ModuleSharder, ShardingPlan
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
-from cki_rec.config import Runtime, Train, UserError
+from cki_rec.config import UserError
 from cki_rec.engine import distributed
 from cki_rec.models.embeddings import LANES
 
@@ -38,7 +38,9 @@ class Sharder(EmbeddingBagCollectionSharder):  # type: ignore[misc]
         return list(dict.fromkeys([*types, "row_wise"]))
 
 
-def make_plan(network: nn.Module, runtime: Runtime, train: Train) -> ShardingPlan:
+def make_plan(
+    network: nn.Module, device: torch.device, sharding: str, table_optimizer: str
+) -> ShardingPlan:
     """Return a plan for every table of ``network``, equal on all processes.
 
     Raises:
@@ -50,23 +52,22 @@ def make_plan(network: nn.Module, runtime: Runtime, train: Train) -> ShardingPla
         for name, module in network.named_modules()
         if isinstance(module, EmbeddingBagCollection)
     }
-    num, device_type = distributed.world_size(), device_of(runtime).type
-    is_row_a_unit = train.table_optimizer == "rowwise_adagrad"
-    if runtime.sharding == "column_wise" and is_row_a_unit and num > 1:
+    num, is_row_a_unit = distributed.world_size(), table_optimizer == "rowwise_adagrad"
+    if sharding == "column_wise" and is_row_a_unit and num > 1:
         raise UserError(
             "runtime.sharding=column_wise: row-wise Adagrad needs whole rows, so results would"
             " depend on the plan; use another plan, or train.table_optimizer=adagrad"
         )
-    if runtime.sharding == "planner" and num > 1:
-        return _planned(network, collections.values(), device_type, is_row_a_unit)
+    if sharding == "planner" and num > 1:
+        return _planned(network, collections.values(), device.type, is_row_a_unit)
     configs = [c for module in collections.values() for c in module.embedding_bag_configs()]
     owners = _owners(configs, num)
 
     def choose(config: EmbeddingBagConfig) -> Any:
         owner = owners[config.name]
-        if runtime.sharding == "row_wise":
+        if sharding == "row_wise":
             return row_wise(compute_kernel=FUSED)
-        if runtime.sharding == "column_wise":
+        if sharding == "column_wise":
             return column_wise(_ranks(config, owner, num), compute_kernel=FUSED)
         return table_wise(owner, compute_kernel=FUSED)
 
@@ -78,17 +79,11 @@ def make_plan(network: nn.Module, runtime: Runtime, train: Train) -> ShardingPla
                 sharder=Sharder(),
                 world_size=num,
                 local_size=distributed.local_position()[1],
-                device_type=device_type,
+                device_type=device.type,
             )
             for name, module in collections.items()
         }
     )
-
-
-def device_of(runtime: Runtime) -> torch.device:
-    """Return the kind of device that ``runtime`` means here."""
-    has_cuda = torch.cuda.is_available() and runtime.device != "cpu"
-    return torch.device("cuda" if has_cuda else "cpu")
 
 
 def describe(plan: ShardingPlan) -> dict[str, dict[str, Any]]:

@@ -26,6 +26,9 @@ from cki_rec.engine import checkpoint, distributed
 from cki_rec.engine.embeddings import ShardedModel
 from cki_rec.engine.optimization import Average, moments
 
+STEP_DIGITS = 10
+STEPS_BETWEEN_TALKS = 10
+"""Several processes ask each other this often whether it is time for a checkpoint."""
 RESUME = "resume"
 """Folder of the checkpoints of an unfinished training, in its run directory."""
 
@@ -129,19 +132,25 @@ class Keeper:
 
     def restore(self, state: TrainingState) -> Position:
         """Go back to the last checkpoint that is whole, or to the start where there is none."""
-        for folder in reversed(kept(self._folder)):
-            try:
-                found = checkpoint.describe(folder)
-            except UserError:
-                continue  # damaged; an older one will do
-            checkpoint.load_into(state.tensors(), folder)
-            assert found.position is not None
-            at = Position(**found.position)
-            assert at.loader is not None
-            state.loader.load_state_dict(at.loader)
-            self.resumed = at.step
-            return at
-        return Position()
+        name, position = distributed.from_first(self._last_whole())
+        if self._folder is None or position is None:
+            return Position()
+        checkpoint.load_into(state.tensors(), self._folder / name)
+        at = Position(**position)
+        assert at.loader is not None
+        state.loader.load_state_dict(at.loader)
+        self.resumed = at.step
+        return at
+
+    def _last_whole(self) -> tuple[str, dict[str, Any] | None]:
+        """Return name and position of the last whole checkpoint; the first process looks."""
+        if distributed.rank() == 0:
+            for folder in reversed(kept(self._folder)):
+                try:
+                    return folder.name, checkpoint.describe(folder).position
+                except UserError:
+                    continue  # damaged; an older one will do
+        return "", None
 
     def keep_if_due(self, at: Position, state: TrainingState) -> None:
         """Write a checkpoint if it is time to, or if the system asks to stop.
@@ -151,15 +160,16 @@ class Keeper:
         """
         if self._folder is None or self._runtime is None:
             return
-        minutes = self._runtime.checkpoint_minutes
+        minutes, every = self._runtime.checkpoint_minutes, self._runtime.checkpoint_steps
         is_late = minutes > 0 and time.monotonic() - self._last > 60 * minutes
-        asked, late = any_process(state.model.device, self._is_asked_to_stop, is_late)
-        every = self._runtime.checkpoint_steps
+        asked, late = False, False
+        if distributed.world_size() == 1 or at.step % STEPS_BETWEEN_TALKS == 0:
+            asked, late = any_process(state.model.device, self._is_asked_to_stop, is_late)
         if asked or late or (every and at.step % every == 0):
             # not the loader's own position: on CUDA it is ahead of what was trained on
             done = {"epoch": at.epoch - 1, "rows_done": at.rows}
             at.loader = {**state.loader.state_dict(), **done}
-            folder = self._folder / f"step-{at.step:010d}"
+            folder = self._folder / f"step-{at.step:0{STEP_DIGITS}d}"
             model, schema, data_hash = self._about
             assert model is not None
             assert schema is not None
@@ -175,6 +185,15 @@ class Keeper:
                 f"stopped by the system after step {at.step}; what was done is kept in"
                 f" {self._folder}: the same command goes on from there"
             )
+
+    def stop_if_asked(self, device: torch.device) -> None:
+        """Stop after the training, where the system asked for it during the last validation.
+
+        Raises:
+            Stopped: It did, on one process or more.
+        """
+        if any_process(device, self._is_asked_to_stop)[0]:
+            raise Stopped("stopped by the system; this training is finished")
 
     def __enter__(self) -> Keeper:
         """Listen for the system's wish to stop (SIGTERM)."""
@@ -195,7 +214,8 @@ def kept(folder: Path | None) -> list[Path]:
     """Return the checkpoints of an unfinished training, the oldest first."""
     if folder is None:
         return []
-    return sorted(path.parent for path in folder.glob(f"step-*/{checkpoint.DESCRIPTION}"))
+    names = f"step-{'[0-9]' * STEP_DIGITS}/{checkpoint.DESCRIPTION}"
+    return sorted(path.parent for path in folder.glob(names))
 
 
 def any_process(device: torch.device, *flags: bool) -> tuple[bool, ...]:

@@ -36,8 +36,8 @@ class StepLog:
         """Return a log that writes nothing."""
         return cls(None, 0, False)
 
-    def start(self, step: int) -> None:
-        """Drop what lies after ``step``, and be ready."""
+    def start(self, step: int, epoch: int) -> None:
+        """Drop what lies after ``step``, or tells of ``epoch`` or a later one, and be ready."""
         if self._folder is None:
             return
         path = self._folder / STEPS
@@ -45,7 +45,8 @@ class StepLog:
         if path.exists():
             for line in path.read_text().splitlines():
                 with suppress(ValueError, KeyError):  # a line that was being written
-                    if json.loads(line)["step"] <= step:
+                    entry = json.loads(line)
+                    if entry["step"] <= step and entry.get("epoch", 0) < epoch:
                         kept.append(line + "\n")
         path.write_text("".join(kept))
         if self._has_events:

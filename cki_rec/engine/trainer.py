@@ -70,7 +70,7 @@ def fit(
     keeper, log = keeper or Keeper.none(), log or StepLog.none()
     state = TrainingState(model, adam, average, loader)
     at = keeper.restore(state)
-    log.start(at.step)
+    log.start(at.step, at.epoch)
     step = Stepper(model, adam, schedule)
     with progress(title, schedule.epochs * len(train_rows)) as advance, keeper, log, step:
         advance((at.epoch - 1) * len(train_rows) + at.rows)
@@ -157,7 +157,7 @@ class Stepper:
     def __call__(self, batch: Batch) -> float:
         """Take one step; return the mean cross entropy before it, of all processes' rows.
 
-        Where that is not finite, nothing is changed on any process.
+        Where that is not finite, no parameter is changed on any process.
         """
         return self._step(batch, self._forward)
 

@@ -46,10 +46,10 @@ def train_vs_dense_bound(config: Config) -> tuple[float, str]:
     """Return the time of the network alone, on constant embeddings, as a share of a whole step."""
     schema, batches = _data(1)
     step, network = _ours(config, schema)
-    emb = network.sparse(next(batches(schema)))
+    emb = network.sparse(next(batches()))
     bound = {gradient: _dense_step(config, network, emb, gradient) for gradient in (True, False)}
     whole, with_gradient, without = _in_turn(
-        *((step, batches(schema)), (bound[True], batches(schema)), (bound[False], batches(schema)))
+        *((step, batches()), (bound[True], batches()), (bound[False], batches()))
     )
     detail = (
         f"step {_ms(whole)}; the network on constant embeddings {_ms(with_gradient)} with the"
@@ -75,7 +75,7 @@ def train_flatness(config: Config) -> tuple[float, str]:
     for rows in (1_000_000, 50_000_000):
         schema, batches = _data(_stretch(rows))
         step, _ = _ours(config, schema)
-        times.append(_in_turn((step, batches(schema)))[0])
+        times.append(_in_turn((step, batches()))[0])
         del step, _
         gc.collect()
     detail = f"1M rows {_ms(times[0])}, 50M rows {_ms(times[1])}"
@@ -106,14 +106,14 @@ def _versus_option(config: Config, schedule: Train) -> tuple[float, str]:
     schema, batches = _data(1)
     plain, _ = _ours(config, schema)
     changed, _ = _ours(replace(config, train=schedule), schema)
-    before, after = _in_turn((plain, batches(schema)), (changed, batches(schema)))
+    before, after = _in_turn((plain, batches()), (changed, batches()))
     return before / after, f"{_ms(before)} before, {_ms(after)} after"
 
 
 def _versus_plain(config: Config, rows: int) -> tuple[float, str]:
     schema, batches = _data(_stretch(rows))
     step, _ = _ours(config, schema)
-    (ours,) = _in_turn((step, batches(schema)))
+    (ours,) = _in_turn((step, batches()))
     del step, _
     gc.collect()
     plain = Plain(schema, model_of(config))
@@ -124,7 +124,7 @@ def _versus_plain(config: Config, rows: int) -> tuple[float, str]:
         binary_cross_entropy_with_logits(plain(batch), batch.label).backward()
         adam.step()
 
-    (theirs,) = _in_turn((plain_step, batches(schema)), rounds=1)
+    (theirs,) = _in_turn((plain_step, batches()), rounds=1)
     total = sum(schema.table_sizes.values())
     return theirs / ours, f"{total:,} rows: ours {_ms(ours)}, plain {_ms(theirs)}"
 
@@ -188,22 +188,22 @@ def _dense_step(config: Config, network: Any, emb: Embedded, has_gradient: bool)
 def _in_turn(*works: tuple[Step, Iterator[Batch]], rounds: int = ROUNDS) -> list[float]:
     """Return the median seconds of a step with loading its batch, of works measured in turn."""
     times: list[list[float]] = [[] for _ in works]
-    for turn in range(rounds):
+    for _turn in range(rounds):
         for place, (step, batches) in enumerate(works):
             for number in range(STEPS + WARM):
                 start = time.perf_counter()
                 step(next(batches))
-                if number >= WARM or turn > 0:
+                if number >= WARM:
                     times[place].append(time.perf_counter() - start)
     return [float(np.median(of_work)) for of_work in times]
 
 
-def _data(stretch: int) -> tuple[FeatureSchema, Callable[[FeatureSchema], Iterator[Batch]]]:
+def _data(stretch: int) -> tuple[FeatureSchema, Callable[[], Iterator[Batch]]]:
     """Return the schema with tables ``stretch`` times as large, and what makes endless batches."""
     dataset = EncodedDataset(encoded_folder())
     sizes = {name: size * stretch for name, size in dataset.schema.table_sizes.items()}
     schema = replace(dataset.schema, table_sizes=sizes)
-    return schema, lambda _: _batches(dataset, stretch)
+    return schema, lambda: _batches(dataset, stretch)
 
 
 def _batches(dataset: EncodedDataset, stretch: int) -> Iterator[Batch]:

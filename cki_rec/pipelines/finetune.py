@@ -77,7 +77,7 @@ def _finetune(
     saved = checkpoint.describe(start.folder)
     check_data(saved, dataset, start.name)
     schedule = _schedule(config)
-    model = restore(saved, start.folder, schedule, config.runtime)
+    model = restore(saved, start.folder, schedule, config.runtime, to_train=True)
     rows = [dataset.rows(split) for split in ("train", "valid")]
     counts = dataset.row_counts(saved.schema)  # as after training on these rows alone
     title = f"fine-tune {config.integrate.label}, {config.suite.name}, seed {config.seed}"

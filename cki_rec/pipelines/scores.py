@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from cki_rec.engine.checkpoint import Checkpoint, Description
 from cki_rec.engine.embeddings import ShardedModel, build
 from cki_rec.engine.evaluator import predict
 from cki_rec.engine.record import save_arrays
+
+log = logging.getLogger(__name__)
 
 SPLITS = ("valid", "test")
 EXTERNAL = "external-"
@@ -66,15 +69,31 @@ def check_data(saved: Checkpoint | Description, dataset: EncodedDataset, name: s
         )
 
 
-def restore(saved: Description, folder: Path, schedule: Train, runtime: Runtime) -> ShardedModel:
-    """Return a model on its devices, ready to predict or to train on, from a checkpoint.
+def restore(
+    saved: Description, folder: Path, schedule: Train, runtime: Runtime, to_train: bool = False
+) -> ShardedModel:
+    """Return a model on its devices from a checkpoint, ready to predict or to train on.
 
-    Accumulators come along where there are some and the schedule has fused tables; others are
+    To train on fused tables, accumulators come along where the checkpoint has some; others are
     zero, as before any training.
+
+    Raises:
+        UserError: The accumulators are of another table optimizer.
     """
     model = build(saved.schema, saved.model, schedule, runtime)
     tensors: dict[str, dict[str, Any]] = {"model": model.module.state_dict()}
-    if checkpoint.has_accumulators(folder) and model.is_fused:
-        tensors["accumulator"] = model.accumulators()
+    accumulators = model.accumulators() if to_train else {}
+    shapes = checkpoint.accumulator_shapes(folder) if accumulators else {}
+    for name, shape in shapes.items():
+        needed = tuple(accumulators[name].metadata().size)
+        if shape != needed:
+            raise UserError(
+                f"{folder}: the accumulator of {name} is {shape}, train.table_optimizer="
+                f"{schedule.table_optimizer} needs {needed}; name the one it was trained with"
+            )
+    if shapes:
+        tensors["accumulator"] = accumulators
+    elif accumulators:
+        log.info("  %s has no accumulators: fused tables start without", folder)
     checkpoint.load_into(tensors, folder)
     return model

@@ -128,6 +128,7 @@ def run_training(
     run.facts["resumed_at_step"] = keeper.resumed
     finish(run, reads, dataset, history)
     log.info("  %s: %s, %.1f s", title, describe(history), time.perf_counter() - start)
+    keeper.stop_if_asked(model.device)
 
 
 def monitored(weights: Monitor, dataset: EncodedDataset, rows: NDArray[np.int64]) -> Metrics:

@@ -9,11 +9,11 @@ import sys
 import pytest
 import torch
 from torch.nn.functional import binary_cross_entropy_with_logits
-from training import TABLES, accumulators_of, options, reference_logit, state_of, step
+from training import TABLES, accumulators_of, load_params, options, reference_logit, state_of, step
 
 from cki_rec.config import UserError
 from cki_rec.engine import distributed, embeddings
-from cki_rec.engine.embeddings import initial_rows, initialize, load_params, table_of
+from cki_rec.engine.embeddings import initial_rows, initialize, table_of
 from cki_rec.engine.optimization import initialized_adam
 from cki_rec.models import build_model
 

@@ -11,12 +11,12 @@ import pytest
 import torch
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.nn.functional import binary_cross_entropy_with_logits
-from training import options, plain, state_of, step
+from training import load_params, options, plain, state_of, step
 
 from cki_rec.config import UserError
 from cki_rec.data.schema import Feature
 from cki_rec.engine import checkpoint
-from cki_rec.engine.embeddings import load_params, table_of
+from cki_rec.engine.embeddings import table_of
 from cki_rec.engine.optimization import initialized_adam
 
 CONFIG = options("train.table_learning_rate=0.1")
