@@ -106,8 +106,8 @@ def test_dice_in_training_uses_and_remembers_the_batch():
     variance = ((x - mean) ** 2).sum(0) / 10
     p = 1 / (1 + torch.exp(-(x - mean) / torch.sqrt(variance + 1e-8)))
     torch.testing.assert_close(dice(x), p * x + (1 - p) * alpha * x)
-    torch.testing.assert_close(dice.norm.running_mean, 0.01 * mean)
-    torch.testing.assert_close(dice.norm.running_var, 0.99 + 0.01 * variance * 10 / 9)
+    torch.testing.assert_close(dice.norm.running_mean, 0.1 * mean)
+    torch.testing.assert_close(dice.norm.running_var, 0.9 + 0.1 * variance * 10 / 9)
 
 
 def test_dice_in_evaluation_uses_what_it_remembers():
