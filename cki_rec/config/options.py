@@ -181,7 +181,8 @@ class Model:
     init_std: float
     """Standard deviation of initial embeddings."""
     matrix_std: float | None
-    """Standard deviation of initial matrices, those of one output apart; null: Xavier uniform."""
+    """Standard deviation of initial matrices, those of one output apart, beside biases uniform
+    within 1 / sqrt(inputs); null: Xavier uniform and zero biases."""
     histories: bool
     """Feed histories: to DIN's attention, to other models as mean-pooled fields."""
     cross: Cross

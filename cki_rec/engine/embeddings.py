@@ -141,10 +141,17 @@ def initialize(
 
     Embeddings, those of numeric fields too: normal with ``init_std``; first-order weights, biases
     and unused columns: zero; matrices, stacked ones too: normal with ``matrix_std``, or Xavier
-    uniform where that is None or they have one output. What else a network has (scales of batch
-    norms, slopes of activations) stays as it was built.
+    uniform where that is None or they have one output. Hidden layers whose matrix is drawn with
+    ``matrix_std`` get biases too, uniform within 1 / sqrt(inputs): with narrow matrices and zero
+    biases many ReLU would never fire. What else a network has (scales of batch norms, slopes of
+    activations) stays as it was built.
     """
     parameters = set(dict(model.module.named_parameters())) | model.tables
+    bias_bounds = {
+        f"{name}.bias": layer.in_features**-0.5
+        for name, layer in model.network.named_modules()
+        if isinstance(layer, nn.Linear) and layer.out_features > 1 and matrix_std is not None
+    }
     for name, value in model.module.state_dict().items():
         if name not in parameters:
             continue
@@ -161,7 +168,8 @@ def initialize(
         elif value.dim() >= 2:
             value.copy_(_initial_matrix(value.shape, generator(seed, name), matrix_std))
         elif last_word == "bias":
-            value.zero_()
+            drawn = torch.rand(value.shape, generator=generator(seed, name)) * 2 - 1
+            value.copy_(drawn * bias_bounds.get(name, 0.0))
 
 
 def _initial_matrix(

@@ -151,6 +151,19 @@ def test_initial_parameters(sharded):
     assert not torch.equal(other["mlp.layers.0.weight"], state["mlp.layers.0.weight"])
 
 
+def test_narrow_matrices_come_with_random_biases(sharded):
+    model = sharded(seed=5)
+    initialize(model, 5, 0.1, matrix_std=1e-3)
+    state = state_of(model)
+    assert state["mlp.layers.0.weight"].std() < 2e-3
+    bound = state["mlp.layers.0.weight"].shape[1] ** -0.5
+    assert 0 < state["mlp.layers.0.bias"].abs().max() <= bound
+    assert state["mlp.layers.0.bias"].unique().numel() == len(state["mlp.layers.0.bias"])
+    assert not state["mlp.layers.1.bias"].any()  # of the score
+    initialize(model, 5, 0.1)
+    assert not state_of(model)["mlp.layers.0.bias"].any()
+
+
 def test_initialize_undoes_training(sharded, make_batch):
     model = sharded(seed=5)
     before = state_of(model)
