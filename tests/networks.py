@@ -11,7 +11,7 @@ from cki_rec.config import Attention, Cross, Model, Streams
 from cki_rec.data.schema import Batch, Feature, FeatureSchema
 from cki_rec.models import build_model, model_schema
 from cki_rec.models.embeddings import Embedded
-from cki_rec.models.symmetries import Symmetry
+from cki_rec.symmetry import Symmetry
 
 
 def options(name: str = "deepfm", **changes) -> Model:

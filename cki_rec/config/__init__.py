@@ -6,6 +6,7 @@
 from cki_rec.config.checks import AT_LEAST, CHOICES, check
 from cki_rec.config.errors import LostProcess, Stopped, UserError, nearest
 from cki_rec.config.options import (
+    Align,
     Attention,
     Config,
     Cross,
@@ -38,6 +39,7 @@ from cki_rec.config.parsing import (
 __all__ = [
     "AT_LEAST",
     "CHOICES",
+    "Align",
     "Attention",
     "Config",
     "Cross",

@@ -251,6 +251,16 @@ class Gate:
 
 
 @dataclass(slots=True, kw_only=True)
+class Align:
+    """How sources are brought into one frame before they are merged."""
+
+    by: str
+    """``none``, ``weights`` or ``activations`` (hidden units by what they compute on rows)."""
+    starts: int
+    """Starts of the search; the best end is kept."""
+
+
+@dataclass(slots=True, kw_only=True)
 class Integrate:
     """How several models become one."""
 
@@ -260,6 +270,16 @@ class Integrate:
     """Name of this setting in tables; unique per file of ``conf/integrate``."""
     sources: list[dict[str, Any]]
     """Parents as config deltas, ``[{seed: 1}, {seed: 2}]``, or checkpoints, ``[{path: a}]``."""
+    start: dict[str, Any] | None
+    """The model that all sources come from, named like one of them; null: there is none."""
+    options: dict[str, Any]
+    """Of the method, by name (``cki-rec integrate --list``)."""
+    align: Align
+    repair: str
+    """After merging: ``none``, ``rescale`` (statistics of hidden units) or ``fit`` (layers by
+    least squares to the mean of the sources' layers)."""
+    sample: int
+    """Training rows that alignment, repair and methods look at, without their labels."""
     perspective: str
     """``local``, ``global`` or ``dual``."""
     local: str

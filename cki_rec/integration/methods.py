@@ -1,182 +1,108 @@
-"""The methods by name: each turns models into weights; ``splicing.splice`` applies them.
+"""The methods by name, with what each asks for.
 
-Shapes: weights are ``(K, *s)`` per parameter.
+A method either weighs its sources entry by entry, and ``splicing.splice`` applies the weights, or
+makes the parameters of the new model itself.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Literal
 
 from torch import Tensor
 
-from cki_rec.integration.assessment import (
-    compute_global_terms,
-    dual_compatibility,
-    local_compatibility,
-)
 from cki_rec.integration.baselines import average_weights, random_weights
-from cki_rec.integration.evidence import evidence_shares, evidence_weights
-from cki_rec.integration.gate import check_gate
-from cki_rec.integration.params import Params, Weights, check_same, compute_dtype
-from cki_rec.integration.splicing import harden, soften
+from cki_rec.integration.cki import cki_weights
+from cki_rec.integration.evidence import evidence_weights
+from cki_rec.integration.params import Params, Weights
+
+Need = Literal["counts", "fisher", "moments", "start", "labels"]
+"""``counts`` of table rows; ``fisher``, ``moments``: a pass over training rows; ``start``: the
+model that all sources come from; ``labels``: of validation rows."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
+class Given:
+    """What methods may ask for besides models; a field is filled where ``needs`` names it."""
+
+    seed: int = 0
+    """Of what a method draws."""
+    counts: Sequence[Params] = ()
+    """Per source, under the name of each table: ``(V,)`` training rows that looked a row up."""
+    fisher: Sequence[Params] = ()
+    """Per source, for every parameter: the diagonal of the Fisher information, of its shape."""
+    moments: Mapping[str, Tensor] = field(default_factory=dict)
+    """Per weight of a Linear: ``(K, I, K, I)`` float64, the mean over rows of the products of its
+    inputs in every two sources; I = inputs + 1, the last being the constant 1."""
+    start: Params | None = None
+    """The model that all sources started from."""
+    score: Callable[[Params], float] | None = None
+    """Validation AUC of a model (``labels``)."""
+
+
+@dataclass(frozen=True, slots=True)
 class Method:
     """One way to make one predictor out of several models."""
 
-    function: Callable[..., Weights] | None
-    """``function(models, **options) -> Weights``; None: not a rule on parameters."""
     idea: str
-    needs: frozenset[str]
-    """What it takes besides models: ``counts`` (of table rows), ``labels`` (of validation)."""
     reference: str
-    single: bool
+    weigh: Callable[..., Weights] | None = None
+    """``weigh(models, given, **options)``: shares of the sources, which are then spliced."""
+    merge: Callable[..., Params] | None = None
+    """``merge(models, given, **options)``: the new model."""
+    needs: frozenset[Need] = frozenset()
+    models: str = "any"
+    """How many it takes: ``any``, or ``2``."""
+    cost: str = "one pass over parameters"
+    single: bool = True
     """The result is one model of unchanged size."""
+    is_ordered: bool = False
+    """The result depends on the order of the sources."""
 
-
-def cki_weights(
-    models: Sequence[Params],
-    *,
-    perspective: str,
-    splice: str,
-    gates: Mapping[str, Tensor | None],
-    global_terms: Mapping[str, Tensor] | None = None,
-    counts: Sequence[Params] | None = None,
-    a: float = 0.4,
-    c: float = 500.0,
-    bins: int = 10,
-) -> Weights:
-    """Weigh every entry by the compatibility of its sources.
-
-    Differentiable with respect to the gates when ``splice`` is ``soft``. What was released for a
-    recommendation head is ``dual``, ``soft`` and full gates on the weights of its Linear layers,
-    with ``override_weights`` setting biases to ``base_weights``.
-
-    Args:
-        models: One per source.
-        perspective: ``dual``; or ``local`` or ``global``, where soft weights are the terms
-            themselves, divided by their sum for more than two sources.
-        splice: ``soft`` or ``hard``.
-        gates: Per parameter a gate, or None for L = 1/2. Not read by ``global``, nor for
-            tables in ``counts``.
-        global_terms: What ``compute_global_terms`` gave; None: computed here with ``a``, ``c``
-            and ``bins``.
-        counts: Per source, ``(V,)`` counts of some tables; their shares are the local term
-            of those tables.
-        a: Width of the global term.
-        c: Steepness of the global term.
-        bins: Of the histogram.
-
-    Returns:
-        ``(K, *s)`` per parameter; full shape wherever a gate acts.
-
-    Raises:
-        ValueError: An unknown option, differing models, a missing or unfitting gate, by name.
-
-    Reference:
-        CKI (arXiv 2501.07596), released recommendation code for ``dual``; ``local`` and
-        ``global`` are variants v7 and v8 of its language code.
-
-    Differs:
-        More than two sources, gates other than full and counts are our extensions.
-    """
-    check_same(models)
-    if perspective not in ("local", "global", "dual"):
-        raise ValueError(f"perspective: {perspective!r} is none of local, global, dual")
-    if splice not in ("soft", "hard"):
-        raise ValueError(f"splice: {splice!r} is none of soft, hard")
-    for name in [*gates, *(global_terms or {})]:
-        if name not in models[0]:
-            raise ValueError(f"{name}: has a gate or a global term but is no parameter")
-    if global_terms is None and perspective != "local":
-        global_terms = compute_global_terms(models, a, c, bins)
-    shares = evidence_shares(models, counts) if counts is not None else {}
-    weights = {}
-    for name, tensor in models[0].items():
-        if perspective == "local":
-            scores = _local_term(models, name, gates, shares)
-        else:
-            assert global_terms is not None
-            if name not in global_terms:
-                raise ValueError(f"{name}: has no global term")
-            scores = global_terms[name].to(tensor.device, compute_dtype(tensor))
-            scores = scores.reshape(-1, *[1] * tensor.ndim)
-        if perspective == "dual":
-            scores = dual_compatibility(
-                scores.reshape(-1), _local_term(models, name, gates, shares)
-            )
-        if splice == "hard":
-            weights[name] = harden(scores)
-        else:
-            weights[name] = soften(scores) if perspective == "dual" else _normalize(scores)
-    return weights
-
-
-def _local_term(
-    models: Sequence[Params],
-    name: str,
-    gates: Mapping[str, Tensor | None],
-    shares: Mapping[str, Tensor],
-) -> Tensor:
-    if name in shares:
-        return shares[name]
-    if name not in gates:
-        raise ValueError(f"{name}: has no gate; give None for L = 1/2")
-    gate = gates[name]
-    if gate is not None:
-        check_gate(name, models[0][name].shape, gate)
-    return local_compatibility([model[name] for model in models], gate)
-
-
-def _normalize(scores_K: Tensor) -> Tensor:
-    return scores_K if len(scores_K) == 2 else scores_K / scores_K.sum(dim=0)
+    @property
+    def is_rule(self) -> bool:
+        """Return whether it makes parameters; others keep sources as they are."""
+        return self.weigh is not None or self.merge is not None
 
 
 METHODS: dict[str, Method] = {
     "best_parent": Method(
-        function=None,
         idea="keep the parent that is best on validation; a reference, not a parameter method",
         needs=frozenset({"labels"}),
         reference="CKI (arXiv 2501.07596), single model",
-        single=True,
+        cost="scores of all parents",
     ),
     "output_ensemble": Method(
-        function=None,
         idea="average the logits of all parents, at K times the cost; a reference, not a "
         "parameter method",
-        needs=frozenset(),
         reference="CKI (arXiv 2501.07596), baseline output ensemble",
+        cost="none, but K times the inference",
         single=False,
     ),
     "average": Method(
-        function=average_weights,
+        weigh=lambda models, _: average_weights(models),
         idea="the mean of all parents, entry by entry",
-        needs=frozenset(),
         reference="CKI (arXiv 2501.07596), baseline averaging",
-        single=True,
     ),
     "random": Method(
-        function=random_weights,
+        weigh=lambda models, given, **options: random_weights(models, given.seed, **options),
         idea="random weights in the range that soft CKI can reach: a control",
-        needs=frozenset(),
         reference="ours",
-        single=True,
+        is_ordered=True,
     ),
     "evidence": Method(
-        function=evidence_weights,
+        weigh=lambda models, given: evidence_weights(models, given.counts),
         idea="table rows weighted by how often each parent saw them, the rest averaged",
         needs=frozenset({"counts"}),
         reference="RegMean (Jin et al., ICLR 2023) for one-hot inputs",
-        single=True,
     ),
     "cki": Method(
-        function=cki_weights,
+        weigh=lambda models, _, **options: cki_weights(models, **options),
         idea="weights from the entropy of each tensor and a gate on the parents' differences",
         needs=frozenset({"labels"}),
         reference="CKI (arXiv 2501.07596)",
-        single=True,
+        cost="one pass; a learned gate trains",
     ),
 }
-"""``needs`` of ``cki`` is for the learned gate; with ``counts`` it can do without."""
+"""``labels`` of ``cki`` are for the learned gate; without one it takes none."""

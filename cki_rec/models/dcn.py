@@ -12,7 +12,8 @@ from cki_rec.data.schema import Batch, FeatureSchema
 from cki_rec.models.crossing import CrossNet, CrossNetMix, CrossNetV2
 from cki_rec.models.embeddings import Embedded, FieldEmbeddings
 from cki_rec.models.layers import MLP
-from cki_rec.models.symmetries import Frame, Kind, Slice, Symmetry, frames, hidden_units
+from cki_rec.models.symmetries import Frame, frames, hidden_units
+from cki_rec.symmetry import Kind, Slice, Symmetry
 
 
 class DCN(nn.Module):

@@ -13,7 +13,8 @@ from cki_rec.data.schema import Batch, Feature, FeatureSchema
 from cki_rec.models.attention import ActivationUnit
 from cki_rec.models.embeddings import Embedded, FieldEmbeddings
 from cki_rec.models.layers import MLP
-from cki_rec.models.symmetries import Kind, Symmetry, frames, hidden_units
+from cki_rec.models.symmetries import frames, hidden_units
+from cki_rec.symmetry import Kind, Symmetry
 
 OPTION = "model.attention.pairs"
 

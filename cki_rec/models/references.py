@@ -9,7 +9,8 @@ from cki_rec.config import Model
 from cki_rec.data.schema import Batch, FeatureSchema
 from cki_rec.models.embeddings import Embedded, FieldEmbeddings
 from cki_rec.models.layers import MLP, fm_interaction
-from cki_rec.models.symmetries import Symmetry, common_frame, hidden_units, own_frames
+from cki_rec.models.symmetries import common_frame, hidden_units, own_frames
+from cki_rec.symmetry import Symmetry
 
 
 class LR(nn.Module):

@@ -22,10 +22,10 @@ from cki_rec.engine.embeddings import table_of
 from cki_rec.engine.gating import Gates, train_gates
 from cki_rec.engine.record import Run, open_run
 from cki_rec.integration.assessment import compute_global_terms
-from cki_rec.integration.baselines import average_weights, base_weights, random_weights
+from cki_rec.integration.baselines import base_weights
 from cki_rec.integration.evidence import evidence_weights
 from cki_rec.integration.gate import initialize_gate
-from cki_rec.integration.methods import METHODS, Method, cki_weights
+from cki_rec.integration.methods import METHODS, Given, Method
 from cki_rec.integration.params import Params, Weights
 from cki_rec.integration.splicing import override_weights, source_shares, splice
 from cki_rec.models import build_model, model_schema
@@ -144,7 +144,7 @@ def _integrate(
     result: dict[str, Any] = {"shares": None, "kept": None, "gate": None}
 
     with run.phase("integrate"):
-        if METHODS[options.method].function is None:
+        if not METHODS[options.method].is_rule:
             kept = sources
             if options.method == "best_parent":
                 assert dataset is not None
@@ -224,21 +224,18 @@ def weights_of(
     seed: int,
 ) -> Weights:
     """Return splicing weights as ``conf/integrate`` describes them."""
-    if options.method == "average":
-        weights = average_weights(models)
-    elif options.method == "random":
-        weights = random_weights(models, seed)
-    elif options.method == "evidence":
-        weights = evidence_weights(models, counts)
-    else:
-        weights = cki_weights(
-            models,
-            perspective=options.perspective,
-            splice=options.splice,
-            gates=gates,
-            global_terms=global_terms,
-            counts=counts if options.local == "evidence" else None,
-        )
+    arguments: dict[str, Any] = {}
+    if options.method == "cki":
+        arguments = {
+            "perspective": options.perspective,
+            "splice": options.splice,
+            "gates": gates,
+            "global_terms": global_terms,
+            "counts": counts if options.local == "evidence" else None,
+        }
+    weigh = METHODS[options.method].weigh
+    assert weigh is not None
+    weights = weigh(models, Given(seed=seed, counts=counts), **arguments)
     tables = [name for name in models[0] if table_of(name)]
     vectors = [name for name, tensor in models[0].items() if tensor.ndim == 1]
     if options.tables == "evidence":

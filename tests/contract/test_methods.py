@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import pytest
 import torch
 
 from cki_rec.integration.assessment import compute_global_terms
-from cki_rec.integration.methods import METHODS
+from cki_rec.integration.cki import cki_weights
+from cki_rec.integration.methods import METHODS, Given, Need
 from cki_rec.integration.params import check_weights
 from cki_rec.integration.splicing import source_shares, splice
 
@@ -61,8 +64,8 @@ def cki_options(perspective, splice_rule, full=True, evidence=False):
 
 CASES = {
     "average": ("average", lambda _: {}),
-    "random": ("random", lambda _: {"seed": 3}),
-    "evidence": ("evidence", lambda num_sources: {"counts": draw_counts(num_sources)}),
+    "random": ("random", lambda _: {}),
+    "evidence": ("evidence", lambda _: {}),
     **{
         f"cki_{perspective}_{rule}": ("cki", cki_options(perspective, rule))
         for perspective in ("local", "global", "dual")
@@ -78,7 +81,8 @@ any_number = pytest.mark.parametrize("num_sources", [1, 2, 3])
 
 def weigh(case, models):
     name, options = CASES[case]
-    return METHODS[name].function(models, **options(len(models)))
+    given = Given(seed=3, counts=draw_counts(len(models)))
+    return METHODS[name].weigh(models, given, **options(len(models)))
 
 
 def equal_bits(left, right):
@@ -90,7 +94,7 @@ def equal_bits(left, right):
 
 def test_every_method_with_a_function_is_tested():
     assert {name for name, _ in CASES.values()} == {
-        name for name, method in METHODS.items() if method.function is not None
+        name for name, method in METHODS.items() if method.is_rule
     }
 
 
@@ -99,8 +103,8 @@ def test_method_row_is_complete(name):
     method = METHODS[name]
     assert method.idea
     assert method.reference
-    assert method.needs <= {"counts", "labels"}
-    if method.function is None:
+    assert method.needs <= set(get_args(Need))
+    if not method.is_rule:
         assert "not a parameter method" in method.idea
     else:
         assert method.single
@@ -170,11 +174,9 @@ def test_same_options_give_same_bits(case):
 def test_order_of_sources_does_not_matter(case):
     models, counts = draw_models(3), draw_counts(3)
     order = [2, 0, 1]
-    name = CASES[case][0]
-    shuffled = {"counts": [counts[k] for k in order]} if case == "evidence" else {}
-    moved = [models[k] for k in order]
+    moved, shuffled = [models[k] for k in order], Given(counts=[counts[k] for k in order])
     merged = splice(models, weigh(case, models))
-    other = splice(moved, METHODS[name].function(moved, **shuffled))
+    other = splice(moved, METHODS[CASES[case][0]].weigh(moved, shuffled))
     for key in merged:
         torch.testing.assert_close(other[key], merged[key])
 
@@ -207,7 +209,7 @@ def test_models_that_differ_are_refused_by_name(case, problem):
 def test_no_models_are_refused(case):
     name, options = CASES[case]
     with pytest.raises(ValueError, match="no models"):
-        METHODS[name].function([], **options(2))
+        METHODS[name].weigh([], Given(), **options(2))
 
 
 @pytest.mark.parametrize("full", [True, False])
@@ -215,8 +217,7 @@ def test_no_models_are_refused(case):
 def test_soft_dual_weights_stay_near_one_half(full, kind):
     models = draw_models(2, kind)
     gates = {n: g * 1e4 if g is not None else None for n, g in draw_gates(full).items()}
-    function = METHODS["cki"].function
-    for weight in function(models, perspective="dual", splice="soft", gates=gates).values():
+    for weight in cki_weights(models, perspective="dual", splice="soft", gates=gates).values():
         assert float(weight.min()) >= 0.4127
         assert float(weight.max()) <= 0.5873
 

@@ -15,7 +15,7 @@ import torch
 
 from cki_rec.integration.assessment import entropy, global_compatibility
 from cki_rec.integration.baselines import base_weights
-from cki_rec.integration.methods import cki_weights
+from cki_rec.integration.cki import cki_weights
 from cki_rec.integration.splicing import override_weights, splice
 
 PATH = os.environ.get("CKI_GOLDEN", Path(__file__).parents[1] / "golden" / "cki_reference.npz")

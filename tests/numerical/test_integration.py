@@ -17,6 +17,7 @@ from cki_rec.integration.assessment import (
     local_compatibility,
 )
 from cki_rec.integration.baselines import average_weights, base_weights, random_weights
+from cki_rec.integration.cki import cki_weights
 from cki_rec.integration.evidence import evidence_weights, row_weights
 from cki_rec.integration.gate import (
     KINDS,
@@ -25,7 +26,6 @@ from cki_rec.integration.gate import (
     initialize_gate,
     num_gate_parameters,
 )
-from cki_rec.integration.methods import cki_weights
 from cki_rec.integration.params import generator
 from cki_rec.integration.splicing import (
     harden,

@@ -17,8 +17,8 @@ from cki_rec.engine.evaluator import predict
 from cki_rec.engine.gating import train_gates
 from cki_rec.engine.trainer import fit
 from cki_rec.integration.assessment import compute_global_terms
+from cki_rec.integration.cki import cki_weights
 from cki_rec.integration.gate import initialize_gate
-from cki_rec.integration.methods import cki_weights
 from cki_rec.models import build_model, model_schema
 
 SCHEDULE = (

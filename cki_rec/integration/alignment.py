@@ -1,0 +1,439 @@
+"""Bring independently trained models into one frame, without any change of their outputs.
+
+Which changes leave a model's outputs alone is data (``cki_rec.symmetry``); here they are chosen so
+that parameters of different models can be compared entry by entry. Tables take part through small
+products of two sources, so a table of any size is read once.
+
+Shape legend: K sources, V rows and D columns of a table, S size of a symmetry.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+
+from cki_rec.integration.params import Params, check_same, generator
+from cki_rec.symmetry import Slice, Symmetry
+
+BLOCK = 1 << 16
+"""Rows of a table that are read at a time."""
+MOST_SWEEPS = 100
+
+
+@dataclass(frozen=True, slots=True)
+class Alignment:
+    """How each source comes into the common frame."""
+
+    elements: list[list[Tensor]]
+    """Per source and symmetry a matrix ``(S, S)`` float64."""
+    agreement: float
+    """Mean cosine between a parameter of two sources, before weighting: 1 for equal ones."""
+    agreement_before: float
+    sweeps: int
+
+
+def transform(
+    params: Params, symmetries: Sequence[Symmetry], elements: Sequence[Tensor]
+) -> Params:
+    """Return a model with a group element of every symmetry applied; its outputs do not change.
+
+    Parameters that nothing moves are shared with ``params``. Permutations move numbers bit for
+    bit; rotations are computed in float64, ``BLOCK`` rows at a time.
+
+    Args:
+        params: One model.
+        symmetries: Of its network.
+        elements: Per symmetry ``(S, S)``.
+    """
+    moved = dict(params)
+    for symmetry, element in zip(symmetries, elements, strict=True):
+        if torch.equal(element, torch.eye(symmetry.size, dtype=element.dtype)):
+            continue
+        for part in symmetry.slices:
+            tensor = moved[part.parameter]
+            if tensor is params[part.parameter]:
+                tensor = moved[part.parameter] = tensor.clone()
+            matrix = element if part.signed else element.abs()
+            _act(_units(tensor, part, symmetry.size), matrix, symmetry.kind)
+    return moved
+
+
+def table_products(
+    models: Sequence[Params], tables: Sequence[str], counts: Sequence[Params] = ()
+) -> dict[str, Tensor]:
+    r"""Return the products of every two sources' tables, weighted by what both have seen.
+
+    .. math:: G_{kj} = \sum_r w_{kj}[r] E_k[r]^T E_j[r], \quad w_{kj}[r] = \min(n_k[r], n_j[r])
+
+    Rows that one of two sources never saw have no weight: their initial values are noise. They
+    are means over rows, and sums of such parts over shards of rows (before the division) are
+    products of the whole table.
+
+    Args:
+        models: One per source.
+        tables: Names of ``(V, D)`` parameters.
+        counts: Per source and table ``(V,)``; empty: every row weighs the same.
+
+    Returns:
+        ``(K, K, D, D)`` float64 per table.
+    """
+    return {
+        name: _products([m[name] for m in models], [c[name] for c in counts]) for name in tables
+    }
+
+
+def align(
+    models: Sequence[Params],
+    symmetries: Sequence[Symmetry],
+    products: Mapping[str, Tensor],
+    moments: Mapping[str, Tensor] | None = None,
+    *,
+    starts: int = 1,
+    seed: int = 0,
+) -> Alignment:
+    r"""Choose group elements that make the sources agree most.
+
+    They maximize the sum over parameters of :math:`\langle R, W_k Q \rangle`, each parameter
+    divided by its norms, where R is the mean of all sources in the common frame. For one symmetry
+    and everything else fixed the best element is known in closed form: the polar factor of the
+    product of what it moves (rotations: Schönemann), or a linear assignment (permutations, with
+    signs). Symmetries are taken in turn until none changes; then the mean is formed anew, until
+    that changes nothing either. The first R is the source that agrees most with the others, and
+    all sources move at once, so the order of sources does not matter (up to rounding and exact
+    ties).
+
+    Args:
+        models: One per source.
+        symmetries: Of their network.
+        products: ``table_products`` of all tables that symmetries move.
+        moments: Second moments of the inputs of Linear layers (``Given.moments``): hidden units
+            are then matched by the correlation of their activations, not by their weights.
+        starts: Restarts from random elements besides the identity; the best end is kept.
+        seed: Of restarts and of the order of symmetries.
+
+    Raises:
+        ValueError: Models differ, or a parameter to match has NaN or infinite entries.
+
+    Reference:
+        Schönemann, Psychometrika 1966 (rotations); Ainsworth et al., Git Re-Basin, ICLR 2023,
+        sections 3.1 and 3.2 (permutations); Gower, Psychometrika 1975 (the common frame).
+
+    Differs:
+        Rotations, signs and permutations of a recommender in one descent, tables included; N
+        sources toward their mean.
+    """
+    check_same(models)
+    views = [_view(model, symmetries, products) for model in models]
+    identity = [torch.eye(s.size, dtype=torch.float64) for s in symmetries]
+    elements = [list(identity) for _ in models]
+    scale = _scales(views, products)
+    correlations = _correlations(symmetries, moments) if moments else {}
+    problem = _Problem(views, symmetries, products, scale, correlations)
+    before = problem.agreement(elements)
+    if len(models) == 1:
+        return Alignment(elements, 1.0, 1.0, 0)
+    draw = generator(seed, "alignment")
+    best: tuple[float, list[list[Tensor]], int] | None = None
+    for start in range(starts):
+        first = identity if start == 0 else [_random(s, draw) for s in symmetries]
+        found, sweeps = problem.solve(first, draw)
+        value = problem.agreement(found)
+        if best is None or value > best[0] + 1e-12:
+            best = (value, found, sweeps)
+    assert best is not None
+    return Alignment(best[1], best[0], before, best[2])
+
+
+@dataclass(slots=True)
+class _Problem:
+    """What stays the same while elements are sought."""
+
+    views: list[Params]
+    symmetries: Sequence[Symmetry]
+    products: Mapping[str, Tensor]
+    scale: dict[str, float]
+    correlations: dict[int, Tensor]
+    """Per symmetry that activations decide: ``(2, K, K, S, S)``, signed and unsigned parts."""
+
+    def agreement(self, elements: list[list[Tensor]]) -> float:
+        """Return the mean over pairs and parameters of cosines."""
+        num_sources = len(self.views)
+        moved = self._moved(elements)
+        total, pairs = 0.0, 0
+        for k in range(num_sources):
+            for j in range(k):
+                reference = self._reference(k, [j], elements, moved)
+                cosines = [
+                    self.scale[name] * float((reference[name] * moved[k][name]).sum())
+                    for name in self.scale
+                ]
+                total, pairs = total + sum(cosines), pairs + len(cosines)
+        return total / pairs if pairs else 1.0
+
+    def solve(self, first: list[Tensor], draw: torch.Generator) -> tuple[list[list[Tensor]], int]:
+        """Return elements of all sources at a fixed point, from one start, and the sweeps."""
+        num_sources = len(self.views)
+        identity = [torch.eye(s.size, dtype=torch.float64) for s in self.symmetries]
+        order = torch.randperm(len(self.symmetries), generator=draw).tolist()
+        sweeps = 0
+        # the source that agrees most with all others, each brought to it alone
+        candidates = []
+        for center in range(num_sources):
+            elements = [list(identity) for _ in self.views]
+            for k in range(num_sources):
+                if k != center:
+                    elements[k], used = self._descend(k, [center], elements, first, order)
+                    sweeps += used
+            moved = self._moved(elements)
+            value = sum(
+                self._value(self._reference(k, [center], elements, moved), moved[k])
+                for k in range(num_sources)
+                if k != center
+            )
+            candidates.append((value, elements))
+            if num_sources == 2:
+                break  # the same pair either way; the frame is the first source's
+        elements = max(candidates, key=lambda found: found[0])[1]
+        if num_sources == 2:
+            return elements, sweeps
+        everyone, value = list(range(num_sources)), -torch.inf
+        for _ in range(MOST_SWEEPS):
+            found = []
+            for k in everyone:
+                moved_k, used = self._descend(k, everyone, elements, elements[k], order)
+                found.append(moved_k)
+                sweeps += used
+            new = self._total(found)
+            if new <= value + 1e-9:
+                break
+            elements, value = found, new
+        return elements, sweeps
+
+    def _total(self, elements: list[list[Tensor]]) -> float:
+        moved = self._moved(elements)
+        everyone = list(range(len(self.views)))
+        return sum(
+            self._value(self._reference(k, everyone, elements, moved), moved[k]) for k in everyone
+        )
+
+    def _value(self, reference: Params, moved: Params) -> float:
+        return sum(
+            self.scale[name] * float((reference[name] * moved[name]).sum()) for name in self.scale
+        )
+
+    def _moved(self, elements: list[list[Tensor]]) -> list[Params]:
+        return [
+            transform(view, self.symmetries, own)
+            for view, own in zip(self.views, elements, strict=True)
+        ]
+
+    def _reference(
+        self, k: int, others: Sequence[int], elements: list[list[Tensor]], moved: list[Params]
+    ) -> Params:
+        """Return the mean of ``others`` as source k meets it.
+
+        A table stands there as the product of source k's with theirs, so that its scalar product
+        with the identity (k's own view of its table), moved, is that of the tables.
+        """
+        reference: Params = {}
+        for name in self.scale:
+            if name in self.products:
+                parts = [self.products[name][k, j] @ moved[j][name] for j in others]
+            else:
+                parts = [moved[j][name] for j in others]
+            reference[name] = torch.stack(parts).mean(0)
+        return reference
+
+    def _descend(
+        self,
+        k: int,
+        others: Sequence[int],
+        elements: list[list[Tensor]],
+        first: list[Tensor],
+        order: list[int],
+    ) -> tuple[list[Tensor], int]:
+        """Return the elements of source k after coordinate descent, and the number of sweeps."""
+        reference = self._reference(k, others, elements, self._moved(elements))
+        own = list(first)
+        view = transform(self.views[k], self.symmetries, own)
+        for sweep in range(1, MOST_SWEEPS + 1):
+            is_better = False
+            for place in order:
+                symmetry = self.symmetries[place]
+                if place in self.correlations:
+                    signed, unsigned = self._by_activations(place, k, others, elements)
+                    step = _best(symmetry, signed, unsigned)
+                    step = own[place].T @ step
+                else:
+                    signed, unsigned = self._by_weights(symmetry, reference, view)
+                    step = _best(symmetry, signed, unsigned)
+                gain = _trace(step, signed, unsigned) - _trace(
+                    torch.eye(symmetry.size, dtype=torch.float64), signed, unsigned
+                )
+                if place in self.correlations:
+                    changes = not torch.equal(step, torch.eye(symmetry.size, dtype=step.dtype))
+                else:
+                    changes = gain > 1e-10
+                if changes:
+                    is_better = True
+                    own[place] = own[place] @ step
+                    view = transform(self.views[k], self.symmetries, own)
+            if not is_better:
+                return own, sweep
+        return own, MOST_SWEEPS
+
+    def _by_weights(
+        self, symmetry: Symmetry, reference: Params, view: Params
+    ) -> tuple[Tensor, Tensor]:
+        """Return ``(S, S)`` products of what a symmetry moves: with signs, without."""
+        found = torch.zeros(2, symmetry.size, symmetry.size, dtype=torch.float64)
+        for part in symmetry.slices:
+            if part.parameter in self.scale:
+                left = _units(view[part.parameter], part, symmetry.size)
+                right = _units(reference[part.parameter], part, symmetry.size)
+                product = torch.einsum("...wi,...wj->ij", left, right)
+                found[0 if part.signed else 1] += self.scale[part.parameter] * product
+        return found[0], found[1]
+
+    def _by_activations(
+        self, place: int, k: int, others: Sequence[int], elements: list[list[Tensor]]
+    ) -> tuple[Tensor, Tensor]:
+        """Return ``(S, S)`` correlations of source k's units with those of the reference."""
+        correlation = self.correlations[place]
+        signed = torch.stack([correlation[0, k, j] @ elements[j][place] for j in others]).mean(0)
+        unsigned = torch.stack(
+            [correlation[1, k, j] @ elements[j][place].abs() for j in others]
+        ).mean(0)
+        return signed, unsigned
+
+
+def _units(tensor: Tensor, part: Slice, size: int) -> Tensor:
+    """Return a view ``(..., width, S)`` of a slice of a parameter."""
+    for axis, start, stop in part.within:
+        tensor = tensor.narrow(axis, start, stop - start)
+    tensor = tensor.narrow(part.axis, part.start, size * part.width)
+    return (
+        tensor.unflatten(part.axis, (size, part.width))
+        .movedim(part.axis, -1)
+        .movedim(part.axis, -2)
+    )
+
+
+def _act(units: Tensor, element: Tensor, kind: str) -> None:
+    """Replace ``units`` ``(..., S)`` by ``units @ element``, in place."""
+    if kind == "rotation":
+        rows = units if units.ndim > 1 else units[None]
+        for start in range(0, len(rows), BLOCK):
+            block = rows[start : start + BLOCK]
+            block.copy_((block.double() @ element).to(block.dtype))
+        return
+    order = element.abs().argmax(0)
+    moved = units[..., order]
+    signs = element[order, torch.arange(len(order))]
+    units.copy_(torch.where(signs < 0, -moved, moved))
+
+
+def _products(tables: list[Tensor], counts: list[Tensor]) -> Tensor:
+    num_sources, columns = len(tables), tables[0].shape[1]
+    total = torch.zeros(num_sources, num_sources, columns, columns, dtype=torch.float64)
+    for start in range(0, len(tables[0]), BLOCK):
+        blocks = [table[start : start + BLOCK].double() for table in tables]
+        seen = [count[start : start + BLOCK].double() for count in counts]
+        for k in range(num_sources):
+            for j in range(k + 1):
+                left = blocks[k]
+                if seen:
+                    left = left * torch.minimum(seen[k], seen[j])[:, None]
+                total[k, j] += left.T @ blocks[j]
+    for k in range(num_sources):
+        for j in range(k):
+            total[j, k] = total[k, j].T
+    return total
+
+
+def _view(model: Params, symmetries: Sequence[Symmetry], products: Mapping[str, Tensor]) -> Params:
+    """Return what symmetries move, in float64, tables as identities."""
+    names = {part.parameter for symmetry in symmetries for part in symmetry.slices}
+    view = {}
+    for name in sorted(names):
+        if name in products:
+            view[name] = torch.eye(model[name].shape[1], dtype=torch.float64)
+        else:
+            view[name] = model[name].double().cpu()
+            if not bool(view[name].isfinite().all()):
+                raise ValueError(f"{name}: has NaN or infinite entries, so it cannot be aligned")
+    return view
+
+
+def _scales(views: Sequence[Params], products: Mapping[str, Tensor]) -> dict[str, float]:
+    """Return per parameter 1 / its mean squared norm, so that each has an equal say."""
+    scales = {}
+    for name in views[0]:
+        if name in products:
+            norms = [float(products[name][k, k].trace()) for k in range(len(views))]
+        else:
+            norms = [float(view[name].square().sum()) for view in views]
+        mean = sum(norms) / len(norms)
+        if mean > 0:
+            scales[name] = 1 / mean
+    return scales
+
+
+def _correlations(
+    symmetries: Sequence[Symmetry], moments: Mapping[str, Tensor]
+) -> dict[int, Tensor]:
+    """Return correlations of hidden units for the permutations that moments know of."""
+    found = {}
+    for place, symmetry in enumerate(symmetries):
+        readers = [p for p in symmetry.slices if p.axis == 1 and p.parameter in moments]
+        if symmetry.kind == "rotation" or not readers:
+            continue
+        num_sources, size = len(moments[readers[0].parameter]), symmetry.size
+        total = torch.zeros(2, num_sources, num_sources, size, size, dtype=torch.float64)
+        for part in readers:
+            second = moments[part.parameter]
+            mean = second[:, :, 0, -1]
+            covariance = second - torch.einsum("ki,jm->kijm", mean, mean)
+            deviation = torch.einsum("kiki->ki", covariance).clamp_min(0).sqrt()
+            inverse = torch.where(deviation > 1e-12, 1 / deviation.clamp_min(1e-12), 0.0)
+            correlation = torch.einsum("ki,kijm,jm->kjim", inverse, covariance, inverse)
+            span = slice(part.start, part.start + size * part.width)
+            block = correlation[:, :, span, span]
+            shape = (num_sources, num_sources, size, part.width, size, part.width)
+            total[0 if part.signed else 1] += torch.einsum("kjiwmw->kjim", block.reshape(shape))
+        found[place] = total
+    return found
+
+
+def _best(symmetry: Symmetry, signed: Tensor, unsigned: Tensor) -> Tensor:
+    """Return the element of the group with the largest product, ``(S, S)``."""
+    if symmetry.kind == "rotation":
+        left, _, right = torch.linalg.svd(signed)
+        return left @ right
+    is_signed = symmetry.kind == "signed_permutation"
+    gain = unsigned + (signed.abs() if is_signed else signed)
+    rows, columns = linear_sum_assignment(gain.numpy(), maximize=True)
+    element = torch.zeros_like(signed)
+    negative = (signed[rows, columns] < 0) & is_signed
+    element[rows, columns] = torch.where(negative, -1.0, 1.0).to(element)
+    return element
+
+
+def _trace(element: Tensor, signed: Tensor, unsigned: Tensor) -> float:
+    return float((element * signed).sum() + (element.abs() * unsigned).sum())
+
+
+def _random(symmetry: Symmetry, draw: torch.Generator) -> Tensor:
+    """Return a random element of the group."""
+    size = symmetry.size
+    if symmetry.kind == "rotation":
+        q, r = torch.linalg.qr(torch.randn(size, size, generator=draw, dtype=torch.float64))
+        return q * r.diagonal().sign()
+    element = torch.eye(size, dtype=torch.float64)[torch.randperm(size, generator=draw)]
+    if symmetry.kind == "signed_permutation":
+        element = element * (torch.randint(0, 2, (size,), generator=draw) * 2 - 1)
+    return element
