@@ -22,6 +22,7 @@ from cki_rec.analysis.statistics import (
 )
 from cki_rec.config import Config, Evaluate, UserError, run_id, section
 from cki_rec.data import store
+from cki_rec.data.held_out import all_labels
 from cki_rec.data.store import EncodedDataset
 from cki_rec.engine import checkpoint
 from cki_rec.engine.record import Run, add_to_sweep, open_run, save_arrays
@@ -126,7 +127,7 @@ def _evaluate(
         assert dataset.group is not None
         unit = dataset.group[rows].astype(unit.dtype)
     resamples = _resamples(unit.tobytes(), str(unit.dtype), options.bootstrap, options.seed)
-    label = dataset.label[rows]
+    label = all_labels(dataset)[rows]
     own = _replicates(label, logits["test"], resamples)
     result: dict[str, Any] = {
         "suite": config.suite.name,
@@ -171,7 +172,7 @@ def _summary(
     domain = dataset.parts(partition).part[rows] if has_domains else None
     names = None if domain is None else np.char.add(f"{partition.by} part ", domain.astype(str))
     group = None if dataset.group is None else dataset.group[rows]
-    return summarize(dataset.label[rows], logits, group=group, domain=names)
+    return summarize(all_labels(dataset)[rows], logits, group=group, domain=names)
 
 
 def _mean_logits(config: Config, dataset: EncodedDataset, members: Sequence[Source]) -> Logits:
