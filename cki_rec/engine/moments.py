@@ -17,7 +17,7 @@ from cki_rec.data.loader import Loader
 from cki_rec.data.schema import FeatureSchema
 from cki_rec.data.store import EncodedDataset
 from cki_rec.integration.params import Params
-from cki_rec.integration.reduction import Moments
+from cki_rec.integration.repair import Moments
 
 BATCH = 4096
 
@@ -85,7 +85,7 @@ def linear_moments(
 
 
 def sample(rows: NDArray[np.int64], size: int, seed: int) -> NDArray[np.int64]:
-    """Return ``size`` of the rows, drawn without replacement and in order; all if they are fewer."""
+    """Return ``size`` rows drawn without replacement, in order; all if there are not so many."""
     if len(rows) <= size:
         return rows
     drawn: NDArray[np.int64] = np.random.default_rng(seed).choice(rows, size, replace=False)

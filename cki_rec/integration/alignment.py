@@ -16,11 +16,10 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
+from cki_rec.integration.frames import polar, transform, units_of
 from cki_rec.integration.params import Params, check_same, generator
-from cki_rec.symmetry import Slice, Symmetry
+from cki_rec.symmetry import Symmetry
 
-BLOCK = 1 << 16
-"""Rows of a table that are read at a time."""
 MOST_SWEEPS = 100
 
 
@@ -34,56 +33,6 @@ class Alignment:
     """Mean cosine between a parameter of two sources, before weighting: 1 for equal ones."""
     agreement_before: float
     sweeps: int
-
-
-def transform(
-    params: Params, symmetries: Sequence[Symmetry], elements: Sequence[Tensor]
-) -> Params:
-    """Return a model with a group element of every symmetry applied; its outputs do not change.
-
-    Parameters that nothing moves are shared with ``params``. Permutations move numbers bit for
-    bit; rotations are computed in float64, ``BLOCK`` rows at a time.
-
-    Args:
-        params: One model.
-        symmetries: Of its network.
-        elements: Per symmetry ``(S, S)``.
-    """
-    moved = dict(params)
-    for symmetry, element in zip(symmetries, elements, strict=True):
-        if torch.equal(element, torch.eye(symmetry.size, dtype=element.dtype)):
-            continue
-        for part in symmetry.slices:
-            tensor = moved[part.parameter]
-            if tensor is params[part.parameter]:
-                tensor = moved[part.parameter] = tensor.clone()
-            matrix = element if part.signed else element.abs()
-            _act(_units(tensor, part, symmetry.size), matrix, symmetry.kind)
-    return moved
-
-
-def table_products(
-    models: Sequence[Params], tables: Sequence[str], counts: Sequence[Params] = ()
-) -> dict[str, Tensor]:
-    r"""Return the products of every two sources' tables, weighted by what both have seen.
-
-    .. math:: G_{kj} = \sum_r w_{kj}[r] E_k[r]^T E_j[r], \quad w_{kj}[r] = \min(n_k[r], n_j[r])
-
-    Rows that one of two sources never saw have no weight: their initial values are noise. They
-    are means over rows, and sums of such parts over shards of rows (before the division) are
-    products of the whole table.
-
-    Args:
-        models: One per source.
-        tables: Names of ``(V, D)`` parameters.
-        counts: Per source and table ``(V,)``; empty: every row weighs the same.
-
-    Returns:
-        ``(K, K, D, D)`` float64 per table.
-    """
-    return {
-        name: _products([m[name] for m in models], [c[name] for c in counts]) for name in tables
-    }
 
 
 def align(
@@ -293,8 +242,8 @@ class _Problem:
         found = torch.zeros(2, symmetry.size, symmetry.size, dtype=torch.float64)
         for part in symmetry.slices:
             if part.parameter in self.scale:
-                left = _units(view[part.parameter], part, symmetry.size)
-                right = _units(reference[part.parameter], part, symmetry.size)
+                left = units_of(view[part.parameter], part, symmetry.size)
+                right = units_of(reference[part.parameter], part, symmetry.size)
                 product = torch.einsum("...wi,...wj->ij", left, right)
                 found[0 if part.signed else 1] += self.scale[part.parameter] * product
         return found[0], found[1]
@@ -309,50 +258,6 @@ class _Problem:
             [correlation[1, k, j] @ elements[j][place].abs() for j in others]
         ).mean(0)
         return signed, unsigned
-
-
-def _units(tensor: Tensor, part: Slice, size: int) -> Tensor:
-    """Return a view ``(..., width, S)`` of a slice of a parameter."""
-    for axis, start, stop in part.within:
-        tensor = tensor.narrow(axis, start, stop - start)
-    tensor = tensor.narrow(part.axis, part.start, size * part.width)
-    return (
-        tensor.unflatten(part.axis, (size, part.width))
-        .movedim(part.axis, -1)
-        .movedim(part.axis, -2)
-    )
-
-
-def _act(units: Tensor, element: Tensor, kind: str) -> None:
-    """Replace ``units`` ``(..., S)`` by ``units @ element``, in place."""
-    if kind == "rotation":
-        rows = units if units.ndim > 1 else units[None]
-        for start in range(0, len(rows), BLOCK):
-            block = rows[start : start + BLOCK]
-            block.copy_((block.double() @ element).to(block.dtype))
-        return
-    order = element.abs().argmax(0)
-    moved = units[..., order]
-    signs = element[order, torch.arange(len(order))]
-    units.copy_(torch.where(signs < 0, -moved, moved))
-
-
-def _products(tables: list[Tensor], counts: list[Tensor]) -> Tensor:
-    num_sources, columns = len(tables), tables[0].shape[1]
-    total = torch.zeros(num_sources, num_sources, columns, columns, dtype=torch.float64)
-    for start in range(0, len(tables[0]), BLOCK):
-        blocks = [table[start : start + BLOCK].double() for table in tables]
-        seen = [count[start : start + BLOCK].double() for count in counts]
-        for k in range(num_sources):
-            for j in range(k + 1):
-                left = blocks[k]
-                if seen:
-                    left = left * torch.minimum(seen[k], seen[j])[:, None]
-                total[k, j] += left.T @ blocks[j]
-    for k in range(num_sources):
-        for j in range(k):
-            total[j, k] = total[k, j].T
-    return total
 
 
 def _view(model: Params, symmetries: Sequence[Symmetry], products: Mapping[str, Tensor]) -> Params:
@@ -412,8 +317,7 @@ def _correlations(
 def _best(symmetry: Symmetry, signed: Tensor, unsigned: Tensor) -> Tensor:
     """Return the element of the group with the largest product, ``(S, S)``."""
     if symmetry.kind == "rotation":
-        left, _, right = torch.linalg.svd(signed)
-        return left @ right
+        return polar(signed)
     is_signed = symmetry.kind == "signed_permutation"
     gain = unsigned + (signed.abs() if is_signed else signed)
     rows, columns = linear_sum_assignment(gain.numpy(), maximize=True)

@@ -1,0 +1,206 @@
+"""The coordinates of embeddings: move a model in them, compare and join those of several models.
+
+Shape legend: K sources, V rows and D columns of a table, S size of a symmetry.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from cki_rec.integration.params import Params, Weights
+from cki_rec.integration.splicing import splice
+from cki_rec.symmetry import Slice, Symmetry
+
+BLOCK = 1 << 16
+"""Rows of a table that are read at a time."""
+READERS = 5.0
+"""Weight of what the first layers read, against what tables hold, in the choice of a frame: of
+0.3, 1, 3, 5 and 10 the best on validation rows of MovieLens 1M (DeepFM, suite seeds, seed 1)."""
+
+
+def transform(
+    params: Params, symmetries: Sequence[Symmetry], elements: Sequence[Tensor]
+) -> Params:
+    """Return a model with a group element of every symmetry applied; its outputs do not change.
+
+    Parameters that nothing moves are shared with ``params``. Permutations move numbers bit for
+    bit; rotations are computed in float64, ``BLOCK`` rows at a time.
+
+    Args:
+        params: One model.
+        symmetries: Of its network.
+        elements: Per symmetry ``(S, S)``.
+    """
+    moved = dict(params)
+    for symmetry, element in zip(symmetries, elements, strict=True):
+        if torch.equal(element, torch.eye(symmetry.size, dtype=element.dtype)):
+            continue
+        for part in symmetry.slices:
+            tensor = moved[part.parameter]
+            if tensor is params[part.parameter]:
+                tensor = moved[part.parameter] = tensor.clone()
+            matrix = element if part.signed else element.abs()
+            _act(units_of(tensor, part, symmetry.size), matrix, symmetry.kind)
+    return moved
+
+
+def table_products(
+    models: Sequence[Params], tables: Sequence[str], counts: Sequence[Params] = ()
+) -> dict[str, Tensor]:
+    r"""Return the products of every two sources' tables, weighted by what both have seen.
+
+    .. math:: G_{kj} = \sum_r w_{kj}[r] E_k[r]^T E_j[r], \quad w_{kj}[r] = \min(n_k[r], n_j[r])
+
+    Rows that one of two sources never saw have no weight: their initial values are noise. They
+    are means over rows, and sums of such parts over shards of rows (before the division) are
+    products of the whole table.
+
+    Args:
+        models: One per source.
+        tables: Names of ``(V, D)`` parameters.
+        counts: Per source and table ``(V,)``; empty: every row weighs the same.
+
+    Returns:
+        ``(K, K, D, D)`` float64 per table.
+    """
+    return {
+        name: _products([m[name] for m in models], [c[name] for c in counts]) for name in tables
+    }
+
+
+def reduce_frames(
+    merged: Params,
+    models: Sequence[Params],
+    symmetries: Sequence[Symmetry],
+    products: Mapping[str, Tensor],
+    shares: Weights,
+) -> Params:
+    r"""Return the merged model with embeddings projected from all sources' frames, not averaged.
+
+    .. math:: E = \sqrt{K} \sum_k \alpha_k E_k R_k, \quad R^T R = 1
+
+    The columns of R are the leading directions of the concatenated tables' second moment plus that
+    of the first layers that read them; the mean of aligned tables is the case
+    :math:`R_k = 1 / \sqrt{K}`. Inner products survive as well as can be; linear readers must be
+    fitted anew (``fit_layers``).
+
+    Args:
+        merged: What it is to replace frames of.
+        models: Aligned sources.
+        symmetries: Those of kind rotation are reduced.
+        products: ``table_products``.
+        shares: Splicing weights of all parameters.
+
+    Reference:
+        Eckart and Young, Psychometrika 1936.
+    """
+    reduced, num_sources = dict(merged), len(models)
+    for symmetry in symmetries:
+        if symmetry.kind != "rotation":
+            continue
+        size = symmetry.size
+        wide = num_sources * size
+        held, read = (torch.zeros(wide, wide, dtype=torch.float64) for _ in range(2))
+        for part in symmetry.slices:
+            if part.parameter in products:
+                span = slice(part.start, part.start + size)
+                block = products[part.parameter][:, :, span, span]
+                held += block.permute(0, 2, 1, 3).reshape(wide, wide)
+            elif part.axis == 1:
+                rows = torch.cat([_columns(m[part.parameter], part, size) for m in models], 1)
+                read += rows.T @ rows
+        if float(held.trace()) <= 0:
+            continue
+        metric = held / held.trace()
+        if float(read.trace()) > 0:
+            metric = metric + READERS * read / read.trace()
+        directions = torch.linalg.eigh(metric).eigenvectors[:, -size:]
+        mean = torch.eye(size, dtype=torch.float64).repeat(num_sources, 1) / num_sources**0.5
+        directions = directions @ polar(directions.T @ mean)  # as near to the mean as can be
+        for part in symmetry.slices:
+            if part.parameter in products or part.axis == 0:
+                _project(reduced, models, part, directions, shares[part.parameter])
+    return reduced
+
+
+def polar(product: Tensor) -> Tensor:
+    r"""Return the orthogonal matrix Q that maximizes :math:`\langle Q, M \rangle`.
+
+    Reference:
+        Schönemann, Psychometrika 1966.
+    """
+    left, _, right = torch.linalg.svd(product)
+    found: Tensor = left @ right
+    return found
+
+
+def units_of(tensor: Tensor, part: Slice, size: int) -> Tensor:
+    """Return a view ``(..., width, S)`` of a slice of a parameter."""
+    for axis, start, stop in part.within:
+        tensor = tensor.narrow(axis, start, stop - start)
+    tensor = tensor.narrow(part.axis, part.start, size * part.width)
+    return (
+        tensor.unflatten(part.axis, (size, part.width))
+        .movedim(part.axis, -1)
+        .movedim(part.axis, -2)
+    )
+
+
+def _act(units: Tensor, element: Tensor, kind: str) -> None:
+    """Replace ``units`` ``(..., S)`` by ``units @ element``, in place."""
+    if kind == "rotation":
+        rows = units if units.ndim > 1 else units[None]
+        for start in range(0, len(rows), BLOCK):
+            block = rows[start : start + BLOCK]
+            block.copy_((block.double() @ element).to(block.dtype))
+        return
+    order = element.abs().argmax(0)
+    moved = units[..., order]
+    signs = element[order, torch.arange(len(order))]
+    units.copy_(torch.where(signs < 0, -moved, moved))
+
+
+def _products(tables: list[Tensor], counts: list[Tensor]) -> Tensor:
+    num_sources, columns = len(tables), tables[0].shape[1]
+    total = torch.zeros(num_sources, num_sources, columns, columns, dtype=torch.float64)
+    for start in range(0, len(tables[0]), BLOCK):
+        blocks = [table[start : start + BLOCK].double() for table in tables]
+        seen = [count[start : start + BLOCK].double() for count in counts]
+        for k in range(num_sources):
+            for j in range(k + 1):
+                left = blocks[k]
+                if seen:
+                    left = left * torch.minimum(seen[k], seen[j])[:, None]
+                total[k, j] += left.T @ blocks[j]
+    for k in range(num_sources):
+        for j in range(k):
+            total[j, k] = total[k, j].T
+    return total
+
+
+def _project(
+    reduced: Params, models: Sequence[Params], part: Slice, directions: Tensor, share: Tensor
+) -> None:
+    size = directions.shape[1]
+    scaled = []
+    for k, model in enumerate(models):
+        own = directions[k * size : (k + 1) * size] * len(models) ** 0.5
+        moved = model[part.parameter].clone()
+        view = moved.narrow(part.axis, part.start, size).movedim(part.axis, -1)
+        view.copy_((view.double() @ own).to(moved.dtype))
+        scaled.append(moved)
+    spliced = splice([{"x": tensor} for tensor in scaled], {"x": share})["x"]
+    target = reduced[part.parameter] = reduced[part.parameter].clone()
+    target.narrow(part.axis, part.start, size).copy_(spliced.narrow(part.axis, part.start, size))
+
+
+def _columns(tensor: Tensor, part: Slice, size: int) -> Tensor:
+    return (
+        tensor.double()
+        .narrow(part.axis, part.start, size)
+        .movedim(part.axis, -1)
+        .reshape(-1, size)
+    )

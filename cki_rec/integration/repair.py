@@ -1,0 +1,278 @@
+"""Make a merged model compute what its sources compute, layer by layer, in closed form.
+
+Rows of the training data are looked at, their labels are not.
+
+Shape legend: K sources, I inputs of a layer and the constant 1, O outputs, S units of a layer, C
+candidates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cki_rec.integration.params import Params
+from cki_rec.symmetry import Symmetry
+
+RIDGE = 1e-6
+"""Of a regression, as a share of the mean square of its inputs."""
+
+
+@dataclass(slots=True)
+class Moments:
+    """Means over rows of products; layers by the name of their weight, in order of execution."""
+
+    second: dict[str, Tensor]
+    """``(K, I, K, I)`` float64: inputs with inputs, of every two models; the last input is 1."""
+    logit: dict[str, Tensor]
+    """``(K, I, K)`` float64: inputs with logits; only of layers that see one input a row."""
+
+
+Observe = Callable[[Sequence[Params], Sequence[str] | None], Moments]
+"""Models, names of weights (None: all Linear layers) -> what they compute on the same rows."""
+
+
+def rescale(
+    merged: Params,
+    sources: Sequence[Params],
+    shares: Sequence[float],
+    observe: Observe,
+    symmetries: Sequence[Symmetry],
+) -> Params:
+    r"""Return the merged model with mean and deviation of its hidden units as in its sources.
+
+    .. math:: z' = (z - \mu) / \sigma \cdot \textstyle\sum_k \alpha_k \sigma_k
+        + \sum_k \alpha_k \mu_k
+
+    z is what a unit gets before its activation; averages of units that are no copies of each other
+    vary less than either, layer after layer. Running statistics of norms are set to the result.
+
+    Args:
+        merged: The merge of ``sources``.
+        sources: Aligned models.
+        shares: :math:`\alpha`, sum 1.
+        observe: What models compute on a sample of rows.
+        symmetries: Of the network; they say what belongs to a unit.
+
+    Reference:
+        Jordan et al., REPAIR, ICLR 2023, section 3.
+    """
+    fitted = dict(merged)
+    names = list(observe([merged], None).second)
+    for name in names:
+        symmetry = _units(symmetries, names).get(name)
+        if symmetry is None:
+            continue
+        second = observe([fitted, *sources], [name]).second[name]
+        mean, deviation = _statistics(_map(fitted, name), second[0, :, 0])
+        each = [
+            _statistics(_map(source, name), second[k, :, k])
+            for k, source in enumerate(sources, start=1)
+        ]
+        wanted_mean = _mixed([m for m, _ in each], shares)
+        wanted = _mixed([d for _, d in each], shares)
+        is_alive = deviation > 1e-6 * deviation.max().clamp_min(1e-12)
+        scale = torch.where(is_alive, wanted / deviation.clamp_min(1e-30), 1.0)
+        weights = _map(fitted, name) * scale[:, None]
+        weights[:, -1] += wanted_mean - mean * scale
+        _set(fitted, name, weights)
+        _set_running(fitted, name, symmetry, second[0, :, 0])
+    return fitted
+
+
+def fit_layers(
+    merged: Params,
+    sources: Sequence[Params],
+    shares: Sequence[float],
+    observe: Observe,
+    symmetries: Sequence[Symmetry],
+    choosing: bool = False,
+) -> Params:
+    r"""Return the merged model with each Linear refitted to the mean of the sources' outputs.
+
+    .. math:: W = \arg\min_W E \| W x - \textstyle\sum_k \alpha_k W_k x_k \|^2
+
+    x is the input of the layer in the merged model as fitted so far, :math:`x_k` that in source k;
+    where the rows leave W free it stays near :math:`\sum_k \alpha_k W_k`. The last layer gets what
+    is missing to the mean logit. Running statistics of norms are set to the result.
+
+    Args:
+        merged: Where to start from: all that no Linear holds stays as it is.
+        sources: Aligned models.
+        shares: :math:`\alpha`, sum 1.
+        observe: What models compute on a sample of rows.
+        symmetries: Of the network; they say what belongs to a hidden unit.
+        choosing: Hidden units are not averages of matched ones, but the ones of all sources, or
+            averages, that explain the mean logit best (``choose``).
+
+    Reference:
+        Singh and Jaggi, PLeaS (arXiv 2407.02447) for least squares after matching; Jin et al.,
+        RegMean, ICLR 2023, Eq. 2.
+
+    Differs:
+        Inputs are those of the merged model, so errors of earlier layers are made up for; units
+        may be chosen from the union of sources.
+    """
+    fitted = dict(merged)
+    names = list(observe([merged], None).second)
+    units = _units(symmetries, names)
+    for name in names:
+        seen = observe([fitted, *sources], [name])
+        if name == names[-1]:
+            _set(fitted, name, _last(fitted, name, seen, shares))
+            continue
+        second = seen.second[name]
+        each = []
+        for k, source in enumerate(sources, start=1):
+            own = _map(source, name)
+            each.append(own + _regress(second[0, :, 0], own @ (second[k, :, 0] - second[0, :, 0])))
+        mean = _mixed(each, shares)
+        if name in units and choosing:
+            _choose_units(fitted, sources, shares, units[name], name, [*each, mean], observe)
+        else:
+            _set(fitted, name, mean)
+        if name in units:
+            _set_running(fitted, name, units[name], second[0, :, 0])
+    return fitted
+
+
+def choose(gram_CC: Tensor, target_C: Tensor, size: int) -> list[int]:
+    """Return ``size`` candidates, chosen one by one, that explain a target best by least squares.
+
+    Args:
+        gram_CC: Covariance of the candidates.
+        target_C: Their covariance with the target.
+        size: How many, of C a multiple of it; candidates that others already explain come last.
+
+    Returns:
+        Indices, by their place modulo ``size``, so that equal sources keep their order.
+
+    Reference:
+        Pati et al., Orthogonal matching pursuit, 1993.
+    """
+    gram, target = gram_CC.clone(), target_C.clone()
+    least = 1e-9 * float(gram.diagonal().max().clamp_min(1e-300))
+    free = torch.ones(len(gram), dtype=torch.bool)
+    chosen: list[int] = []
+    for _ in range(size):
+        left = gram.diagonal()
+        gain = torch.where(left > least, target.square() / left.clamp_min(least), 0.0)
+        best = int(torch.where(free, gain, -1.0).argmax())
+        chosen.append(best)
+        free[best] = False
+        if left[best] > least:
+            share = gram[:, best] / left[best]
+            target = target - share * target[best]
+            gram = gram - share[:, None] * gram[best]
+    return sorted(chosen, key=lambda index: index % size)
+
+
+def _units(symmetries: Sequence[Symmetry], names: Sequence[str]) -> dict[str, Symmetry]:
+    """Return by the Linear that makes them the hidden units that one other Linear reads."""
+    found = {}
+    for symmetry in symmetries:
+        made = [p for p in symmetry.slices if p.axis == 0]
+        read = [p for p in symmetry.slices if p.axis == 1]
+        layers = [p.parameter for p in made if p.parameter in names]
+        is_plain = all(p.start == 0 and p.width == 1 and not p.within for p in made)
+        is_known = all(p.parameter in names and p.width == 1 and not p.within for p in read)
+        if len(layers) == 1 and len(read) == 1 and is_plain and is_known:
+            found[layers[0]] = symmetry
+    return found
+
+
+def _statistics(weights: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+    """Return mean and standard deviation of the outputs of ``(O, I)``, given its inputs."""
+    mean = weights @ second[:, -1]
+    square = torch.einsum("oi,ij,oj->o", weights, second, weights)
+    return mean, (square - mean.square()).clamp_min(0).sqrt()
+
+
+def _set_running(params: Params, name: str, symmetry: Symmetry, second: Tensor) -> None:
+    mean, deviation = _statistics(_map(params, name), second)
+    for part in symmetry.slices:
+        last_word = part.parameter.rpartition(".")[2]
+        if last_word in ("running_mean", "running_var"):
+            value = mean if last_word == "running_mean" else deviation.square()
+            params[part.parameter] = value.to(params[part.parameter].dtype)
+
+
+def _mixed(values: Sequence[Tensor], shares: Sequence[float]) -> Tensor:
+    total = torch.zeros_like(values[0])
+    for share, value in zip(shares, values, strict=True):
+        total = total + share * value
+    return total
+
+
+def _choose_units(
+    fitted: Params,
+    sources: Sequence[Params],
+    shares: Sequence[float],
+    symmetry: Symmetry,
+    name: str,
+    maps: Sequence[Tensor],
+    observe: Observe,
+) -> None:
+    """Set a layer's units to chosen candidates: those of each source, then the means."""
+    reader = next(p for p in symmetry.slices if p.axis == 1)
+    made = [p.parameter for p in symmetry.slices if p.axis == 0 and p.parameter != name]
+    candidates = []
+    for place, weights in enumerate(maps):
+        model = dict(fitted)
+        _set(model, name, weights)
+        for parameter in made:
+            if parameter != _bias(name):
+                values = [source[parameter].double() for source in sources]
+                value = values[place] if place < len(sources) else _mixed(values, shares)
+                model[parameter] = value.to(fitted[parameter].dtype)
+        candidates.append(model)
+    seen = observe([*candidates, *sources], [reader.parameter])
+    if reader.parameter not in seen.logit:  # several inputs a row: no logit to explain
+        fitted.update({parameter: candidates[-1][parameter] for parameter in [name, *made]})
+        return
+    num, span = len(candidates), slice(reader.start, reader.start + symmetry.size)
+    second, logit = seen.second[reader.parameter], seen.logit[reader.parameter]
+    ensemble = _mixed([logit[..., num + k] for k in range(len(sources))], shares)
+    mean = second[:num, span, 0, -1].flatten()
+    gram = second[:num, span, :num, span].flatten(2).flatten(0, 1) - torch.outer(mean, mean)
+    target = ensemble[:num, span].flatten() - mean * ensemble[0, -1]
+    chosen = choose(gram, target, symmetry.size)
+    for parameter in [name, *made]:
+        union = torch.stack([candidate[parameter] for candidate in candidates])
+        fitted[parameter] = union[
+            [index // symmetry.size for index in chosen],
+            [index % symmetry.size for index in chosen],
+        ]
+
+
+def _last(fitted: Params, name: str, seen: Moments, shares: Sequence[float]) -> Tensor:
+    logit = seen.logit[name][0]
+    missing = _mixed([logit[:, k] for k in range(1, len(shares) + 1)], shares) - logit[:, 0]
+    return _map(fitted, name) + _regress(seen.second[name][0, :, 0], missing[None])
+
+
+def _regress(gram_II: Tensor, product_OI: Tensor) -> Tensor:
+    ridge = RIDGE * gram_II.diagonal().mean() * torch.eye(len(gram_II), dtype=gram_II.dtype)
+    solution: Tensor = torch.linalg.solve(gram_II + ridge, product_OI.T)
+    return solution.T
+
+
+def _bias(name: str) -> str:
+    return name.removesuffix("weight") + "bias"
+
+
+def _map(params: Params, name: str) -> Tensor:
+    """Return weight and bias as ``(O, I)`` float64."""
+    weight = params[name].double()
+    bias = params.get(_bias(name))
+    column = torch.zeros(len(weight), dtype=torch.float64) if bias is None else bias.double()
+    return torch.cat([weight, column[:, None]], 1)
+
+
+def _set(params: Params, name: str, weights: Tensor) -> None:
+    params[name] = weights[:, :-1].to(params[name].dtype)
+    if _bias(name) in params:
+        params[_bias(name)] = weights[:, -1].to(params[name].dtype)
