@@ -18,7 +18,7 @@ CHOICES = {
     "data.synthetic.layout": ("criteo", "avazu", "movielens"),
     "data.partition.by": ("user", "item", "time", "random", "none"),
     "integrate.align.by": ("none", "weights", "activations"),
-    "integrate.repair": ("none", "rescale", "fit"),
+    "integrate.repair": ("none", "rescale", "fit", "choose", "reduce"),
     "integrate.perspective": ("local", "global", "dual"),
     "integrate.local": ("gate", "evidence"),
     "integrate.splice": ("soft", "hard"),

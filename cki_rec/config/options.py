@@ -276,8 +276,9 @@ class Integrate:
     """Of the method, by name (``cki-rec integrate --list``)."""
     align: Align
     repair: str
-    """After merging: ``none``, ``rescale`` (statistics of hidden units) or ``fit`` (layers by
-    least squares to the mean of the sources' layers)."""
+    """After merging: ``none``; ``rescale`` (statistics of hidden units); ``fit`` (layers by least
+    squares to the mean of the sources' layers, on the merged tables); ``choose`` (also hidden
+    units chosen from all sources); ``reduce`` (also tables projected from all sources' frames)."""
     sample: int
     """Training rows that alignment, repair and methods look at, without their labels."""
     perspective: str

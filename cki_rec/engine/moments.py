@@ -1,20 +1,20 @@
-"""What the linear layers of several models see on the same rows.
+"""What several models compute on the same rows.
 
 Shape legend: B rows, K models, I inputs of a layer and the constant 1.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from cki_rec.data.loader import Loader
-from cki_rec.data.schema import FeatureSchema
+from cki_rec.data.schema import Batch, FeatureSchema
 from cki_rec.data.store import EncodedDataset
 from cki_rec.integration.params import Params
 from cki_rec.integration.repair import Moments
@@ -22,13 +22,53 @@ from cki_rec.integration.repair import Moments
 BATCH = 4096
 
 
+@dataclass(slots=True)
+class Observer:
+    """Runs models on one sample of rows; their labels are not used."""
+
+    network: nn.Module
+    """With unsharded tables; its own parameters are not used."""
+    batches: Sequence[Batch]
+
+    def __call__(self, models: Sequence[Params], layers: Sequence[str] | None = None) -> Moments:
+        """Return ``linear_moments`` of ``models`` on the sample."""
+        return linear_moments(self.network, models, self.batches, layers)
+
+
+def observer(
+    network: nn.Module, dataset: EncodedDataset, schema: FeatureSchema, size: int, seed: int
+) -> Observer:
+    """Return an observer of ``size`` training rows, drawn without replacement; of all if fewer."""
+    rows = dataset.rows("train")
+    if len(rows) > size:
+        rows = np.sort(np.random.default_rng(seed).choice(rows, size, replace=False))
+    return Observer(network, list(Loader(dataset, schema, rows, BATCH)))
+
+
+def random_batch(schema: FeatureSchema, rows: int, seed: int) -> Batch:
+    """Return a batch of ids drawn from the whole vocabularies: rows that need no data set."""
+    draw = torch.Generator().manual_seed(seed)
+    values, lengths = [], []
+    for feature in schema.lookups:
+        most = 1 if feature.kind == "categorical" else 5
+        length = torch.randint(1, most + 1, (rows,), generator=draw)
+        size = schema.table_sizes[feature.table]
+        values.append(torch.randint(1, max(size, 2), (int(length.sum()),), generator=draw))
+        lengths.append(length)
+    numbers = torch.randn(rows, len(schema.numbers), generator=draw) if schema.numbers else None
+    return Batch(
+        torch.cat(values) if values else torch.zeros(0, dtype=torch.int64),
+        torch.cat(lengths).to(torch.int32) if lengths else None,
+        torch.zeros(rows),
+        numbers,
+    )
+
+
 @torch.no_grad()
 def linear_moments(
     network: nn.Module,
     models: Sequence[Params],
-    dataset: EncodedDataset,
-    schema: FeatureSchema,
-    rows: NDArray[np.int64],
+    batches: Iterable[Batch],
     layers: Sequence[str] | None = None,
 ) -> Moments:
     """Return second moments of the inputs of every Linear, over all models side by side.
@@ -36,61 +76,43 @@ def linear_moments(
     Args:
         network: A network with unsharded tables; its own parameters are not used.
         models: Parameters to run it with.
-        dataset: Where rows are.
-        schema: The features that ``network`` reads.
-        rows: Rows to look at; their labels are not used.
+        batches: Rows to look at.
         layers: Names of weights; None: of all Linear layers.
     """
     linears = {f"{n}.weight": m for n, m in network.named_modules() if isinstance(m, nn.Linear)}
-    linears = {name: linears[name] for name in (linears if layers is None else layers)}
-    seen: dict[str, Tensor] = {}
-    handles = [
-        module.register_forward_pre_hook(
-            lambda _, inputs, name=name: seen.__setitem__(name, inputs[0])
-        )
-        for name, module in linears.items()
-    ]
+    inputs: dict[str, list[Tensor]] = {}
+
+    def listen(name: str, module: nn.Linear) -> torch.utils.hooks.RemovableHandle:
+        def hook(_: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+            x = arguments[0].flatten(0, -2)
+            inputs.setdefault(name, []).append(torch.cat([x, torch.ones_like(x[:, :1])], 1))
+
+        return module.register_forward_pre_hook(hook)
+
+    handles = [listen(name, linears[name]) for name in (linears if layers is None else layers)]
     second: dict[str, Tensor] = {}
-    with_logit: dict[str, Tensor] = {}
+    logit: dict[str, Tensor] = {}
+    rows: dict[str, int] = {}
     network.eval()
     try:
-        for batch in Loader(dataset, schema, rows, BATCH):
-            inputs: dict[str, list[Tensor]] = {}
-            logits = []
-            for model in models:
-                seen.clear()
-                logits.append(functional_call(network, model, (batch,)))
-                for name, x in seen.items():
-                    x = x.flatten(0, -2)
-                    inputs.setdefault(name, []).append(
-                        torch.cat([x, torch.ones_like(x[:, :1])], 1)
-                    )
-            logit_BK = torch.stack(logits, 1).double()
+        for batch in batches:
+            inputs.clear()
+            scores = [functional_call(network, model, (batch,)) for model in models]
+            logit_BK = torch.stack(scores, 1).double()
             for name, parts in inputs.items():
                 x_BKI = torch.stack(parts, 1).double()
-                flat = x_BKI.flatten(1)
-                share = len(batch) / len(rows) / len(flat)
-                product = (
-                    (flat.T @ flat).unflatten(0, x_BKI.shape[1:]).unflatten(2, x_BKI.shape[1:])
-                )
-                _add(second, name, product * share)
+                flat, shape = x_BKI.flatten(1), x_BKI.shape[1:]
+                _add(second, name, (flat.T @ flat).unflatten(0, shape).unflatten(2, shape))
                 if len(flat) == len(logit_BK):
-                    _add(
-                        with_logit, name, (flat.T @ logit_BK).unflatten(0, x_BKI.shape[1:]) * share
-                    )
+                    _add(logit, name, (flat.T @ logit_BK).unflatten(0, shape))
+                rows[name] = rows.get(name, 0) + len(flat)
     finally:
         for handle in handles:
             handle.remove()
-    return Moments(second, with_logit)
-
-
-def sample(rows: NDArray[np.int64], size: int, seed: int) -> NDArray[np.int64]:
-    """Return ``size`` rows drawn without replacement, in order; all if there are not so many."""
-    if len(rows) <= size:
-        return rows
-    drawn: NDArray[np.int64] = np.random.default_rng(seed).choice(rows, size, replace=False)
-    drawn.sort()
-    return drawn
+    return Moments(
+        {name: total / rows[name] for name, total in second.items()},
+        {name: total / rows[name] for name, total in logit.items()},
+    )
 
 
 def _add(totals: dict[str, Tensor], name: str, value: Tensor) -> None:

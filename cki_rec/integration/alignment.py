@@ -88,7 +88,7 @@ def align(
     draw = generator(seed, "alignment")
     best: tuple[float, list[list[Tensor]], int] | None = None
     for start in range(starts):
-        first = identity if start == 0 else [_random(s, draw) for s in symmetries]
+        first = identity if start == 0 else [random_element(s, draw) for s in symmetries]
         found, sweeps = problem.solve(first, draw)
         value = problem.agreement(found)
         if best is None or value > best[0] + 1e-12:
@@ -331,12 +331,13 @@ def _trace(element: Tensor, signed: Tensor, unsigned: Tensor) -> float:
     return float((element * signed).sum() + (element.abs() * unsigned).sum())
 
 
-def _random(symmetry: Symmetry, draw: torch.Generator) -> Tensor:
+def random_element(symmetry: Symmetry, draw: torch.Generator) -> Tensor:
     """Return a random element of the group."""
     size = symmetry.size
     if symmetry.kind == "rotation":
         q, r = torch.linalg.qr(torch.randn(size, size, generator=draw, dtype=torch.float64))
-        return q * r.diagonal().sign()
+        rotation: Tensor = q * r.diagonal().sign()
+        return rotation
     element = torch.eye(size, dtype=torch.float64)[torch.randperm(size, generator=draw)]
     if symmetry.kind == "signed_permutation":
         element = element * (torch.randint(0, 2, (size,), generator=draw) * 2 - 1)

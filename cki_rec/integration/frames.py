@@ -5,7 +5,7 @@ Shape legend: K sources, V rows and D columns of a table, S size of a symmetry.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -77,6 +77,7 @@ def reduce_frames(
     symmetries: Sequence[Symmetry],
     products: Mapping[str, Tensor],
     shares: Weights,
+    readers: Collection[str],
 ) -> Params:
     r"""Return the merged model with embeddings projected from all sources' frames, not averaged.
 
@@ -93,6 +94,7 @@ def reduce_frames(
         symmetries: Those of kind rotation are reduced.
         products: ``table_products``.
         shares: Splicing weights of all parameters.
+        readers: Weights of linear maps; whatever else a symmetry moves has coordinates of its own.
 
     Reference:
         Eckart and Young, Psychometrika 1936.
@@ -109,8 +111,9 @@ def reduce_frames(
                 span = slice(part.start, part.start + size)
                 block = products[part.parameter][:, :, span, span]
                 held += block.permute(0, 2, 1, 3).reshape(wide, wide)
-            elif part.axis == 1:
-                rows = torch.cat([_columns(m[part.parameter], part, size) for m in models], 1)
+            elif part.parameter in readers:
+                views = [units_of(m[part.parameter], part, size).double() for m in models]
+                rows = torch.cat([view.reshape(-1, size) for view in views], 1)
                 read += rows.T @ rows
         if float(held.trace()) <= 0:
             continue
@@ -121,7 +124,7 @@ def reduce_frames(
         mean = torch.eye(size, dtype=torch.float64).repeat(num_sources, 1) / num_sources**0.5
         directions = directions @ polar(directions.T @ mean)  # as near to the mean as can be
         for part in symmetry.slices:
-            if part.parameter in products or part.axis == 0:
+            if part.parameter not in readers:
                 _project(reduced, models, part, directions, shares[part.parameter])
     return reduced
 
@@ -142,11 +145,9 @@ def units_of(tensor: Tensor, part: Slice, size: int) -> Tensor:
     for axis, start, stop in part.within:
         tensor = tensor.narrow(axis, start, stop - start)
     tensor = tensor.narrow(part.axis, part.start, size * part.width)
-    return (
-        tensor.unflatten(part.axis, (size, part.width))
-        .movedim(part.axis, -1)
-        .movedim(part.axis, -2)
-    )
+    units = tensor.unflatten(part.axis, (size, part.width))
+    moved: Tensor = units.movedim((part.axis + 1, part.axis), (-2, -1))
+    return moved
 
 
 def _act(units: Tensor, element: Tensor, kind: str) -> None:
@@ -184,23 +185,14 @@ def _products(tables: list[Tensor], counts: list[Tensor]) -> Tensor:
 def _project(
     reduced: Params, models: Sequence[Params], part: Slice, directions: Tensor, share: Tensor
 ) -> None:
-    size = directions.shape[1]
-    scaled = []
+    """Set a slice to the spliced projections of the sources' slices."""
+    size, name = directions.shape[1], part.parameter
+    projected: list[Params] = []
     for k, model in enumerate(models):
         own = directions[k * size : (k + 1) * size] * len(models) ** 0.5
-        moved = model[part.parameter].clone()
-        view = moved.narrow(part.axis, part.start, size).movedim(part.axis, -1)
-        view.copy_((view.double() @ own).to(moved.dtype))
-        scaled.append(moved)
-    spliced = splice([{"x": tensor} for tensor in scaled], {"x": share})["x"]
-    target = reduced[part.parameter] = reduced[part.parameter].clone()
-    target.narrow(part.axis, part.start, size).copy_(spliced.narrow(part.axis, part.start, size))
-
-
-def _columns(tensor: Tensor, part: Slice, size: int) -> Tensor:
-    return (
-        tensor.double()
-        .narrow(part.axis, part.start, size)
-        .movedim(part.axis, -1)
-        .reshape(-1, size)
-    )
+        moved = model[name].clone()
+        _act(units_of(moved, part, size), own, "rotation")
+        projected.append({name: moved})
+    spliced = splice(projected, {name: share})[name]
+    reduced[name] = reduced[name].clone()
+    units_of(reduced[name], part, size).copy_(units_of(spliced, part, size))

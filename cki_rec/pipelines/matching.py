@@ -1,0 +1,134 @@
+"""Around a merge: bring sources into one frame before it, repair the result after it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from cki_rec.config import Integrate, UserError
+from cki_rec.engine.checkpoint import Checkpoint
+from cki_rec.engine.embeddings import table_of
+from cki_rec.engine.moments import Observer, random_batch
+from cki_rec.integration.alignment import align
+from cki_rec.integration.frames import reduce_frames, table_products, transform
+from cki_rec.integration.params import Params, Weights
+from cki_rec.integration.repair import fit_layers, rescale
+from cki_rec.models import build_model
+from cki_rec.symmetry import Symmetry
+
+CHECKED_ROWS = 512
+TOLERANCE = 1e-5
+
+
+def looks_at_rows(options: Integrate) -> bool:
+    """Return whether alignment or repair run the sources on training rows."""
+    return options.align.by == "activations" or options.repair != "none"
+
+
+def aligned(
+    options: Integrate,
+    models: Sequence[Params],
+    counts: Sequence[Params],
+    saved: Checkpoint,
+    observe: Observer | None,
+    seed: int,
+) -> tuple[list[Params], dict[str, Any] | None]:
+    """Return the sources in one frame, and how well they agree there and did before.
+
+    Raises:
+        UserError: An aligned source does not give its own scores any more.
+    """
+    if options.align.by == "none" or len(models) == 1:
+        return list(models), None
+    symmetries = symmetries_of(saved)
+    moments = None
+    if options.align.by == "activations":
+        assert observe is not None
+        moments = observe(models).second
+    products = table_products(models, moved_tables(symmetries), counts)
+    found = align(models, symmetries, products, moments, starts=options.align.starts, seed=seed)
+    moved = [transform(m, symmetries, e) for m, e in zip(models, found.elements, strict=True)]
+    network = build_model(saved.schema, saved.model, torch.device("cpu")).eval()
+    batch = random_batch(saved.schema, CHECKED_ROWS, seed)
+    for k, (before, after) in enumerate(zip(models, moved, strict=True)):
+        with torch.no_grad():
+            scores, own = (functional_call(network, m, (batch,)) for m in (after, before))
+        check_scores(scores, own, f"integrate.sources[{k}]")
+    facts = {
+        "by": options.align.by,
+        "agreement": found.agreement,
+        "agreement_before": found.agreement_before,
+        "sweeps": found.sweeps,
+    }
+    return moved, facts
+
+
+def check_scores(scores: Tensor, own: Tensor, name: str) -> None:
+    """Check that a source that was only moved scores rows as it did before.
+
+    Raises:
+        UserError: By name, if a logit differs by more than 1e-5 of the largest, or of 1.
+    """
+    error = float((scores - own).abs().max())
+    if not error <= TOLERANCE * max(1.0, float(own.abs().max())):
+        raise UserError(
+            f"{name}: alignment changed its scores by {error:.1e}; its network does not have the"
+            " symmetries that its model declares; use integrate.align.by=none"
+        )
+
+
+def symmetries_of(saved: Checkpoint) -> list[Symmetry]:
+    """Return what the network of a checkpoint declares."""
+    network = build_model(saved.schema, saved.model, torch.device("meta"))
+    found: list[Symmetry] = network.symmetries()  # type: ignore[operator]
+    return found
+
+
+def moved_tables(symmetries: Sequence[Symmetry]) -> list[str]:
+    """Return the tables that symmetries move."""
+    names = [part.parameter for symmetry in symmetries for part in symmetry.slices]
+    return [name for name in dict.fromkeys(names) if table_of(name)]
+
+
+def repaired(
+    options: Integrate,
+    merged: Params,
+    models: Sequence[Params],
+    weights: Weights | None,
+    counts: Sequence[Params],
+    saved: Checkpoint,
+    observe: Observer | None,
+) -> Params:
+    """Return the merged model after ``integrate.repair``.
+
+    Raises:
+        UserError: ``reduce`` after a method that gives no weights of its sources.
+    """
+    if options.repair == "none" or len(models) == 1:
+        return merged
+    assert observe is not None
+    symmetries, shares = symmetries_of(saved), [1 / len(models)] * len(models)
+    if options.repair == "rescale":
+        return rescale(merged, models, shares, observe, symmetries)
+    if options.repair == "reduce":
+        if weights is None:
+            raise UserError(
+                f"integrate.repair=reduce: integrate.method={options.method} gives no weights of"
+                " sources to project their tables with; use choose, fit or rescale"
+            )
+        products = table_products(models, moved_tables(symmetries), counts)
+        readers = _linear_weights(observe.network)
+        start = reduce_frames(merged, models, symmetries, products, weights, readers)
+        return fit_layers(start, models, shares, observe, symmetries, choosing=True)
+    tables = {name: tensor for name, tensor in merged.items() if table_of(name)}
+    on_merged_tables = [{**model, **tables} for model in models]
+    choosing = options.repair == "choose"
+    return fit_layers(merged, on_merged_tables, shares, observe, symmetries, choosing)
+
+
+def _linear_weights(network: nn.Module) -> set[str]:
+    return {f"{n}.weight" for n, m in network.named_modules() if isinstance(m, nn.Linear)}
