@@ -26,7 +26,7 @@ from cki_rec.integration.baselines import base_weights
 from cki_rec.integration.evidence import evidence_weights
 from cki_rec.integration.gate import initialize_gate
 from cki_rec.integration.methods import METHODS, Given, Method
-from cki_rec.integration.params import Params, Weights
+from cki_rec.integration.params import STATISTICS, Params, Weights
 from cki_rec.integration.splicing import override_weights, source_shares, splice
 from cki_rec.models import build_model, model_schema
 from cki_rec.pipelines import train
@@ -35,9 +35,6 @@ from cki_rec.pipelines.scores import EXTERNAL, check_data, predictions
 SEVERAL = "several"
 """Stands for the data hash of a model whose sources were trained on different data sets: it fits
 none of them, since what is a test row of one may have been a training row of another."""
-
-STATISTICS = ("running_mean", "running_var")
-"""Last words of buffers that batch norms keep."""
 
 log = logging.getLogger(__name__)
 
