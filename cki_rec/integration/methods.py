@@ -80,6 +80,7 @@ class Method:
         return self.weigh is not None or self.merge is not None
 
 
+SCALED = "one pass; scores of 10 scales"
 METHODS: dict[str, Method] = {
     "best_parent": Method(
         idea="keep the parent that is best on validation; a reference, not a parameter method",
@@ -119,6 +120,7 @@ METHODS: dict[str, Method] = {
         options=prune,
         idea="one parent without its smallest entries: what fewer numbers cost",
         reference="CKI (arXiv 2501.07596), baseline pruning",
+        cost="scores of all parents",
         is_ordered=True,
     ),
     "slerp": Method(
@@ -142,6 +144,7 @@ METHODS: dict[str, Method] = {
         idea="the start plus the scaled sum of what each parent learnt since",
         needs=frozenset({"start"}),
         reference="Ilharco et al., ICLR 2023",
+        cost=SCALED,
     ),
     "ties": Method(
         merge=lambda models, given, **options: ties(models, _start(given), given.score, **options),
@@ -149,6 +152,7 @@ METHODS: dict[str, Method] = {
         idea="the largest changes since the start, per entry the mean of those that agree in sign",
         needs=frozenset({"start"}),
         reference="TIES-Merging (Yadav et al., NeurIPS 2023)",
+        cost=SCALED,
     ),
     "dare": Method(
         merge=lambda models, given, **options: dare(
@@ -158,6 +162,7 @@ METHODS: dict[str, Method] = {
         idea="changes since the start, some dropped at random, the others enlarged, then summed",
         needs=frozenset({"start"}),
         reference="DARE (Yu et al., ICML 2024)",
+        cost=SCALED,
         is_ordered=True,
     ),
     "della": Method(
@@ -168,6 +173,7 @@ METHODS: dict[str, Method] = {
         idea="like dare, but small changes are dropped more often and signs elected",
         needs=frozenset({"start"}),
         reference="DELLA-Merging (Deep et al., arXiv 2406.11617)",
+        cost=SCALED,
         is_ordered=True,
     ),
     "breadcrumbs": Method(
@@ -178,6 +184,7 @@ METHODS: dict[str, Method] = {
         idea="changes since the start without the smallest and the very largest, summed",
         needs=frozenset({"start"}),
         reference="Model Breadcrumbs (Davari and Belilovsky, ECCV 2024)",
+        cost=SCALED,
     ),
     "model_stock": Method(
         merge=lambda models, given: model_stock(models, _start(given)),
