@@ -22,7 +22,7 @@ from cki_rec.integration.splicing import splice
 from cki_rec.progress import progress
 
 Gates = dict[str, Tensor | None]
-Metric = Callable[[NDArray[np.uint8], NDArray[np.float32]], float | None]
+Metric = Callable[[NDArray[np.float32], NDArray[np.float32]], float | None]
 
 
 @dataclass(slots=True)
@@ -100,7 +100,7 @@ def train_gates(
     parameters = [gate for gate in learned.values() if gate is not None] + list(moving.values())
     optimizer = torch.optim.Adam(parameters, lr=options.learning_rate)
     best = Trained({}, {}, 0, None)
-    label = dataset.label[valid_rows]
+    label = dataset.labels(valid_rows)
     loader = Loader(dataset, schema, train_rows, batch_size, seed=seed)
     with progress(title, options.epochs * len(train_rows)) as advance:
         for epoch in range(1, options.epochs + 1):
