@@ -76,7 +76,7 @@ def scorer(config: Config, dataset: EncodedDataset, like: Checkpoint) -> Callabl
         for name, tensor in params.items():
             state[name].copy_(tensor)
         logits = predict(network(), dataset, like.schema, rows, device)
-        return auc(dataset.label[rows], logits) or 0.0
+        return auc(dataset.labels(rows), logits) or 0.0
 
     return score
 

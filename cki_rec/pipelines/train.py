@@ -149,7 +149,7 @@ def untrained(
 ) -> dict[str, Any]:
     """Return an entry of the history for a model before its first step."""
     found = metrics(
-        dataset.label[rows], predict(model.module, dataset, schema, rows, model.device)
+        dataset.labels(rows), predict(model.module, dataset, schema, rows, model.device)
     )
     known = {f"valid_{name}": value for name, value in found.items()}
     return {"epoch": 0, "step": 0, "train_loss": None, **known, "is_best": True}
