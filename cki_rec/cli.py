@@ -77,6 +77,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if {"-h", "--help"} & set(options):
         print(_pipeline_help(pipeline))
         return 0
+    if pipeline == "integrate" and "--list" in options:
+        from cki_rec.pipelines.listing import method_table
+
+        print(method_table())
+        return 0
     os.environ[COMMAND_VARIABLE] = shlex.join(["cki-rec", *words])
     return _run(pipeline, options)
 
@@ -315,6 +320,7 @@ def _help() -> str:
         "-m sweeps over comma-separated values; hydra/launcher=joblib runs jobs in parallel.",
     ]
     lines += ["cki-rec <pipeline> --help lists its options. Values and their meaning: conf/."]
+    lines += ["cki-rec integrate --list shows all methods: idea, options, needs, cost, reference."]
     return "\n".join(lines)
 
 

@@ -55,7 +55,7 @@ AT_LEAST = {
     "model.cross.experts": 1,
     "model.attention.length": 1,
     "model.streams.heads": 1,
-    "train.epochs": 1,
+    "train.epochs": 0,
     "train.batch_size": 1,
     "train.patience": 1,
     "train.learning_rate": 0,

@@ -361,6 +361,8 @@ class Suite:
     name: str
     sources: list[dict[str, Any]]
     """The parents that every method of the suite is compared with, as config deltas."""
+    start: dict[str, Any] | None
+    """The model that all of them come from, as a config delta; null: there is none."""
 
 
 @dataclass(slots=True, kw_only=True)

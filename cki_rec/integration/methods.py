@@ -8,14 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor
 
+from cki_rec.integration.angles import karcher, model_stock, slerp
 from cki_rec.integration.baselines import average_weights, random_weights
 from cki_rec.integration.cki import cki_weights
 from cki_rec.integration.evidence import evidence_weights
+from cki_rec.integration.options import check_arguments, defaults
 from cki_rec.integration.params import Params, Weights
+from cki_rec.integration.soups import greedy_soup, prune, weighted_average
+from cki_rec.integration.task_vectors import breadcrumbs, dare, della, task_arithmetic, ties
 
 Need = Literal["counts", "fisher", "moments", "start", "labels"]
 """``counts`` of table rows; ``fisher``, ``moments``: a pass over training rows; ``start``: the
@@ -41,6 +45,12 @@ class Given:
     """Validation AUC of a model (``labels``)."""
 
 
+def _start(given: Given) -> Params:
+    if given.start is None:
+        raise ValueError("needs the model that all sources started from")
+    return given.start
+
+
 @dataclass(frozen=True, slots=True)
 class Method:
     """One way to make one predictor out of several models."""
@@ -51,6 +61,10 @@ class Method:
     """``weigh(models, given, **options)``: shares of the sources, which are then spliced."""
     merge: Callable[..., Params] | None = None
     """``merge(models, given, **options)``: the new model."""
+    options: Callable[..., Params] | None = None
+    """The function whose parameters with a default value are the options of the method, as
+    ``integrate.options`` names them; None: it has none. Where one is None, validation rows decide
+    (``labels``)."""
     needs: frozenset[Need] = frozenset()
     models: str = "any"
     """How many it takes: ``any``, or ``2``."""
@@ -66,6 +80,7 @@ class Method:
         return self.weigh is not None or self.merge is not None
 
 
+SCALED = "one pass; scores of 10 scales"
 METHODS: dict[str, Method] = {
     "best_parent": Method(
         idea="keep the parent that is best on validation; a reference, not a parameter method",
@@ -82,11 +97,104 @@ METHODS: dict[str, Method] = {
     ),
     "average": Method(
         weigh=lambda models, _: average_weights(models),
-        idea="the mean of all parents, entry by entry",
+        idea="the mean of all parents, entry by entry; of checkpoints of one run: SWA",
         reference="CKI (arXiv 2501.07596), baseline averaging",
+    ),
+    "weighted_average": Method(
+        weigh=lambda models, given, **options: weighted_average(models, given.score, **options),
+        options=weighted_average,
+        idea="the mean with one share per parent, given or chosen on validation",
+        reference="CKI (arXiv 2501.07596), baseline averaging",
+        cost="scores of a grid",
+        is_ordered=True,
+    ),
+    "greedy_soup": Method(
+        weigh=lambda models, given: greedy_soup(models, given.score),
+        idea="the mean of those parents whose addition does not lower validation AUC",
+        needs=frozenset({"labels"}),
+        reference="Model soups (Wortsman et al., ICML 2022)",
+        cost="scores of 2K - 1 models",
+    ),
+    "pruning": Method(
+        merge=lambda models, given, **options: prune(models, given.score, **options),
+        options=prune,
+        idea="one parent without its smallest entries: what fewer numbers cost",
+        reference="CKI (arXiv 2501.07596), baseline pruning",
+        cost="scores of all parents",
+        is_ordered=True,
+    ),
+    "slerp": Method(
+        merge=lambda models, _, **options: slerp(models, **options),
+        options=slerp,
+        idea="a point on the great circle between two parents, per parameter",
+        reference="Shoemake, SIGGRAPH 1985",
+        models="2",
+        is_ordered=True,
+    ),
+    "karcher": Method(
+        merge=lambda models, _: karcher(models),
+        idea="the mean direction on the sphere, times the mean norm, per parameter",
+        reference="Karcher, 1977; Buss and Fillmore, ACM TOG 2001",
+    ),
+    "task_arithmetic": Method(
+        merge=lambda models, given, **options: task_arithmetic(
+            models, _start(given), given.score, **options
+        ),
+        options=task_arithmetic,
+        idea="the start plus the scaled sum of what each parent learnt since",
+        needs=frozenset({"start"}),
+        reference="Ilharco et al., ICLR 2023",
+        cost=SCALED,
+    ),
+    "ties": Method(
+        merge=lambda models, given, **options: ties(models, _start(given), given.score, **options),
+        options=ties,
+        idea="the largest changes since the start, per entry the mean of those that agree in sign",
+        needs=frozenset({"start"}),
+        reference="TIES-Merging (Yadav et al., NeurIPS 2023)",
+        cost=SCALED,
+    ),
+    "dare": Method(
+        merge=lambda models, given, **options: dare(
+            models, _start(given), given.score, given.seed, **options
+        ),
+        options=dare,
+        idea="changes since the start, some dropped at random, the others enlarged, then summed",
+        needs=frozenset({"start"}),
+        reference="DARE (Yu et al., ICML 2024)",
+        cost=SCALED,
+        is_ordered=True,
+    ),
+    "della": Method(
+        merge=lambda models, given, **options: della(
+            models, _start(given), given.score, given.seed, **options
+        ),
+        options=della,
+        idea="like dare, but small changes are dropped more often and signs elected",
+        needs=frozenset({"start"}),
+        reference="DELLA-Merging (Deep et al., arXiv 2406.11617)",
+        cost=SCALED,
+        is_ordered=True,
+    ),
+    "breadcrumbs": Method(
+        merge=lambda models, given, **options: breadcrumbs(
+            models, _start(given), given.score, **options
+        ),
+        options=breadcrumbs,
+        idea="changes since the start without the smallest and the very largest, summed",
+        needs=frozenset({"start"}),
+        reference="Model Breadcrumbs (Davari and Belilovsky, ECCV 2024)",
+        cost=SCALED,
+    ),
+    "model_stock": Method(
+        merge=lambda models, given: model_stock(models, _start(given)),
+        idea="between start and mean, the nearer to the mean the smaller the parents' angle",
+        needs=frozenset({"start"}),
+        reference="Model Stock (Jang et al., ECCV 2024)",
     ),
     "random": Method(
         weigh=lambda models, given, **options: random_weights(models, given.seed, **options),
+        options=random_weights,
         idea="random weights in the range that soft CKI can reach: a control",
         reference="ours",
         is_ordered=True,
@@ -106,3 +214,19 @@ METHODS: dict[str, Method] = {
     ),
 }
 """``labels`` of ``cki`` are for the learned gate; without one it takes none."""
+
+
+def needs_of(name: str, options: Mapping[str, Any]) -> frozenset[Need]:
+    """Return what a method needs with these options: labels too where validation rows decide."""
+    method = METHODS[name]
+    chosen = {**defaults(method.options), **options}.values()
+    return method.needs | {"labels"} if any(value is None for value in chosen) else method.needs
+
+
+def check_options(name: str, options: Mapping[str, Any]) -> None:
+    """Check that a method has these options, and that their values have the right types.
+
+    Raises:
+        ValueError: The first one that does not fit, and what the method takes.
+    """
+    check_arguments(name, METHODS[name].options, options)

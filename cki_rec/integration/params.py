@@ -16,6 +16,8 @@ Params: TypeAlias = dict[str, Tensor]
 """One model: a floating tensor per name. Counts and scores have this form too."""
 Weights: TypeAlias = dict[str, Tensor]
 """Per name ``(K, *s)``: the share of each source, non-negative, sum 1 over K."""
+STATISTICS = ("running_mean", "running_var")
+"""Last words of buffers that batch norms keep: averaged, whatever a method does with weights."""
 
 
 def check_same(models: Sequence[Params]) -> None:
@@ -42,6 +44,32 @@ def check_same(models: Sequence[Params]) -> None:
             if other.dtype != tensor.dtype:
                 dtypes = f"{tensor.dtype} in source 0, {other.dtype} in source {k}"
                 raise ValueError(f"{name}: dtypes differ, {dtypes}")
+
+
+def check_start(models: Sequence[Params], start: Params) -> None:
+    """Check that models, and the one they started from, have the same names, shapes and dtypes.
+
+    Raises:
+        ValueError: There is no model, or something differs; names the first offending tensor.
+    """
+    check_same(models)
+    try:
+        check_same([models[0], start])
+    except ValueError as error:
+        raise ValueError(f"the start (here source 1) does not fit: {error}") from None
+
+
+def check_finite(models: Sequence[Params], title: str = "source") -> None:
+    """Check that no entry is NaN or infinite.
+
+    Raises:
+        ValueError: One is; names tensor and model.
+    """
+    for k, model in enumerate(models):
+        for name, tensor in model.items():
+            if not bool(tensor.isfinite().all()):
+                which = f"{title} {k}" if title == "source" else title
+                raise ValueError(f"{name}: {which} has NaN or infinite entries")
 
 
 def check_weights(weights: Weights, models: Sequence[Params]) -> None:

@@ -25,19 +25,16 @@ from cki_rec.integration.assessment import compute_global_terms
 from cki_rec.integration.baselines import base_weights
 from cki_rec.integration.evidence import evidence_weights
 from cki_rec.integration.gate import initialize_gate
-from cki_rec.integration.methods import METHODS, Given, Method
-from cki_rec.integration.params import Params, Weights
+from cki_rec.integration.methods import METHODS, Given, Method, check_options, needs_of
+from cki_rec.integration.params import STATISTICS, Params, Weights, check_finite
 from cki_rec.integration.splicing import override_weights, source_shares, splice
 from cki_rec.models import build_model, model_schema
 from cki_rec.pipelines import train
-from cki_rec.pipelines.scores import EXTERNAL, check_data, predictions
+from cki_rec.pipelines.scores import EXTERNAL, check_data, predictions, scorer
 
 SEVERAL = "several"
 """Stands for the data hash of a model whose sources were trained on different data sets: it fits
 none of them, since what is a test row of one may have been a training row of another."""
-
-STATISTICS = ("running_mean", "running_var")
-"""Last words of buffers that batch norms keep."""
 
 log = logging.getLogger(__name__)
 
@@ -76,7 +73,8 @@ def ensure(config: Config, force: bool = False) -> Run:
     options = config.integrate
     method_of(config)
     sources = resolve(config, options.sources)
-    needs_rows = options.method == "best_parent" or options.gate.train != "none"
+    start = start_of(config)
+    needs_rows = needs_labels(options)
     dataset = (
         store.prepare(config.data, config.runtime.encoded, config.runtime.chunk_mb)
         if needs_rows
@@ -84,6 +82,7 @@ def ensure(config: Config, force: bool = False) -> Run:
     )
     rule = section(options)
     del rule["sources"], rule["label"]
+    rule["start"] = None if start is None else start.identity
     reads = {
         "sources": [source.identity for source in sources],
         "integrate": rule,
@@ -94,22 +93,51 @@ def ensure(config: Config, force: bool = False) -> Run:
     }
     with open_run(Path(config.runtime.out), run_id("integrate", reads), force) as run:
         if run.record is None:
-            _integrate(config, sources, dataset, run, reads)
+            _integrate(config, sources, start, dataset, run, reads)
     return run
 
 
 def method_of(config: Config) -> Method:
-    """Return the configured method.
+    """Return the configured method, of which all is known to fit that needs no model.
 
     Raises:
-        UserError: There is none of that name.
+        UserError: There is none of that name; it does not have these options, does not take so
+            many sources, or needs a start that is not given.
     """
     name = config.integrate.method
     if name not in METHODS:
         raise UserError(
             f"integrate.method={name}: {nearest(name, METHODS)}one of {', '.join(METHODS)}"
         )
-    return METHODS[name]
+    method, options = METHODS[name], config.integrate
+    try:
+        check_options(name, options.options)
+    except ValueError as error:
+        raise UserError(f"integrate.options: {error}") from None
+    if method.models == "2" and len(options.sources) > 2:
+        raise UserError(f"integrate.method={name}: takes 2 models, not {len(options.sources)}")
+    if "start" in method.needs and options.start is None:
+        raise UserError(
+            f"integrate.method={name}: needs the model that all sources started from; name it:"
+            " integrate.start={path: ...}, or {train.epochs: 0} for their initial weights, as"
+            " suite=shards does"
+        )
+    return method
+
+
+def start_of(config: Config) -> Source | None:
+    """Return the common start if the method needs it; None where it does not."""
+    start = config.integrate.start
+    if start is None or "start" not in METHODS[config.integrate.method].needs:
+        return None
+    return resolve(config, [start])[0]
+
+
+def needs_labels(options: Integrate) -> bool:
+    """Return whether the integration looks at validation rows."""
+    if options.method == "cki" or options.gate.train != "none":
+        return options.gate.train != "none"
+    return "labels" in needs_of(options.method, options.options)
 
 
 def resolve(config: Config, deltas: Sequence[dict[str, Any]]) -> list[Source]:
@@ -130,13 +158,18 @@ def resolve(config: Config, deltas: Sequence[dict[str, Any]]) -> list[Source]:
 def _integrate(
     config: Config,
     sources: list[Source],
+    start: Source | None,
     dataset: EncodedDataset | None,
     run: Run,
     reads: dict[str, Any],
 ) -> None:
     options = config.integrate
     checkpoints = [checkpoint.load(source.folder) for source in sources]
-    checkpoint.check_compatible(checkpoints, [source.name for source in sources])
+    begun = None if start is None else checkpoint.load(start.folder)
+    checkpoint.check_compatible(
+        checkpoints if begun is None else [*checkpoints, begun],
+        [*(source.name for source in sources), *([f"start {start.name}"] if start else [])],
+    )
     first = checkpoints[0]
     if dataset is not None:
         check_data(first, dataset, sources[0].name)
@@ -152,12 +185,14 @@ def _integrate(
             result["kept"] = [source.identity for source in kept]
         else:
             try:
-                params, weights, result["gate"] = _splice(config, checkpoints, dataset)
+                params, weights, result["gate"] = _splice(config, checkpoints, begun, dataset)
+                check_finite([params], "the result")
             except ValueError as error:
                 raise UserError(f"integrate.method={options.method}: {error}") from None
-            shares = source_shares(weights, [c.params for c in checkpoints])
-            trained = trunk_parameters(options, params)
-            result["shares"] = {name: of for name, of in shares.items() if name not in trained}
+            if weights is not None:
+                shares = source_shares(weights, [c.params for c in checkpoints])
+                trained = trunk_parameters(options, params)
+                result["shares"] = {n: of for n, of in shares.items() if n not in trained}
             tensors = {
                 "model": params,
                 "accumulator": _largest([c.accumulators for c in checkpoints]),
@@ -170,11 +205,29 @@ def _integrate(
 
 
 def _splice(
-    config: Config, checkpoints: list[Checkpoint], dataset: EncodedDataset | None
-) -> tuple[Params, Weights, dict[str, Any] | None]:
-    """Return the merged parameters, the weights that made them, and how gate training went."""
+    config: Config,
+    checkpoints: list[Checkpoint],
+    start: Checkpoint | None,
+    dataset: EncodedDataset | None,
+) -> tuple[Params, Weights | None, dict[str, Any] | None]:
+    """Return the merged parameters, the weights that made them, and how gate training went.
+
+    There are no weights where the method makes parameters itself.
+    """
     options, models = config.integrate, [c.params for c in checkpoints]
     counts = _counts_by_parameter(checkpoints) if uses_counts(options) else []
+    given = Given(
+        seed=config.seed,
+        counts=counts,
+        start=None if start is None else start.params,
+        score=None if dataset is None else scorer(config, dataset, checkpoints[0]),
+    )
+    merge = METHODS[options.method].merge
+    if merge is not None:
+        params = merge(models, given, **options.options)
+        decided = overrides(options, models, counts)
+        parts = [{name: model[name] for name in decided} for model in models]
+        return {**params, **splice(parts, decided)}, None, None
     gates = initial_gates(options, models[0], config.seed)
     global_terms = (
         compute_global_terms(models, options.a, options.c, options.bins)
@@ -184,7 +237,7 @@ def _splice(
 
     def weigh(gates: Mapping[str, Tensor | None], splicing: str) -> Weights:
         rule = replace(options, splice=splicing)
-        return weights_of(rule, models, counts, gates, global_terms, config.seed)
+        return weights_of(rule, models, given, gates, global_terms)
 
     if options.gate.train == "none" or options.method != "cki" or len(models) == 1:
         weights = weigh(gates, options.splice)
@@ -218,39 +271,48 @@ def _splice(
 def weights_of(
     options: Integrate,
     models: Sequence[Params],
-    counts: Sequence[Params],
+    given: Given,
     gates: Mapping[str, Tensor | None],
     global_terms: Mapping[str, Tensor] | None,
-    seed: int,
 ) -> Weights:
     """Return splicing weights as ``conf/integrate`` describes them."""
-    arguments: dict[str, Any] = {}
+    arguments: dict[str, Any] = dict(options.options)
     if options.method == "cki":
         arguments = {
             "perspective": options.perspective,
             "splice": options.splice,
             "gates": gates,
             "global_terms": global_terms,
-            "counts": counts if options.local == "evidence" else None,
+            "counts": given.counts if options.local == "evidence" else None,
         }
     weigh = METHODS[options.method].weigh
     assert weigh is not None
-    weights = weigh(models, Given(seed=seed, counts=counts), **arguments)
+    weights = weigh(models, given, **arguments)
+    decided = overrides(options, models, given.counts)
+    return override_weights(weights, decided, decided)
+
+
+def overrides(options: Integrate, models: Sequence[Params], counts: Sequence[Params]) -> Weights:
+    """Return the weights of parameters that ``tables`` and ``bias`` decide, not the method."""
+    decided: Weights = {}
     tables = [name for name in models[0] if table_of(name)]
     vectors = [name for name, tensor in models[0].items() if tensor.ndim == 1]
     if options.tables == "evidence":
-        weights = override_weights(weights, tables, evidence_weights(models, counts))
-    if options.tables == "base":
-        weights = override_weights(weights, tables, base_weights(models))
-    if options.bias == "base":
-        weights = override_weights(weights, vectors, base_weights(models))
-    return weights
+        weights = evidence_weights(models, counts)
+        decided |= {name: weights[name] for name in tables}
+    if options.tables == "base" or options.bias == "base":
+        weights = base_weights(models)
+        decided |= {name: weights[name] for name in tables if options.tables == "base"}
+        decided |= {name: weights[name] for name in vectors if options.bias == "base"}
+    return decided
 
 
 def uses_counts(options: Integrate) -> bool:
     """Return whether the rule asks how often each table row was seen."""
     return (
-        options.method == "evidence" or options.tables == "evidence" or options.local == "evidence"
+        "counts" in METHODS[options.method].needs
+        or options.tables == "evidence"
+        or options.local == "evidence"
     )
 
 

@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import functools
 import logging
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import nn
 
+from cki_rec.analysis.metrics import auc
 from cki_rec.config import Config, Runtime, Train, UserError
 from cki_rec.data.store import EncodedDataset
-from cki_rec.engine import checkpoint
+from cki_rec.engine import checkpoint, distributed
 from cki_rec.engine.checkpoint import Checkpoint, Description
 from cki_rec.engine.embeddings import ShardedModel, build
 from cki_rec.engine.evaluator import predict
 from cki_rec.engine.record import save_arrays
+from cki_rec.integration.params import Params
+from cki_rec.models import build_model
 
 log = logging.getLogger(__name__)
 
@@ -47,6 +54,31 @@ def predictions(
         save_arrays(path, logits)
     with np.load(path, allow_pickle=False) as arrays:
         return {split: arrays[split] for split in SPLITS}
+
+
+def scorer(config: Config, dataset: EncodedDataset, like: Checkpoint) -> Callable[[Params], float]:
+    """Return a function (parameters) -> validation AUC of the network of a checkpoint.
+
+    It holds one network, unsharded, into which parameters are copied, from the first call on. An
+    AUC that is undefined (one class only) counts as 0.
+    """
+    rows = dataset.rows("valid")
+
+    @functools.cache
+    def network() -> nn.Module:
+        with distributed.start(config.runtime) as device:
+            return build_model(like.schema, like.model, device)
+
+    @torch.no_grad()
+    def score(params: Params) -> float:
+        device = distributed.start(config.runtime)
+        state = network().state_dict()
+        for name, tensor in params.items():
+            state[name].copy_(tensor)
+        logits = predict(network(), dataset, like.schema, rows, device)
+        return auc(dataset.labels(rows), logits) or 0.0
+
+    return score
 
 
 def is_external(identity: str) -> bool:

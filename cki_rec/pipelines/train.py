@@ -20,6 +20,7 @@ from cki_rec.data.schema import FeatureSchema
 from cki_rec.data.store import EncodedDataset
 from cki_rec.engine import checkpoint, distributed, plans
 from cki_rec.engine.embeddings import ShardedModel, build, initialize
+from cki_rec.engine.evaluator import predict
 from cki_rec.engine.record import Run, open_run
 from cki_rec.engine.resume import RESUME, Keeper
 from cki_rec.engine.steps import StepLog
@@ -70,6 +71,8 @@ def _train(config: Config, dataset: EncodedDataset, run: Run, reads: dict[str, A
         for line in plans.summarize(model.plan, distributed.world_size()):
             log.info("  %s", line)
     counts = dataset.row_counts(schema, data.partition, data.part)
+    if config.train.epochs == 0:  # such a model has seen no row
+        counts = {table: np.zeros_like(values) for table, values in counts.items()}
     part = "all rows" if data.part is None else f"part {data.part} by {data.partition.by}"
     title = f"train {config.model.name}, {part}, seed {config.seed}"
     rows = [dataset.rows(split, data.partition, data.part) for split in ("train", "valid")]
@@ -92,6 +95,8 @@ def run_training(
     title: str,
 ) -> None:
     """Train ``model`` on the first of ``rows``, choose on the second, and write the record.
+
+    Without epochs the model is kept as it is.
 
     Args:
         config: Seed and runtime.
@@ -121,14 +126,33 @@ def run_training(
     steps = StepLog(run.path, runtime.log_steps, runtime.tensorboard)
     metrics = monitored(schedule.monitor, dataset, rows[1])
     with run.phase("train"):
-        history = fit(
-            *(model, dataset, schema, rows[0], rows[1], schedule, config.seed),
-            *(metrics, save, title, keeper, steps),
-        )
+        if schedule.epochs == 0:
+            history = [untrained(dataset, schema, rows[1], model, metrics)]
+            save()
+        else:
+            history = fit(
+                *(model, dataset, schema, rows[0], rows[1], schedule, config.seed),
+                *(metrics, save, title, keeper, steps),
+            )
     run.facts["resumed_at_step"] = keeper.resumed
     finish(run, reads, dataset, history)
     log.info("  %s: %s, %.1f s", title, describe(history), time.perf_counter() - start)
     keeper.stop_if_asked(model.device)
+
+
+def untrained(
+    dataset: EncodedDataset,
+    schema: FeatureSchema,
+    rows: NDArray[np.int64],
+    model: ShardedModel,
+    metrics: Metrics,
+) -> dict[str, Any]:
+    """Return an entry of the history for a model before its first step."""
+    found = metrics(
+        dataset.labels(rows), predict(model.module, dataset, schema, rows, model.device)
+    )
+    known = {f"valid_{name}": value for name, value in found.items()}
+    return {"epoch": 0, "step": 0, "train_loss": None, **known, "is_best": True}
 
 
 def monitored(weights: Monitor, dataset: EncodedDataset, rows: NDArray[np.int64]) -> Metrics:
@@ -164,7 +188,7 @@ def finish(
         return
     best = best_epoch(history)
     result = {
-        "epochs": len(history),
+        "epochs": history[-1]["epoch"],
         "best_epoch": best["epoch"],
         "valid_auc": best["valid_auc"],
         "history": history,
@@ -181,6 +205,8 @@ def best_epoch(history: list[dict[str, Any]]) -> dict[str, Any]:
 def describe(history: list[dict[str, Any]]) -> str:
     """Return how many epochs there were and what the best one reached."""
     best = best_epoch(history)
+    if best["epoch"] == 0:
+        return "initial weights"
     return (
         f"best of {len(history)} epochs is {best['epoch']}, validation AUC {best['valid_auc']:.4f}"
     )

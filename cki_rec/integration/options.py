@@ -1,0 +1,73 @@
+"""Options of a method: the parameters of its function that have a default value."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import math
+from collections.abc import Callable, Mapping
+from types import UnionType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+
+def defaults(function: Callable[..., Any] | None) -> dict[str, Any]:
+    """Return the options of a function with their default values; of None: none."""
+    parameters = inspect.signature(function).parameters if function else {}
+    return {name: p.default for name, p in parameters.items() if p.default is not p.empty}
+
+
+def check_arguments(
+    name: str, function: Callable[..., Any] | None, options: Mapping[str, Any]
+) -> None:
+    """Check that a function has these options, and that their values have the right types.
+
+    Args:
+        name: Of the method, for the message.
+        function: Its parameters with a default are the options; None: there are none.
+        options: Value by name.
+
+    Raises:
+        ValueError: The first one that does not fit, and what the method takes.
+    """
+    known = defaults(function)
+    shown = ", ".join(f"{option}={in_yaml(value)}" for option, value in known.items())
+    takes = f"{name} takes {shown}" if shown else f"{name} takes none"
+    hints = get_type_hints(function) if function else {}
+    for option, value in options.items():
+        if option not in known:
+            close = difflib.get_close_matches(str(option), known, n=1)
+            hint = f"did you mean '{close[0]}'? " if close else ""
+            raise ValueError(f"no option '{option}': {hint}{takes}")
+        if not _fits(value, hints[option]):
+            wanted = _described(hints[option])
+            raise ValueError(f"{option}={in_yaml(value)}: must be {wanted}; {takes}")
+
+
+def in_yaml(value: Any) -> str:
+    """Return a value as ``conf/`` writes it."""
+    if value is None:
+        return "null"
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    if get_origin(hint) is UnionType:
+        return any(_fits(value, choice) for choice in get_args(hint))
+    if get_origin(hint) is list:
+        return isinstance(value, list) and all(_fits(part, get_args(hint)[0]) for part in value)
+    if get_origin(hint) is Literal:
+        return value in get_args(hint)
+    if hint is float:
+        return type(value) in (int, float) and math.isfinite(value)
+    return type(value) is hint
+
+
+def _described(hint: Any) -> str:
+    words = {float: "a number", int: "a whole number", bool: "true or false", str: "a word"}
+    if get_origin(hint) is UnionType:
+        return " or ".join(_described(choice) for choice in get_args(hint))
+    if get_origin(hint) is list:
+        return f"a list (of each: {_described(get_args(hint)[0])})"
+    if get_origin(hint) is Literal:
+        return f"one of {', '.join(map(str, get_args(hint)))}"
+    return words.get(hint, "null")

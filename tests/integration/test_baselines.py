@@ -1,0 +1,213 @@
+"""Baselines through the command line: starts, scores, options, and what is refused."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from cki_rec.cli import main
+from cki_rec.engine import checkpoint
+from cki_rec.integration.methods import METHODS
+from cki_rec.integration.options import defaults
+from cki_rec.pipelines.listing import method_table
+
+TINY = [
+    *("runtime.threads=1", "train.epochs=2", "train.batch_size=256", "model.hidden=[16,8]"),
+    *("model.embedding_dim=8", "evaluate.bootstrap=100"),
+]
+FROM_START = ["task_arithmetic", "ties", "dare", "della", "breadcrumbs", "model_stock"]
+ANYWHERE = ["weighted_average", "greedy_soup", "pruning", "slerp", "karcher"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("baselines")
+
+
+@pytest.fixture(scope="module")
+def options(raw_zip, folder):
+    """Parents are trained once for all tests of this file."""
+    places = [f"runtime.{key}={folder / key}" for key in ("out", "reports", "encoded")]
+    return [f"data.raw={raw_zip}", *places, *TINY]
+
+
+def records(folder, pipeline):
+    paths = sorted(folder.glob(f"out/{pipeline}-*/record.json"), key=lambda p: p.stat().st_mtime)
+    return [json.loads(path.read_text()) for path in paths]
+
+
+def params_of(folder, run_id):
+    return checkpoint.load(folder / "out" / run_id / "checkpoint").params
+
+
+def one_line(capsys):
+    shown = capsys.readouterr().err
+    assert shown.count("\n") == 1
+    assert "Traceback" not in shown
+    return shown
+
+
+@pytest.mark.parametrize("method", [*FROM_START, *ANYWHERE])
+def test_every_baseline_is_evaluated(options, folder, method):
+    suite = "shards" if method in FROM_START else "seeds"
+    assert main(["evaluate", f"suite={suite}", f"integrate={method}", *options]) == 0
+    evaluated, merged = records(folder, "evaluate")[-1], records(folder, "integrate")[-1]
+    result = evaluated["result"]
+    assert result["method"] == method
+    assert result["test"]["auc"] > 0.5
+    assert (result["shares"] is None) == (METHODS[method].merge is not None)
+    assert (merged["config"]["integrate"]["start"] is not None) == (method in FROM_START)
+
+
+def test_chosen_scale_is_no_worse_than_any_given_one(options, folder):
+    found = {}
+    for scale in ("null", "0.5", "1.0", "1.5"):
+        words = ["suite=shards", "integrate=task_arithmetic", f"integrate.options.scale={scale}"]
+        assert main(["evaluate", *words, *options]) == 0
+        found[scale] = records(folder, "evaluate")[-1]["result"]["valid"]["auc"]
+    assert found["null"] >= max(found.values()) - 1e-6
+
+
+def test_score_is_the_validation_auc_of_evaluation(options, folder, run_config):
+    from cki_rec.config import with_delta
+    from cki_rec.data import store
+    from cki_rec.pipelines import train
+    from cki_rec.pipelines.scores import scorer
+
+    config = with_delta(run_config(folder), {"seed": 1})
+    done = train.ensure(config)
+    dataset = store.prepare(config.data, config.runtime.encoded, config.runtime.chunk_mb)
+    saved = checkpoint.load(done.checkpoint)
+    score = scorer(config, dataset, saved)
+    zeros = {name: tensor * 0 for name, tensor in saved.params.items()}
+    assert score(zeros) == pytest.approx(0.5)
+    assert score(saved.params) == pytest.approx(train.valid_auc(done), abs=1e-6)
+
+
+def test_tables_by_evidence_whatever_makes_the_rest(options, folder):
+    words = ["suite=shards", *options]
+    assert main(["integrate", "integrate=evidence", *words]) == 0
+    evidence = params_of(folder, records(folder, "integrate")[-1]["run_id"])
+    assert main(["integrate", "integrate=karcher", "integrate.tables=evidence", *words]) == 0
+    merged = params_of(folder, records(folder, "integrate")[-1]["run_id"])
+    assert main(["integrate", "integrate=karcher", "integrate.bias=base", *words]) == 0
+    based = records(folder, "integrate")[-1]
+    first = params_of(folder, based["config"]["sources"][0])
+    based = params_of(folder, based["run_id"])
+    for name, tensor in merged.items():
+        is_same = "embedding_bags" in name or tensor.numel() == 1  # one entry: the mean in both
+        assert tensor.equal(evidence[name]) == is_same, name
+        assert based[name].equal(first[name]) == (tensor.ndim == 1), name
+
+
+def test_no_epochs_keep_the_initial_weights(options, folder, capsys):
+    assert (
+        main(["train", "train.epochs=0", "seed=7", *[o for o in options if "epochs" not in o]])
+        == 0
+    )
+    assert "initial weights" in capsys.readouterr().out
+    record = records(folder, "train")[-1]
+    assert record["result"]["epochs"] == record["result"]["best_epoch"] == 0
+    assert 0.3 < record["result"]["valid_auc"] < 0.7
+    saved = checkpoint.load(folder / "out" / record["run_id"] / "checkpoint")
+    assert all(not counts.any() for counts in saved.counts.values())
+    assert all(not state.any() for state in saved.accumulators.values())
+
+
+def test_rows_that_no_parent_saw_are_those_of_the_start(options, folder):
+    """The untrained model is where both parents of suite shards began."""
+    assert main(["integrate", "suite=shards", "integrate=model_stock", *options]) == 0
+    reads = [r["config"] for r in records(folder, "integrate")]
+    reads = next(r for r in reads if r["integrate"]["method"] == "model_stock")
+    start = params_of(folder, reads["integrate"]["start"])
+    for source in reads["sources"]:
+        saved = checkpoint.load(folder / "out" / source / "checkpoint")
+        for table, counts in saved.counts.items():
+            name = f"sparse.collection.embedding_bags.{table}.weight"
+            unseen = counts == 0
+            assert saved.params[name][unseen].equal(start[name][unseen]), name
+            assert not saved.params[name].equal(start[name])
+
+
+def test_scale_0_of_external_checkpoints_is_the_start(options, folder):
+    assert main(["integrate", "suite=shards", "integrate=model_stock", *options]) == 0
+    reads = [r["config"] for r in records(folder, "integrate")]
+    reads = next(r for r in reads if r["integrate"]["method"] == "model_stock")
+    named = [f"{{path: {folder / 'out' / run}}}" for run in reads["sources"]]
+    start = reads["integrate"]["start"]
+    words = [
+        *("integrate=task_arithmetic", "integrate.options.scale=0.0", "data.raw=/nowhere"),
+        *(f"integrate.sources=[{','.join(named)}]", f"runtime.out={folder / 'out'}"),
+        *(f"integrate.start={{path: {folder / 'out' / start}}}", "runtime.threads=1"),
+    ]
+    assert main(["integrate", *words]) == 0
+    merged = params_of(folder, records(folder, "integrate")[-1]["run_id"])
+    for name, tensor in params_of(folder, start).items():
+        assert tensor.equal(merged[name]), name
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["integrate=ties"], "integrate.method=ties: needs the model that all sources started"),
+        (["integrate=ties", "suite=shards", "integrate.options.density=2"], "density=2: must be"),
+        (["integrate=ties", "integrate.options.density=much"], "density=much: must be a number"),
+        (["integrate=ties", "+integrate.options.densty=1"], "no option 'densty': did you mean"),
+        (["integrate=average", "+integrate.options.weights=[1]"], "average takes none"),
+        (["integrate=weighted_average", "integrate.options.weights=[1,1]"], "of sum 1"),
+        (
+            ["integrate=slerp", "integrate.sources=[{seed: 1},{seed: 2},{seed: 3}]"],
+            "takes 2 models, not 3",
+        ),
+        (
+            ["integrate=model_stock", "integrate.start={model.embedding_dim: 4, train.epochs: 0}"],
+            "does not fit",
+        ),
+        (["integrate=model_stock", "integrate.start={path: /nowhere}"], "/nowhere"),
+        (["integrate=model_stock", "integrate.start={train.epoch: 0}"], "train.epoch"),
+    ],
+)
+def test_mistakes_are_one_line(options, folder, capsys, words, message):
+    assert main(["integrate", *options, *words]) == 2
+    assert message in one_line(capsys)
+
+
+@pytest.mark.parametrize(
+    "words", [["integrate=ties"], ["integrate=dare", "+integrate.options.p=1"]]
+)
+def test_wrong_options_stop_before_any_training(options, tmp_path, capsys, words):
+    assert main(["evaluate", *options, f"runtime.out={tmp_path}", *words]) == 2
+    assert "integrate." in one_line(capsys)
+    assert not list(tmp_path.glob("train-*"))
+
+
+def test_nan_of_a_source_is_named(options, folder, capsys):
+    saved = checkpoint.load(folder / "out" / records(folder, "train")[-1]["run_id"] / "checkpoint")
+    saved.params["bias"][0] = float("nan")
+    broken = folder / "broken"
+    checkpoint.save(broken, {"model": saved.params}, saved.model, saved.schema, saved.data_hash)
+    sources = f"integrate.sources=[{{path: {broken}}},{{path: {broken}}}]"
+    for method, words in (("karcher", "bias: source 0 has"), ("average", "bias: the result has")):
+        assert main(["integrate", *options, f"integrate={method}", sources]) == 2
+        assert f"{words} NaN or infinite entries" in one_line(capsys)
+
+
+def test_list_shows_every_method_with_its_options(capsys):
+    assert main(["integrate", "--list"]) == 0
+    shown = capsys.readouterr().out
+    for name, method in METHODS.items():
+        assert any(line.split()[:1] == [name] for line in shown.splitlines()), name
+        for option in defaults(method.options):
+            assert f"{option}=" in shown
+    for word in ("idea", "models", "needs", "cost", "reference", "common start", "density=0.2"):
+        assert word in shown
+
+
+@pytest.mark.parametrize("width", [120, 180])
+def test_list_fits_its_width(width):
+    lines = method_table(width).splitlines()
+    assert max(len(line) for line in lines) <= width
+    assert not any("\N{HORIZONTAL ELLIPSIS}" in line for line in lines)
+    text = " ".join(" ".join(lines).split())
+    assert "Options: integrate.options.NAME=VALUE" in text
