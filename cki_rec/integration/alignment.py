@@ -139,7 +139,7 @@ def align(
     draw = generator(seed, "alignment")
     best: tuple[float, list[list[Tensor]], int] | None = None
     for start in range(starts):
-        first = identity if start == 0 else [_random(s, draw) for s in symmetries]
+        first = identity if start == 0 else [random_element(s, draw) for s in symmetries]
         found, sweeps = problem.solve(first, draw)
         value = problem.agreement(found)
         if best is None or value > best[0] + 1e-12:
@@ -427,7 +427,7 @@ def _trace(element: Tensor, signed: Tensor, unsigned: Tensor) -> float:
     return float((element * signed).sum() + (element.abs() * unsigned).sum())
 
 
-def _random(symmetry: Symmetry, draw: torch.Generator) -> Tensor:
+def random_element(symmetry: Symmetry, draw: torch.Generator) -> Tensor:
     """Return a random element of the group."""
     size = symmetry.size
     if symmetry.kind == "rotation":

@@ -12,9 +12,10 @@ from typing import Literal
 
 from torch import Tensor
 
-from cki_rec.integration.baselines import average_weights, random_weights
+from cki_rec.integration.baselines import average_weights, base_weights, random_weights
 from cki_rec.integration.cki import cki_weights
 from cki_rec.integration.evidence import evidence_weights
+from cki_rec.integration.grafting import grafting_weights
 from cki_rec.integration.params import Params, Weights
 
 Need = Literal["counts", "fisher", "moments", "start", "labels"]
@@ -90,6 +91,17 @@ METHODS: dict[str, Method] = {
         idea="random weights in the range that soft CKI can reach: a control",
         reference="ours",
         is_ordered=True,
+    ),
+    "first": Method(
+        weigh=lambda models, _: base_weights(models),
+        idea="the first parent as it is: a control of what trains along with a merged head",
+        reference="ours",
+        is_ordered=True,
+    ),
+    "filter_grafting": Method(
+        weigh=lambda models, _, **options: grafting_weights(models, **options),
+        idea="weights from the entropy of each layer, rounded: the ancestor of the global term",
+        reference="Filter Grafting (Meng et al., CVPR 2020)",
     ),
     "evidence": Method(
         weigh=lambda models, given: evidence_weights(models, given.counts),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from cki_rec.integration.methods import METHODS, Given, Method
 from cki_rec.integration.params import Params, Weights
 from cki_rec.integration.splicing import override_weights, source_shares, splice
 from cki_rec.models import build_model, model_schema
-from cki_rec.pipelines import train
+from cki_rec.pipelines import rules, train
 from cki_rec.pipelines.scores import EXTERNAL, check_data, predictions
 
 SEVERAL = "several"
@@ -140,9 +140,15 @@ def _integrate(
     first = checkpoints[0]
     if dataset is not None:
         check_data(first, dataset, sources[0].name)
+    checkpoints = [first, *(rules.control(options, c, config.seed) for c in checkpoints[1:])]
     data = train.data_facts(dataset) if dataset else {"hash": first.data_hash}
-    result: dict[str, Any] = {"shares": None, "kept": None, "gate": None}
+    result: dict[str, Any] = {"shares": None, "kept": None, "gate": None, "global": None}
 
+    if options.control != "none" and not METHODS[options.method].is_rule:
+        raise UserError(
+            f"integrate.control={options.control}: integrate.method={options.method} keeps its"
+            " sources as they are"
+        )
     with run.phase("integrate"):
         if not METHODS[options.method].is_rule:
             kept = sources
@@ -155,7 +161,9 @@ def _integrate(
                 params, weights, result["gate"] = _splice(config, checkpoints, dataset)
             except ValueError as error:
                 raise UserError(f"integrate.method={options.method}: {error}") from None
-            shares = source_shares(weights, [c.params for c in checkpoints])
+            models = [c.params for c in checkpoints]
+            shares = source_shares(weights, models)
+            result["global"] = rules.entropy_report(options, models, config.seed)
             trained = trunk_parameters(options, params)
             result["shares"] = {name: of for name, of in shares.items() if name not in trained}
             tensors = {
@@ -176,18 +184,25 @@ def _splice(
     options, models = config.integrate, [c.params for c in checkpoints]
     counts = _counts_by_parameter(checkpoints) if uses_counts(options) else []
     gates = initial_gates(options, models[0], config.seed)
+    outside = set(rules.outside_scope(options, models[0]))
     global_terms = (
-        compute_global_terms(models, options.a, options.c, options.bins)
-        if options.method == "cki" and options.perspective != "local"
+        compute_global_terms(models, options.a, options.c, options.bins, options.range)
+        if rules.uses_entropy(options)
         else None
     )
 
-    def weigh(gates: Mapping[str, Tensor | None], splicing: str) -> Weights:
+    def weigh(
+        models: Sequence[Params],
+        counts: Sequence[Params],
+        gates: Mapping[str, Tensor | None],
+        splicing: str = "soft",  # hard weights pass no gradient
+    ) -> Weights:
         rule = replace(options, splice=splicing)
-        return weights_of(rule, models, counts, gates, global_terms, config.seed)
+        terms = None if global_terms is None else {n: global_terms[n] for n in models[0]}
+        return weights_of(rule, models, counts, gates, terms, config.seed, outside)
 
-    if options.gate.train == "none" or options.method != "cki" or len(models) == 1:
-        weights = weigh(gates, options.splice)
+    if options.gate.train == "none" or (options.gate.train == "frozen" and len(models) == 1):
+        weights = weigh(models, counts, gates, options.splice)
         return splice(models, weights), weights, None
 
     assert dataset is not None
@@ -197,7 +212,7 @@ def _splice(
         build_model(dataset.schema, config.model, torch.device("cpu")),
         models,
         gates,
-        lambda gates: weigh(gates, "soft"),  # hard weights pass no gradient
+        weigh,
         trunk,
         dataset,
         model_schema(dataset.schema, config.model),
@@ -208,9 +223,10 @@ def _splice(
         config.seed,
         auc,
         f"gates of {options.label}, {config.suite.name}, seed {config.seed}",
+        counts,
     )
     with torch.no_grad():
-        weights = weigh(trained.gates, options.splice)
+        weights = weigh(models, counts, trained.gates, options.splice)
         params = {**splice(models, weights), **trained.trunk}
     return params, weights, {"best_epoch": trained.epoch, "valid_auc": trained.valid_metric}
 
@@ -222,9 +238,12 @@ def weights_of(
     gates: Mapping[str, Tensor | None],
     global_terms: Mapping[str, Tensor] | None,
     seed: int,
+    outside: Collection[str] = (),
 ) -> Weights:
-    """Return splicing weights as ``conf/integrate`` describes them."""
+    """Return splicing weights as ``conf/integrate`` describes them; of some parameters, too."""
     arguments: dict[str, Any] = {}
+    if options.method == "filter_grafting":
+        arguments = {"global_terms": global_terms}
     if options.method == "cki":
         arguments = {
             "perspective": options.perspective,
@@ -232,6 +251,8 @@ def weights_of(
             "gates": gates,
             "global_terms": global_terms,
             "counts": counts if options.local == "evidence" else None,
+            "dual": options.dual,
+            "scale": options.gate.scale,
         }
     weigh = METHODS[options.method].weigh
     assert weigh is not None
@@ -244,7 +265,8 @@ def weights_of(
         weights = override_weights(weights, tables, base_weights(models))
     if options.bias == "base":
         weights = override_weights(weights, vectors, base_weights(models))
-    return weights
+    kept = [name for name in models[0] if name in outside]
+    return override_weights(weights, kept, base_weights(models))
 
 
 def uses_counts(options: Integrate) -> bool:
@@ -257,22 +279,21 @@ def uses_counts(options: Integrate) -> bool:
 def initial_gates(options: Integrate, params: Params, seed: int) -> Gates:
     """Return an initial gate for every parameter whose weights the gate decides."""
     gates: Gates = {}
+    outside = set(rules.outside_scope(options, params))
     for name, tensor in params.items():
         is_decided_elsewhere = (
-            (table_of(name) and options.tables != "same")
-            or (tensor.ndim == 1 and options.bias == "base")
+            name in outside
+            or rules.is_decided_elsewhere(options, name, params)
             or name.endswith(STATISTICS)  # of batch norms: no gradient reaches them
         )
         kind = "none" if is_decided_elsewhere or options.method != "cki" else options.gate.kind
-        gates[name] = initialize_gate(tensor.shape, kind, seed, name)
+        gates[name] = initialize_gate(tensor.shape, kind, seed, name, options.gate.rank)
     return gates
 
 
 def trunk_parameters(options: Integrate, params: Params) -> list[str]:
-    """Return what trains along with the gates: all that lies below the MLP, as released."""
-    if options.gate.train != "trunk":
-        return []
-    return [name for name in params if not name.startswith("mlp.")]
+    """Return what trains along with the gates: all that is out of scope, as released."""
+    return rules.outside_scope(options, params) if options.gate.train == "trunk" else []
 
 
 def best_source(config: Config, dataset: EncodedDataset, sources: Sequence[Source]) -> Source:
