@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -13,17 +14,19 @@ from cki_rec.symmetry import Symmetry
 
 
 def permute(params: Params, symmetries: Sequence[Symmetry], seed: int) -> Params:
-    """Return the same function with other parameters: a random element of every symmetry.
+    """Return the same function with its units in other places: a permutation of every symmetry.
 
     Hidden units, and coordinates of embeddings, stand where they would in a model with which the
     source has nothing in common. If merging entry by entry gains as much with it, the gain is not
-    from what the source knows.
+    from what the source knows. No number changes, so entropies do not either: of rotations and
+    signed permutations, too, only those that permute are drawn.
 
     Reference:
         Ours, for the released protocol of CKI (arXiv 2501.07596).
     """
     draw = generator(seed, "permute")
-    return transform(params, symmetries, [random_element(s, draw) for s in symmetries])
+    elements = [random_element(replace(s, kind="permutation"), draw) for s in symmetries]
+    return transform(params, symmetries, elements)
 
 
 def shuffle(params: Params, seed: int) -> Params:
