@@ -8,7 +8,9 @@ from networks import draw_batch, make_case
 from samples import ROOT
 from torch.func import functional_call
 
-from cki_rec.config import UserError, parse
+from cki_rec.config import CHOICES, UserError, parse
+from cki_rec.integration.assessment import RANGES
+from cki_rec.integration.cki import DUAL
 from cki_rec.integration.controls import permute, shuffle
 from cki_rec.integration.methods import METHODS
 from cki_rec.pipelines import rules
@@ -105,6 +107,11 @@ def test_entropies_are_reported_where_they_decide(compose, params):
     assert rules.entropy_report(configured(compose, "integrate=average"), models, 1) is None
     everywhere = rules.entropy_report(configured(compose, "integrate=cki_global"), models, 1)
     assert set(everywhere) == set(params)
+
+
+def test_words_are_those_of_the_code():
+    assert CHOICES["integrate.range"] == RANGES
+    assert CHOICES["integrate.dual"] == DUAL
 
 
 @pytest.mark.parametrize(
