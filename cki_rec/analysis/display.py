@@ -15,13 +15,19 @@ from .tables import (
     DOMAIN,
     ENSEMBLE,
     JOINT,
+    WINS,
     difference_column,
     domain_columns,
 )
 
-METRIC_NAMES = {"auc": "AUC", "log_loss": "LogLoss", "gauc": "gAUC"}
+METRIC_NAMES = {
+    "auc": "AUC",
+    "log_loss": "LogLoss",
+    "log_loss_recalibrated": "LogLoss recal.",
+    "gauc": "gAUC",
+}
 METHOD_NAMES = {BEST_PARENT: "best parent", ENSEMBLE: "output ensemble", JOINT: "joint"}
-LOWER_IS_BETTER = frozenset({"log_loss"})
+LOWER_IS_BETTER = frozenset({"log_loss", "log_loss_recalibrated"})
 METHOD_NOTES = {
     BEST_PARENT: "The one parent with the best validation AUC, as it was trained.",
     ENSEMBLE: "The mean of the parents' logits; every prediction runs all parents.",
@@ -49,6 +55,11 @@ def bounded(
     return f"{text}{separator}[{number(low, digits, sign)}, {number(high, digits, sign)}]"
 
 
+def p_value(value: Any) -> str:
+    """Return ``.0312``, ``<.0001`` below that; blank for an undefined value."""
+    return "<.0001" if not is_undefined(value) and value < 0.0001 else number(value)
+
+
 def is_undefined(value: Any) -> bool:
     """Return whether a cell holds None, NaN or ``<NA>``."""
     return value is None or value is pd.NA or (isinstance(value, float) and math.isnan(value))
@@ -63,7 +74,8 @@ def display_frame(summary: pd.DataFrame) -> pd.DataFrame:
     """Return the summary as text cells, same rows; columns without any value are left out.
 
     A difference whose interval excludes 0 ends with ``(+)`` if it is better and ``(-)`` if it is
-    worse than the baseline, whichever direction of the metric that is.
+    worse than the baseline, whichever direction of the metric that is; with ``(++)`` or ``(--)``
+    if that also holds after Holm's correction.
     """
     rows = []
     for row in summary.to_dict("records"):
@@ -76,11 +88,15 @@ def display_frame(summary: pd.DataFrame) -> pd.DataFrame:
         for metric in ("auc", "log_loss"):
             bounds = (row[f"{metric}_low"], row[f"{metric}_high"])
             cells[METRIC_NAMES[metric]] = bounded(row[metric], *bounds)
-        cells["gAUC"] = number(row["gauc"])
+        for metric in ("log_loss_recalibrated", "gauc"):
+            cells[METRIC_NAMES[metric]] = number(row[metric])
         for baseline in BASELINES:
             for metric in DIFFERENCES:
                 column = f"{METRIC_NAMES[metric]} vs {METHOD_NAMES[baseline]}"
                 cells[column] = _difference(row, metric, baseline)
+            column = f"W/T/L vs {METHOD_NAMES[baseline]}"
+            is_one = is_undefined(row[f"{WINS}{baseline}"]) or row["num_seeds"] == 1
+            cells[column] = "" if is_one else row[f"{WINS}{baseline}"]
         cells["recovered"] = number(row["recovered_share"], digits=2)
         for column in domain_columns(summary):
             cells[f"AUC {column.removeprefix(DOMAIN)}"] = number(row[column])
@@ -92,6 +108,7 @@ def display_frame(summary: pd.DataFrame) -> pd.DataFrame:
 
 def notes(summary: pd.DataFrame, runs: pd.DataFrame) -> list[str]:
     """Return how to read the columns and how intervals were made, from the records' settings."""
+    level = "".join(f"{(1 - value) * 100:g} %" for value in summary["confidence"].unique())
     percent = "".join(f"{value * 100:g} %" for value in summary["confidence"].unique())
     settings = runs[["bootstrap", "resample"]].drop_duplicates().dropna()
     drawn = " and ".join(f"{count} resamples of {unit}s" for count, unit in settings.to_numpy())
@@ -103,28 +120,55 @@ def notes(summary: pd.DataFrame, runs: pd.DataFrame) -> list[str]:
         + (f", {drawn} of the test rows" if drawn else "")
         + ", the same resamples for every model and repetition. They cover the choice of test "
         "rows, not the luck of training.",
-        "(+) better and (-) worse than the baseline: the interval excludes 0. There is no "
-        "correction for looking at many differences.",
-        "LogLoss: lower is better, so a negative difference is an improvement.",
+        "(+) better and (-) worse than the baseline: the interval excludes 0. (++) and (--): also "
+        f"after Holm's correction at {level}, over all single models of the suite in this table, "
+        "for each column; its p values are normal, with the standard error of the same resamples.",
+    ]
+    if (summary["num_seeds"] > 1).any():
+        lines.append(
+            "W/T/L: repetitions whose own interval of the AUC difference lies above, around, "
+            "below 0."
+        )
+    if delong_columns(runs):
+        lines.append(
+            "DeLong p (runs.csv, and per run in the report): of no difference in AUC, taking test "
+            "rows as independent. Where users have several rows it is too small; brackets, marks "
+            "and W/T/L resample what is named above."
+        )
+    if summary["finetuned"].any():
+        lines.append(
+            "Fine-tuned rows are compared with the best parent and the ensemble as they are, "
+            "without fine-tuning."
+        )
+    lines.append("LogLoss: lower is better, so a negative difference is an improvement.")
+    if summary["log_loss_recalibrated"].notna().any():
+        lines.append(
+            "LogLoss recal.: after logits are scaled and shifted by the two numbers that fit "
+            "validation rows best, those of the baseline by its own two. A gain in LogLoss by "
+            "milder logits alone is not counted here."
+        )
+    lines += [
         "gAUC: AUC within each user, weighted by the user's rows; users with one class are left "
         "out.",
         "pred./clicks: mean predicted probability / observed click rate; 1 is calibrated.",
         "cost: forward passes per prediction, in models.",
-        "A blank cell is undefined or was not measured; it is never a zero.",
     ]
-    if summary["finetuned"].any():
-        lines.insert(
-            3,
-            "Fine-tuned rows are compared with the best parent and the ensemble as they are, "
-            "without fine-tuning.",
-        )
     if summary["recovered_share"].notna().any():
-        lines.insert(
-            -1,
+        lines.append(
             "recovered: (AUC - best parent) / (joint - best parent), a ratio of means over "
-            "repetitions; 1 equals training on all rows. Blank if joint is not the better one.",
+            "repetitions; 1 equals training on all rows. Blank if joint is not the better one."
         )
+    lines.append("A blank cell is undefined or was not measured; it is never a zero.")
     return lines
+
+
+def delong_columns(runs: pd.DataFrame) -> dict[str, str]:
+    """Return column -> name of the DeLong p values that some run has."""
+    columns = {
+        f"{difference_column('auc', baseline)}_delong_p": f"DeLong p vs {METHOD_NAMES[baseline]}"
+        for baseline in BASELINES
+    }
+    return {column: name for column, name in columns.items() if runs[column].notna().any()}
 
 
 def facts(runs: pd.DataFrame) -> dict[str, str]:
@@ -204,7 +248,10 @@ def _difference(row: Mapping[Any, Any], metric: str, baseline: str) -> str:
     text = bounded(row[column], low, high, sign=True)
     if is_undefined(low) or is_undefined(high) or low <= 0 <= high:
         return text
-    return f"{text} ({'+' if (low > 0) != (metric in LOWER_IS_BETTER) else '-'})"
+    adjusted = row[f"{column}_holm"]
+    is_sure = not is_undefined(adjusted) and adjusted < 1 - row["confidence"]
+    mark = "+" if (low > 0) != (metric in LOWER_IS_BETTER) else "-"
+    return f"{text} ({mark * (2 if is_sure else 1)})"
 
 
 def _joined(values: pd.Series[Any]) -> str:

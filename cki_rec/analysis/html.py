@@ -8,7 +8,16 @@ from html import escape
 
 import pandas as pd
 
-from .display import METHOD_NOTES, display_frame, facts, method_name, number
+from .display import (
+    METHOD_NOTES,
+    METRIC_NAMES,
+    delong_columns,
+    display_frame,
+    facts,
+    method_name,
+    number,
+    p_value,
+)
 from .display import notes as reading_notes
 
 _STYLE = """
@@ -153,13 +162,14 @@ def _summary_table(suite: str, part: pd.DataFrame) -> str:
 
 
 def _runs_table(suite: str, runs: pd.DataFrame) -> str:
-    rows = []
+    rows, tests = [], delong_columns(runs)
     for run in runs.to_dict("records"):
         cells = [str(run["seed"])]
-        cells += [number(run[metric]) for metric in ("auc", "log_loss", "gauc")]
+        cells += [number(run[metric]) for metric in METRIC_NAMES]
+        cells += [escape(p_value(run[column])) for column in tests]
         cells.append(escape(str(run["run_id"])))
         rows.append((_breakable(method_name(run["method"], run["finetuned"])), cells))
-    columns = ["method", "seed", "AUC", "LogLoss", "gAUC", "run"]
+    columns = ["method", "seed", *METRIC_NAMES.values(), *tests.values(), "run"]
     table = _table(f"{suite}: one row per run.", columns, rows)
     return f"<details><summary>All {len(rows)} runs</summary>{table}</details>"
 
@@ -184,10 +194,10 @@ def _table(
 
 def _stacked(cell: str) -> str:
     """Return a summary cell as HTML: value and mark on one line, the interval below."""
-    found = re.fullmatch(r"(?P<value>\S+) (?P<range>\[.*\])(?: \((?P<mark>[+-])\))?", cell)
+    found = re.fullmatch(r"(?P<value>\S+) (?P<range>\[.*\])(?: \((?P<mark>[+-]{1,2})\))?", cell)
     if found is None:
         return escape(cell)
-    kind = {"+": "better", "-": "worse", None: ""}[found["mark"]]
+    kind = {"+": "better", "-": "worse", "": ""}[(found["mark"] or "")[:1]]
     mark = f' <span class="{kind}">({found["mark"]})</span>' if kind else ""
     return f'{escape(found["value"])}{mark} <span class="range">{escape(found["range"])}</span>'
 

@@ -16,17 +16,29 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from .statistics import mean_interval, mean_of_paired
+from .statistics import (
+    Interval,
+    bootstrap_p_value,
+    holm,
+    mean_interval,
+    mean_of_paired,
+    win_tie_loss,
+)
 
 JOINT, BEST_PARENT, ENSEMBLE = "joint", "best_parent", "output_ensemble"
 """Methods that are references: trained on all data; one parent; mean of all parents' outputs."""
 BASELINES = (BEST_PARENT, ENSEMBLE)
-METRICS = ("auc", "log_loss", "gauc")
+METRICS = ("auc", "log_loss", "log_loss_recalibrated", "gauc")
 """Metrics that get an interval over repetitions."""
-DIFFERENCES = ("auc", "log_loss")
+DIFFERENCES = ("auc", "log_loss", "log_loss_recalibrated")
 """Metrics that are compared with each baseline."""
 SHARED_SUITE = "shards"
 """Suite whose parents saw different rows: there a share of the joint model can be recovered."""
+
+DOMAIN = "auc_domain_"
+"""Begins the columns of one domain's AUC."""
+WINS = "auc_win_tie_loss_"
+"""Begins the columns of wins/ties/losses against one baseline over repetitions, in AUC."""
 
 Replicates = Mapping[str, Mapping[str, Mapping[str, npt.NDArray[np.float64]] | None]]
 """run_id -> baseline -> metric -> ``(R,)``: this run minus the baseline, in each resample."""
@@ -34,16 +46,13 @@ Replicates = Mapping[str, Mapping[str, Mapping[str, npt.NDArray[np.float64]] | N
 _TEXT = (
     *("suite", "method", "seeds", "data_name", "data_hash"),
     *("resample", "hardware", "command", "run_id", "fingerprint"),
+    *(f"{WINS}{baseline}" for baseline in BASELINES),
 )
 _WHOLE = (
     *("seed", "num_seeds", "rows_train", "rows_valid", "rows_test", "rows_skipped"),
     *("bootstrap", "inference_cost", "parameters"),
 )
 _FLAGS = ("finetuned", "synthetic")
-
-
-DOMAIN = "auc_domain_"
-"""Begins the columns of one domain's AUC."""
 
 
 def difference_column(metric: str, baseline: str) -> str:
@@ -57,6 +66,9 @@ def runs_frame(
     """Return one row per record, without anything that differs between two equal runs.
 
     Rows are sorted by suite, method, direct before fine-tuned, and seed.
+
+    A suite of one parent has no ensemble: differences to it are left undefined. So is what older
+    records do not hold.
 
     Args:
         records: Of evaluated models, in any order.
@@ -117,6 +129,9 @@ def summary_frame(
     that has the difference. A mean over repetitions is undefined if one of its values is.
     Differences of fine-tuned rows are, as recorded, to the direct best parent and ensemble.
 
+    Holm's correction is over the single models of a suite, direct and fine-tuned, for each metric
+    and baseline; their p values are of the same resamples as the intervals.
+
     Args:
         runs: Of ``runs_frame``.
         replicates: By run; runs without them have no bootstrap interval.
@@ -124,8 +139,10 @@ def summary_frame(
 
     Returns:
         Columns ``suite, method, finetuned, num_seeds, seeds``, each metric with ``_low`` and
-        ``_high``, calibration, each difference with ``_low`` and ``_high``, ``recovered_share``,
-        ``inference_cost``, ``parameters``, ``confidence``, and the mean AUC per domain.
+        ``_high``, calibration, each difference with ``_low``, ``_high``, ``_p`` and ``_holm``,
+        wins/ties/losses in AUC per baseline (repetitions whose interval lies above, around, below
+        0), ``recovered_share``, ``inference_cost``, ``parameters``, ``confidence``, and the mean
+        AUC per domain.
 
     Raises:
         ValueError: The runs of a suite were not evaluated on the same data, or the repetitions of
@@ -137,6 +154,9 @@ def summary_frame(
     groups = runs.groupby(["suite", "method", "finetuned"], sort=False)
     rows = [_summary_row(group, replicates, confidence) for _, group in groups]
     frame = pd.DataFrame(rows)
+    for baseline in BASELINES:
+        for metric in DIFFERENCES:
+            _add_holm(frame, difference_column(metric, baseline))
     frame["recovered_share"] = _recovered_shares(runs, frame)
     return _typed(frame[[*_SUMMARY_COLUMNS, *domain_columns(runs)]])
 
@@ -166,17 +186,23 @@ def _run_row(record: Mapping[str, Any], domains: Sequence[str]) -> dict[str, Any
         "finetuned": bool(result["finetuned"]),
     }
     for name in (*METRICS, "calibration_ratio", "calibration_error"):
-        row[name] = test[name]
+        row[name] = test.get(name)
+    for name in ("scale", "shift"):
+        row[f"recalibration_{name}"] = result.get("recalibration", {}).get(name)
     for domain in domains:
         row[f"{DOMAIN}{domain}"] = test["domains"].get(domain, {}).get("auc")
     for baseline in BASELINES:
         of_baseline = (result["difference"] or {}).get(baseline) or {}
+        if baseline == ENSEMBLE and len(set(record["config"].get("parents", ()))) == 1:
+            of_baseline = {}  # of one model: it is the best parent
         for metric in DIFFERENCES:
             interval = of_baseline.get(metric) or {}
             column = difference_column(metric, baseline)
             row[column] = interval.get("estimate")
             row[f"{column}_low"] = interval.get("low")
             row[f"{column}_high"] = interval.get("high")
+        of_auc = of_baseline.get("auc") or {}
+        row[f"{difference_column('auc', baseline)}_delong_p"] = of_auc.get("delong_p")
     row["inference_cost"] = result["inference_cost"]
     row["parameters"] = result["parameters"]
     for split in ("train", "valid", "test"):
@@ -226,7 +252,7 @@ def _summary_row(group: pd.DataFrame, replicates: Replicates, confidence: float)
         for metric in DIFFERENCES:
             column = difference_column(metric, baseline)
             estimates = group[column].to_numpy(dtype=np.float64)
-            row[column], row[f"{column}_low"], row[f"{column}_high"] = None, None, None
+            row |= dict.fromkeys(_with_bounds(column)) | {f"{column}_p": None}
             if np.isnan(estimates).any():
                 continue
             row[column] = estimates.mean()
@@ -236,12 +262,31 @@ def _summary_row(group: pd.DataFrame, replicates: Replicates, confidence: float)
                 continue
             if len({len(values) for values in found}) > 1:
                 raise ValueError(f"method {first['method']}: repetitions differ in resamples")
-            interval = mean_of_paired(np.stack(found), estimates, confidence)
+            stacked = np.stack(found)
+            interval = mean_of_paired(stacked, estimates, confidence)
             row[f"{column}_low"], row[f"{column}_high"] = interval.low, interval.high
+            row[f"{column}_p"] = bootstrap_p_value(stacked.mean(axis=0), interval.estimate)
+        row[f"{WINS}{baseline}"] = _wins(group, difference_column("auc", baseline))
     for name in ("inference_cost", "parameters"):
         row[name] = first[name] if group[name].nunique(dropna=False) == 1 else None
     row["confidence"] = confidence
     return row
+
+
+def _wins(group: pd.DataFrame, column: str) -> str | None:
+    bounds = group[[column, f"{column}_low", f"{column}_high"]].to_numpy(dtype=np.float64)
+    intervals = [Interval(*(None if np.isnan(x) else float(x) for x in run)) for run in bounds]
+    counts = win_tie_loss(intervals)
+    return None if counts is None else "/".join(map(str, counts))
+
+
+def _add_holm(summary: pd.DataFrame, column: str) -> None:
+    """Add the adjusted p values of a difference, over the single models of each suite."""
+    name = f"{column}_holm"
+    summary[name] = np.nan
+    for _, family in summary[summary["inference_cost"] == 1].groupby("suite"):
+        p_values = [None if pd.isna(p) else float(p) for p in family[f"{column}_p"]]
+        summary.loc[family.index, name] = [np.nan if p is None else p for p in holm(p_values)]
 
 
 def _recovered_shares(runs: pd.DataFrame, summary: pd.DataFrame) -> list[float | None]:
@@ -281,6 +326,12 @@ _SUMMARY_COLUMNS = [
     *("suite", "method", "finetuned", "num_seeds", "seeds"),
     *_with_bounds(*METRICS),
     *("calibration_ratio", "calibration_error"),
-    *_with_bounds(*(difference_column(m, b) for b in BASELINES for m in DIFFERENCES)),
+    *(
+        f"{difference_column(metric, baseline)}{end}"
+        for baseline in BASELINES
+        for metric in DIFFERENCES
+        for end in ("", "_low", "_high", "_p", "_holm")
+    ),
+    *(f"{WINS}{baseline}" for baseline in BASELINES),
     *("recovered_share", "inference_cost", "parameters", "confidence"),
 ]

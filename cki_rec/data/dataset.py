@@ -83,7 +83,7 @@ class EncodedDataset:
                 for name, entry in stored.items()
                 if "dtype" in entry
             }
-            self.label: NDArray[np.uint8] = columns["label"]
+            self._label: NDArray[np.uint8] = columns.pop("label")
             self.split: NDArray[np.uint8] = columns["split"]
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise damaged(folder / MANIFEST, f"found {error!r}") from None
@@ -101,7 +101,12 @@ class EncodedDataset:
 
     def __len__(self) -> int:
         """Return N."""
-        return len(self.label)
+        return len(self._label)
+
+    def labels(self, rows: Ints) -> NDArray[np.float32]:
+        """Return the labels of ``rows``; NaN for test rows, which ``held_out`` alone gives."""
+        is_test = self.split[rows] == SPLITS.index("test")
+        return np.where(is_test, np.float32(np.nan), self._label[rows])
 
     def column(self, name: str) -> NDArray[Any] | Ragged:
         """Return the ids of a field, or its numbers: ``(N,)``; ``Ragged`` for several a row."""

@@ -165,7 +165,7 @@ class Gather:
         columns = [dataset.column(feature.name) for feature in schema.lookups]
         self._ragged = [c if isinstance(c, Ragged) else None for c in columns]
         names = [f.name for f, r in zip(schema.lookups, self._ragged, strict=True) if r is None]
-        self._ids, self._label = dataset.ids, dataset.label
+        self._ids, self._labels = dataset.ids, dataset.labels
         self._places = [dataset.id_columns.index(name) for name in names]
         self._has_all_ids = self._places == list(range(self._ids.shape[1]))
         numbers = [feature.name for feature in dataset.schema.numbers]
@@ -174,8 +174,8 @@ class Gather:
         self._is_fixed = len(names) == len(columns)
 
     def __call__(self, rows: Ints) -> Batch:
-        """Return ``rows`` as one batch."""
-        label = torch.from_numpy(self._label[rows]).float()
+        """Return ``rows`` as one batch; labels of test rows are NaN."""
+        label = torch.from_numpy(self._labels(rows))
         numbers = None
         if self._number_places:
             numbers = torch.from_numpy(self._numbers[rows][:, self._number_places])

@@ -23,7 +23,7 @@ from cki_rec.integration.splicing import splice
 from cki_rec.progress import progress
 
 Gates = dict[str, Tensor | None]
-Metric = Callable[[NDArray[np.uint8], NDArray[np.float32]], float | None]
+Metric = Callable[[NDArray[np.float32], NDArray[np.float32]], float | None]
 Weigh = Callable[[Sequence[Params], Sequence[Params], Mapping[str, Tensor | None]], Weights]
 """``weigh(models, counts, gates)`` of some parameters; of a table, it may be some rows only."""
 
@@ -190,7 +190,7 @@ def train_gates(
     optimizer = torch.optim.Adam(parameters, lr=options.learning_rate)
     module = SplicedAtLookup(network, models, counts, learned, weigh, moving, schema)
     best = Trained({}, {}, 0, None)
-    label = dataset.label[valid_rows]
+    label = dataset.labels(valid_rows)
     loader = Loader(dataset, schema, train_rows, batch_size, seed=seed)
     with progress(title, options.epochs * len(train_rows)) as advance:
         for epoch in range(1, options.epochs + 1):

@@ -30,7 +30,7 @@ from cki_rec.engine.resume import Keeper, TrainingState
 from cki_rec.engine.steps import StepLog
 from cki_rec.progress import progress
 
-Metrics = Callable[[NDArray[np.uint8], NDArray[np.float32]], dict[str, float | None]]
+Metrics = Callable[[NDArray[np.float32], NDArray[np.float32]], dict[str, float | None]]
 """(labels, logits) of validation rows -> values by name; ``monitor`` decides."""
 
 
@@ -66,7 +66,7 @@ def fit(
         dataset, schema, train_rows, schedule.batch_size, seed=seed,
         rank=distributed.rank(), world_size=distributed.world_size(), device=model.device,
     )  # fmt: skip
-    label = dataset.label[valid_rows]
+    label = dataset.labels(valid_rows)
     keeper, log = keeper or Keeper.none(), log or StepLog.none()
     state = TrainingState(model, adam, average, loader)
     at = keeper.restore(state)

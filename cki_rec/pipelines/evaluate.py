@@ -5,23 +5,27 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from cki_rec.analysis.metrics import summarize
+from cki_rec.analysis.metrics import log_loss, summarize
+from cki_rec.analysis.recalibration import Recalibration, recalibration
 from cki_rec.analysis.statistics import (
+    Interval,
     Resamples,
     bootstrap_auc,
     bootstrap_log_loss,
+    delong,
     paired_difference,
     resampling_weights,
 )
 from cki_rec.config import Config, Evaluate, UserError, run_id, section
 from cki_rec.data import store
+from cki_rec.data.held_out import all_labels
 from cki_rec.data.store import EncodedDataset
 from cki_rec.engine import checkpoint
 from cki_rec.engine.record import Run, add_to_sweep, open_run, save_arrays
@@ -32,7 +36,19 @@ from cki_rec.pipelines.scores import predictions
 log = logging.getLogger(__name__)
 
 REPLICATES = "replicates.npz"
-Logits = dict[str, NDArray[np.float64]]
+Floats = NDArray[np.float64]
+Logits = dict[str, Floats]
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """What one model, or mean of models, is on validation and on test rows."""
+
+    valid: dict[str, Any]
+    test: dict[str, Any]
+    recalibration: Recalibration
+    replicates: dict[str, Floats]
+    """Metric -> ``(R,)`` on resamples of the test rows; without metrics that are undefined."""
 
 
 def run(config: Config) -> float | None:
@@ -61,7 +77,9 @@ def ensure(config: Config, force: bool = False) -> Run:
     """Return the finished evaluation of ``config``.
 
     Differences are paired, on the same test rows and resamples, to the best parent (by validation
-    AUC) and to the output ensemble of the suite's sources.
+    AUC) and to the output ensemble of the suite's sources; each side is recalibrated on validation
+    rows for LogLoss after recalibration. DeLong's p value takes rows as independent, intervals
+    resample what ``evaluate.resample`` says.
     """
     integrate.method_of(config)
     outside = [
@@ -112,7 +130,7 @@ def _evaluate(
     dataset: EncodedDataset,
     members: list[Source],
     parents: list[Source],
-) -> tuple[dict[str, Any], dict[str, NDArray[np.float64]]]:
+) -> tuple[dict[str, Any], dict[str, Floats]]:
     """Return the result for the record, and the bootstrap replicates of its differences."""
     best = integrate.best_source(config, dataset, parents)
     logits = _mean_logits(config, dataset, members)
@@ -126,8 +144,7 @@ def _evaluate(
         assert dataset.group is not None
         unit = dataset.group[rows].astype(unit.dtype)
     resamples = _resamples(unit.tobytes(), str(unit.dtype), options.bootstrap, options.seed)
-    label = dataset.label[rows]
-    own = _replicates(label, logits["test"], resamples)
+    own = _measure(config, dataset, logits, resamples)
     result: dict[str, Any] = {
         "suite": config.suite.name,
         "seed": config.seed,
@@ -135,8 +152,9 @@ def _evaluate(
         "finetuned": config.finetune.epochs > 0,
         "inference_cost": len(members),
         "parameters": _num_parameters(members[0].folder) * len(members),
-        "valid": _summary(config, dataset, "valid", logits["valid"]),
-        "test": _summary(config, dataset, "test", logits["test"]),
+        "valid": own.valid,
+        "test": own.test,
+        "recalibration": asdict(own.recalibration),
         "difference": {},
         "shares": _shares(config),
     }
@@ -145,33 +163,62 @@ def _evaluate(
         if result["method"] == name and not result["finetuned"]:
             result["difference"][name] = None  # the reference itself
             continue
-        other = _replicates(label, reference["test"], resamples)
-        summary = _summary(config, dataset, "test", reference["test"])
-        result["difference"][name] = {}
-        for metric in ("auc", "log_loss"):
-            a, b = result["test"][metric], summary[metric]
-            estimate = None if a is None or b is None else a - b
-            interval = paired_difference(own[metric], other[metric], estimate, options.confidence)
-            result["difference"][name][metric] = {
-                "estimate": interval.estimate,
-                "low": interval.low,
-                "high": interval.high,
-            }
-            replicates[f"{name}/{metric}"] = own[metric] - other[metric]
+        other = _measure(config, dataset, reference, resamples)
+        found = _differences(own, other, options.confidence)
+        test = delong(all_labels(dataset)[rows], logits["test"], reference["test"])
+        found["auc"]["delong_p"] = test.p_value
+        result["difference"][name] = found
+        for metric in own.replicates:
+            if metric in other.replicates:
+                difference_R = own.replicates[metric] - other.replicates[metric]
+                replicates[f"{name}/{metric}"] = difference_R
     return result, replicates
 
 
+def _measure(
+    config: Config, dataset: EncodedDataset, logits: Logits, resamples: Resamples
+) -> Measured:
+    """Return metrics of both splits; what recalibrates test logits is fitted on validation."""
+    valid, test = (_summary(config, dataset, split, logits[split]) for split in ("valid", "test"))
+    fitted = recalibration(dataset.labels(dataset.rows("valid")), logits["valid"])
+    label = all_labels(dataset)[dataset.rows("test")]
+    replicates = {
+        "auc": bootstrap_auc(label, logits["test"], resamples),
+        "log_loss": bootstrap_log_loss(label, logits["test"], resamples),
+    }
+    test["log_loss_recalibrated"] = None
+    recalibrated = fitted.apply(logits["test"])
+    if recalibrated is not None:
+        test["log_loss_recalibrated"] = log_loss(label, recalibrated)
+        replicates["log_loss_recalibrated"] = bootstrap_log_loss(label, recalibrated, resamples)
+    return Measured(valid, test, fitted, replicates)
+
+
+def _differences(own: Measured, other: Measured, confidence: float) -> dict[str, dict[str, Any]]:
+    """Return metric -> estimate and bounds of own minus other, paired, on test rows."""
+    found = {}
+    for metric in ("auc", "log_loss", "log_loss_recalibrated"):
+        a, b = own.test[metric], other.test[metric]
+        interval = Interval(estimate=None, low=None, high=None)
+        if a is not None and b is not None:
+            pair = own.replicates[metric], other.replicates[metric]
+            interval = paired_difference(*pair, a - b, confidence)
+        found[metric] = asdict(interval)
+    return found
+
+
 def _summary(
-    config: Config, dataset: EncodedDataset, split: str, logits: NDArray[np.float64]
+    config: Config, dataset: EncodedDataset, split: str, logits: Floats
 ) -> dict[str, Any]:
     """Return all metrics on one split; the domains are the parts of ``data.partition``."""
     rows = dataset.rows(split)
+    label = all_labels(dataset)[rows]
     partition = config.data.partition
     has_domains = partition.by != "none" and partition.parts > 1
     domain = dataset.parts(partition).part[rows] if has_domains else None
     names = None if domain is None else np.char.add(f"{partition.by} part ", domain.astype(str))
     group = None if dataset.group is None else dataset.group[rows]
-    return summarize(dataset.label[rows], logits, group=group, domain=names)
+    return summarize(label, logits, group=group, domain=names)
 
 
 def _mean_logits(config: Config, dataset: EncodedDataset, members: Sequence[Source]) -> Logits:
@@ -180,15 +227,6 @@ def _mean_logits(config: Config, dataset: EncodedDataset, members: Sequence[Sour
     return {
         split: np.stack([score[split] for score in scores]).mean(0, dtype=np.float64)
         for split in scores[0]
-    }
-
-
-def _replicates(
-    label: NDArray[np.uint8], logits: NDArray[np.float64], resamples: Resamples
-) -> dict[str, NDArray[np.float64]]:
-    return {
-        "auc": bootstrap_auc(label, logits, resamples),
-        "log_loss": bootstrap_log_loss(label, logits, resamples),
     }
 
 

@@ -298,7 +298,7 @@ def trunk_parameters(options: Integrate, params: Params) -> list[str]:
 
 def best_source(config: Config, dataset: EncodedDataset, sources: Sequence[Source]) -> Source:
     """Return the source with the best AUC on all validation rows; the first of equals."""
-    label = dataset.label[dataset.rows("valid")]
+    label = dataset.labels(dataset.rows("valid"))
 
     def valid_auc(source: Source) -> float:
         logits = predictions(config, dataset, source.identity, source.folder)["valid"]

@@ -96,7 +96,7 @@ def _print(summary: pd.DataFrame) -> None:
     shown = display_frame(summary)
     for suite, rows in shown.groupby("suite", sort=False):
         table = Table(title=f"suite {suite}", title_justify="left")
-        columns = [column for column in TERMINAL_COLUMNS if column in rows]
+        columns = [c for c in TERMINAL_COLUMNS if c in rows and (rows[c] != "").any()]
         for column in columns:
             table.add_column(column)
         for row in rows[columns].itertuples(index=False):

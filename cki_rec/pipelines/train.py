@@ -141,7 +141,9 @@ def monitored(weights: Monitor, dataset: EncodedDataset, rows: NDArray[np.int64]
         raise UserError("train.monitor.gauc: the rows of this data set have no users")
     group = None if dataset.group is None else dataset.group[rows]
 
-    def measure(label: NDArray[np.uint8], logits: NDArray[np.float32]) -> dict[str, float | None]:
+    def measure(
+        label: NDArray[np.float32], logits: NDArray[np.float32]
+    ) -> dict[str, float | None]:
         found = {"auc": auc(label, logits), "log_loss": log_loss(label, logits)}
         if weights.gauc:
             assert group is not None

@@ -23,6 +23,7 @@ from cki_rec import project_root
 from cki_rec.config import Config, UserError, parse, register_resolvers
 from cki_rec.data import store
 from cki_rec.data.columns import Ragged
+from cki_rec.data.held_out import all_labels
 from cki_rec.data.schema import PADDING_ID
 from cki_rec.data.split import SPLITS
 from cki_rec.data.store import EncodedDataset
@@ -94,7 +95,7 @@ def padded(column: Ragged, length: int | None = None) -> tuple[NDArray[Any], NDA
 def arrays_of(dataset: EncodedDataset, length: int) -> dict[str, NDArray[Any]]:
     """Return ids of every field, labels, users, and the row numbers of each split."""
     arrays: dict[str, NDArray[Any]] = {name: dataset.rows(name) for name in SPLITS}
-    arrays["label"] = dataset.label
+    arrays["label"] = all_labels(dataset)
     if dataset.group is not None:
         arrays["group"] = dataset.group
     for feature in dataset.schema.lookups:

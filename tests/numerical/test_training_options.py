@@ -149,7 +149,7 @@ def test_a_gain_must_be_more_than_the_smallest(config, dataset):
 
 def test_monitor_is_a_weighted_sum_of_metrics(config, dataset):
     rows = dataset.rows("valid")
-    label, group = dataset.label[rows], dataset.group[rows]
+    label, group = dataset.labels(rows), dataset.group[rows]
     logits = np.random.default_rng(0).normal(size=len(rows)).astype(np.float32)
     want = {
         "auc": auc(label, logits),

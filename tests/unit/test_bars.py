@@ -17,6 +17,7 @@ from samples import ROOT, make_data, one_line_error, read_rows
 from cki_rec.config import Data, Split, UserError
 from cki_rec.data import store
 from cki_rec.data.columns import Ragged
+from cki_rec.data.held_out import all_labels
 from cki_rec.data.raw import LABEL, LINE, SPLIT, TIME
 from cki_rec.data.schema import FIRST_ID, UNSEEN_ID
 from cki_rec.data.store import EncodedDataset, prepare
@@ -252,7 +253,7 @@ def test_columns_may_be_named_like_ours(tmp_path, names):
     dataset = prepare(data, tmp_path / "encoded")
     for letter, size, name in zip("abc", (3, 4, 5), names, strict=True):
         assert tokens_of(dataset, name) == [f"{letter}{n % size}" for n in range(30)]
-    assert dataset.label.tolist() == [n % 2 for n in range(30)]
+    assert all_labels(dataset).tolist() == [n % 2 for n in range(30)]
 
 
 def test_column_named_twice_is_refused(tmp_path):

@@ -5,8 +5,10 @@ import pytest
 import torch
 from samples import EMBEDDED, make_data
 
+from cki_rec.analysis.metrics import auc
 from cki_rec.config import Split, UserError
 from cki_rec.data.columns import Ragged
+from cki_rec.data.held_out import all_labels
 from cki_rec.data.loader import SHUFFLE_STREAM, Loader
 from cki_rec.data.permutation import Permutation
 from cki_rec.data.schema import Batch, Feature, FeatureSchema
@@ -40,9 +42,21 @@ def check(batch: Batch, dataset: EncodedDataset, schema: FeatureSchema, rows) ->
     values, lengths = by_hand(dataset, schema, rows)
     assert batch.values.tolist() == values
     assert batch.lengths.tolist() == lengths
-    assert batch.label.tolist() == dataset.label[rows].tolist()
+    np.testing.assert_array_equal(batch.label, dataset.labels(rows))
     assert (batch.values.dtype, batch.lengths.dtype) == (torch.int64, torch.int32)
     assert batch.label.dtype == torch.float32
+
+
+def test_labels_of_test_rows_are_nan_in_batches_and_elsewhere(dataset):
+    rows = np.arange(len(dataset))
+    (batch,) = Loader(dataset, dataset.schema, rows, len(rows))
+    is_test = dataset.split == 2
+    known = np.where(is_test, np.nan, all_labels(dataset))
+    np.testing.assert_array_equal(batch.label, known)
+    np.testing.assert_array_equal(dataset.labels(rows), known)
+    assert is_test.sum() == len(dataset.rows("test")) > 0
+    with pytest.raises(ValueError, match="is nan, not 0 or 1"):
+        auc(dataset.labels(dataset.rows("test")), np.zeros(is_test.sum()))
 
 
 @pytest.mark.parametrize("has_histories", [True, False])

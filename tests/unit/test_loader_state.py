@@ -18,6 +18,7 @@ from samples import make_data
 from cki_rec.config import Split, UserError
 from cki_rec.data.columns import Ragged
 from cki_rec.data.dataset import EncodedDataset
+from cki_rec.data.held_out import all_labels
 from cki_rec.data.loader import SMALLEST_SHARE, Loader
 from cki_rec.data.schema import Batch, FeatureSchema
 from cki_rec.data.store import prepare
@@ -328,7 +329,7 @@ def test_batches_equal_columns(dataset, names):
                 lengths.append(len(ids))
         assert batch.values.tolist() == values
         assert batch.values.dtype == torch.int64
-        assert batch.label.tolist() == dataset.label[chosen].tolist()
+        assert batch.label.tolist() == all_labels(dataset)[chosen].tolist()
         is_fixed = all(f.kind not in ("multi", "history") for f in schema.lookups)
         assert (batch.lengths is None) == is_fixed
         assert is_fixed or batch.lengths.tolist() == lengths
@@ -342,17 +343,17 @@ def test_batches_equal_columns(dataset, names):
 
 def test_batch_can_be_changed_without_changing_the_data(dataset):
     (batch,) = Loader(dataset, dataset.schema, np.arange(ROWS), ROWS)
-    label, ids = dataset.label.tolist(), dataset.ids.tolist()
+    label, ids = all_labels(dataset).tolist(), dataset.ids.tolist()
     for tensor in (batch.values, batch.lengths, batch.label, batch.numbers):
         tensor.fill_(1)
-    assert (dataset.label.tolist(), dataset.ids.tolist()) == (label, ids)
+    assert (all_labels(dataset).tolist(), dataset.ids.tolist()) == (label, ids)
 
 
 @pytest.mark.parametrize("names", [["user", "item"], ["user", "tags", "row", "x"]])
 def test_moving_a_batch_keeps_everything(dataset, names):
     features = tuple(f for f in dataset.schema.features if f.name in names)
     schema = replace(dataset.schema, features=features)
-    batch = next(iter(Loader(dataset, schema, np.arange(20), 20)))
+    batch = next(iter(Loader(dataset, schema, dataset.rows("train")[:20], 20)))
     for device in ("cpu", "meta"):
         moved = batch.to(torch.device(device), non_blocking=device == "meta")
         assert len(moved) == 20

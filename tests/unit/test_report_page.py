@@ -146,8 +146,10 @@ def test_page_escapes_every_text():
 def test_page_shows_intervals_and_marks_apart(frames):
     page = report_page("Quick", *frames, {})
     assert re.search(
-        r'<td>\+\.0500 <span class="better">\(\+\)</span> '
+        r'<td>\+\.0500 <span class="better">\(\+\+\)</span> '
         r'<span class="range">\[\+\.\d{4}, \+\.\d{4}\]</span></td>',
         page,
     )
     assert "Figures" not in page
+    assert '<th scope="col">DeLong p vs best parent</th>' in page
+    assert "DeLong p vs output ensemble" not in page  # no run has it

@@ -11,6 +11,7 @@ import pytest
 from samples import make_data, one_line_error, read_rows, shared_data
 
 from cki_rec.config import Data, Split, UserError
+from cki_rec.data.held_out import all_labels
 from cki_rec.data.raw import LABEL, LINE, TIME
 from cki_rec.data.schema import FIRST_ID
 from cki_rec.data.store import EncodedDataset, prepare
@@ -128,7 +129,7 @@ def test_leave_last_out_holds_out_whole_steps(tmp_path, negatives):
             steps[-2:] = [1, 2]
         want += np.repeat(steps, 1 + negatives).tolist()
     assert dataset.split.tolist() == want
-    assert dataset.label[dataset.split == 2].mean() == 1 / (1 + negatives)
+    assert all_labels(dataset)[dataset.split == 2].mean() == 1 / (1 + negatives)
 
 
 def test_history_is_what_the_user_clicked_in_earlier_training_steps(tmp_path):

@@ -19,6 +19,7 @@ from samples import make_data as options
 from cki_rec.config import Data, Partition, Split, UserError
 from cki_rec.data import store
 from cki_rec.data.columns import ColumnFile, Ragged
+from cki_rec.data.held_out import all_labels
 from cki_rec.data.store import EncodedDataset, prepare
 from cki_rec.data.summary import summary_lines
 
@@ -44,7 +45,7 @@ def dataset(tmp_path) -> EncodedDataset:
 
 
 def test_columns_are_memory_mapped(dataset):
-    mapped = [dataset.label, dataset.split, dataset.timestamp, dataset.group, dataset.ids]
+    mapped = [all_labels(dataset), dataset.split, dataset.timestamp, dataset.group, dataset.ids]
     assert all(isinstance(column, np.memmap) for column in mapped)
     assert isinstance(dataset.column("item").base, np.memmap)
     assert isinstance(dataset.column("history").values, np.memmap)
@@ -67,7 +68,7 @@ def test_manifest_states_source_counts_and_shares(dataset):
     for split in ("train", "valid", "test"):
         rows = dataset.rows(split)
         assert manifest["splits"][split]["rows"] == len(rows)
-        assert manifest["splits"][split]["positive_rate"] == dataset.label[rows].mean()
+        assert manifest["splits"][split]["positive_rate"] == all_labels(dataset)[rows].mean()
     for name in ("valid", "test"):
         share = (dataset.column("year")[dataset.rows(name)] == 1).mean()
         assert manifest["unseen_share"]["year"][name] == share
@@ -91,7 +92,7 @@ def test_skipped_rows_are_in_manifest_and_summary(tmp_path):
 def test_summary_names_rows_fields_and_rates(dataset):
     text = "\n".join(summary_lines(dataset))
     assert "20 rows, 6 fields" in text
-    rate = dataset.label[dataset.rows("train")].mean()
+    rate = all_labels(dataset)[dataset.rows("train")].mean()
     assert f"12 rows, {rate:.2%} positive" in text
     assert all(f"  {name}" in text for name in FIELDS)
     assert "rows/s), peak memory" in text
@@ -136,7 +137,7 @@ def test_changed_raw_content_gives_a_new_folder(tmp_path):
     os.utime(path, ns=(0, path.stat().st_mtime_ns + 1))
     other = prepare(make_data(raw), tmp_path / "encoded")
     assert other.folder != first.folder
-    assert other.label[0] != first.label[0]
+    assert all_labels(other)[0] != all_labels(first)[0]
 
 
 def test_hash_depends_on_content_alone(tmp_path):

@@ -14,15 +14,21 @@ from cki_rec.analysis.tables import recovered_share, runs_frame, summary_frame, 
 def record(method="cki", seed=1, auc=0.75, suite="shards", finetuned=False, **changes):
     """A record whose numbers follow from ``auc``; ``best`` is the direct best parent's AUC."""
     best, log_loss = changes.pop("best", 0.7), None if auc is None else 1.25 - auc
+    is_old, parents = changes.pop("is_old", False), changes.pop("parents", ["a", "b"])
     differences = None
     if method != "best_parent" and auc is not None:
         shift = auc - best
         bounds = {"low": shift - 0.01, "high": shift + 0.01}
         same = {"auc": {"estimate": shift, **bounds}, "log_loss": {"estimate": -shift, **bounds}}
+        if not is_old:
+            same["auc"]["delong_p"] = 0.04
+            same["log_loss_recalibrated"] = {"estimate": -shift / 2, **bounds}
         differences = {"best_parent": same, "output_ensemble": None}
     test = {"rows": 100, "positive_rate": 0.5, "auc": auc, "log_loss": log_loss, "gauc": None}
     test |= {"calibration_ratio": 1.02, "calibration_error": 0.01}
     test["domains"] = {"east": {"rows": 60, "auc": auc, "log_loss": 0.5}}
+    if not is_old:
+        test["log_loss_recalibrated"] = None if auc is None else 1.2 - auc
     name = f"evaluate-{suite}-{method}-{seed}-{int(finetuned)}"
     result = {"suite": suite, "seed": seed, "method": method, "finetuned": finetuned}
     result |= {"inference_cost": 2 if method == "output_ensemble" else 1, "parameters": 1234}
@@ -34,7 +40,10 @@ def record(method="cki", seed=1, auc=0.75, suite="shards", finetuned=False, **ch
     data = {"name": "ml", "hash": "abc123", "rows": rows, "synthetic": False}
     evaluate = {"bootstrap": 400, "resample": "user", "confidence": 0.9}
     whole = {"run_id": name, "name": "quickstart", "result": result, "fingerprint": "f" + name}
-    whole |= {"data": data, "config": {"evaluate": evaluate}, "provenance": provenance}
+    settings = {"evaluate": evaluate, "parents": parents}
+    whole |= {"data": data, "config": settings, "provenance": provenance}
+    if not is_old:
+        result["recalibration"] = {"scale": 0.9, "shift": 0.01, "reason": None}
     result |= changes
     return whole
 
@@ -53,10 +62,16 @@ def experiment():
     for one in records:
         parts = (one["result"]["difference"] or {}).items()
         replicates[one["run_id"]] = {
-            baseline: part and {m: part[m]["estimate"] + noise for m in ("auc", "log_loss")}
+            baseline: part and {metric: part[metric]["estimate"] + noise for metric in part}
             for baseline, part in parts
         }
     return records, replicates
+
+
+def replicates_of(shift, noise):
+    """Return replicates of ``record``'s differences."""
+    signs = {"auc": 1, "log_loss": -1, "log_loss_recalibrated": -0.5}
+    return {metric: sign * shift + noise for metric, sign in signs.items()}
 
 
 def row_of(frame, **values):
@@ -191,18 +206,93 @@ def test_display_marks_differences_that_exclude_zero():
     runs = runs_frame([record(auc=0.75), record("worse", auc=0.6), record("same", auc=0.705)])
     noise = np.linspace(-0.01, 0.01, 401)
     replicates = {
-        run: {"best_parent": {"auc": shift + noise, "log_loss": -shift + noise}}
+        run: {"best_parent": replicates_of(shift, noise)}
         for run, shift in zip(runs["run_id"], runs["auc_minus_best_parent"], strict=True)
     }
     shown = display_frame(summary_frame(runs, replicates)).set_index("method")
     auc, loss = shown["AUC vs best parent"], shown["LogLoss vs best parent"]
-    assert auc["cki"] == "+.0500 [+.0405, +.0595] (+)"
-    assert loss["cki"] == "-.0500 [-.0595, -.0405] (+)"
-    assert auc["worse"].endswith("(-)")
-    assert loss["worse"].endswith("(-)")
+    assert auc["cki"] == "+.0500 [+.0405, +.0595] (++)"
+    assert loss["cki"] == "-.0500 [-.0595, -.0405] (++)"
+    assert auc["worse"].endswith(" (--)")
+    assert loss["worse"].endswith(" (--)")
     assert auc["same"] == "+.0050 [-.0045, +.0145]"
     assert "gAUC" not in shown.columns  # undefined everywhere
     assert "AUC vs output ensemble" not in shown.columns
+
+
+def test_marks_say_what_is_left_after_holm():
+    """Ten methods at z = 2.4, p = .016: each alone is significant, ten looks together are not."""
+    methods = [f"m{number}" for number in range(10)]
+    runs = runs_frame([record(method, auc=0.724) for method in methods])
+    noise = np.random.default_rng(0).normal(size=4000)
+    noise = 0.01 * (noise - noise.mean()) / noise.std(ddof=1)
+    many = {run: {"best_parent": replicates_of(0.024, noise)} for run in runs["run_id"]}
+    summary = summary_frame(runs, many)
+    assert summary["auc_minus_best_parent_p"].to_numpy() == pytest.approx(0.0164, abs=1e-4)
+    assert summary["auc_minus_best_parent_holm"].to_numpy() == pytest.approx(0.164, abs=1e-3)
+    marks = display_frame(summary)["AUC vs best parent"].str.split().str[-1]
+    assert set(marks) == {"(+)"}
+    one = summary_frame(runs[:1], many)
+    assert display_frame(one)["AUC vs best parent"][0].endswith(" (++)")
+
+
+def test_holm_is_over_single_models_of_a_suite():
+    records, replicates = experiment()
+    summary = summary_frame(runs_frame(records), replicates)
+    column = "log_loss_recalibrated_minus_best_parent"
+    for _, part in summary.groupby("suite"):
+        family = part[(part["inference_cost"] == 1) & part[f"{column}_p"].notna()]
+        assert set(family["method"]) == {"cki", "joint"}
+        assert len(family) == 3  # cki direct and fine-tuned
+        smallest = family[f"{column}_p"].min()
+        assert family[f"{column}_holm"].min() == pytest.approx(3 * smallest)
+        assert part.set_index("method")[f"{column}_holm"][["output_ensemble"]].isna().all()
+
+
+def test_wins_are_counted_over_repetitions():
+    records = [record("cki", seed, 0.7 + shift) for seed, shift in enumerate((0.02, 0.0, -0.05))]
+    records += [record("once"), record("lost", 1, 0.8), record("lost", 2, None)]
+    shown = display_frame(summary_frame(runs_frame(records), {})).set_index("method")
+    wins = shown["W/T/L vs best parent"]
+    assert dict(wins) == {"cki": "1/1/1", "once": "", "lost": ""}
+
+
+def test_recalibrated_log_loss_is_shown_with_its_difference(tmp_path):
+    records, replicates = experiment()
+    runs = runs_frame(records)
+    shown = display_frame(summary_frame(runs, replicates))
+    assert list(shown["LogLoss recal."][:2]) == [".5000", ".4500"]
+    assert shown["LogLoss recal. vs best parent"][1].startswith("-.0250 [")
+    write_csv(runs, tmp_path / "runs.csv")
+    first = next(csv.DictReader((tmp_path / "runs.csv").read_text().splitlines()))
+    assert (first["recalibration_scale"], first["recalibration_shift"]) == ("0.9", "0.01")
+    assert set(runs["auc_minus_best_parent_delong_p"].dropna()) == {0.04}
+
+
+def test_records_without_the_newer_keys_are_blank_there():
+    runs = runs_frame([record(seed=1, is_old=True), record(seed=2, is_old=True)])
+    noise = np.linspace(-0.01, 0.01, 401)
+    part = {metric: replicates_of(0.05, noise)[metric] for metric in ("auc", "log_loss")}
+    summary = summary_frame(runs, {run: {"best_parent": part} for run in runs["run_id"]})
+    shown = display_frame(summary)
+    assert shown["AUC vs best parent"][0].endswith(" (++)")
+    assert not [column for column in shown if "recal." in column]
+    text = markdown_table(summary, runs)
+    assert "DeLong" not in text
+    assert "recal." not in text
+    mixed = runs_frame([record(seed=1, is_old=True), record(seed=2)])
+    row = summary_frame(mixed, {}).iloc[0]
+    assert np.isnan(row["log_loss_recalibrated"])
+    assert np.isnan(row["log_loss_recalibrated_minus_best_parent"])
+
+
+def test_one_parent_has_no_ensemble_to_be_compared_with():
+    zero = {m: {"estimate": 0.0, "low": 0.0, "high": 0.0} for m in ("auc", "log_loss")}
+    both = {"best_parent": None, "output_ensemble": zero}
+    for parents, is_shown in ((["a"], False), (["a", "a"], False), (["a", "b"], True)):
+        one = record("best_parent", suite="single", parents=parents, difference=both)
+        shown = display_frame(summary_frame(runs_frame([one]), {}))
+        assert ("AUC vs output ensemble" in shown) == is_shown
 
 
 def test_markdown_tells_what_the_numbers_are():
@@ -214,6 +304,7 @@ def test_markdown_tells_what_the_numbers_are():
         *("## seeds\n\nLuck.", "## shards", "- Seeds: 1, 2, 3", "abc123", "ml (real data)"),
         *("8,000 train, 1,000 valid, 100 test", "2 cores", "cki-rec evaluate -m experiment=quick"),
         *("90 % percentile bootstrap", "400 resamples of users", "90 % Student t", "blank cell"),
+        *("Holm's correction at 10 %", "W/T/L: ", "rows as independent", "LogLoss recal.: "),
         *("without fine-tuning", "| cki + fine-tuned | 3 | 1 | .7800 [", "recovered"),
     ):
         assert part in text
