@@ -37,7 +37,10 @@ MAY_IMPORT = {
     "data": {"config", "progress"},
     "models": {"config", "data.schema", "symmetry"},
     "engine": {"config", "environment", "progress", "data", "models", "integration"},
-    "pipelines": {"config", "environment", "data", "models", "integration", "engine", "analysis"},
+    "pipelines": {
+        *("config", "environment", "symmetry", "data", "models"),
+        *("integration", "engine", "analysis"),
+    },
     "cli": {"config", "environment", "pipelines", "engine"},
     "__main__": {"cli"},
 }
@@ -251,7 +254,8 @@ def test_every_table_row_has_a_file():
 
     def values(group, key):
         trees = [OmegaConf.load(path) for path in (CONF / group).glob("*.yaml")]
-        return {tree[key] for tree in trees if not OmegaConf.is_missing(tree, key)}
+        found = [tree for tree in trees if key in tree and not OmegaConf.is_missing(tree, key)]
+        return {tree[key] for tree in found}  # others are variants of another file
 
     assert values("integrate", "method") == set(METHODS)
     assert values("model", "name") == set(MODELS)

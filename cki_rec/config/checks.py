@@ -24,7 +24,13 @@ CHOICES = {
     "integrate.splice": ("soft", "hard"),
     "integrate.tables": ("same", "evidence", "base"),
     "integrate.bias": ("splice", "base"),
-    "integrate.gate.kind": ("full", "diagonal", "scalar", "identity", "none"),
+    "integrate.dual": ("released", "signed", "language"),
+    "integrate.scope": ("all", "head", "hidden", "output"),
+    "integrate.range": ("own", "shared", "quantile"),
+    "integrate.control": ("none", "permuted", "shuffled"),
+    "integrate.gate.kind": (
+        *("full", "affine", "diagonal", "low_rank", "scalar", "identity", "none"),
+    ),
     "integrate.gate.train": ("none", "frozen", "trunk"),
     "evaluate.resample": ("user", "row"),
     "model.activation": ("relu", "dice", "prelu", "sigmoid", "tanh"),
@@ -73,6 +79,8 @@ AT_LEAST = {
     "evaluate.seed": 0,
     "integrate.bins": 2,
     "integrate.gate.epochs": 1,
+    "integrate.gate.rank": 1,
+    "integrate.gate.scale": 0,
     "finetune.epochs": 0,
     "evaluate.bootstrap": 100,
     "runtime.threads": 0,
@@ -113,13 +121,24 @@ def check(config: Config) -> None:
         )
     if not config.integrate.sources:
         raise UserError("integrate.sources is empty: name at least one model, e.g. [{seed: 1}]")
-    if config.integrate.gate.train != "none" and config.integrate.gate.kind in (
-        "identity",
-        "none",
-    ):
+    _check_gate(config)
+
+
+def _check_gate(config: Config) -> None:
+    rule, gate = config.integrate, config.integrate.gate
+    if gate.train == "frozen" and gate.kind in ("identity", "none"):
         raise UserError(
-            f"integrate.gate.train={config.integrate.gate.train}: a gate of kind"
-            f" {config.integrate.gate.kind} has nothing to learn; use full, diagonal or scalar"
+            f"integrate.gate.train=frozen: a gate of kind {gate.kind} has nothing to learn; use"
+            " full, affine, diagonal, low_rank or scalar"
+        )
+    if gate.train == "frozen" and rule.method != "cki":
+        raise UserError(
+            f"integrate.gate.train=frozen: integrate.method={rule.method} has no gate to learn"
+        )
+    if gate.train == "trunk" and rule.scope == "all":
+        raise UserError(
+            "integrate.gate.train=trunk: what is out of scope trains along; set integrate.scope to"
+            " head, hidden or output"
         )
 
 

@@ -243,9 +243,14 @@ class Gate:
     """The local gate of the dual assessment."""
 
     kind: str
-    """``full``, ``diagonal``, ``scalar``, ``identity`` (not learned) or ``none`` (L = 1/2)."""
+    """``full``, ``affine`` (with a bias), ``diagonal``, ``low_rank``, ``scalar``, ``identity``
+    (not learned) or ``none`` (L = 1/2)."""
+    rank: int
+    """Of ``low_rank``."""
+    scale: float
+    """Of what a gate gives, before the sigmoid."""
     train: str
-    """``none``, ``frozen`` (only gates learn) or ``trunk`` (released protocol)."""
+    """``none``, ``frozen`` (only gates learn) or ``trunk`` (what is out of scope learns too)."""
     epochs: int
     learning_rate: float
 
@@ -274,6 +279,8 @@ class Integrate:
     """The model that all sources come from, named like one of them; null: there is none."""
     options: dict[str, Any]
     """Of the method, by name (``cki-rec integrate --list``)."""
+    candidates: list[dict[str, Any]]
+    """Of ``best_of``: ways to integrate the sources, as deltas of this section."""
     align: Align
     repair: str
     """After merging: ``none``; ``rescale`` (statistics of hidden units); ``fit`` (layers by least
@@ -283,17 +290,26 @@ class Integrate:
     """Training rows that alignment, repair and methods look at, without their labels."""
     perspective: str
     """``local``, ``global`` or ``dual``."""
+    dual: str
+    """How both are joined: ``released``, ``signed`` or ``language``."""
     local: str
     """Local term of the dual rule on tables: ``gate`` or ``evidence``."""
     splice: str
     """``soft`` or ``hard``."""
     tables: str
     """Rule for tables: ``same`` as the rest, ``evidence`` or ``base`` (first source)."""
+    scope: str
+    """What is merged: ``all``, or of the MLP ``head``, its ``hidden`` layers or its ``output``
+    layer; the rest is the first source's."""
     bias: str
     """``splice`` or ``base`` (first source, as released)."""
     a: float
     c: float
     bins: int
+    range: str
+    """Of histograms: ``own``, ``shared`` or ``quantile``."""
+    control: str
+    """What becomes of all sources but the first: ``none``, ``permuted`` or ``shuffled``."""
     gate: Gate
 
 

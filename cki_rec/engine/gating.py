@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -14,8 +14,9 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 
 from cki_rec.config import Gate, UserError
 from cki_rec.data.loader import Loader
-from cki_rec.data.schema import FeatureSchema
+from cki_rec.data.schema import Batch, FeatureSchema
 from cki_rec.data.store import EncodedDataset
+from cki_rec.engine.embeddings import table_of
 from cki_rec.engine.evaluator import predict
 from cki_rec.integration.params import Params, Weights
 from cki_rec.integration.splicing import splice
@@ -23,6 +24,8 @@ from cki_rec.progress import progress
 
 Gates = dict[str, Tensor | None]
 Metric = Callable[[NDArray[np.float32], NDArray[np.float32]], float | None]
+Weigh = Callable[[Sequence[Params], Sequence[Params], Mapping[str, Tensor | None]], Weights]
+"""``weigh(models, counts, gates)`` of some parameters; of a table, it may be some rows only."""
 
 
 @dataclass(slots=True)
@@ -35,24 +38,105 @@ class Trained:
     valid_metric: float | None
 
 
-class Spliced(nn.Module):
-    """A network called with parameters given from outside."""
+class SplicedAtLookup(nn.Module):
+    """A network whose parameters are spliced when it is called, tables where the batch reads.
 
-    def __init__(self, network: nn.Module, params: Params) -> None:
+    The rows that a batch reads are gathered from all sources, spliced, and looked up as if they
+    were the table: rules act on rows one by one, so the logits are those of the merged table. That
+    is never built; time and memory of a step do not depend on its size.
+
+    Args:
+        network: A network with unsharded tables; its own parameters are not used.
+        models: The sources.
+        counts: Per source, ``(V,)`` under the name of each table; may be empty.
+        gates: Gate per parameter; None where there is none.
+        weigh: How sources are weighed.
+        moving: Parameters that are taken as they are, whatever the sources hold.
+        schema: The features that ``network`` reads.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        models: Sequence[Params],
+        counts: Sequence[Params],
+        gates: Mapping[str, Tensor | None],
+        weigh: Weigh,
+        moving: Params,
+        schema: FeatureSchema,
+    ) -> None:
         super().__init__()
-        self.network, self.params = network, params
+        self.network, self.models, self.counts = network, models, counts
+        self.gates, self.weigh, self.moving, self.schema = gates, weigh, moving, schema
+        names = [name for name in models[0] if name not in moving]
+        self.changing = [n for n in names if gates[n] is not None or table_of(n)]
+        constant = [n for n in names if n not in self.changing]
+        self.constant = self._splice(
+            [{n: model[n] for n in constant} for model in models], [{} for _ in counts]
+        )
+        self.buffers_of_network = {name for name, _ in network.named_buffers()}
 
-    def forward(self, batch: object) -> Tensor:
-        """Return the logits of ``network`` with ``params``."""
-        logit: Tensor = functional_call(self.network, self.params, (batch,))
-        return logit
+    def forward(self, batch: Batch) -> Tensor:
+        """Return the logits of the merged model."""
+        renumbered, rows = rows_read(batch, self.schema)
+        logit_B: Tensor = functional_call(self.network, self.params(rows), (renumbered,))
+        return logit_B
+
+    def params(self, rows: Mapping[str, Tensor]) -> Params:
+        """Return the merged parameters, of tables the ``rows`` of their vocabulary only."""
+        parts = [{n: at_rows(n, model[n], rows) for n in self.changing} for model in self.models]
+        counts = [
+            {n: at_rows(n, count, rows) for n, count in source.items() if n in self.changing}
+            for source in self.counts
+        ]
+        constant = {  # a batch norm in training writes into its statistics
+            name: tensor.clone() if name in self.buffers_of_network else tensor
+            for name, tensor in self.constant.items()
+        }
+        moving = {name: at_rows(name, tensor, rows) for name, tensor in self.moving.items()}
+        return {**self._splice(parts, counts), **constant, **moving}
+
+    def _splice(self, parts: Sequence[Params], counts: Sequence[Params]) -> Params:
+        if not parts[0]:
+            return {}
+        return splice(parts, self.weigh(parts, counts, {n: self.gates[n] for n in parts[0]}))
+
+
+def at_rows(name: str, tensor: Tensor, rows: Mapping[str, Tensor]) -> Tensor:
+    """Return the rows of a table's tensor (embeddings, counts); others as they are."""
+    table = table_of(name)
+    return tensor if table is None else tensor[rows[table]]
+
+
+def rows_read(batch: Batch, schema: FeatureSchema) -> tuple[Batch, dict[str, Tensor]]:
+    """Return which rows a batch reads of each table, and the batch with their places as ids.
+
+    A table of which nothing is read keeps its first row: a lookup needs one.
+    """
+    features = schema.lookups
+    if not features:
+        return batch, {}
+    sizes = [len(batch)] * len(features)
+    if batch.lengths is not None:
+        sizes = batch.lengths.view(len(features), -1).sum(1).tolist()
+    pieces, rows = list(batch.values.split(sizes)), {}
+    for table in dict.fromkeys(feature.table for feature in features):
+        places = [place for place, feature in enumerate(features) if feature.table == table]
+        ids = torch.cat([pieces[place] for place in places])
+        found, renumbered = ids.unique(return_inverse=True)
+        rows[table] = found if len(found) else ids.new_zeros(1)
+        for place, piece in zip(
+            places, renumbered.split([sizes[place] for place in places]), strict=True
+        ):
+            pieces[place] = piece
+    return replace(batch, values=torch.cat(pieces)), rows
 
 
 def train_gates(
     network: nn.Module,
     models: Sequence[Params],
     gates: Gates,
-    weigh: Callable[[Mapping[str, Tensor | None]], Weights],
+    weigh: Weigh,
     trunk: Sequence[str],
     dataset: EncodedDataset,
     schema: FeatureSchema,
@@ -63,6 +147,7 @@ def train_gates(
     seed: int,
     metric: Metric,
     title: str,
+    counts: Sequence[Params] = (),
 ) -> Trained:
     """Learn the gates on training rows, with the sources' weights frozen.
 
@@ -70,8 +155,9 @@ def train_gates(
         network: A network with unsharded tables; its own parameters are not used.
         models: The sources.
         gates: Initial gate per parameter; None where there is none.
-        weigh: Gates -> splicing weights.
-        trunk: Parameters that start from the first source and learn along; empty: none.
+        weigh: Sources, counts and gates -> splicing weights.
+        trunk: Parameters that start from the first source and learn along; empty: none. Statistics
+            of batch norms among them are those of the rows they see.
         dataset: Where rows are.
         schema: The features that ``network`` reads.
         train_rows: Rows to learn from.
@@ -81,6 +167,7 @@ def train_gates(
         seed: Of row order and dropout.
         metric: Larger is better.
         title: For the progress display.
+        counts: Per source, ``(V,)`` under the name of each table; what ``weigh`` is given.
 
     Returns:
         Gates and trunk of the epoch with the best validation metric.
@@ -96,19 +183,20 @@ def train_gates(
         name: None if gate is None else gate.detach().clone().requires_grad_()
         for name, gate in gates.items()
     }
-    moving = {name: models[0][name].clone().requires_grad_() for name in trunk}
-    parameters = [gate for gate in learned.values() if gate is not None] + list(moving.values())
+    buffers = {name for name, _ in network.named_buffers()}
+    moving = {name: models[0][name].clone() for name in trunk}
+    parameters = [gate for gate in learned.values() if gate is not None]
+    parameters += [t.requires_grad_() for name, t in moving.items() if name not in buffers]
     optimizer = torch.optim.Adam(parameters, lr=options.learning_rate)
+    module = SplicedAtLookup(network, models, counts, learned, weigh, moving, schema)
     best = Trained({}, {}, 0, None)
     label = dataset.labels(valid_rows)
     loader = Loader(dataset, schema, train_rows, batch_size, seed=seed)
     with progress(title, options.epochs * len(train_rows)) as advance:
         for epoch in range(1, options.epochs + 1):
-            network.train()
+            module.train()
             for batch in loader:
-                params = {**splice(models, weigh(learned)), **moving}
-                logit_B = functional_call(network, params, (batch,))
-                loss = binary_cross_entropy_with_logits(logit_B, batch.label)
+                loss = binary_cross_entropy_with_logits(module(batch), batch.label)
                 if not torch.isfinite(loss):
                     raise UserError(
                         f"{title}: the loss is {loss.item()}; lower integrate.gate.learning_rate"
@@ -117,10 +205,8 @@ def train_gates(
                 loss.backward()
                 optimizer.step()
                 advance(len(batch), f"epoch {epoch}")
-            with torch.no_grad():
-                spliced = Spliced(network, {**splice(models, weigh(learned)), **moving})
             value = metric(
-                label, predict(spliced, dataset, schema, valid_rows, torch.device("cpu"))
+                label, predict(module, dataset, schema, valid_rows, torch.device("cpu"))
             )
             if best.epoch == 0 or (value or 0.0) > (best.valid_metric or 0.0):
                 best = Trained(

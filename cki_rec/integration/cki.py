@@ -12,12 +12,18 @@ from torch import Tensor
 from cki_rec.integration.assessment import (
     compute_global_terms,
     dual_compatibility,
+    language_shares,
     local_compatibility,
+    signed_compatibility,
 )
 from cki_rec.integration.evidence import evidence_shares
 from cki_rec.integration.gate import check_gate
 from cki_rec.integration.params import Params, Weights, check_same, compute_dtype
 from cki_rec.integration.splicing import harden, soften
+
+DUAL = ("released", "signed", "language")
+"""How both perspectives are joined: as the released recommendation code does, as its unused
+``load_param`` would, or as the released language code does."""
 
 
 def cki_weights(
@@ -28,9 +34,12 @@ def cki_weights(
     gates: Mapping[str, Tensor | None],
     global_terms: Mapping[str, Tensor] | None = None,
     counts: Sequence[Params] | None = None,
+    dual: str = "released",
+    scale: float = 1.0,
     a: float = 0.4,
     c: float = 500.0,
     bins: int = 10,
+    over: str = "own",
 ) -> Weights:
     """Weigh every entry by the compatibility of its sources.
 
@@ -45,13 +54,16 @@ def cki_weights(
         splice: ``soft`` or ``hard``.
         gates: Per parameter a gate, or None for L = 1/2. Not read by ``global``, nor for
             tables in ``counts``.
-        global_terms: What ``compute_global_terms`` gave; None: computed here with ``a``, ``c``
-            and ``bins``.
+        global_terms: What ``compute_global_terms`` gave; None: computed here with ``a``, ``c``,
+            ``bins`` and ``over``.
         counts: Per source, ``(V,)`` counts of some tables; their shares are the local term
             of those tables.
+        dual: How ``dual`` joins both terms: one of ``DUAL``.
+        scale: Of what the gates give, before the sigmoid.
         a: Width of the global term.
         c: Steepness of the global term.
         bins: Of the histogram.
+        over: Its range: one of ``RANGES``.
 
     Returns:
         ``(K, *s)`` per parameter; full shape wherever a gate acts.
@@ -60,27 +72,33 @@ def cki_weights(
         ValueError: An unknown option, differing models, a missing or unfitting gate, by name.
 
     Reference:
-        CKI (arXiv 2501.07596), released recommendation code for ``dual``; ``local`` and
-        ``global`` are variants v7 and v8 of its language code.
+        CKI (arXiv 2501.07596), released recommendation code for ``dual``; of its language code v1
+        to v6 are ``dual`` with ``language``, ``local`` and ``global`` are v7 and v8.
 
     Differs:
-        More than two sources, gates other than full and counts are our extensions.
+        More than two sources, gates other than full and affine, ranges other than ``own`` and
+        counts are our extensions.
     """
     check_same(models)
     if perspective not in ("local", "global", "dual"):
         raise ValueError(f"perspective: {perspective!r} is none of local, global, dual")
     if splice not in ("soft", "hard"):
         raise ValueError(f"splice: {splice!r} is none of soft, hard")
+    if dual not in DUAL:
+        raise ValueError(f"dual: {dual!r} is none of {', '.join(DUAL)}")
     for name in [*gates, *(global_terms or {})]:
         if name not in models[0]:
             raise ValueError(f"{name}: has a gate or a global term but is no parameter")
     if global_terms is None and perspective != "local":
-        global_terms = compute_global_terms(models, a, c, bins)
+        global_terms = compute_global_terms(models, a, c, bins, over)
+    signed = perspective == "dual" and dual == "signed"
     shares = evidence_shares(models, counts) if counts is not None else {}
     weights = {}
     for name, tensor in models[0].items():
+        if perspective != "global":
+            local = _local_term(models, name, gates, shares, signed, scale)
         if perspective == "local":
-            scores = _local_term(models, name, gates, shares)
+            scores = local
         else:
             assert global_terms is not None
             if name not in global_terms:
@@ -88,14 +106,21 @@ def cki_weights(
             scores = global_terms[name].to(tensor.device, compute_dtype(tensor))
             scores = scores.reshape(-1, *[1] * tensor.ndim)
         if perspective == "dual":
-            scores = dual_compatibility(
-                scores.reshape(-1), _local_term(models, name, gates, shares)
-            )
+            scores = _JOIN[dual](scores.reshape(-1), local)
         if splice == "hard":
             weights[name] = harden(scores)
+        elif perspective == "dual" and dual != "language":
+            weights[name] = soften(scores)
         else:
-            weights[name] = soften(scores) if perspective == "dual" else _normalize(scores)
+            weights[name] = _normalize(scores)
     return weights
+
+
+_JOIN = {
+    "released": dual_compatibility,
+    "signed": signed_compatibility,
+    "language": language_shares,
+}
 
 
 def _local_term(
@@ -103,6 +128,8 @@ def _local_term(
     name: str,
     gates: Mapping[str, Tensor | None],
     shares: Mapping[str, Tensor],
+    signed: bool,
+    scale: float,
 ) -> Tensor:
     if name in shares:
         return shares[name]
@@ -111,8 +138,8 @@ def _local_term(
     gate = gates[name]
     if gate is not None:
         check_gate(name, models[0][name].shape, gate)
-    return local_compatibility([model[name] for model in models], gate)
+    return local_compatibility([model[name] for model in models], gate, signed, scale)
 
 
 def _normalize(scores_K: Tensor) -> Tensor:
-    return scores_K if len(scores_K) == 2 else scores_K / scores_K.sum(dim=0)
+    return scores_K if len(scores_K) == 2 else scores_K / scores_K.sum(dim=0)  # 2: sum is 1

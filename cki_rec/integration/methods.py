@@ -13,9 +13,10 @@ from typing import Any, Literal
 from torch import Tensor
 
 from cki_rec.integration.angles import karcher, model_stock, slerp
-from cki_rec.integration.baselines import average_weights, random_weights
+from cki_rec.integration.baselines import average_weights, base_weights, random_weights
 from cki_rec.integration.cki import cki_weights
 from cki_rec.integration.evidence import evidence_weights
+from cki_rec.integration.grafting import grafting_weights
 from cki_rec.integration.options import check_arguments, defaults
 from cki_rec.integration.params import Params, Weights
 from cki_rec.integration.soups import greedy_soup, prune, weighted_average
@@ -94,6 +95,19 @@ METHODS: dict[str, Method] = {
         reference="CKI (arXiv 2501.07596), baseline output ensemble",
         cost="none, but K times the inference",
         single=False,
+    ),
+    "best_of": Method(
+        idea="the best on validation of several ways to integrate (integrate.candidates); "
+        "not a parameter method of its own",
+        needs=frozenset({"labels"}),
+        reference="ours",
+        cost="all candidates and their scores",
+    ),
+    "first": Method(
+        weigh=lambda models, _: base_weights(models),
+        idea="the first parent as it is: a control of what trains along with a merged head",
+        reference="ours",
+        is_ordered=True,
     ),
     "average": Method(
         weigh=lambda models, _: average_weights(models),
@@ -204,6 +218,11 @@ METHODS: dict[str, Method] = {
         idea="table rows weighted by how often each parent saw them, the rest averaged",
         needs=frozenset({"counts"}),
         reference="RegMean (Jin et al., ICLR 2023) for one-hot inputs",
+    ),
+    "filter_grafting": Method(
+        weigh=lambda models, _, **options: grafting_weights(models, **options),
+        idea="weights from the entropy of each layer, rounded: the ancestor of the global term",
+        reference="Filter Grafting (Meng et al., CVPR 2020)",
     ),
     "cki": Method(
         weigh=lambda models, _, **options: cki_weights(models, **options),

@@ -62,7 +62,7 @@ def merged(config: Config) -> Source:
     kept = done.record["result"]["kept"]
     if kept is None:
         return Source(config.integrate.label, done.path.name, done.checkpoint)
-    sources = integrate.resolve(config, config.integrate.sources)
+    sources = integrate.sources_of(config)
     return next(source for source in sources if source.identity in kept)
 
 

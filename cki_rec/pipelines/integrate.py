@@ -4,32 +4,26 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from cki_rec.analysis.metrics import auc
 from cki_rec.config import Config, Integrate, UserError, nearest, run_id, section, with_delta
 from cki_rec.data import store
 from cki_rec.data.store import EncodedDataset
-from cki_rec.engine import checkpoint, distributed
+from cki_rec.engine import checkpoint
 from cki_rec.engine.checkpoint import Checkpoint
-from cki_rec.engine.embeddings import table_of
-from cki_rec.engine.gating import Gates, train_gates
+from cki_rec.engine.moments import observer
 from cki_rec.engine.record import Run, open_run
-from cki_rec.integration.assessment import compute_global_terms
-from cki_rec.integration.baselines import base_weights
-from cki_rec.integration.evidence import evidence_weights
-from cki_rec.integration.gate import initialize_gate
 from cki_rec.integration.methods import METHODS, Given, Method, check_options, needs_of
-from cki_rec.integration.params import STATISTICS, Params, Weights, check_finite
-from cki_rec.integration.splicing import override_weights, source_shares, splice
-from cki_rec.models import build_model, model_schema
-from cki_rec.pipelines import train
+from cki_rec.integration.params import Params, check_finite
+from cki_rec.integration.splicing import source_shares
+from cki_rec.models import build_model
+from cki_rec.pipelines import matching, merging, rules, train
 from cki_rec.pipelines.scores import EXTERNAL, check_data, predictions, scorer
 
 SEVERAL = "several"
@@ -72,9 +66,9 @@ def ensure(config: Config, force: bool = False) -> Run:
     """
     options = config.integrate
     method_of(config)
-    sources = resolve(config, options.sources)
+    sources = sources_of(config)
     start = start_of(config)
-    needs_rows = needs_labels(options)
+    needs_rows = needs_labels(options) or matching.looks_at_rows(options)
     dataset = (
         store.prepare(config.data, config.runtime.encoded, config.runtime.chunk_mb)
         if needs_rows
@@ -114,6 +108,13 @@ def method_of(config: Config) -> Method:
         check_options(name, options.options)
     except ValueError as error:
         raise UserError(f"integrate.options: {error}") from None
+    if options.control != "none" and not method.is_rule:
+        raise UserError(
+            f"integrate.control={options.control}: integrate.method={name} keeps its sources as"
+            " they are"
+        )
+    if name == "best_of" and not options.candidates:
+        raise UserError("integrate.candidates is empty: best_of has nothing to choose from")
     if method.models == "2" and len(options.sources) > 2:
         raise UserError(f"integrate.method={name}: takes 2 models, not {len(options.sources)}")
     if "start" in method.needs and options.start is None:
@@ -155,6 +156,20 @@ def resolve(config: Config, deltas: Sequence[dict[str, Any]]) -> list[Source]:
     return sources
 
 
+def sources_of(config: Config) -> list[Source]:
+    """Return what the method chooses from or merges: parents, or the candidates of ``best_of``."""
+    options = config.integrate
+    if options.method != "best_of":
+        return resolve(config, options.sources)
+    found = []
+    for delta in options.candidates:
+        changed = {f"integrate.{key}": value for key, value in delta.items()}
+        plain = {"integrate.method": "evidence", "integrate.candidates": []}
+        done = ensure(with_delta(config, {**plain, **changed}))
+        found.append(Source(str(delta), done.path.name, done.checkpoint))
+    return found
+
+
 def _integrate(
     config: Config,
     sources: list[Source],
@@ -174,167 +189,64 @@ def _integrate(
     if dataset is not None:
         check_data(first, dataset, sources[0].name)
     data = train.data_facts(dataset) if dataset else {"hash": first.data_hash}
-    result: dict[str, Any] = {"shares": None, "kept": None, "gate": None}
+    result: dict[str, Any] = dict.fromkeys(("shares", "kept", "gate", "global", "alignment"))
 
     with run.phase("integrate"):
         if not METHODS[options.method].is_rule:
             kept = sources
-            if options.method == "best_parent":
+            if options.method in ("best_parent", "best_of"):
                 assert dataset is not None
                 kept = [best_source(config, dataset, sources)]
             result["kept"] = [source.identity for source in kept]
         else:
             try:
-                params, weights, result["gate"] = _splice(config, checkpoints, begun, dataset)
-                check_finite([params], "the result")
+                tensors = _merged(config, checkpoints, begun, dataset, result)
             except ValueError as error:
                 raise UserError(f"integrate.method={options.method}: {error}") from None
-            if weights is not None:
-                shares = source_shares(weights, [c.params for c in checkpoints])
-                trained = trunk_parameters(options, params)
-                result["shares"] = {n: of for n, of in shares.items() if n not in trained}
-            tensors = {
-                "model": params,
-                "accumulator": _largest([c.accumulators for c in checkpoints]),
-                "counts": _largest([c.counts for c in checkpoints]),
-            }
             hashes = {c.data_hash for c in checkpoints}
             data_hash = first.data_hash if len(hashes) == 1 else SEVERAL
             checkpoint.save(run.checkpoint, tensors, first.model, first.schema, data_hash)
     run.finish(reads, data, result)
 
 
-def _splice(
+def _merged(
     config: Config,
     checkpoints: list[Checkpoint],
     start: Checkpoint | None,
     dataset: EncodedDataset | None,
-) -> tuple[Params, Weights | None, dict[str, Any] | None]:
-    """Return the merged parameters, the weights that made them, and how gate training went.
-
-    There are no weights where the method makes parameters itself.
-    """
-    options, models = config.integrate, [c.params for c in checkpoints]
-    counts = _counts_by_parameter(checkpoints) if uses_counts(options) else []
+    result: dict[str, Any],
+) -> dict[str, dict[str, Any]]:
+    """Return the tensors of the new model's checkpoint; tell ``result`` how it came about."""
+    options, first = config.integrate, checkpoints[0]
+    checkpoints = [first, *(rules.control(options, c, config.seed) for c in checkpoints[1:])]
+    counts = merging.counts_of(checkpoints, merging.uses_counts(options))
+    observe = None
+    if matching.looks_at_rows(options):
+        assert dataset is not None
+        network = build_model(first.schema, first.model, torch.device("cpu"))
+        observe = observer(network, dataset, first.schema, options.sample, config.seed)
+    models, result["alignment"] = matching.aligned(
+        options, [c.params for c in checkpoints], counts, first, observe, config.seed
+    )
     given = Given(
         seed=config.seed,
         counts=counts,
         start=None if start is None else start.params,
-        score=None if dataset is None else scorer(config, dataset, checkpoints[0]),
+        score=None if dataset is None else scorer(config, dataset, first),
     )
-    merge = METHODS[options.method].merge
-    if merge is not None:
-        params = merge(models, given, **options.options)
-        decided = overrides(options, models, counts)
-        parts = [{name: model[name] for name in decided} for model in models]
-        return {**params, **splice(parts, decided)}, None, None
-    gates = initial_gates(options, models[0], config.seed)
-    global_terms = (
-        compute_global_terms(models, options.a, options.c, options.bins)
-        if options.method == "cki" and options.perspective != "local"
-        else None
-    )
-
-    def weigh(gates: Mapping[str, Tensor | None], splicing: str) -> Weights:
-        rule = replace(options, splice=splicing)
-        return weights_of(rule, models, given, gates, global_terms)
-
-    if options.gate.train == "none" or options.method != "cki" or len(models) == 1:
-        weights = weigh(gates, options.splice)
-        return splice(models, weights), weights, None
-
-    assert dataset is not None
-    distributed.start(config.runtime)
-    trunk = trunk_parameters(options, models[0])
-    trained = train_gates(
-        build_model(dataset.schema, config.model, torch.device("cpu")),
-        models,
-        gates,
-        lambda gates: weigh(gates, "soft"),  # hard weights pass no gradient
-        trunk,
-        dataset,
-        model_schema(dataset.schema, config.model),
-        dataset.rows("train"),
-        dataset.rows("valid"),
-        options.gate,
-        config.train.batch_size,
-        config.seed,
-        auc,
-        f"gates of {options.label}, {config.suite.name}, seed {config.seed}",
-    )
-    with torch.no_grad():
-        weights = weigh(trained.gates, options.splice)
-        params = {**splice(models, weights), **trained.trunk}
-    return params, weights, {"best_epoch": trained.epoch, "valid_auc": trained.valid_metric}
-
-
-def weights_of(
-    options: Integrate,
-    models: Sequence[Params],
-    given: Given,
-    gates: Mapping[str, Tensor | None],
-    global_terms: Mapping[str, Tensor] | None,
-) -> Weights:
-    """Return splicing weights as ``conf/integrate`` describes them."""
-    arguments: dict[str, Any] = dict(options.options)
-    if options.method == "cki":
-        arguments = {
-            "perspective": options.perspective,
-            "splice": options.splice,
-            "gates": gates,
-            "global_terms": global_terms,
-            "counts": given.counts if options.local == "evidence" else None,
-        }
-    weigh = METHODS[options.method].weigh
-    assert weigh is not None
-    weights = weigh(models, given, **arguments)
-    decided = overrides(options, models, given.counts)
-    return override_weights(weights, decided, decided)
-
-
-def overrides(options: Integrate, models: Sequence[Params], counts: Sequence[Params]) -> Weights:
-    """Return the weights of parameters that ``tables`` and ``bias`` decide, not the method."""
-    decided: Weights = {}
-    tables = [name for name in models[0] if table_of(name)]
-    vectors = [name for name, tensor in models[0].items() if tensor.ndim == 1]
-    if options.tables == "evidence":
-        weights = evidence_weights(models, counts)
-        decided |= {name: weights[name] for name in tables}
-    if options.tables == "base" or options.bias == "base":
-        weights = base_weights(models)
-        decided |= {name: weights[name] for name in tables if options.tables == "base"}
-        decided |= {name: weights[name] for name in vectors if options.bias == "base"}
-    return decided
-
-
-def uses_counts(options: Integrate) -> bool:
-    """Return whether the rule asks how often each table row was seen."""
-    return (
-        "counts" in METHODS[options.method].needs
-        or options.tables == "evidence"
-        or options.local == "evidence"
-    )
-
-
-def initial_gates(options: Integrate, params: Params, seed: int) -> Gates:
-    """Return an initial gate for every parameter whose weights the gate decides."""
-    gates: Gates = {}
-    for name, tensor in params.items():
-        is_decided_elsewhere = (
-            (table_of(name) and options.tables != "same")
-            or (tensor.ndim == 1 and options.bias == "base")
-            or name.endswith(STATISTICS)  # of batch norms: no gradient reaches them
-        )
-        kind = "none" if is_decided_elsewhere or options.method != "cki" else options.gate.kind
-        gates[name] = initialize_gate(tensor.shape, kind, seed, name)
-    return gates
-
-
-def trunk_parameters(options: Integrate, params: Params) -> list[str]:
-    """Return what trains along with the gates: all that lies below the MLP, as released."""
-    if options.gate.train != "trunk":
-        return []
-    return [name for name in params if not name.startswith("mlp.")]
+    params, weights, result["gate"] = merging.merge(config, models, given, dataset)
+    if weights is not None:
+        trained = merging.trunk_parameters(options, params)
+        shares = source_shares(weights, models)
+        result["shares"] = {name: of for name, of in shares.items() if name not in trained}
+        result["global"] = rules.entropy_report(options, models, config.seed)
+    params = matching.repaired(options, params, models, weights, counts, first, observe)
+    check_finite([params], "the result")
+    return {
+        "model": params,
+        "accumulator": _largest([c.accumulators for c in checkpoints]),
+        "counts": _largest([c.counts for c in checkpoints]),
+    }
 
 
 def best_source(config: Config, dataset: EncodedDataset, sources: Sequence[Source]) -> Source:
@@ -346,20 +258,6 @@ def best_source(config: Config, dataset: EncodedDataset, sources: Sequence[Sourc
         return auc(label, logits) or 0.0
 
     return max(sources, key=valid_auc)
-
-
-def _counts_by_parameter(checkpoints: Sequence[Checkpoint]) -> list[Params]:
-    """Return the row counts of every table parameter, per source."""
-    result = []
-    for k, source in enumerate(checkpoints):
-        if not source.counts:
-            raise UserError(
-                f"integrate.sources[{k}]: its checkpoint holds no row counts (evidence)"
-            )
-        result.append(
-            {name: source.counts[table] for name in source.params if (table := table_of(name))}
-        )
-    return result
 
 
 def _largest(groups: Sequence[Params]) -> Params:

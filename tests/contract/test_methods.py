@@ -50,13 +50,14 @@ def draw_gates(full):
     return gates
 
 
-def cki_options(perspective, splice_rule, full=True, evidence=False):
+def cki_options(perspective, splice_rule, full=True, evidence=False, dual="released"):
     def options(num_sources):
         return {
             "perspective": perspective,
             "splice": splice_rule,
             "gates": draw_gates(full),
             "counts": draw_counts(num_sources) if evidence else None,
+            "dual": dual,
         }
 
     return options
@@ -71,12 +72,20 @@ CASES = {
     ),
     "greedy_soup": ("greedy_soup", lambda _: {}),
     "random": ("random", lambda _: {}),
+    "first": ("first", lambda _: {}),
+    "filter_grafting": ("filter_grafting", lambda _: {}),
     "evidence": ("evidence", lambda _: {}),
     **{
         f"cki_{perspective}_{rule}": ("cki", cki_options(perspective, rule))
         for perspective in ("local", "global", "dual")
         for rule in ("soft", "hard")
     },
+    **{
+        f"cki_{dual}_{rule}": ("cki", cki_options("dual", rule, dual=dual))
+        for dual in ("signed", "language")
+        for rule in ("soft", "hard")
+    },
+    "cki_language_evidence": ("cki", cki_options("dual", "soft", evidence=True, dual="language")),
     "cki_no_gate": ("cki", cki_options("dual", "soft", full=False)),
     "cki_evidence": ("cki", cki_options("dual", "soft", evidence=True)),
     "cki_evidence_hard": ("cki", cki_options("local", "hard", evidence=True)),

@@ -200,10 +200,9 @@ def learn(config, dataset, schema, models, kind="full", trunk=(), metric=auc, ep
     gates |= dict.fromkeys(trunk)
     terms = compute_global_terms(models, 0.4, 500.0, 10)
 
-    def weigh(gates):
-        return cki_weights(
-            models, perspective="dual", splice="soft", gates=gates, global_terms=terms
-        )
+    def weigh(parts, _, gates):
+        own = {name: terms[name] for name in parts[0]}
+        return cki_weights(parts, perspective="dual", splice="soft", gates=gates, global_terms=own)
 
     trained = train_gates(
         build_model(dataset.schema, config.model, torch.device("cpu")),
@@ -215,7 +214,7 @@ def learn(config, dataset, schema, models, kind="full", trunk=(), metric=auc, ep
         schema,
         dataset.rows("train"),
         dataset.rows("valid"),
-        Gate(kind=kind, train="frozen", epochs=epochs, learning_rate=0.01),
+        Gate(kind=kind, rank=2, scale=1.0, train="frozen", epochs=epochs, learning_rate=0.01),
         1024,
         more.get("seed", 1),
         metric,
@@ -224,7 +223,7 @@ def learn(config, dataset, schema, models, kind="full", trunk=(), metric=auc, ep
     return gates, trained
 
 
-@pytest.mark.parametrize("kind", ["full", "diagonal", "scalar"])
+@pytest.mark.parametrize("kind", ["full", "affine", "diagonal", "low_rank", "scalar"])
 def test_every_gate_learns_and_sources_stay(config, dataset, read_schema, sources, kind):
     before = [{name: tensor.clone() for name, tensor in model.items()} for model in sources]
     gates, trained = learn(config, dataset, read_schema, sources, kind)

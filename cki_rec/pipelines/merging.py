@@ -1,0 +1,183 @@
+"""The configured rule at work: from sources to the parameters of one model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cki_rec.analysis.metrics import auc
+from cki_rec.config import Config, Integrate, UserError
+from cki_rec.data.store import EncodedDataset
+from cki_rec.engine import distributed
+from cki_rec.engine.checkpoint import Checkpoint
+from cki_rec.engine.embeddings import table_of
+from cki_rec.engine.gating import Gates, train_gates
+from cki_rec.integration.assessment import compute_global_terms
+from cki_rec.integration.baselines import base_weights
+from cki_rec.integration.evidence import evidence_weights
+from cki_rec.integration.gate import initialize_gate
+from cki_rec.integration.methods import METHODS, Given
+from cki_rec.integration.params import STATISTICS, Params, Weights
+from cki_rec.integration.splicing import override_weights, splice
+from cki_rec.models import build_model, model_schema
+from cki_rec.pipelines import rules
+
+
+def merge(
+    config: Config,
+    models: Sequence[Params],
+    given: Given,
+    dataset: EncodedDataset | None,
+) -> tuple[Params, Weights | None, dict[str, Any] | None]:
+    """Return the merged parameters, the weights that made them, and how gate training went.
+
+    There are no weights where the method makes parameters itself.
+    """
+    options = config.integrate
+    make = METHODS[options.method].merge
+    if make is not None:
+        params = make(models, given, **options.options)
+        decided = overrides(options, models, given.counts)
+        parts = [{name: model[name] for name in decided} for model in models]
+        return {**params, **splice(parts, decided)}, None, None
+    gates = initial_gates(options, models[0], config.seed)
+    global_terms = (
+        compute_global_terms(models, options.a, options.c, options.bins, options.range)
+        if rules.uses_entropy(options)
+        else None
+    )
+
+    def weigh(
+        models: Sequence[Params],
+        counts: Sequence[Params],
+        gates: Mapping[str, Tensor | None],
+        splicing: str = "soft",  # hard weights pass no gradient
+    ) -> Weights:
+        rule = replace(options, splice=splicing)
+        terms = None if global_terms is None else {n: global_terms[n] for n in models[0]}
+        return weights_of(rule, models, replace(given, counts=counts), gates, terms)
+
+    if options.gate.train == "none" or (options.gate.train == "frozen" and len(models) == 1):
+        weights = weigh(models, given.counts, gates, options.splice)
+        return splice(models, weights), weights, None
+
+    assert dataset is not None
+    distributed.start(config.runtime)
+    trained = train_gates(
+        build_model(dataset.schema, config.model, torch.device("cpu")),
+        models,
+        gates,
+        weigh,
+        trunk_parameters(options, models[0]),
+        dataset,
+        model_schema(dataset.schema, config.model),
+        dataset.rows("train"),
+        dataset.rows("valid"),
+        options.gate,
+        config.train.batch_size,
+        config.seed,
+        auc,
+        f"gates of {options.label}, {config.suite.name}, seed {config.seed}",
+        given.counts,
+    )
+    with torch.no_grad():
+        weights = weigh(models, given.counts, trained.gates, options.splice)
+        params = {**splice(models, weights), **trained.trunk}
+    return params, weights, {"best_epoch": trained.epoch, "valid_auc": trained.valid_metric}
+
+
+def weights_of(
+    options: Integrate,
+    models: Sequence[Params],
+    given: Given,
+    gates: Mapping[str, Tensor | None],
+    global_terms: Mapping[str, Tensor] | None,
+) -> Weights:
+    """Return splicing weights as ``conf/integrate`` describes them; of some parameters, too."""
+    arguments: dict[str, Any] = dict(options.options)
+    if options.method == "filter_grafting":
+        arguments = {"global_terms": global_terms}
+    if options.method == "cki":
+        arguments = {
+            "perspective": options.perspective,
+            "splice": options.splice,
+            "gates": gates,
+            "global_terms": global_terms,
+            "counts": given.counts if options.local == "evidence" else None,
+            "dual": options.dual,
+            "scale": options.gate.scale,
+        }
+    weigh = METHODS[options.method].weigh
+    assert weigh is not None
+    weights = weigh(models, given, **arguments)
+    decided = overrides(options, models, given.counts)
+    return override_weights(weights, decided, decided)
+
+
+def overrides(options: Integrate, models: Sequence[Params], counts: Sequence[Params]) -> Weights:
+    """Return the weights of parameters that ``scope``, ``tables`` and ``bias`` decide."""
+    decided: Weights = {}
+    tables = [name for name in models[0] if table_of(name)]
+    vectors = [name for name, tensor in models[0].items() if tensor.ndim == 1]
+    if options.tables == "evidence":
+        weights = evidence_weights(models, counts)
+        decided |= {name: weights[name] for name in tables}
+    kept = [name for name in rules.outside_scope(options, models[0])]
+    kept += tables if options.tables == "base" else []
+    kept += vectors if options.bias == "base" else []
+    if kept:
+        weights = base_weights(models)
+        decided |= {name: weights[name] for name in kept}
+    return decided
+
+
+def uses_counts(options: Integrate) -> bool:
+    """Return whether the rule asks how often each table row was seen."""
+    return (
+        "counts" in METHODS[options.method].needs
+        or options.tables == "evidence"
+        or options.local == "evidence"
+    )
+
+
+def counts_of(checkpoints: Sequence[Checkpoint], is_needed: bool) -> list[Params]:
+    """Return the row counts of every table parameter, per source; of all sources or of none.
+
+    Raises:
+        UserError: They are needed, and a source has none.
+    """
+    for k, source in enumerate(checkpoints):
+        if not source.counts:
+            if not is_needed:
+                return []
+            raise UserError(
+                f"integrate.sources[{k}]: its checkpoint holds no row counts (evidence)"
+            )
+    return [
+        {name: source.counts[table] for name in source.params if (table := table_of(name))}
+        for source in checkpoints
+    ]
+
+
+def initial_gates(options: Integrate, params: Params, seed: int) -> Gates:
+    """Return an initial gate for every parameter whose weights the gate decides."""
+    gates: Gates = {}
+    outside = set(rules.outside_scope(options, params))
+    for name, tensor in params.items():
+        is_decided_elsewhere = (
+            name in outside
+            or rules.is_decided_elsewhere(options, name, params)
+            or name.endswith(STATISTICS)  # of batch norms: no gradient reaches them
+        )
+        kind = "none" if is_decided_elsewhere or options.method != "cki" else options.gate.kind
+        gates[name] = initialize_gate(tensor.shape, kind, seed, name, options.gate.rank)
+    return gates
+
+
+def trunk_parameters(options: Integrate, params: Params) -> list[str]:
+    """Return what trains along with the gates: all that is out of scope, as released."""
+    return rules.outside_scope(options, params) if options.gate.train == "trunk" else []
