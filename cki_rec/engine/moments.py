@@ -46,12 +46,15 @@ def observer(
 
 
 def random_batch(schema: FeatureSchema, rows: int, seed: int) -> Batch:
-    """Return a batch of ids drawn from the whole vocabularies: rows that need no data set."""
+    """Return a batch of ids drawn from the whole vocabularies: rows that need no data set.
+
+    Sets and histories of a row hold equally many, 1 to 5.
+    """
     draw = torch.Generator().manual_seed(seed)
+    several = torch.randint(1, 6, (rows,), generator=draw)
     values, lengths = [], []
     for feature in schema.lookups:
-        most = 1 if feature.kind == "categorical" else 5
-        length = torch.randint(1, most + 1, (rows,), generator=draw)
+        length = torch.ones_like(several) if feature.kind == "categorical" else several
         size = schema.table_sizes[feature.table]
         values.append(torch.randint(1, max(size, 2), (int(length.sum()),), generator=draw))
         lengths.append(length)

@@ -265,12 +265,11 @@ def _view(model: Params, symmetries: Sequence[Symmetry], products: Mapping[str, 
     names = {part.parameter for symmetry in symmetries for part in symmetry.slices}
     view = {}
     for name in sorted(names):
-        if name in products:
-            view[name] = torch.eye(model[name].shape[1], dtype=torch.float64)
-        else:
-            view[name] = model[name].double().cpu()
-            if not bool(view[name].isfinite().all()):
-                raise ValueError(f"{name}: has NaN or infinite entries, so it cannot be aligned")
+        read = products[name] if name in products else model[name].double().cpu()
+        if not bool(read.isfinite().all()):
+            raise ValueError(f"{name}: has NaN or infinite entries, so it cannot be aligned")
+        is_table = name in products
+        view[name] = torch.eye(model[name].shape[1], dtype=torch.float64) if is_table else read
     return view
 
 
