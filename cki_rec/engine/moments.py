@@ -76,6 +76,8 @@ def linear_moments(
 ) -> Moments:
     """Return second moments of the inputs of every Linear, over all models side by side.
 
+    Layers that a network uses more than once are left out.
+
     Args:
         network: A network with unsharded tables; its own parameters are not used.
         models: Parameters to run it with.
@@ -103,6 +105,8 @@ def linear_moments(
             scores = [functional_call(network, model, (batch,)) for model in models]
             logit_BK = torch.stack(scores, 1).double()
             for name, parts in inputs.items():
+                if len(parts) != len(models):  # a layer that is used several times in a network
+                    continue
                 x_BKI = torch.stack(parts, 1).double()
                 flat, shape = x_BKI.flatten(1), x_BKI.shape[1:]
                 _add(second, name, (flat.T @ flat).unflatten(0, shape).unflatten(2, shape))
