@@ -23,7 +23,7 @@ LEAST = 1e-10
 def regmean(
     models: Sequence[Params],
     moments: Mapping[str, Tensor],
-    counts: Sequence[Params] = (),
+    counts: Sequence[Params],
     correlation: float = 0.9,
 ) -> Params:
     r"""Merge every Linear in closed form, tables by counts, and average the rest, biases too.
@@ -36,7 +36,8 @@ def regmean(
     Args:
         models: One per source.
         moments: ``Given.moments``; Linear layers that are not there are averaged.
-        counts: Per source and table ``(V,)``; tables that are not there are averaged.
+        counts: Per source and table ``(V,)``; tables that are not there, or all if
+            it is empty, are averaged.
         correlation: Factor of the off-diagonal entries of G: 1 is the least-squares solution, 0
             weighs columns by the mean square of their input.
 

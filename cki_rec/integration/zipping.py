@@ -48,7 +48,8 @@ def zipit(
 
     Differs:
         All layers are zipped, none stays unmerged, and outputs are averaged: sources have one
-        task. No limit to pairs within one model.
+        task. No limit to pairs within one model. Units that do not vary on the sample, such as
+        dead ones, have no correlation and pair up by place.
     """
     check_same(models)
     check_finite(models)
