@@ -15,16 +15,22 @@ from torch import Tensor
 from cki_rec.integration.angles import karcher, model_stock, slerp
 from cki_rec.integration.baselines import average_weights, base_weights, random_weights
 from cki_rec.integration.cki import cki_weights
+from cki_rec.integration.distillation import distill
 from cki_rec.integration.evidence import evidence_weights
+from cki_rec.integration.fisher import fisher_weights
 from cki_rec.integration.grafting import grafting_weights
 from cki_rec.integration.options import check_arguments, defaults
 from cki_rec.integration.params import Params, Weights
+from cki_rec.integration.regmean import regmean
 from cki_rec.integration.soups import greedy_soup, prune, weighted_average
 from cki_rec.integration.task_vectors import breadcrumbs, dare, della, task_arithmetic, ties
+from cki_rec.integration.transport import ot_fusion
+from cki_rec.integration.zipping import zipit
+from cki_rec.symmetry import Symmetry
 
-Need = Literal["counts", "fisher", "moments", "start", "labels"]
-"""``counts`` of table rows; ``fisher``, ``moments``: a pass over training rows; ``start``: the
-model that all sources come from; ``labels``: of validation rows."""
+Need = Literal["counts", "fisher", "moments", "training", "start", "labels"]
+"""``counts`` of table rows; ``fisher``, ``moments``: a pass over training rows; ``training``: many
+passes; ``start``: the model that all sources come from; ``labels``: of validation rows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +46,11 @@ class Given:
     moments: Mapping[str, Tensor] = field(default_factory=dict)
     """Per weight of a Linear: ``(K, I, K, I)`` float64, the mean over rows of the products of its
     inputs in every two sources; I = inputs + 1, the last being the constant 1."""
+    symmetries: Sequence[Symmetry] = ()
+    """Of the sources' network, always filled: which hidden units it has."""
+    imitate: Callable[[Params, int, float], Params] | None = None
+    """Start, epochs, learning rate -> a model trained to give the sources' mean logit
+    (``training``)."""
     start: Params | None = None
     """The model that all sources started from."""
     score: Callable[[Params], float] | None = None
@@ -95,6 +106,25 @@ METHODS: dict[str, Method] = {
         reference="CKI (arXiv 2501.07596), baseline output ensemble",
         cost="none, but K times the inference",
         single=False,
+    ),
+    "probability_ensemble": Method(
+        idea="average the probabilities of all parents, at K times the cost; a reference, not a "
+        "parameter method",
+        reference="Lakshminarayanan et al., NeurIPS 2017",
+        cost="none, but K times the inference",
+        single=False,
+    ),
+    "distillation": Method(
+        merge=lambda models, given, **options: distill(
+            models, given.score, given.imitate, **options
+        ),
+        options=distill,
+        idea="TRAINS: one parent trained on to give the mean logit of all parents; an upper "
+        "reference",
+        needs=frozenset({"training"}),
+        reference="Hinton et al., arXiv 1503.02531",
+        cost="a training; K + 1 forward passes a step",
+        is_ordered=True,
     ),
     "best_of": Method(
         idea="the best on validation of several ways to integrate (integrate.candidates); "
@@ -218,6 +248,42 @@ METHODS: dict[str, Method] = {
         idea="table rows weighted by how often each parent saw them, the rest averaged",
         needs=frozenset({"counts"}),
         reference="RegMean (Jin et al., ICLR 2023) for one-hot inputs",
+    ),
+    "fisher": Method(
+        weigh=lambda models, given, **options: fisher_weights(models, given.fisher, **options),
+        options=fisher_weights,
+        idea="entries weighted by how much each parent's own scores depend on them",
+        needs=frozenset({"fisher"}),
+        reference="Fisher merging (Matena and Raffel, NeurIPS 2022)",
+        cost="gradients of each sampled row",
+    ),
+    "regmean": Method(
+        merge=lambda models, given, **options: regmean(
+            models, given.moments, given.counts, **options
+        ),
+        options=regmean,
+        idea="linear layers by least squares on their inputs, table rows by counts, the rest "
+        "averaged",
+        needs=frozenset({"moments", "counts"}),
+        reference="RegMean (Jin et al., ICLR 2023)",
+        cost="one pass over sampled rows; a matrix inverse a layer",
+    ),
+    "ot_fusion": Method(
+        merge=lambda models, given, **options: ot_fusion(models, given.symmetries, **options),
+        options=ot_fusion,
+        idea="hidden units moved softly onto the first parent's by optimal transport, then "
+        "averaged",
+        reference="OTFusion (Singh and Jaggi, NeurIPS 2020)",
+        cost="a transport plan a layer",
+        is_ordered=True,
+    ),
+    "zipit": Method(
+        merge=lambda models, given: zipit(models, given.symmetries, given.moments),
+        idea="the most correlated hidden units, of two parents or of one, become one unit",
+        needs=frozenset({"moments"}),
+        reference="ZipIt! (Stoica et al., ICLR 2024)",
+        cost="one pass over sampled rows",
+        is_ordered=True,
     ),
     "filter_grafting": Method(
         weigh=lambda models, _, **options: grafting_weights(models, **options),

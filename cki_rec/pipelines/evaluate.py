@@ -133,7 +133,10 @@ def _evaluate(
 ) -> tuple[dict[str, Any], dict[str, Floats]]:
     """Return the result for the record, and the bootstrap replicates of its differences."""
     best = integrate.best_source(config, dataset, parents)
-    logits = _mean_logits(config, dataset, members)
+    mean = _mean_logits
+    if config.integrate.method == "probability_ensemble":
+        mean = _mean_probabilities
+    logits = mean(config, dataset, members)
     references = {
         "best_parent": _mean_logits(config, dataset, [best]),
         "output_ensemble": _mean_logits(config, dataset, parents),
@@ -228,6 +231,19 @@ def _mean_logits(config: Config, dataset: EncodedDataset, members: Sequence[Sour
         split: np.stack([score[split] for score in scores]).mean(0, dtype=np.float64)
         for split in scores[0]
     }
+
+
+def _mean_probabilities(
+    config: Config, dataset: EncodedDataset, members: Sequence[Source]
+) -> Logits:
+    """Return per split the logit of the mean of the members' probabilities."""
+    scores = [predictions(config, dataset, s.identity, s.folder) for s in members]
+    found = {}
+    for split in scores[0]:
+        logit = np.stack([score[split] for score in scores]).astype(np.float64)
+        click, none = (-np.logaddexp(0, sign * logit) for sign in (-1, 1))  # of each, logarithms
+        found[split] = np.logaddexp.reduce(click, 0) - np.logaddexp.reduce(none, 0)
+    return found
 
 
 @functools.lru_cache(maxsize=2)

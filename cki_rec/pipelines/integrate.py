@@ -23,7 +23,7 @@ from cki_rec.integration.methods import METHODS, Given, Method, check_options, n
 from cki_rec.integration.params import Params, check_finite
 from cki_rec.integration.splicing import source_shares
 from cki_rec.models import build_model
-from cki_rec.pipelines import matching, merging, rules, train
+from cki_rec.pipelines import looking, matching, merging, rules, train
 from cki_rec.pipelines.scores import EXTERNAL, check_data, predictions, scorer
 
 SEVERAL = "several"
@@ -68,7 +68,7 @@ def ensure(config: Config, force: bool = False) -> Run:
     method_of(config)
     sources = sources_of(config)
     start = start_of(config)
-    needs_rows = needs_labels(options) or matching.looks_at_rows(options)
+    needs_rows = needs_labels(options) or looking.looks_at_rows(options)
     dataset = (
         store.prepare(config.data, config.runtime.encoded, config.runtime.chunk_mb)
         if needs_rows
@@ -221,7 +221,7 @@ def _merged(
     checkpoints = [first, *(rules.control(options, c, config.seed) for c in checkpoints[1:])]
     counts = merging.counts_of(checkpoints, merging.uses_counts(options))
     observe = None
-    if matching.looks_at_rows(options):
+    if looking.looks_at_rows(options):
         assert dataset is not None
         network = build_model(first.schema, first.model, torch.device("cpu"))
         observe = observer(network, dataset, first.schema, options.sample, config.seed)
@@ -233,6 +233,7 @@ def _merged(
         counts=counts,
         start=None if start is None else start.params,
         score=None if dataset is None else scorer(config, dataset, first),
+        **looking.seen(config, models, first, dataset, observe),
     )
     params, weights, result["gate"] = merging.merge(config, models, given, dataset)
     if weights is not None:

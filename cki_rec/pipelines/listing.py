@@ -17,6 +17,7 @@ NEEDS = {
     "counts": "row counts",
     "fisher": "training rows",
     "moments": "training rows",
+    "training": "training rows",
     "start": "common start",
     "labels": "validation rows",
 }

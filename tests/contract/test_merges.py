@@ -8,6 +8,8 @@ import pytest
 import torch
 from networks import draw_batch, make_case
 
+from cki_rec.engine.fisher import fisher_diagonal
+from cki_rec.engine.moments import linear_moments
 from cki_rec.integration.angles import combine, karcher, model_stock, slerp
 from cki_rec.integration.methods import METHODS, Given, check_options, needs_of
 from cki_rec.integration.options import defaults
@@ -328,19 +330,26 @@ def test_needs_follow_options():
 NETWORKS = ["deepfm", "dcn", "dcnv2", "din"]
 ON_NETWORKS = {
     name: dict.fromkeys(defaults(method.options).keys() & {"scale", "density"}, 1.0)
+    | ({"temperature": 1e-3} if name == "ot_fusion" else {})
     for name, method in METHODS.items()
     if method.is_rule
 }
 
 
-def run_on(name, models, **changes):
+def run_on(name, network, batch, models, **changes):
     method = METHODS[name]
+    own = {n: t.clone() for n, t in network.state_dict().items()}
     given = Given(
+        fisher=[fisher_diagonal(network, model, [batch]) for model in models],
+        moments=linear_moments(network, models, [batch]).second,
+        symmetries=network.symmetries(),
+        imitate=lambda start, *_: {n: t.clone() for n, t in start.items()},
         seed=1,
         counts=[{} for _ in models],
         start=models[0],
         score=lambda params: -float(sum(t.double().abs().sum() for t in params.values())),
     )
+    assert_equal(network.state_dict(), own)
     options = {**ON_NETWORKS[name], **changes}
     if name == "cki":
         gates = dict.fromkeys(models[0])
@@ -363,7 +372,7 @@ def case(request):
 def test_a_network_merged_with_itself_is_itself(case, name):
     network, batch, state = case
     models = [state, {n: t.clone() for n, t in state.items()}]
-    merged = run_on(name, models)
+    merged = run_on(name, network, batch, models)
     assert_equal(merged, state, rtol=1e-6, atol=1e-7)
     whole = {**network.state_dict(), **merged}
     logits = torch.func.functional_call(network, whole, (batch,))
@@ -382,7 +391,7 @@ def test_merged_networks_have_finite_scores(case, name):
         for n, t in state.items()
     }
     changes = {"scale": 1.5} if "scale" in ON_NETWORKS[name] else {}
-    merged = run_on(name, [state, other], **changes)
+    merged = run_on(name, network, batch, [state, other], **changes)
     assert all(bool((t >= 0).all()) for n, t in merged.items() if n.endswith("running_var"))
     logits = torch.func.functional_call(network, {**network.state_dict(), **merged}, (batch,))
     assert bool(logits.isfinite().all())

@@ -12,8 +12,13 @@ from cki_rec.integration.cki import cki_weights
 from cki_rec.integration.methods import METHODS, Given, Need
 from cki_rec.integration.params import check_weights
 from cki_rec.integration.splicing import source_shares, splice
+from cki_rec.symmetry import Slice, Symmetry
 
 SHAPES = {"table": (6, 4), "tower.weight": (3, 4), "tower.bias": (3,), "one": (1,), "zero": ()}
+SYMMETRIES = [
+    Symmetry("permutation", 3, (Slice("tower.weight", 0), Slice("tower.bias", 0))),
+    Symmetry("rotation", 4, (Slice("table", 1), Slice("tower.weight", 1))),
+]
 KINDS = ["normal", "zeros", "constant", "one_sided"]
 
 
@@ -75,6 +80,8 @@ CASES = {
     "first": ("first", lambda _: {}),
     "filter_grafting": ("filter_grafting", lambda _: {}),
     "evidence": ("evidence", lambda _: {}),
+    "fisher": ("fisher", lambda _: {}),
+    "fisher_as_it_is": ("fisher", lambda _: {"floor": 0.0, "normalize": False}),
     **{
         f"cki_{perspective}_{rule}": ("cki", cki_options(perspective, rule))
         for perspective in ("local", "global", "dual")
@@ -104,9 +111,18 @@ MERGES = {
         lambda num_sources: {"density": 1.0, "skipped": 0.0, "scale": 1 / num_sources},
     ),
     "model_stock": ("model_stock", lambda _: {}),
+    "regmean": ("regmean", lambda _: {}),
+    "regmean_diagonal": ("regmean", lambda _: {"correlation": 0.0}),
+    "ot_fusion": ("ot_fusion", lambda _: {"temperature": 1e-3}),
+    "zipit": ("zipit", lambda _: {}),
+    "distillation": ("distillation", lambda _: {"epochs": 0, "source": 0}),
+    "distillation_chosen": ("distillation", lambda _: {}),
 }
 """Methods that make parameters, with options that give equal sources back."""
-BY_DIFFERENCES = {"task_arithmetic", "ties", "dare", "dare_elect", "della", "breadcrumbs"}
+BY_DIFFERENCES = {
+    *("task_arithmetic", "ties", "dare", "dare_elect", "della", "breadcrumbs"),
+    *("ot_fusion",),  # a plan is never quite a permutation
+}
 """Those that give them back up to rounding: start + (source - start)."""
 BOTH = {**CASES, **MERGES}
 all_cases = pytest.mark.parametrize("case", BOTH)
@@ -127,9 +143,30 @@ def draw_given(models, **changes):
             "counts": draw_counts(len(models)),
             "start": start,
             "score": score,
+            "fisher": draw_fisher(len(models)),
+            "moments": draw_moments(len(models)),
+            "symmetries": SYMMETRIES,
+            "imitate": lambda start, *_: {name: tensor.clone() for name, tensor in start.items()},
             **changes,
         }
     )
+
+
+def draw_fisher(num_sources):
+    """Return an F with a row that matters to no source, and one that matters to the first."""
+    models = draw_models(num_sources)
+    fisher = [{name: tensor.square() for name, tensor in model.items()} for model in models]
+    for k, source in enumerate(fisher):
+        source["table"][0] = 0
+        source["table"][1] *= k == 0
+    return fisher
+
+
+def draw_moments(num_sources):
+    noise = torch.Generator().manual_seed(num_sources)
+    inputs = torch.randn(9, num_sources, 5, generator=noise, dtype=torch.float64)
+    inputs[:, :, -1], inputs[:, :, 0] = 1, 0  # an input that is always 0
+    return {"tower.weight": torch.einsum("bki,bjm->kijm", inputs, inputs) / 9}
 
 
 def weigh(case, models):
@@ -249,10 +286,17 @@ def test_same_options_give_same_bits(case):
     "case", [c for c, (name, _) in BOTH.items() if not METHODS[name].is_ordered and name != "cki"]
 )
 def test_order_of_sources_does_not_matter(case):
-    models, counts = draw_models(3), draw_counts(3)
+    models, counts, fisher = draw_models(3), draw_counts(3), draw_fisher(3)
     order = [2, 0, 1]
+    moments = {n: second[order][:, :, order] for n, second in draw_moments(3).items()}
     merged = merge(case, models)
-    other = merge(case, [models[k] for k in order], counts=[counts[k] for k in order])
+    other = merge(
+        case,
+        [models[k] for k in order],
+        counts=[counts[k] for k in order],
+        fisher=[fisher[k] for k in order],
+        moments=moments,
+    )
     for key in merged:
         torch.testing.assert_close(other[key], merged[key])
 

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
+import torch
 
 from cki_rec.cli import main
+from cki_rec.data.dataset import EncodedDataset
 from cki_rec.engine import checkpoint
 from cki_rec.integration.methods import METHODS
 from cki_rec.integration.options import defaults
@@ -18,6 +21,7 @@ TINY = [
 ]
 FROM_START = ["task_arithmetic", "ties", "dare", "della", "breadcrumbs", "model_stock"]
 ANYWHERE = ["weighted_average", "greedy_soup", "pruning", "slerp", "karcher"]
+FROM_ROWS = ["fisher", "regmean", "ot_fusion", "zipit", "distillation"]
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +52,7 @@ def one_line(capsys):
     return shown
 
 
-@pytest.mark.parametrize("method", [*FROM_START, *ANYWHERE])
+@pytest.mark.parametrize("method", [*FROM_START, *ANYWHERE, *FROM_ROWS])
 def test_every_baseline_is_evaluated(options, folder, method):
     suite = "shards" if method in FROM_START else "seeds"
     assert main(["evaluate", f"suite={suite}", f"integrate={method}", *options]) == 0
@@ -58,6 +62,68 @@ def test_every_baseline_is_evaluated(options, folder, method):
     assert result["test"]["auc"] > 0.5
     assert (result["shares"] is None) == (METHODS[method].merge is not None)
     assert (merged["config"]["integrate"]["start"] is not None) == (method in FROM_START)
+
+
+@pytest.mark.parametrize("method", FROM_ROWS[:-1])  # dropout moves a model that trains
+def test_equal_sources_give_themselves_back(options, folder, method):
+    """Through the pipeline: whatever rows say of one model twice, it stays that model."""
+    words = ["integrate.sources=[{seed: 1},{seed: 1}]", f"integrate={method}", *options]
+    words += ["integrate.options.temperature=0.0001"] * (method == "ot_fusion")
+    assert main(["integrate", *words]) == 0
+    merged = records(folder, "integrate")[-1]
+    source = params_of(folder, merged["config"]["sources"][0])
+    for name, tensor in params_of(folder, merged["run_id"]).items():
+        assert torch.allclose(tensor, source[name], rtol=1e-5, atol=1e-6), name
+
+
+@pytest.mark.parametrize("method", ["fisher", "zipit", "distillation"])
+def test_rows_give_the_same_result_twice(options, folder, method):
+    words = ["integrate", f"integrate={method}", *options, "runtime.force=true"]
+    assert main(words) == 0
+    first = params_of(folder, records(folder, "integrate")[-1]["run_id"])
+    assert main(words) == 0
+    again = params_of(folder, records(folder, "integrate")[-1]["run_id"])
+    for name, tensor in first.items():
+        assert tensor.equal(again[name]), name
+
+
+def test_distillation_comes_nearer_to_the_ensemble(options, folder):
+    logits = {}
+    for method, words in {
+        "distillation": ["integrate.options.epochs=3", "integrate.options.source=0"],
+        "start": ["integrate.options.epochs=0", "integrate.options.source=0"],
+    }.items():
+        assert main(["evaluate", "integrate=distillation", *words, *options]) == 0
+        merged = records(folder, "integrate")[-1]
+        logits[method] = valid_logits(folder, merged["run_id"])
+    teachers = [valid_logits(folder, run) for run in merged["config"]["sources"]]
+    error = {name: np.abs(own - np.mean(teachers, 0)).mean() for name, own in logits.items()}
+    assert np.array_equal(logits["start"], teachers[0])
+    assert error["distillation"] < 0.8 * error["start"]
+
+
+def test_probability_ensemble_is_the_mean_of_probabilities(options, folder):
+    assert main(["evaluate", "integrate=probability_ensemble", *options]) == 0
+    evaluated = records(folder, "evaluate")[-1]["result"]
+    assert evaluated["inference_cost"] == 2
+    assert evaluated["shares"] is None
+    kept = records(folder, "integrate")[-1]["config"]["sources"]
+    probability = np.mean([1 / (1 + np.exp(-valid_logits(folder, run))) for run in kept], 0)
+    label = labels_of(folder, options)
+    expected = -np.mean(np.where(label > 0, np.log(probability), np.log1p(-probability)))
+    assert evaluated["valid"]["log_loss"] == pytest.approx(expected, abs=1e-6)
+
+
+def valid_logits(folder, run):
+    (path,) = (folder / "out" / run).glob("logits-*.npz")
+    with np.load(path) as arrays:
+        return arrays["valid"].astype(np.float64)
+
+
+def labels_of(folder, options):
+    (dataset,) = [p for p in (folder / "encoded").iterdir() if (p / "manifest.json").exists()]
+    found = EncodedDataset(dataset)
+    return found.labels(found.rows("valid"))
 
 
 def test_chosen_scale_is_no_worse_than_any_given_one(options, folder):

@@ -1,0 +1,59 @@
+"""What methods get from training rows; their labels are not used."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from cki_rec.config import Config, Integrate
+from cki_rec.data.store import EncodedDataset
+from cki_rec.engine import distributed
+from cki_rec.engine.checkpoint import Checkpoint
+from cki_rec.engine.distillation import imitate
+from cki_rec.engine.fisher import fisher_diagonal
+from cki_rec.engine.moments import Observer
+from cki_rec.integration.methods import METHODS
+from cki_rec.integration.params import Params
+from cki_rec.models import build_model
+from cki_rec.pipelines import matching
+
+
+def looks_at_rows(options: Integrate) -> bool:
+    """Return whether method, alignment or repair look at training rows."""
+    needs = METHODS[options.method].needs
+    return bool({"fisher", "moments", "training"} & needs) or matching.looks_at_rows(options)
+
+
+def seen(
+    config: Config,
+    models: Sequence[Params],
+    saved: Checkpoint,
+    dataset: EncodedDataset | None,
+    observe: Observer | None,
+) -> dict[str, Any]:
+    """Return the fields of ``Given`` that come of the network, and of rows where it needs them.
+
+    All sources are seen on the same sample of training rows (``integrate.sample``), whatever rows
+    they were trained on; a model that is trained sees all of them.
+    """
+    needs = METHODS[config.integrate.method].needs
+    found: dict[str, Any] = {"symmetries": matching.symmetries_of(saved)}
+    if "fisher" in needs:
+        assert observe is not None
+        found["fisher"] = [fisher_diagonal(observe.network, m, observe.batches) for m in models]
+    if "moments" in needs:
+        assert observe is not None
+        found["moments"] = observe(models).second
+    if "training" in needs:
+        assert dataset is not None
+        distributed.start(config.runtime)
+        rows, network = dataset, build_model(saved.schema, saved.model, torch.device("cpu"))
+        title = f"{config.integrate.label}, {config.suite.name}, seed {config.seed}"
+        batch_size, seed = config.train.batch_size, config.seed
+        found["imitate"] = lambda start, epochs, rate: imitate(
+            *(network, models, start, rows, saved.schema),
+            *(epochs, rate, batch_size, seed, title),
+        )
+    return found
