@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from cki_rec.analysis.metrics import auc
 from cki_rec.config import Config, Integrate, UserError, nearest, run_id, section, with_delta
@@ -23,8 +24,9 @@ from cki_rec.integration.methods import METHODS, Given, Method, check_options, n
 from cki_rec.integration.params import Params, check_finite
 from cki_rec.integration.splicing import source_shares
 from cki_rec.models import build_model
-from cki_rec.pipelines import matching, merging, rules, train
+from cki_rec.pipelines import matching, merging, rules, train, vocabularies
 from cki_rec.pipelines.scores import EXTERNAL, check_data, predictions, scorer
+from cki_rec.pipelines.vocabularies import Joined
 
 SEVERAL = "several"
 """Stands for the data hash of a model whose sources were trained on different data sets: it fits
@@ -75,7 +77,7 @@ def ensure(config: Config, force: bool = False) -> Run:
         else None
     )
     rule = section(options)
-    del rule["sources"], rule["label"]
+    del rule["sources"], rule["label"], rule["vocabularies"]
     rule["start"] = None if start is None else start.identity
     reads = {
         "sources": [source.identity for source in sources],
@@ -85,6 +87,8 @@ def ensure(config: Config, force: bool = False) -> Run:
         "batch_size": config.train.batch_size if needs_rows else None,
         "seed": config.seed,
     }
+    if options.vocabularies:  # which ones, their hashes in the sources say
+        reads["vocabularies"] = "joined"
     with open_run(Path(config.runtime.out), run_id("integrate", reads), force) as run:
         if run.record is None:
             _integrate(config, sources, start, dataset, run, reads)
@@ -117,6 +121,13 @@ def method_of(config: Config) -> Method:
         raise UserError("integrate.candidates is empty: best_of has nothing to choose from")
     if method.models == "2" and len(options.sources) > 2:
         raise UserError(f"integrate.method={name}: takes 2 models, not {len(options.sources)}")
+    if options.vocabularies and (not method.is_rule or options.gate.train != "none"):
+        why = (
+            "learns gates on rows, and no data set is encoded"
+            if method.is_rule
+            else "keeps its sources as they are"
+        )
+        raise UserError(f"integrate.vocabularies: integrate.method={name} {why}")
     if "start" in method.needs and options.start is None:
         raise UserError(
             f"integrate.method={name}: needs the model that all sources started from; name it:"
@@ -179,12 +190,18 @@ def _integrate(
     reads: dict[str, Any],
 ) -> None:
     options = config.integrate
-    checkpoints = [checkpoint.load(source.folder) for source in sources]
-    begun = None if start is None else checkpoint.load(start.folder)
-    checkpoint.check_compatible(
-        checkpoints if begun is None else [*checkpoints, begun],
-        [*(source.name for source in sources), *([f"start {start.name}"] if start else [])],
-    )
+    everyone = [*sources, *([replace(start, name=f"start {start.name}")] if start else [])]
+    loaded = [checkpoint.load(source.folder) for source in everyone]
+    homes: list[Path] = []
+    joined = Joined(loaded)
+    if options.vocabularies:
+        homes = vocabularies.folders_of(
+            config, [(s.folder, c) for s, c in zip(everyone, loaded, strict=True)]
+        )
+        joined = vocabularies.joined(loaded, homes, len(sources))
+    checkpoint.check_compatible(joined.checkpoints, [source.name for source in everyone])
+    checkpoints = joined.checkpoints[: len(sources)]
+    begun = None if start is None else joined.checkpoints[-1]
     first = checkpoints[0]
     if dataset is not None:
         check_data(first, dataset, sources[0].name)
@@ -200,12 +217,15 @@ def _integrate(
             result["kept"] = [source.identity for source in kept]
         else:
             try:
-                tensors = _merged(config, checkpoints, begun, dataset, result)
+                tensors = _merged(config, checkpoints, begun, dataset, result, joined.owners)
             except ValueError as error:
                 raise UserError(f"integrate.method={options.method}: {error}") from None
             hashes = {c.data_hash for c in checkpoints}
             data_hash = first.data_hash if len(hashes) == 1 else SEVERAL
             checkpoint.save(run.checkpoint, tensors, first.model, first.schema, data_hash)
+            if homes:
+                vocabularies.write(run.path / vocabularies.FOLDER, joined, homes)
+                result["vocabularies"] = joined.rows
     run.finish(reads, data, result)
 
 
@@ -215,6 +235,7 @@ def _merged(
     start: Checkpoint | None,
     dataset: EncodedDataset | None,
     result: dict[str, Any],
+    owners: dict[str, Tensor],
 ) -> dict[str, dict[str, Any]]:
     """Return the tensors of the new model's checkpoint; tell ``result`` how it came about."""
     options, first = config.integrate, checkpoints[0]
@@ -233,6 +254,7 @@ def _merged(
         counts=counts,
         start=None if start is None else start.params,
         score=None if dataset is None else scorer(config, dataset, first),
+        owners=owners,
     )
     params, weights, result["gate"] = merging.merge(config, models, given, dataset)
     if weights is not None:
