@@ -24,7 +24,7 @@ from cki_rec.integration.methods import METHODS, Given, Method, check_options, n
 from cki_rec.integration.params import Params, check_finite
 from cki_rec.integration.splicing import source_shares
 from cki_rec.models import build_model
-from cki_rec.pipelines import matching, merging, rules, train, vocabularies
+from cki_rec.pipelines import checking, matching, merging, rules, train, vocabularies
 from cki_rec.pipelines.scores import EXTERNAL, check_data, predictions, scorer
 from cki_rec.pipelines.vocabularies import Joined
 
@@ -49,6 +49,10 @@ class Source:
 
 def run(config: Config) -> None:
     """Integrate as configured; say where the model is and what was taken from whom."""
+    if config.check_only:
+        everything = candidates_of(config) if config.integrate.method == "best_of" else [config]
+        checking.check(config, everything, method_of, needs_rows)
+        return
     done = ensure(config, force=config.runtime.force)
     assert done.record is not None
     result = done.record["result"]
@@ -70,10 +74,10 @@ def ensure(config: Config, force: bool = False) -> Run:
     method_of(config)
     sources = sources_of(config)
     start = start_of(config)
-    needs_rows = needs_labels(options) or matching.looks_at_rows(options)
+    looks = needs_rows(options)
     dataset = (
         store.prepare(config.data, config.runtime.encoded, config.runtime.chunk_mb)
-        if needs_rows
+        if looks
         else None
     )
     rule = section(options)
@@ -83,8 +87,8 @@ def ensure(config: Config, force: bool = False) -> Run:
         "sources": [source.identity for source in sources],
         "integrate": rule,
         "data": dataset.hash if dataset else None,
-        "model": section(config.model) if needs_rows else None,
-        "batch_size": config.train.batch_size if needs_rows else None,
+        "model": section(config.model) if looks else None,
+        "batch_size": config.train.batch_size if looks else None,
         "seed": config.seed,
     }
     if options.vocabularies:  # which ones, their hashes in the sources say
@@ -145,6 +149,11 @@ def start_of(config: Config) -> Source | None:
     return resolve(config, [start])[0]
 
 
+def needs_rows(options: Integrate) -> bool:
+    """Return whether the integration looks at rows of the data set."""
+    return needs_labels(options) or matching.looks_at_rows(options)
+
+
 def needs_labels(options: Integrate) -> bool:
     """Return whether the integration looks at validation rows."""
     if options.method == "cki" or options.gate.train != "none":
@@ -157,9 +166,7 @@ def resolve(config: Config, deltas: Sequence[dict[str, Any]]) -> list[Source]:
     sources = []
     for delta in deltas:
         if "path" in delta:
-            folder = Path(delta["path"])
-            nested = folder / "checkpoint"
-            folder = nested if nested.is_dir() else folder
+            folder = checking.folder_at(delta["path"])
             sources.append(Source(str(delta["path"]), _identity(folder), folder))
         else:
             done = train.ensure(with_delta(config, delta))
@@ -172,13 +179,20 @@ def sources_of(config: Config) -> list[Source]:
     options = config.integrate
     if options.method != "best_of":
         return resolve(config, options.sources)
-    found = []
-    for delta in options.candidates:
-        changed = {f"integrate.{key}": value for key, value in delta.items()}
-        plain = {"integrate.method": "evidence", "integrate.candidates": []}
-        done = ensure(with_delta(config, {**plain, **changed}))
-        found.append(Source(str(delta), done.path.name, done.checkpoint))
-    return found
+    done = [ensure(candidate) for candidate in candidates_of(config)]
+    return [
+        Source(str(delta), run.path.name, run.checkpoint)
+        for delta, run in zip(options.candidates, done, strict=True)
+    ]
+
+
+def candidates_of(config: Config) -> list[Config]:
+    """Return the integrations that ``best_of`` chooses from."""
+    plain = {"integrate.method": "evidence", "integrate.candidates": []}
+    return [
+        with_delta(config, plain | {f"integrate.{key}": value for key, value in delta.items()})
+        for delta in config.integrate.candidates
+    ]
 
 
 def _integrate(
