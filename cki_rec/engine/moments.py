@@ -46,12 +46,15 @@ def observer(
 
 
 def random_batch(schema: FeatureSchema, rows: int, seed: int) -> Batch:
-    """Return a batch of ids drawn from the whole vocabularies: rows that need no data set."""
+    """Return a batch of ids drawn from the whole vocabularies: rows that need no data set.
+
+    Sets and histories of a row hold equally many, 1 to 5.
+    """
     draw = torch.Generator().manual_seed(seed)
+    several = torch.randint(1, 6, (rows,), generator=draw)
     values, lengths = [], []
     for feature in schema.lookups:
-        most = 1 if feature.kind == "categorical" else 5
-        length = torch.randint(1, most + 1, (rows,), generator=draw)
+        length = torch.ones_like(several) if feature.kind == "categorical" else several
         size = schema.table_sizes[feature.table]
         values.append(torch.randint(1, max(size, 2), (int(length.sum()),), generator=draw))
         lengths.append(length)
@@ -72,6 +75,8 @@ def linear_moments(
     layers: Sequence[str] | None = None,
 ) -> Moments:
     """Return second moments of the inputs of every Linear, over all models side by side.
+
+    Layers that a network uses more than once are left out.
 
     Args:
         network: A network with unsharded tables; its own parameters are not used.
@@ -100,6 +105,8 @@ def linear_moments(
             scores = [functional_call(network, model, (batch,)) for model in models]
             logit_BK = torch.stack(scores, 1).double()
             for name, parts in inputs.items():
+                if len(parts) != len(models):  # a layer that is used several times in a network
+                    continue
                 x_BKI = torch.stack(parts, 1).double()
                 flat, shape = x_BKI.flatten(1), x_BKI.shape[1:]
                 _add(second, name, (flat.T @ flat).unflatten(0, shape).unflatten(2, shape))

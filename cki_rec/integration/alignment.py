@@ -226,22 +226,17 @@ class _Problem:
                 symmetry = self.symmetries[place]
                 if place in self.correlations:
                     signed, unsigned = self._by_activations(place, k, others, elements)
-                    step = _best(symmetry, signed, unsigned)
-                    step = own[place].T @ step
+                    step = own[place].T @ _best(symmetry, signed, unsigned)
+                    is_change = not bool((step.diagonal() == 1).all())
                 else:
                     signed, unsigned = self._by_weights(symmetry, reference, view)
                     step = _best(symmetry, signed, unsigned)
-                gain = _trace(step, signed, unsigned) - _trace(
-                    torch.eye(symmetry.size, dtype=torch.float64), signed, unsigned
-                )
-                if place in self.correlations:
-                    changes = not torch.equal(step, torch.eye(symmetry.size, dtype=step.dtype))
-                else:
-                    changes = gain > 1e-10
-                if changes:
+                    now = float((signed + unsigned).trace())
+                    is_change = _trace(step, signed, unsigned) > now + 1e-10
+                if is_change:
                     is_better = True
                     own[place] = own[place] @ step
-                    view = transform(self.views[k], self.symmetries, own)
+                    view = transform(view, [symmetry], [step])
             if not is_better:
                 return own, sweep
         return own, MOST_SWEEPS
@@ -276,12 +271,11 @@ def _view(model: Params, symmetries: Sequence[Symmetry], products: Mapping[str, 
     names = {part.parameter for symmetry in symmetries for part in symmetry.slices}
     view = {}
     for name in sorted(names):
-        if name in products:
-            view[name] = torch.eye(model[name].shape[1], dtype=torch.float64)
-        else:
-            view[name] = model[name].double().cpu()
-            if not bool(view[name].isfinite().all()):
-                raise ValueError(f"{name}: has NaN or infinite entries, so it cannot be aligned")
+        read = products[name] if name in products else model[name].double().cpu()
+        if not bool(read.isfinite().all()):
+            raise ValueError(f"{name}: has NaN or infinite entries, so it cannot be aligned")
+        is_table = name in products
+        view[name] = torch.eye(model[name].shape[1], dtype=torch.float64) if is_table else read
     return view
 
 

@@ -10,10 +10,19 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from cki_rec.integration.params import Params, Weights, check_same, compute_dtype, equal_weights
+from cki_rec.integration.params import (
+    BLOCK,
+    Params,
+    Weights,
+    check_same,
+    compute_dtype,
+    equal_weights,
+)
 
 
-def row_weights(counts_KV: Tensor) -> Tensor:
+def row_weights(
+    counts_KV: Sequence[Tensor] | Tensor, dtype: torch.dtype = torch.float64
+) -> Tensor:
     r"""Return each source's share of a row's observations.
 
     .. math:: \alpha_k[r] = n_k[r] \big/ \textstyle\sum_j n_j[r]
@@ -23,10 +32,11 @@ def row_weights(counts_KV: Tensor) -> Tensor:
 
     Args:
         counts_KV: Counts of any dtype, or another measure of evidence such as the row-wise
-            Adagrad state.
+            Adagrad state. They are read ``BLOCK`` rows at a time.
+        dtype: Of the result; the division is done in float64.
 
     Returns:
-        ``(K, V)`` float64. A row seen by one source only has exactly 1 there and 0 elsewhere; a
+        ``(K, V)``. A row seen by one source only has exactly 1 there and 0 elsewhere; a
         row nobody saw has 1/K everywhere.
 
     Raises:
@@ -38,12 +48,19 @@ def row_weights(counts_KV: Tensor) -> Tensor:
     Differs:
         Our extension of CKI; the paper has no counts.
     """
-    counts = counts_KV.to(torch.float64)
-    if not bool((torch.isfinite(counts) & (counts >= 0)).all()):
-        raise ValueError("counts must be finite and not negative")
-    total = counts.sum(dim=0)
-    known = total > 0
-    return torch.where(known, counts / torch.where(known, total, 1), 1 / len(counts))
+    num_sources, num_rows = len(counts_KV), len(counts_KV[0])
+    shares = torch.empty(num_sources, num_rows, dtype=dtype, device=counts_KV[0].device)
+    for start in range(0, num_rows, BLOCK):
+        rows = slice(start, start + BLOCK)
+        counts = torch.stack([count[rows].to(torch.float64) for count in counts_KV])
+        if not bool((torch.isfinite(counts) & (counts >= 0)).all()):
+            raise ValueError("counts must be finite and not negative")
+        total = counts.sum(dim=0)
+        known = total > 0
+        shares[:, rows] = torch.where(
+            known, counts / torch.where(known, total, 1), 1 / num_sources
+        )
+    return shares
 
 
 def evidence_shares(models: Sequence[Params], counts: Sequence[Params]) -> Weights:
@@ -67,10 +84,10 @@ def evidence_shares(models: Sequence[Params], counts: Sequence[Params]) -> Weigh
                 found, rows = tuple(source[name].shape), tuple(table.shape)
                 raise ValueError(f"{name}: counts {found} of source {k} do not fit {rows}")
         try:
-            share = row_weights(torch.stack([source[name] for source in counts]))
+            share = row_weights([source[name] for source in counts], compute_dtype(table))
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
-        share = share.to(table.device, compute_dtype(table))
+        share = share.to(table.device)
         shares[name] = share.reshape(*share.shape, *[1] * (table.ndim - 1))
     return shares
 

@@ -20,6 +20,10 @@ STATISTICS = ("running_mean", "running_var")
 """Last words of buffers that batch norms keep: averaged, whatever a method does with weights."""
 
 
+BLOCK = 1 << 16
+"""Rows of a table that are worked on at a time: bounds temporaries."""
+
+
 def check_same(models: Sequence[Params]) -> None:
     """Check that all models have the same names, shapes and floating dtypes.
 

@@ -63,7 +63,7 @@ def rescale(
     fitted = dict(merged)
     names = list(observe([merged], None).second)
     for name in names:
-        symmetry = _units(symmetries, names).get(name)
+        symmetry = _units(symmetries, names, merged).get(name)
         if symmetry is None:
             continue
         second = observe([fitted, *sources], [name]).second[name]
@@ -118,7 +118,7 @@ def fit_layers(
     """
     fitted = dict(merged)
     names = list(observe([merged], None).second)
-    units = _units(symmetries, names)
+    units = _units(symmetries, names, merged)
     for name in names:
         seen = observe([fitted, *sources], [name])
         if name == names[-1]:
@@ -170,14 +170,19 @@ def choose(gram_CC: Tensor, target_C: Tensor, size: int) -> list[int]:
     return sorted(chosen, key=lambda index: index % size)
 
 
-def _units(symmetries: Sequence[Symmetry], names: Sequence[str]) -> dict[str, Symmetry]:
-    """Return by the Linear that makes them the hidden units that one other Linear reads."""
+def _units(
+    symmetries: Sequence[Symmetry], names: Sequence[str], params: Params
+) -> dict[str, Symmetry]:
+    """Return by the Linear that makes them, and nothing else, hidden units one Linear reads."""
     found = {}
     for symmetry in symmetries:
         made = [p for p in symmetry.slices if p.axis == 0]
         read = [p for p in symmetry.slices if p.axis == 1]
         layers = [p.parameter for p in made if p.parameter in names]
-        is_plain = all(p.start == 0 and p.width == 1 and not p.within for p in made)
+        is_plain = all(
+            len(params[p.parameter]) == symmetry.size and p.width == 1 and not p.within
+            for p in made
+        )
         is_known = all(p.parameter in names and p.width == 1 and not p.within for p in read)
         if len(layers) == 1 and len(read) == 1 and is_plain and is_known:
             found[layers[0]] = symmetry

@@ -10,7 +10,14 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from cki_rec.integration.params import Params, Weights, check_same, check_weights, compute_dtype
+from cki_rec.integration.params import (
+    BLOCK,
+    Params,
+    Weights,
+    check_same,
+    check_weights,
+    compute_dtype,
+)
 
 
 def soften(scores_K: Tensor) -> Tensor:
@@ -98,6 +105,19 @@ def override_weights(weights: Weights, names: Iterable[str], replacement: Weight
 
 
 def _splice_one(tensors: Sequence[Tensor], weight: Tensor) -> Tensor:
+    first = tensors[0]
+    is_learned = weight.requires_grad or any(tensor.requires_grad for tensor in tensors)
+    if is_learned or first.ndim < 2 or len(first) <= BLOCK:
+        return _splice_block(tensors, weight)
+    result = torch.empty_like(first)
+    for start in range(0, len(first), BLOCK):
+        rows = slice(start, start + BLOCK)
+        share = weight if weight.shape[1] == 1 else weight[:, rows]
+        result[rows] = _splice_block([tensor[rows] for tensor in tensors], share)
+    return result
+
+
+def _splice_block(tensors: Sequence[Tensor], weight: Tensor) -> Tensor:
     dtype = compute_dtype(tensors[0])
     weight = weight.to(dtype)
     base, unused = tensors[0].to(dtype), weight[0] == 0

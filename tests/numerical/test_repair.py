@@ -1,0 +1,234 @@
+"""Layers fitted to what sources compute: references, fixed points, and what must not change."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from networks import draw_batch, make_case
+from torch.func import functional_call
+from torch.nn import Linear
+
+from cki_rec.engine.embeddings import table_of
+from cki_rec.engine.moments import Observer, linear_moments
+from cki_rec.integration.baselines import average_weights
+from cki_rec.integration.evidence import evidence_weights
+from cki_rec.integration.frames import reduce_frames, table_products
+from cki_rec.integration.repair import choose, fit_layers, rescale
+from cki_rec.integration.splicing import splice
+from cki_rec.pipelines.matching import moved_tables
+
+CASES = ["deepfm", "dcn", "dcnv2", "dcnv2 mixture", "din", "dnn", "wide_deep", "final_mlp"]
+all_cases = pytest.mark.parametrize("case", CASES)
+HALVES = [0.5, 0.5]
+
+
+class Pair:
+    """Two random models of one network, and what shows how they compute."""
+
+    def __init__(self, case, num_sources=2):
+        network, self.schema = make_case(case, "mixed")
+        self.network = network.eval()
+        self.symmetries = network.symmetries()
+        self.batches = [draw_batch(self.schema, 256, seed) for seed in range(4)]
+        self.observe = Observer(self.network, self.batches)
+        self.models = []
+        for seed in range(num_sources):
+            draw = torch.Generator().manual_seed(seed)
+            self.models.append(
+                {
+                    n: 0.3 * torch.randn(t.shape, generator=draw)
+                    if not n.endswith("running_var")
+                    else torch.rand(t.shape, generator=draw) + 0.5
+                    for n, t in network.state_dict().items()
+                }
+            )
+        self.average = splice(self.models, average_weights(self.models))
+
+    @torch.no_grad()
+    def logits(self, params):
+        return torch.cat([functional_call(self.network, params, (b,)) for b in self.batches])
+
+    def error(self, params):
+        """Return the mean squared distance to the mean logit."""
+        mean = torch.stack([self.logits(model) for model in self.models]).mean(0)
+        return float((self.logits(params) - mean).square().mean())
+
+    def readers(self):
+        return {f"{n}.weight" for n, m in self.network.named_modules() if isinstance(m, Linear)}
+
+
+@all_cases
+def test_moments_are_those_of_the_inputs(case):
+    pair = Pair(case)
+    seen = {}
+    hooks = [
+        module.register_forward_pre_hook(
+            lambda _, x, name=name: seen.setdefault(f"{name}.weight", []).append(x[0])
+        )
+        for name, module in pair.network.named_modules()
+        if isinstance(module, Linear)
+    ]
+    for model in pair.models:
+        pair.logits(model)
+    for hook in hooks:
+        hook.remove()
+    moments = linear_moments(pair.network, pair.models, pair.batches)
+    num_batches = len(pair.batches)
+    for name, inputs in seen.items():
+        if len(inputs) != 2 * num_batches:  # used in several places
+            assert name not in moments.second
+            continue
+        half = num_batches
+        x, y = (torch.cat([i.flatten(0, -2) for i in part]).double()
+                for part in (inputs[:half], inputs[half:]))  # fmt: skip
+        expected = torch.cat([x, torch.ones(len(x), 1)], 1).T @ y / len(x)
+        torch.testing.assert_close(moments.second[name][0, :, 1, :-1], expected, atol=1e-6, rtol=0)
+        torch.testing.assert_close(moments.second[name][1, :-1, 0], expected.T, atol=1e-6, rtol=0)
+        assert moments.second[name][0, -1, 1, -1] == pytest.approx(1)
+    for product in moments.logit.values():
+        mean = torch.stack([pair.logits(m) for m in pair.models], 1).double().mean(0)
+        torch.testing.assert_close(product[0, -1], mean, atol=1e-6, rtol=0)
+
+
+@all_cases
+@pytest.mark.parametrize("choosing", [False, True])
+def test_equal_sources_come_back(case, choosing):
+    pair = Pair(case, 1)
+    model = pair.models[0]
+    # a network whose norms hold the statistics of these very rows, as training leaves them
+    model = rescale(model, [model], [1.0], pair.observe, pair.symmetries)
+    fitted = fit_layers(
+        model, [model, dict(model)], HALVES, pair.observe, pair.symmetries, choosing
+    )
+    torch.testing.assert_close(pair.logits(fitted), pair.logits(model), atol=1e-4, rtol=1e-4)
+    for name in model:
+        if not choosing:
+            torch.testing.assert_close(fitted[name], model[name], atol=1e-4, rtol=1e-4)
+
+
+@all_cases
+def test_fitting_comes_nearer_to_the_mean_logit(case):
+    pair = Pair(case)
+    before = pair.error(pair.average)
+    for choosing in (False, True):
+        fitted = fit_layers(
+            pair.average, pair.models, HALVES, pair.observe, pair.symmetries, choosing
+        )
+        assert pair.error(fitted) < before
+        assert list(fitted) == list(pair.average)
+        for name, tensor in fitted.items():
+            assert tensor.shape == pair.average[name].shape
+            assert tensor.dtype == pair.average[name].dtype
+            if table_of(name):
+                assert tensor is pair.average[name]
+
+
+@all_cases
+def test_inputs_are_untouched_and_results_repeat(case):
+    pair = Pair(case)
+    everything = [pair.average, *pair.models]
+    before = [{n: t.clone() for n, t in model.items()} for model in everything]
+    arguments = (pair.average, pair.models, HALVES, pair.observe, pair.symmetries)
+    first, second = fit_layers(*arguments, True), fit_layers(*arguments, True)
+    scaled = rescale(*arguments)
+    for tensor in [*first.values(), *scaled.values()]:
+        assert bool(tensor.isfinite().all())
+    assert all(torch.equal(first[n], second[n]) for n in first)
+    for model, old in zip(everything, before, strict=True):
+        assert all(torch.equal(model[n], old[n]) for n in old)
+
+
+def test_last_layer_is_the_least_squares_one():
+    pair = Pair("dnn")
+    fitted = fit_layers(pair.average, pair.models, HALVES, pair.observe, pair.symmetries)
+    inputs = []
+    last = pair.network.mlp.layers[-1]
+    hook = last.register_forward_pre_hook(lambda _, x: inputs.append(x[0]))
+    own = pair.logits(fitted).double()
+    hook.remove()
+    x = torch.cat(inputs).double()
+    x = torch.cat([x, torch.ones(len(x), 1)], 1)
+    mean = torch.stack([pair.logits(m) for m in pair.models]).double().mean(0)
+    best = x @ torch.linalg.lstsq(x, mean[:, None], driver="gelsd").solution[:, 0]
+    assert float((own - mean).square().mean()) == pytest.approx(
+        float((best - mean).square().mean()), rel=1e-3
+    )
+
+
+@pytest.mark.parametrize("case", ["deepfm", "dnn", "dcnv2", "wide_deep"])
+def test_rescaled_units_have_the_mean_and_deviation_of_their_sources(case):
+    pair = Pair(case)
+    scaled = rescale(pair.average, pair.models, HALVES, pair.observe, pair.symmetries)
+
+    def statistics(params):
+        outputs = []
+        layer = pair.network.mlp.layers[0]
+        hook = layer.register_forward_hook(lambda _, x, y: outputs.append(y))
+        pair.logits(params)
+        hook.remove()
+        values = torch.cat(outputs).double()
+        return values.mean(0), values.std(0, unbiased=False)
+
+    each = [statistics(model) for model in pair.models]
+    for found, left, right in zip(statistics(scaled), *each, strict=True):
+        torch.testing.assert_close(found, (left + right) / 2, atol=1e-4, rtol=1e-4)
+    for name in scaled:
+        if name.endswith("running_mean") and "mlp.norms.0" in name:
+            torch.testing.assert_close(scaled[name].double(), statistics(scaled)[0], atol=1e-4,
+                                       rtol=1e-4)  # fmt: skip
+
+
+def test_choice_is_orthogonal_matching_pursuit():
+    draw = torch.Generator().manual_seed(3)
+    x = torch.randn(200, 12, generator=draw, dtype=torch.float64)
+    x = x - x.mean(0)
+    target = x[:, [7, 2, 10]] @ torch.tensor([3.0, 2.0, 1.0]).double()
+    chosen = choose(x.T @ x / 200, x.T @ target / 200, 3)
+    assert sorted(chosen) == [2, 7, 10]
+    assert chosen == sorted(chosen, key=lambda index: index % 3)
+    twice = torch.cat([x[:, :6], x[:, :6]], 1)
+    chosen = choose(twice.T @ twice, twice.T @ target, 6)
+    assert sorted(index % 6 for index in chosen) == list(range(6))  # copies bring nothing
+    assert choose(torch.zeros(4, 4).double(), torch.zeros(4).double(), 2) == [0, 1]
+
+
+@pytest.mark.parametrize("case", ["deepfm", "dcn", "fm"])
+def test_reduced_frames_of_equal_sources_are_theirs(case):
+    pair = Pair(case, 1)
+    models = [pair.models[0], dict(pair.models[0])]
+    products = table_products(models, moved_tables(pair.symmetries))
+    weights = average_weights(models)
+    reduced = reduce_frames(models[0], models, pair.symmetries, products, weights, pair.readers())
+    torch.testing.assert_close(pair.logits(reduced), pair.logits(models[0]), atol=1e-4, rtol=1e-4)
+
+
+def test_reduced_frames_keep_inner_products_better_than_the_average():
+    pair = Pair("fm")
+    tables = moved_tables(pair.symmetries)
+    products = table_products(pair.models, tables)
+    reduced = reduce_frames(
+        pair.average, pair.models, pair.symmetries, products, average_weights(pair.models), ()
+    )
+
+    def gap(params):
+        tables_of = [torch.cat([m[t] for t in tables]).double() for m in (*pair.models, params)]
+        left, right, merged = (table @ table.T for table in tables_of)
+        return float(((left + right) / 2 - merged).square().sum())
+
+    assert gap(reduced) < gap(pair.average)
+    assert all(reduced[n] is pair.average[n] for n in reduced if "first_order" in n)
+
+
+def test_rows_of_one_owner_keep_their_length():
+    pair = Pair("fm")
+    tables = [n for n in pair.average if table_of(n)]
+    counts = [
+        {n: torch.arange(len(pair.average[n])) % 2 * 3 + (k == 0) for n in tables}
+        for k in range(2)
+    ]
+    weights = evidence_weights(pair.models, counts)
+    products = table_products(pair.models, moved_tables(pair.symmetries), counts)
+    reduced = reduce_frames(
+        splice(pair.models, weights), pair.models, pair.symmetries, products, weights, ()
+    )
+    assert all(bool(tensor.isfinite().all()) for tensor in reduced.values())
