@@ -117,3 +117,18 @@ def from_owners(merged: Params, models: Sequence[Params], owners: Mapping[str, T
         result[name] = merged[name].clone()
         result[name][lacked] = splice(rows, weights)[name]
     return result
+
+
+def shared_rows(models: Sequence[Params], owners: Mapping[str, Tensor]) -> list[Params]:
+    """Return models whose joined tables have only rows that all sources have.
+
+    For what compares whole tensors: rows that stand in for missing ones would be counted.
+    """
+    rows = {name: has.all(0).nonzero()[:, 0] for name, has in owners.items()}
+    return [
+        {
+            **model,
+            **{name: model[name][kept.to(model[name].device)] for name, kept in rows.items()},
+        }
+        for model in models
+    ]

@@ -23,6 +23,7 @@ from cki_rec.engine.record import Run, open_run
 from cki_rec.integration.methods import METHODS, Given, Method, check_options, needs_of
 from cki_rec.integration.params import Params, check_finite
 from cki_rec.integration.splicing import source_shares
+from cki_rec.integration.vocabulary import shared_rows
 from cki_rec.models import build_model
 from cki_rec.pipelines import checking, matching, merging, rules, train, vocabularies
 from cki_rec.pipelines.scores import EXTERNAL, check_data, predictions, scorer
@@ -275,7 +276,7 @@ def _merged(
         trained = merging.trunk_parameters(options, params)
         shares = source_shares(weights, models)
         result["shares"] = {name: of for name, of in shares.items() if name not in trained}
-        result["global"] = rules.entropy_report(options, models, config.seed)
+        result["global"] = rules.entropy_report(options, shared_rows(models, owners), config.seed)
     params = matching.repaired(options, params, models, weights, counts, first, observe)
     check_finite([params], "the result")
     return {

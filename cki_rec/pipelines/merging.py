@@ -23,7 +23,7 @@ from cki_rec.integration.gate import initialize_gate
 from cki_rec.integration.methods import METHODS, Given
 from cki_rec.integration.params import STATISTICS, Params, Weights
 from cki_rec.integration.splicing import override_weights, splice
-from cki_rec.integration.vocabulary import from_owners, restrict_weights
+from cki_rec.integration.vocabulary import from_owners, restrict_weights, shared_rows
 from cki_rec.models import build_model, model_schema
 from cki_rec.pipelines import rules
 
@@ -48,7 +48,9 @@ def merge(
         return from_owners(params, models, given.owners), None, None
     gates = initial_gates(options, models[0], config.seed)
     global_terms = (
-        compute_global_terms(models, options.a, options.c, options.bins, options.range)
+        compute_global_terms(
+            shared_rows(models, given.owners), options.a, options.c, options.bins, options.range
+        )
         if rules.uses_entropy(options)
         else None
     )

@@ -81,7 +81,9 @@ def rows_by_token(folder, home=None):
     return rows, rest
 
 
-@pytest.mark.parametrize("method", ["evidence", "average", "karcher", "cki_dual_hard"])
+@pytest.mark.parametrize(
+    "method", ["evidence", "average", "karcher", "cki_dual_hard", "filter_grafting"]
+)
 def test_lone_rows_are_their_owners_and_shared_rows_are_merged(regions, tmp_path, method):
     run = merge(regions, tmp_path, f"integrate={method}")
     home, found = regions
@@ -151,6 +153,25 @@ def test_one_vocabulary_joined_with_itself_changes_nothing(regions, tmp_path):
     assert one.schema == two.schema
     for name, tensor in one.params.items():
         assert torch.equal(tensor, two.params[name]), name
+
+
+def test_a_common_start_has_a_vocabulary_too(regions, tmp_path):
+    home, found = regions
+    start = f"integrate.start={{path: {found['north']}}}"
+    words = [
+        f"runtime.out={tmp_path / 'out'}",
+        "integrate=ties",
+        start,
+        "integrate.options.scale=1.0",
+    ]
+    both = [found["north"], found["south"]]
+    assert integrate(home, both, *words, "integrate.vocabularies=[null,null,null]") == 0
+    (run,) = (tmp_path / "out").glob("integrate-*")
+    merged, _ = rows_by_token(run)
+    south, _ = rows_by_token(found["south"], home)
+    for key, row in merged.items():
+        if table_of(key[0]) == "user" and key[1].isdigit() and int(key[1]) > 40:
+            assert torch.equal(row, south[key]), key
 
 
 def refused(regions, tmp_path, capsys, *words):

@@ -25,6 +25,7 @@ from cki_rec.integration.vocabulary import (
     join_tokens,
     owned,
     restrict_weights,
+    shared_rows,
     to_union,
 )
 
@@ -113,6 +114,12 @@ def test_methods_without_weights_get_rows_of_owners():
     assert torch.equal(merged["t"][4], moved[0]["t"][4])
     assert torch.equal(merged["t"][5], moved[1]["t"][5])
     assert torch.equal(merged["bias"], anything["bias"])
+
+
+def test_whole_tables_are_compared_by_rows_that_all_have():
+    _, moved, _, owners = two_sources()
+    for whole, kept in zip(moved, shared_rows(moved, owners), strict=True):
+        assert torch.equal(kept["t"], whole["t"][:4])
 
 
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)])
