@@ -277,6 +277,10 @@ class Integrate:
     """Parents as config deltas, ``[{seed: 1}, {seed: 2}]``, or checkpoints, ``[{path: a}]``."""
     start: dict[str, Any] | None
     """The model that all sources come from, named like one of them; null: there is none."""
+    vocabularies: list[Any]
+    """Folders of encoded data sets (null: look for it), one per source, then one of the start if
+    the method needs it: models with different vocabularies are joined by token. Empty: they must
+    agree."""
     options: dict[str, Any]
     """Of the method, by name (``cki-rec integrate --list``)."""
     candidates: list[dict[str, Any]]
@@ -390,6 +394,8 @@ class Config:
     suite: Suite
     seed: int
     """Of everything random but the split."""
+    check_only: bool
+    """``integrate`` reports whether the sources fit together, and does nothing else."""
     select: str | None
     """The one measurement that ``bench`` makes; null: all."""
     run: str | None

@@ -46,7 +46,7 @@ from cki_rec.data.split import SPLITS, check_split
 from cki_rec.data.vocabulary import file_sha256
 from cki_rec.progress import progress
 
-__all__ = ["EncodedDataset", "prepare"]
+__all__ = ["EncodedDataset", "find", "prepare"]
 
 logger = logging.getLogger(__name__)
 _DIGESTS = "digests.json"
@@ -72,23 +72,15 @@ def prepare(data: Data, encoded_dir: str | Path, chunk_mb: int = 16) -> EncodedD
     Raises:
         UserError: An option, the raw data or the folder is not usable.
     """
-    if data.format not in FORMATS:
-        raise UserError(f"data.format={data.format}: expected one of {', '.join(FORMATS)}")
-    if not re.fullmatch(r"[\w.-]+", data.name):
-        raise UserError(f"data.name={data.name}: expected letters, digits, '_', '.' and '-' only")
-    check_split(data.split)
-    _published_files(data)
+    reader = _reader(data)
     if data.fetch:
         _fetch(data)
-    reader = FORMATS[data.format]
     fields = resolve(data, reader.kinds(data))
     _check_entities(data, reader)
     encoded_dir = Path(encoded_dir)
     start = time.perf_counter()
     source = _source(data, encoded_dir)
-    options = _options(data, fields)
-    key = _hash([FORMAT_VERSION, options, [entry["sha256"] for entry in source]])[:12]
-    folder = encoded_dir / f"{data.name}-{key}"
+    folder = encoded_dir / _name(data, fields, source)
     if (folder / PREPARATION).exists():
         return EncodedDataset(folder, data.verify)
     try:
@@ -104,6 +96,39 @@ def prepare(data: Data, encoded_dir: str | Path, chunk_mb: int = 16) -> EncodedD
     finally:
         lock.release()
     return EncodedDataset(folder, data.verify)
+
+
+def find(data: Data, encoded_dir: str | Path) -> EncodedDataset | None:
+    """Return the encoded data set that ``data`` asks for if it is there; make nothing.
+
+    Raises:
+        UserError: As ``prepare``.
+    """
+    fields = resolve(data, _reader(data).kinds(data))
+    encoded_dir = Path(encoded_dir)
+    folder = encoded_dir / _name(data, fields, _source(data, encoded_dir))
+    return EncodedDataset(folder, data.verify) if (folder / PREPARATION).exists() else None
+
+
+def _reader(data: Data) -> Format:
+    """Return the reader of the raw files.
+
+    Raises:
+        UserError: An option that no raw file could mend.
+    """
+    if data.format not in FORMATS:
+        raise UserError(f"data.format={data.format}: expected one of {', '.join(FORMATS)}")
+    if not re.fullmatch(r"[\w.-]+", data.name):
+        raise UserError(f"data.name={data.name}: expected letters, digits, '_', '.' and '-' only")
+    check_split(data.split)
+    _published_files(data)
+    return FORMATS[data.format]
+
+
+def _name(data: Data, fields: tuple[Field, ...], source: list[dict[str, Any]]) -> str:
+    options = _options(data, fields)
+    key = _hash([FORMAT_VERSION, options, [entry["sha256"] for entry in source]])[:12]
+    return f"{data.name}-{key}"
 
 
 def _check_entities(data: Data, reader: Format) -> None:

@@ -32,6 +32,7 @@ from cki_rec.config import Model as ModelConfig
 from cki_rec.data.schema import FeatureSchema
 from cki_rec.engine import distributed
 from cki_rec.integration.params import Params
+from cki_rec.models.comparison import decides, differences
 
 FORMAT = 2
 TEMPORARY, REPLACED = ".tmp", ".tmp-replaced"
@@ -330,7 +331,8 @@ def check_compatible(checkpoints: list[Checkpoint], names: list[str]) -> None:
             if other.schema.vocabulary_hashes[table] != digest:
                 raise UserError(
                     f"{pair}: table '{table}' has another vocabulary, so its rows mean other"
-                    " things; train both on one encoded data set"
+                    " things; train both on one encoded data set, or join them by token:"
+                    " integrate.vocabularies=[null,...], one per source"
                 )
         for key in [*first.params, *other.params]:
             shapes = [
@@ -338,10 +340,19 @@ def check_compatible(checkpoints: list[Checkpoint], names: list[str]) -> None:
             ]
             if shapes[0] != shapes[1]:
                 raise UserError(f"{pair}: tensor {key} is {shapes[0]} against {shapes[1]}")
+            dtypes = [c.params[key].dtype for c in (other, first)]
+            if dtypes[0] != dtypes[1]:
+                raise UserError(f"{pair}: tensor {key} is {dtypes[0]} against {dtypes[1]}")
         for key in first.accumulators.keys() & other.accumulators.keys():
             shapes = [tuple(c.accumulators[key].shape) for c in (other, first)]
             if shapes[0] != shapes[1]:
                 raise UserError(
                     f"{pair}: the accumulator of {key} is {shapes[0]} against {shapes[1]}; train"
                     " both with the same train.table_optimizer"
+                )
+        for key, values in differences(other.model, first.model).items():
+            if decides(key, first.model):
+                raise UserError(
+                    f"{pair}: model.{key} is {values[0]} against {values[1]}, so equal parameters"
+                    " compute other scores; train both with the same"
                 )

@@ -97,6 +97,17 @@ def align(
     return Alignment(best[1], best[0], before, best[2])
 
 
+def agreement(
+    models: Sequence[Params], symmetries: Sequence[Symmetry], products: Mapping[str, Tensor]
+) -> float:
+    """Return the mean cosine between a parameter of two sources as they are (``align``)."""
+    check_same(models)
+    views = [_view(model, symmetries, products) for model in models]
+    identity = [torch.eye(s.size, dtype=torch.float64) for s in symmetries]
+    problem = _Problem(views, symmetries, products, _scales(views, products), {})
+    return problem.agreement([identity for _ in models])
+
+
 @dataclass(slots=True)
 class _Problem:
     """What stays the same while elements are sought."""

@@ -55,6 +55,9 @@ class Given:
     """The model that all sources started from."""
     score: Callable[[Params], float] | None = None
     """Validation AUC of a model (``labels``)."""
+    owners: Mapping[str, Tensor] = field(default_factory=dict)
+    """Per table of joined vocabularies ``(K, U)`` bool: which rows a source has
+    (``integration.vocabulary``); no concern of methods."""
 
 
 def _start(given: Given) -> Params:

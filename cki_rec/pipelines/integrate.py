@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from cki_rec.analysis.metrics import auc
 from cki_rec.config import Config, Integrate, UserError, nearest, run_id, section, with_delta
@@ -22,9 +23,11 @@ from cki_rec.engine.record import Run, open_run
 from cki_rec.integration.methods import METHODS, Given, Method, check_options, needs_of
 from cki_rec.integration.params import Params, check_finite
 from cki_rec.integration.splicing import source_shares
+from cki_rec.integration.vocabulary import shared_rows
 from cki_rec.models import build_model
-from cki_rec.pipelines import looking, matching, merging, rules, train
+from cki_rec.pipelines import checking, looking, matching, merging, rules, train, vocabularies
 from cki_rec.pipelines.scores import EXTERNAL, check_data, predictions, scorer
+from cki_rec.pipelines.vocabularies import Joined
 
 SEVERAL = "several"
 """Stands for the data hash of a model whose sources were trained on different data sets: it fits
@@ -47,6 +50,10 @@ class Source:
 
 def run(config: Config) -> None:
     """Integrate as configured; say where the model is and what was taken from whom."""
+    if config.check_only:
+        everything = candidates_of(config) if config.integrate.method == "best_of" else [config]
+        checking.check(config, everything, method_of, needs_rows)
+        return
     done = ensure(config, force=config.runtime.force)
     assert done.record is not None
     result = done.record["result"]
@@ -68,23 +75,25 @@ def ensure(config: Config, force: bool = False) -> Run:
     method_of(config)
     sources = sources_of(config)
     start = start_of(config)
-    needs_rows = needs_labels(options) or looking.looks_at_rows(options)
+    looks = needs_rows(options)
     dataset = (
         store.prepare(config.data, config.runtime.encoded, config.runtime.chunk_mb)
-        if needs_rows
+        if looks
         else None
     )
     rule = section(options)
-    del rule["sources"], rule["label"]
+    del rule["sources"], rule["label"], rule["vocabularies"]
     rule["start"] = None if start is None else start.identity
     reads = {
         "sources": [source.identity for source in sources],
         "integrate": rule,
         "data": dataset.hash if dataset else None,
-        "model": section(config.model) if needs_rows else None,
-        "batch_size": config.train.batch_size if needs_rows else None,
+        "model": section(config.model) if looks else None,
+        "batch_size": config.train.batch_size if looks else None,
         "seed": config.seed,
     }
+    if options.vocabularies:  # which ones, their hashes in the sources say
+        reads["vocabularies"] = "joined"
     with open_run(Path(config.runtime.out), run_id("integrate", reads), force) as run:
         if run.record is None:
             _integrate(config, sources, start, dataset, run, reads)
@@ -117,6 +126,13 @@ def method_of(config: Config) -> Method:
         raise UserError("integrate.candidates is empty: best_of has nothing to choose from")
     if method.models == "2" and len(options.sources) > 2:
         raise UserError(f"integrate.method={name}: takes 2 models, not {len(options.sources)}")
+    if options.vocabularies and (not method.is_rule or options.gate.train != "none"):
+        why = (
+            "learns gates on rows, and no data set is encoded"
+            if method.is_rule
+            else "keeps its sources as they are"
+        )
+        raise UserError(f"integrate.vocabularies: integrate.method={name} {why}")
     if "start" in method.needs and options.start is None:
         raise UserError(
             f"integrate.method={name}: needs the model that all sources started from; name it:"
@@ -134,6 +150,11 @@ def start_of(config: Config) -> Source | None:
     return resolve(config, [start])[0]
 
 
+def needs_rows(options: Integrate) -> bool:
+    """Return whether the integration looks at rows of the data set."""
+    return needs_labels(options) or looking.looks_at_rows(options)
+
+
 def needs_labels(options: Integrate) -> bool:
     """Return whether the integration looks at validation rows."""
     if options.method == "cki" or options.gate.train != "none":
@@ -146,9 +167,7 @@ def resolve(config: Config, deltas: Sequence[dict[str, Any]]) -> list[Source]:
     sources = []
     for delta in deltas:
         if "path" in delta:
-            folder = Path(delta["path"])
-            nested = folder / "checkpoint"
-            folder = nested if nested.is_dir() else folder
+            folder = checking.folder_at(delta["path"])
             sources.append(Source(str(delta["path"]), _identity(folder), folder))
         else:
             done = train.ensure(with_delta(config, delta))
@@ -161,13 +180,20 @@ def sources_of(config: Config) -> list[Source]:
     options = config.integrate
     if options.method != "best_of":
         return resolve(config, options.sources)
-    found = []
-    for delta in options.candidates:
-        changed = {f"integrate.{key}": value for key, value in delta.items()}
-        plain = {"integrate.method": "evidence", "integrate.candidates": []}
-        done = ensure(with_delta(config, {**plain, **changed}))
-        found.append(Source(str(delta), done.path.name, done.checkpoint))
-    return found
+    done = [ensure(candidate) for candidate in candidates_of(config)]
+    return [
+        Source(str(delta), run.path.name, run.checkpoint)
+        for delta, run in zip(options.candidates, done, strict=True)
+    ]
+
+
+def candidates_of(config: Config) -> list[Config]:
+    """Return the integrations that ``best_of`` chooses from."""
+    plain = {"integrate.method": "evidence", "integrate.candidates": []}
+    return [
+        with_delta(config, plain | {f"integrate.{key}": value for key, value in delta.items()})
+        for delta in config.integrate.candidates
+    ]
 
 
 def _integrate(
@@ -179,12 +205,18 @@ def _integrate(
     reads: dict[str, Any],
 ) -> None:
     options = config.integrate
-    checkpoints = [checkpoint.load(source.folder) for source in sources]
-    begun = None if start is None else checkpoint.load(start.folder)
-    checkpoint.check_compatible(
-        checkpoints if begun is None else [*checkpoints, begun],
-        [*(source.name for source in sources), *([f"start {start.name}"] if start else [])],
-    )
+    everyone = [*sources, *([replace(start, name=f"start {start.name}")] if start else [])]
+    loaded = [checkpoint.load(source.folder) for source in everyone]
+    homes: list[Path] = []
+    joined = Joined(loaded)
+    if options.vocabularies:
+        homes = vocabularies.folders_of(
+            config, [(s.folder, c) for s, c in zip(everyone, loaded, strict=True)]
+        )
+        joined = vocabularies.joined(loaded, homes, len(sources))
+    checkpoint.check_compatible(joined.checkpoints, [source.name for source in everyone])
+    checkpoints = joined.checkpoints[: len(sources)]
+    begun = None if start is None else joined.checkpoints[-1]
     first = checkpoints[0]
     if dataset is not None:
         check_data(first, dataset, sources[0].name)
@@ -200,12 +232,15 @@ def _integrate(
             result["kept"] = [source.identity for source in kept]
         else:
             try:
-                tensors = _merged(config, checkpoints, begun, dataset, result)
+                tensors = _merged(config, checkpoints, begun, dataset, result, joined.owners)
             except ValueError as error:
                 raise UserError(f"integrate.method={options.method}: {error}") from None
             hashes = {c.data_hash for c in checkpoints}
             data_hash = first.data_hash if len(hashes) == 1 else SEVERAL
             checkpoint.save(run.checkpoint, tensors, first.model, first.schema, data_hash)
+            if homes:
+                vocabularies.write(run.path / vocabularies.FOLDER, joined, homes)
+                result["vocabularies"] = joined.rows
     run.finish(reads, data, result)
 
 
@@ -215,6 +250,7 @@ def _merged(
     start: Checkpoint | None,
     dataset: EncodedDataset | None,
     result: dict[str, Any],
+    owners: dict[str, Tensor],
 ) -> dict[str, dict[str, Any]]:
     """Return the tensors of the new model's checkpoint; tell ``result`` how it came about."""
     options, first = config.integrate, checkpoints[0]
@@ -233,6 +269,7 @@ def _merged(
         counts=counts,
         start=None if start is None else start.params,
         score=None if dataset is None else scorer(config, dataset, first),
+        owners=owners,
         **looking.seen(config, models, first, dataset, observe),
     )
     params, weights, result["gate"] = merging.merge(config, models, given, dataset)
@@ -240,7 +277,7 @@ def _merged(
         trained = merging.trunk_parameters(options, params)
         shares = source_shares(weights, models)
         result["shares"] = {name: of for name, of in shares.items() if name not in trained}
-        result["global"] = rules.entropy_report(options, models, config.seed)
+        result["global"] = rules.entropy_report(options, shared_rows(models, owners), config.seed)
     params = matching.repaired(options, params, models, weights, counts, first, observe)
     check_finite([params], "the result")
     return {

@@ -23,6 +23,7 @@ from cki_rec.integration.gate import initialize_gate
 from cki_rec.integration.methods import METHODS, Given
 from cki_rec.integration.params import STATISTICS, Params, Weights
 from cki_rec.integration.splicing import override_weights, splice
+from cki_rec.integration.vocabulary import from_owners, restrict_weights, shared_rows
 from cki_rec.models import build_model, model_schema
 from cki_rec.pipelines import rules
 
@@ -43,10 +44,13 @@ def merge(
         params = make(models, given, **options.options)
         decided = overrides(options, models, given.counts)
         parts = [{name: model[name] for name in decided} for model in models]
-        return {**params, **splice(parts, decided)}, None, None
+        params = {**params, **splice(parts, decided)}
+        return from_owners(params, models, given.owners), None, None
     gates = initial_gates(options, models[0], config.seed)
     global_terms = (
-        compute_global_terms(models, options.a, options.c, options.bins, options.range)
+        compute_global_terms(
+            shared_rows(models, given.owners), options.a, options.c, options.bins, options.range
+        )
         if rules.uses_entropy(options)
         else None
     )
@@ -115,7 +119,7 @@ def weights_of(
     assert weigh is not None
     weights = weigh(models, given, **arguments)
     decided = overrides(options, models, given.counts)
-    return override_weights(weights, decided, decided)
+    return restrict_weights(override_weights(weights, decided, decided), given.owners)
 
 
 def overrides(options: Integrate, models: Sequence[Params], counts: Sequence[Params]) -> Weights:

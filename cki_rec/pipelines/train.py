@@ -40,18 +40,28 @@ def run(config: Config) -> float:
 def ensure(config: Config, force: bool = False) -> Run:
     """Return the finished training run of ``config``; train first if it is not there."""
     dataset = store.prepare(config.data, config.runtime.encoded, config.runtime.chunk_mb)
-    reads = {
-        "data": data_identity(config, dataset),
-        "model": section(config.model),
-        "train": section(config.train),
-        "seed": config.seed,
-    }
+    reads = _reads(config, dataset)
     distributed.start(config.runtime)
     out, resume = Path(config.runtime.out), config.runtime.resume
     with open_run(out, run_id("train", reads), force, resume) as run:
         if run.record is None:
             _train(config, dataset, run, reads)
     return run
+
+
+def run_of(config: Config, dataset: EncodedDataset) -> Run:
+    """Return the training run of ``config``, finished or not; train nothing."""
+    return Run(Path(config.runtime.out) / run_id("train", _reads(config, dataset)))
+
+
+def _reads(config: Config, dataset: EncodedDataset) -> dict[str, Any]:
+    """Return what a training depends on."""
+    return {
+        "data": data_identity(config, dataset),
+        "model": section(config.model),
+        "train": section(config.train),
+        "seed": config.seed,
+    }
 
 
 def valid_auc(run: Run) -> float:

@@ -1,0 +1,98 @@
+"""Token lists of models: found by the hash that a checkpoint names, in folders that keep them.
+
+A folder is an encoded data set, or what ``write`` left beside a merged model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from cki_rec.config import UserError
+from cki_rec.data import vocabulary
+from cki_rec.data.dataset import MANIFEST
+
+HASHED = "crc32 modulo "
+"""Begins the vocabulary hash of a table whose ids are hashes: it has no tokens."""
+WHICH = "name the encoded data set that it was trained on in integrate.vocabularies"
+
+
+def path_of(folder: Path, table: str) -> Path:
+    """Return where a folder keeps the tokens of a table."""
+    return folder / f"vocabulary.{table}.txt"
+
+
+def read(folder: Path, table: str, digest: str) -> list[str]:
+    """Return the tokens of a table in the order of ids, if they are those of the hash.
+
+    Raises:
+        UserError: The folder has none, others, or damaged ones; or numbers make the table's ids,
+            whose meaning is not in tokens alone.
+    """
+    path = path_of(folder, table)
+    if not path.is_file():
+        raise UserError(f"{path}: not there, but the model has such a table; {WHICH}")
+    found = vocabulary.file_sha256(path)
+    if found == digest:
+        return vocabulary.read(path)
+    kept = _manifest(folder) or {"files": {}, "hashes": {}}
+    written = kept["files"].get(path.stem, {}).get("sha256", found)
+    if written != found:
+        raise UserError(f"{path}: damaged: its hash differs from {MANIFEST}; encode it again")
+    if kept["hashes"].get(table) == digest:
+        raise UserError(
+            f"{path}: ids of table '{table}' are ranges of numbers, learnt from each data set, so"
+            " they cannot be joined; give data.fields the same edges"
+        )
+    raise UserError(
+        f"{path}: not what the model was trained with (hash {found[:12]}, its checkpoint has"
+        f" {digest[:12]}), or damaged; {WHICH}"
+    )
+
+
+def write(folder: Path, table: str, tokens: Iterable[str]) -> None:
+    """Write the tokens of a table, one a line, as ``vocabulary.build`` does."""
+    path = path_of(folder, table)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("wb") as file:
+        file.writelines(f"{token}\n".encode() for token in tokens)
+
+
+def hash_of(tokens: Iterable[str]) -> str:
+    """Return the vocabulary hash of tokens in the order of ids: that of the file."""
+    digest = hashlib.sha256()
+    for token in tokens:
+        digest.update(f"{token}\n".encode())
+    return digest.hexdigest()
+
+
+def find(folders: Iterable[Path], hashes: Mapping[str, str]) -> Path | None:
+    """Return the first folder that keeps the tables of these hashes; None: there is none."""
+    for folder in folders:
+        kept = _manifest(folder)
+        if kept is not None:
+            if hashes.items() <= kept["hashes"].items():
+                return folder
+        elif all(_has(path_of(folder, table), digest) for table, digest in hashes.items()):
+            return folder
+    return None
+
+
+def _has(path: Path, digest: str) -> bool:
+    return path.is_file() and vocabulary.file_sha256(path) == digest
+
+
+def _manifest(folder: Path) -> dict[str, Any] | None:
+    """Return hashes and files of an encoded data set; None where there is no readable one."""
+    try:
+        found = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        kept = {
+            "hashes": dict(found["schema"]["vocabulary_hashes"]),
+            "files": dict(found["files"]),
+        }
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return kept

@@ -1,0 +1,189 @@
+"""``cki-rec integrate check_only=true``: would these sources merge, before any work is done."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shlex
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from cki_rec import COMMAND_VARIABLE
+from cki_rec.config import Config, Integrate, UserError, with_delta
+from cki_rec.data import store
+from cki_rec.engine import checkpoint
+from cki_rec.engine.checkpoint import Checkpoint
+from cki_rec.integration.methods import METHODS, needs_of
+from cki_rec.integration.options import in_yaml
+from cki_rec.pipelines import compatibility, train, vocabularies
+from cki_rec.pipelines.compatibility import Finding, State
+from cki_rec.pipelines.vocabularies import Joined
+
+NOT_OF_TRAINING = ("integrate", "suite", "finetune", "evaluate", "check_only", "name", "-")
+"""Begin the words of a command that say nothing of how a source is trained."""
+
+log = logging.getLogger(__name__)
+
+
+def check(
+    config: Config,
+    ways: Sequence[Config],
+    method_of: Callable[[Config], Any],
+    needs_rows: Callable[[Integrate], bool],
+) -> None:
+    """Print what fits and what does not, for every way to integrate that is configured.
+
+    Nothing is trained, encoded or written.
+
+    Args:
+        config: As configured.
+        ways: The integrations that it asks for: itself, or its candidates.
+        method_of: Raises what is wrong with the method's options.
+        needs_rows: Whether an integration looks at rows.
+
+    Raises:
+        UserError: An integration would not run; the first reason.
+    """
+    if config not in ways:
+        method_of(config)
+    for way in ways:
+        looks = needs_rows(way.integrate) or needs_rows(config.integrate)
+        findings = _findings(way, method_of, looks)
+        log.info("integrate %s (%s):", way.integrate.label, way.integrate.method)
+        for finding in findings:
+            log.info("  %-20s %-10s %s", finding.check, finding.state, finding.reason)
+        wrong = [f for f in findings if f.state == "impossible"]
+        if wrong:
+            more = f" (and {len(wrong) - 1} more, above)" if len(wrong) > 1 else ""
+            raise UserError(
+                f"check_only: integrate.method={way.integrate.method} would not run:"
+                f" {wrong[0].check}: {wrong[0].reason}{more}"
+            )
+    log.info("it would run")
+
+
+def folder_at(path: str) -> Path:
+    """Return the checkpoint folder that a run directory or a checkpoint folder names."""
+    folder = Path(path)
+    nested = folder / "checkpoint"
+    return nested if nested.is_dir() else folder
+
+
+def _findings(
+    config: Config,
+    method_of: Callable[[Config], Any],
+    looks_at_rows: bool,
+) -> list[Finding]:
+    """Return all that can be said; the rest needs what is found impossible before it."""
+    options, found = config.integrate, []
+    try:
+        method_of(config)
+    except UserError as error:
+        if options.method not in METHODS:
+            raise
+        found.append(Finding("method", "impossible", str(error)))
+    deltas = [(str(delta), delta) for delta in options.sources]
+    if options.start and "start" in METHODS[options.method].needs:
+        deltas.append((f"start {options.start}", options.start))
+    loaded: list[tuple[str, Path, Checkpoint]] = []
+    for name, delta in deltas:
+        try:
+            folder = _find(config, delta)
+            loaded.append((name, folder, checkpoint.load(folder)))
+            found.append(Finding("checkpoint", "ok", f"{name}: {folder}"))
+        except UserError as error:
+            found.append(Finding("checkpoint", "impossible", f"{name}: {error}"))
+    if loaded:
+        found += _compared(config, loaded, len(deltas))
+        found += _data(config, loaded[0][2], looks_at_rows)
+    return found
+
+
+def _compared(
+    config: Config, loaded: Sequence[tuple[str, Path, Checkpoint]], expected: int
+) -> list[Finding]:
+    options = config.integrate
+    names, saved = [name for name, _, _ in loaded], [c for _, _, c in loaded]
+    found = [*compatibility.architecture(saved, names), *compatibility.features(saved, names)]
+    is_joined = bool(options.vocabularies) and len(loaded) == expected
+    joined = Joined(saved)
+    hashes = [one.schema.vocabulary_hashes for one in saved]
+    if is_joined or any(own != hashes[0] for own in hashes):
+        try:
+            nulls: list[Any] = [None] * len(loaded)
+            look = options if is_joined else replace(options, vocabularies=nulls)
+            pairs = [(folder, one) for _, folder, one in loaded]
+            homes = vocabularies.folders_of(replace(config, integrate=look), pairs)
+            joined = vocabularies.joined(saved, homes, min(len(saved), len(options.sources)))
+        except UserError as error:
+            state: State = "impossible" if is_joined else "differs"
+            found.append(Finding("token lists", state, str(error)))
+    found += compatibility.vocabularies(saved, names, joined.rows, is_joined)
+    if is_joined or not joined.rows:
+        saved = joined.checkpoints
+        found += compatibility.tensors(saved, names)
+    is_rule = METHODS[options.method].is_rule
+    found += compatibility.finite(saved, names, is_rule)
+    found += compatibility.evidence(saved, names, options)
+    fits = all(f.state != "impossible" for f in found if f.check not in ("method", "checkpoint"))
+    if fits and is_rule:
+        sources = saved[: len(options.sources)]
+        found += compatibility.alignment(sources, names, options, config.seed)
+    found.append(compatibility.memory(saved, options))
+    return found
+
+
+def _data(config: Config, first: Checkpoint, looks_at_rows: bool) -> list[Finding]:
+    """Return whether the rows that are looked at are there, and of the first source's data."""
+    options = config.integrate
+    needs = needs_of(options.method, options.options)
+    if not looks_at_rows and not needs & {"fisher", "moments"}:
+        return [Finding("needs", "ok", "no data set")]
+    what = "rows of the data set"
+    try:
+        dataset = store.find(config.data, config.runtime.encoded)
+    except UserError as error:
+        return [Finding("needs", "impossible", f"{what}: {error}")]
+    if dataset is None:
+        return [Finding("needs", "differs", f"{what}: not encoded yet; integrate will do it")]
+    if dataset.hash != first.data_hash:
+        return [
+            Finding(
+                "needs",
+                "impossible",
+                f"{what}: {dataset.folder.name} is not the data set that"
+                " the first source was trained on; choose its data options",
+            )
+        ]
+    return [Finding("needs", "ok", f"{what}: {dataset.folder.name}")]
+
+
+def _find(config: Config, delta: dict[str, Any]) -> Path:
+    """Return the checkpoint folder of a source that is there.
+
+    Raises:
+        UserError: It is not; the command that makes it.
+    """
+    if "path" in delta:
+        return folder_at(delta["path"])
+    changed = with_delta(config, delta)
+    dataset = store.find(changed.data, changed.runtime.encoded)
+    if dataset is not None:
+        run = train.run_of(changed, dataset)
+        if run.record is not None:
+            return run.checkpoint
+    raise UserError(f"not trained yet; make it: {_command(delta)}")
+
+
+def _command(delta: dict[str, Any]) -> str:
+    """Return the command that trains a source, from the one that was given."""
+    given = shlex.split(os.environ.get(COMMAND_VARIABLE, ""))[2:]
+    kept = [
+        word
+        for word in given
+        if not word.startswith(NOT_OF_TRAINING) and word.split("=")[0] not in delta
+    ]
+    changes = [f"{key}={in_yaml(value)}" for key, value in delta.items()]
+    return shlex.join(["cki-rec", "train", *kept, *changes])

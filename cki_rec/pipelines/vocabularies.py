@@ -1,0 +1,162 @@
+"""Models of separately encoded data sets on one vocabulary: the union by raw token."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from cki_rec.config import Config, UserError
+from cki_rec.data import tokens
+from cki_rec.data.schema import FIRST_ID, UNSEEN_ID
+from cki_rec.engine.checkpoint import Checkpoint
+from cki_rec.engine.embeddings import table_of
+from cki_rec.integration.params import Params
+from cki_rec.integration.vocabulary import join_tokens, owned, to_union
+
+FOLDER = "vocabulary"
+"""Beside a merged checkpoint: the token lists of its tables."""
+
+
+@dataclass(slots=True)
+class Joined:
+    """Checkpoints whose tables have the same rows."""
+
+    checkpoints: list[Checkpoint]
+    owners: dict[str, Tensor] = field(default_factory=dict)
+    """Per table parameter whose vocabularies differed, ``(K, U)``: which rows a source has."""
+    tokens: dict[str, list[str]] = field(default_factory=dict)
+    """Of tables whose vocabularies differed."""
+    rows: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Per such table: tokens of all sources together, of each, and those that all have."""
+
+
+def folders_of(config: Config, checkpoints: Sequence[tuple[Path, Checkpoint]]) -> list[Path]:
+    """Return where the token lists of sources are: as configured, or found where null is given.
+
+    They are looked for beside the checkpoint (merged models), then among encoded data sets.
+
+    Raises:
+        UserError: Not as many as sources, or none found for one.
+    """
+    named = config.integrate.vocabularies
+    if len(named) != len(checkpoints):
+        raise UserError(
+            f"integrate.vocabularies: {len(named)} folders for {len(checkpoints)} models (sources,"
+            " then the start if the method needs one); null: look for it"
+        )
+    found = []
+    for k, (name, (home, saved)) in enumerate(zip(named, checkpoints, strict=True)):
+        if name is not None:
+            found.append(Path(name))
+            continue
+        encoded = Path(config.runtime.encoded)
+        places = [home.parent / FOLDER, *sorted(p.parent for p in encoded.glob("*/manifest.json"))]
+        folder = tokens.find(places, _listed(saved))
+        if folder is None:
+            raise UserError(
+                f"integrate.vocabularies[{k}]: no encoded data set under {encoded} has the"
+                " vocabularies of this model; name its folder, or set runtime.encoded"
+            )
+        found.append(folder)
+    return found
+
+
+def joined(checkpoints: Sequence[Checkpoint], folders: Sequence[Path], num_sources: int) -> Joined:
+    """Return checkpoints on the union of their vocabularies; the first keeps its ids.
+
+    Where fields or tables differ too, nothing is joined: ``check_compatible`` says what differs.
+
+    Args:
+        checkpoints: Sources, then the common start if there is one.
+        folders: Where the tokens of each are.
+        num_sources: Those that count as owners of rows.
+
+    Raises:
+        UserError: Tables that cannot be joined, or token lists that are not the models'.
+    """
+    first = checkpoints[0].schema
+    if any(c.schema.features != first.features for c in checkpoints):
+        return Joined(list(checkpoints))
+    hashes = [c.schema.vocabulary_hashes for c in checkpoints]
+    differing = [name for name in hashes[0] if len({h.get(name) for h in hashes}) > 1]
+    result = Joined(list(checkpoints))
+    maps: list[dict[str, Tensor]] = [{} for _ in checkpoints]
+    sizes, digests = dict(first.table_sizes), dict(first.vocabulary_hashes)
+    for table in differing:
+        lists = [_tokens(c, f, table) for c, f in zip(checkpoints, folders, strict=True)]
+        union, rows = join_tokens(lists, FIRST_ID)
+        result.tokens[table] = union
+        sizes[table], digests[table] = FIRST_ID + len(union), tokens.hash_of(union)
+        for own, moved in zip(maps, rows, strict=True):
+            own[table] = moved
+        has = owned(rows[:num_sources], sizes[table])
+        result.owners |= {n: has for n in checkpoints[0].params if table_of(n) == table}
+        result.rows[table] = {
+            "tokens": len(union),
+            "of_each": [len(own) for own in lists[:num_sources]],
+            "of_all": int(has.all(0).sum()) - FIRST_ID,
+        }
+    if differing:
+        schema = replace(first, table_sizes=sizes, vocabulary_hashes=digests)
+        result.checkpoints = [
+            replace(_moved(c, own, sizes), schema=schema)
+            for c, own in zip(checkpoints, maps, strict=True)
+        ]
+    return result
+
+
+def write(folder: Path, joined: Joined, known: Sequence[Path]) -> None:
+    """Write the token lists of all tables that have some, so that rows can be scored later."""
+    for table, digest in joined.checkpoints[0].schema.vocabulary_hashes.items():
+        if table in joined.tokens:
+            tokens.write(folder, table, joined.tokens[table])
+        elif (home := tokens.find(known, {table: digest})) and tokens.path_of(
+            home, table
+        ).is_file():
+            path = tokens.path_of(folder, table)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(tokens.path_of(home, table).read_bytes())
+
+
+def _listed(saved: Checkpoint) -> dict[str, str]:
+    """Return the hashes of those tables that have tokens."""
+    hashes = saved.schema.vocabulary_hashes
+    return {
+        t: hashes[t] for t in saved.schema.table_sizes if not hashes[t].startswith(tokens.HASHED)
+    }
+
+
+def _tokens(saved: Checkpoint, folder: Path, table: str) -> list[str]:
+    if table not in saved.schema.table_sizes:
+        raise UserError(
+            f"{folder}: the numbers of field '{table}' were scaled otherwise in the other data"
+            " sets, so they cannot be joined; give it a transform that learns nothing, as log1p"
+        )
+    digest = saved.schema.vocabulary_hashes[table]
+    if digest.startswith(tokens.HASHED):
+        raise UserError(
+            f"{folder}: ids of table '{table}' are hashes ({digest}), in the other models others,"
+            " so rows cannot be joined; train with the same hash_size"
+        )
+    return tokens.read(folder, table, digest)
+
+
+def _moved(saved: Checkpoint, maps: Mapping[str, Tensor], sizes: Mapping[str, int]) -> Checkpoint:
+    def on_union(tensors: Params, lacking: int | None) -> Params:
+        tables = {name: table_of(name) or name for name in tensors}
+        of = {name: maps[table] for name, table in tables.items() if table in maps}
+        return to_union(tensors, of, {name: sizes[tables[name]] for name in of}, lacking)
+
+    try:
+        return replace(
+            saved,
+            params=on_union(saved.params, UNSEEN_ID),
+            accumulators=on_union(saved.accumulators, None),
+            counts=on_union(saved.counts, None),
+        )
+    except ValueError as error:
+        raise UserError(f"checkpoint: {error}; its tensors and its schema disagree") from None

@@ -1,0 +1,230 @@
+"""``integrate check_only=true``: differences are named before any work, and nothing is done."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from conftest import write_raw_zip
+
+from cki_rec.cli import main
+from cki_rec.engine import checkpoint
+
+TINY = [
+    *("runtime.threads=1", "train.epochs=1", "train.batch_size=256", "model.hidden=[8,4]"),
+    "model.embedding_dim=8",
+]
+OTHERS = {
+    "one": ["seed=1"],
+    "two": ["seed=2"],
+    "wide": ["model.hidden=[8,6]"],
+    "tanh": ["model.activation=tanh"],
+    "dropout": ["model.dropout=0.3"],
+    "dcn": ["model=dcn"],
+    "split": ["data.split.seed=5"],
+    "histories": ["model.histories=true"],
+    "adagrad": ["train.table_optimizer=adagrad"],
+}
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    return tmp_path_factory.mktemp("home")
+
+
+@pytest.fixture(scope="module")
+def base(home):
+    raw = write_raw_zip(home / "ml-latest-small.zip")
+    places = [f"runtime.{key}={home / key}" for key in ("out", "reports", "encoded")]
+    return [f"data.raw={raw}", *places, *TINY]
+
+
+@pytest.fixture(scope="module")
+def trained(home, base):
+    """Function (key of OTHERS) -> run directory, trained once."""
+    found = {}
+
+    def train(key):
+        if key not in found:
+            before = set((home / "out").glob("train-*"))
+            assert main(["train", *base, *OTHERS[key]]) == 0
+            (found[key],) = set((home / "out").glob("train-*")) - before
+        return found[key]
+
+    return train
+
+
+@pytest.fixture
+def check(home, base, capsys):
+    """Function (sources, *words) -> exit code, lines of the report, error."""
+
+    def run(sources, *words):
+        capsys.readouterr()
+        before = sorted(home.rglob("*"))
+        named = ",".join(f"{{path: {path}}}" for path in sources)
+        given = [f"integrate.sources=[{named}]"] if sources else []
+        code = main(["integrate", "check_only=true", *base, *given, *words])
+        shown = capsys.readouterr()
+        assert sorted(home.rglob("*")) == before, "a check made something"
+        assert shown.err.count("\n") == (code == 2)
+        return code, shown.out, shown.err
+
+    return run
+
+
+def changed(folder, target, **changes):
+    """Write a checkpoint with other fields; return its folder."""
+    saved = dataclasses.replace(checkpoint.load(folder / "checkpoint"), **changes)
+    groups = {"model": saved.params, "accumulator": saved.accumulators, "counts": saved.counts}
+    checkpoint.save(target, groups, saved.model, saved.schema, saved.data_hash)
+    return target
+
+
+def params_of(folder):
+    return checkpoint.load(folder / "checkpoint").params
+
+
+def lines(out, name):
+    return [line.split(maxsplit=1)[1] for line in out.splitlines() if line.startswith(f"  {name}")]
+
+
+def test_a_compatible_pair_would_run(trained, check):
+    code, out, error = check([trained("one"), trained("two")], "integrate=evidence")
+    assert (code, error) == (0, "")
+    assert out.rstrip().endswith("it would run")
+    assert "impossible" not in out
+    assert "differs" not in out
+    for name in (
+        *("checkpoint", "architecture", "features", "vocabulary user", "tensors", "finite"),
+        *("row counts", "accumulators", "alignment", "symmetries", "agreement", "needs", "memory"),
+    ):
+        assert lines(out, name), name
+    assert "rotation of 8" in out
+    assert "permutation of" in out
+    assert "one a row" in out
+    cosine = float(lines(out, "agreement")[0].split("cosine ")[1].split()[0])
+    assert -1 <= cosine < 1
+
+
+def test_a_model_agrees_with_itself(trained, check):
+    _, out, _ = check([trained("one"), trained("one")], "integrate=average")
+    assert "mean cosine 1.000" in out
+
+
+@pytest.mark.parametrize(
+    ("key", "name", "message"),
+    [
+        ("wide", "tensors", "float32 (4, 8), in"),
+        ("tanh", "architecture", "model.activation: relu, in"),
+        ("dcn", "architecture", "model.name: deepfm, in"),
+        ("histories", "features", "has history"),
+        ("adagrad", "accumulators", "one a value in"),
+        ("split", "vocabulary", "shared by all; join them: integrate.vocabularies=[null,null]"),
+    ],
+)
+def test_what_does_not_fit_is_named(trained, check, key, name, message):
+    code, out, error = check([trained("one"), trained(key)], "integrate=average")
+    assert code == 2
+    assert any("impossible" in line and message in line for line in lines(out, name))
+    assert "integrate.method=average would not run" in error
+
+
+def test_what_only_trained_otherwise_is_no_obstacle(trained, check):
+    code, out, _ = check([trained("one"), trained("dropout")], "integrate=average")
+    assert code == 0
+    assert any("differs" in x and "model.dropout" in x for x in lines(out, "architecture"))
+
+
+def test_other_vocabularies_can_be_joined(trained, check):
+    joint = "integrate.vocabularies=[null,null]"
+    code, out, _ = check([trained("one"), trained("split")], "integrate=evidence", joint)
+    assert code == 0
+    assert any("; joined to" in line for line in lines(out, "vocabulary"))
+
+
+def test_tensors_of_another_dtype_or_without_value_are_named(trained, check, tmp_path):
+    one, params = trained("one"), params_of(trained("two"))
+    doubled = {**params, "bias": params["bias"].double()}
+    code, out, _ = check(
+        [one, changed(trained("two"), tmp_path / "a", params=doubled)], "integrate=average"
+    )
+    assert code == 2
+    assert any("bias: float32 (1,), in" in line for line in lines(out, "tensors"))
+    harmed = {**params, "bias": torch.tensor([torch.nan])}
+    bad = changed(trained("two"), tmp_path / "b", params=harmed)
+    code, out, error = check([one, bad], "integrate=average")
+    assert code == 2
+    assert "bias of" in error
+    assert "1 of 1 entries are NaN or infinite" in error
+    assert not lines(out, "agreement")
+
+
+def test_missing_sources_are_named_with_the_command_that_makes_them(
+    trained, check, base, home, monkeypatch
+):
+    trained("one")
+    code, out, error = check([], "integrate=average", "suite.sources=[{seed: 1},{seed: 77}]")
+    assert code == 2
+    assert "{'seed': 77}: not trained yet; make it: cki-rec train" in error
+    assert "seed=77" in error
+    assert "integrate" not in error.split("cki-rec train")[1]
+    assert any("ok" in line for line in lines(out, "checkpoint"))
+    code, _, error = check([trained("one"), "/nowhere"], "integrate=average")
+    assert code == 2
+    assert "/nowhere: no checkpoint here" in error
+
+
+def test_unmet_needs_are_named(trained, check, tmp_path):
+    one, two = trained("one"), trained("two")
+    without = changed(two, tmp_path / "counts", counts={})
+    code, out, _ = check([one, without], "integrate=average")
+    assert code == 0
+    assert any("differs" in line for line in lines(out, "row counts"))
+    code, _, error = check([one, without], "integrate=evidence")
+    assert code == 2
+    assert "row counts: none in" in error
+    code, out, error = check([one, two], "integrate.method=ties")
+    assert code == 2
+    assert "needs the model that all sources started from" in error
+    assert lines(out, "agreement")
+    code, out, _ = check([one, two], "integrate=greedy_soup")
+    assert code == 0
+    code, _, error = check([one, two], "integrate=greedy_soup", "data.split.seed=5")
+    assert code == 2
+    assert "rows of the data set" in error
+
+
+def test_every_candidate_of_best_of_is_checked(trained, check):
+    trained("one")
+    words = ["integrate.method=best_of", "integrate.candidates=[{method: average},{method: ties}]"]
+    code, out, error = check([trained("one"), trained("two")], *words)
+    assert code == 2
+    assert "integrate.method=ties" in error
+    assert out.count("integrate ") >= 2
+
+
+def test_a_check_is_no_part_of_a_run(trained, base, home):
+    """The run made after a check is the one that is found without."""
+    sources = ",".join(f"{{path: {trained(key)}}}" for key in ("one", "two"))
+    words = ["integrate", *base, f"integrate.sources=[{sources}]", "integrate=average"]
+    assert main(words) == 0
+    (run,) = (home / "out").glob("integrate-*")
+    written = (run / "record.json").stat().st_mtime_ns
+    assert main([*words, "check_only=true"]) == 0
+    assert main(words) == 0
+    assert (run / "record.json").stat().st_mtime_ns == written
+
+
+def test_integration_itself_refuses_what_is_cheap_to_see(trained, base, capsys, tmp_path):
+    params = params_of(trained("two"))
+    doubled = {**params, "bias": params["bias"].double()}
+    others = {
+        trained("tanh"): "model.activation is tanh against relu",
+        changed(trained("two"), tmp_path / "a", params=doubled): "bias is torch.float64 against",
+    }
+    for other, message in others.items():
+        sources = f"integrate.sources=[{{path: {trained('one')}}},{{path: {other}}}]"
+        capsys.readouterr()
+        assert main(["integrate", *base, sources, "integrate=average"]) == 2
+        assert message in capsys.readouterr().err

@@ -1,0 +1,225 @@
+"""Models of two regions, each with users, items and an encoding of its own, become one."""
+
+from __future__ import annotations
+
+import json
+import zipfile
+
+import pytest
+import torch
+from conftest import write_raw_zip
+
+from cki_rec.cli import main
+from cki_rec.data import tokens
+from cki_rec.engine import checkpoint
+from cki_rec.engine.embeddings import table_of
+
+TINY = [
+    *("runtime.threads=1", "train.epochs=1", "train.batch_size=256", "model.hidden=[8]"),
+    *("model.embedding_dim=8", "data.min_count=1"),
+]
+USERS = {"north": range(1, 41), "south": range(21, 61)}
+
+
+def write_region(path, whole, users):
+    """Write those ratings of ``whole`` that are of some users."""
+    with zipfile.ZipFile(whole) as source, zipfile.ZipFile(path, "w") as target:
+        for name in source.namelist():
+            text = source.read(name).decode()
+            if name.endswith("ratings.csv"):
+                head, *rows = text.splitlines()
+                kept = [row for row in rows if int(row.split(",")[0]) in users]
+                text = "\r\n".join([head, *kept]) + "\r\n"
+            target.writestr(name, text)
+
+
+@pytest.fixture(scope="module")
+def regions(tmp_path_factory):
+    """Two trained models, and where they and their data are: out, checkpoints by name."""
+    home = tmp_path_factory.mktemp("regions")
+    whole = write_raw_zip(home / "whole.zip")
+    found = {}
+    places = [f"runtime.{key}={home / key}" for key in ("out", "reports", "encoded")]
+    for name, users in USERS.items():
+        write_region(home / f"{name}.zip", whole, users)
+        before = set((home / "out").glob("train-*"))
+        words = [f"data.raw={home / name}.zip", f"data.name={name}", *places, *TINY]
+        assert main(["train", *words]) == 0
+        (found[name],) = set((home / "out").glob("train-*")) - before
+    return home, found
+
+
+def integrate(home, sources, *words):
+    places = [f"runtime.{key}={home / key}" for key in ("reports", "encoded")]
+    named = ",".join(f"{{path: {path}}}" for path in sources)
+    return main(["integrate", f"integrate.sources=[{named}]", *places, *TINY, *words])
+
+
+def merge(regions, tmp_path, *words, order=("north", "south")):
+    home, found = regions
+    sources = [found[name] for name in order]
+    out = f"runtime.out={tmp_path / 'out'}"
+    assert integrate(home, sources, out, "integrate.vocabularies=[null,null]", *words) == 0
+    (run,) = (tmp_path / "out").glob("integrate-*")
+    return run
+
+
+def rows_by_token(folder, home=None):
+    """Return the table rows of a model by (parameter, token), and its other parameters."""
+    saved = checkpoint.load(folder / "checkpoint")
+    places = [folder / "vocabulary", *(home.glob("encoded/*-*") if home else [])]
+    rows, rest = {}, {}
+    for name, tensor in saved.params.items():
+        table = table_of(name)
+        if table is None:
+            rest[name] = tensor
+            continue
+        digest = saved.schema.vocabulary_hashes[table]
+        place = tokens.find(places, {table: digest})
+        listed = ["", "?", *tokens.read(place, table, digest)]
+        rows |= {(name, t): tensor[i] for i, t in enumerate(listed)}
+    return rows, rest
+
+
+@pytest.mark.parametrize(
+    "method", ["evidence", "average", "karcher", "cki_dual_hard", "filter_grafting"]
+)
+def test_lone_rows_are_their_owners_and_shared_rows_are_merged(regions, tmp_path, method):
+    run = merge(regions, tmp_path, f"integrate={method}")
+    home, found = regions
+    merged, _ = rows_by_token(run)
+    north, south = (rows_by_token(found[name], home)[0] for name in ("north", "south"))
+    assert merged.keys() == north.keys() | south.keys()
+    alone = [key for key in merged if (key in north) != (key in south)]
+    users = {token for name, token in alone if table_of(name) == "user"}
+    assert users == {str(u) for u in [*range(1, 21), *range(41, 61)]}
+    for key in alone:
+        assert torch.equal(merged[key], north.get(key, south.get(key))), key
+    if method == "average":
+        for key in north.keys() & south.keys():
+            torch.testing.assert_close(merged[key], (north[key] + south[key]) / 2)
+    record = json.loads((run / "record.json").read_text())
+    facts = record["result"]["vocabularies"]["user"]
+    assert facts == {"tokens": 60, "of_each": [40, 40], "of_all": 20}
+
+
+def test_counts_and_accumulators_move_with_their_rows(regions, tmp_path):
+    run = merge(regions, tmp_path)
+    merged = checkpoint.load(run / "checkpoint")
+    _, found = regions
+    north = checkpoint.load(found["north"] / "checkpoint")
+    for table, digest in north.schema.vocabulary_hashes.items():
+        assert len(merged.counts[table]) == merged.schema.table_sizes[table], digest
+    assert merged.counts["user"][:42].ge(north.counts["user"]).all()
+    for name, tensor in merged.accumulators.items():
+        assert len(tensor) == len(merged.params[name])
+
+
+def test_the_order_of_sources_changes_ids_only(regions, tmp_path):
+    one = merge(regions, tmp_path / "one")
+    two = merge(regions, tmp_path / "two", order=("south", "north"))
+    (rows, rest), (others, other_rest) = rows_by_token(one), rows_by_token(two)
+    assert rows.keys() == others.keys()
+    for key, row in rows.items():
+        torch.testing.assert_close(row, others[key], rtol=1e-5, atol=1e-7)
+    for name, tensor in rest.items():
+        torch.testing.assert_close(tensor, other_rest[name], rtol=1e-5, atol=1e-7)
+
+
+def test_aligned_sources_can_be_joined(regions, tmp_path):
+    run = merge(regions, tmp_path, "integrate.align.by=weights")
+    record = json.loads((run / "record.json").read_text())
+    assert record["result"]["alignment"]["agreement"] > 0
+
+
+def test_a_merged_model_is_merged_again(regions, tmp_path):
+    """Its token lists lie beside it, and an empty entry finds them."""
+    home, found = regions
+    run = merge(regions, tmp_path)
+    out, joint = f"runtime.out={tmp_path / 'again'}", "integrate.vocabularies=[null,null]"
+    assert integrate(home, [run, found["south"]], out, joint) == 0
+    (again,) = (tmp_path / "again").glob("integrate-*")
+    sizes = [checkpoint.describe(r / "checkpoint").schema.table_sizes for r in (run, again)]
+    assert sizes[0] == sizes[1]
+
+
+def test_one_vocabulary_joined_with_itself_changes_nothing(regions, tmp_path):
+    home, found = regions
+    north = found["north"]
+    joint, out = "integrate.vocabularies=[null,null]", f"runtime.out={tmp_path / 'out'}"
+    assert integrate(home, [north, north], out, joint) == 0
+    (run,) = (tmp_path / "out").glob("integrate-*")
+    one, two = (checkpoint.load(path / "checkpoint") for path in (north, run))
+    assert one.schema == two.schema
+    for name, tensor in one.params.items():
+        assert torch.equal(tensor, two.params[name]), name
+
+
+def test_a_common_start_has_a_vocabulary_too(regions, tmp_path):
+    home, found = regions
+    start = f"integrate.start={{path: {found['north']}}}"
+    words = [
+        f"runtime.out={tmp_path / 'out'}",
+        "integrate=ties",
+        start,
+        "integrate.options.scale=1.0",
+    ]
+    both = [found["north"], found["south"]]
+    assert integrate(home, both, *words, "integrate.vocabularies=[null,null,null]") == 0
+    (run,) = (tmp_path / "out").glob("integrate-*")
+    merged, _ = rows_by_token(run)
+    south, _ = rows_by_token(found["south"], home)
+    for key, row in merged.items():
+        if table_of(key[0]) == "user" and key[1].isdigit() and int(key[1]) > 40:
+            assert torch.equal(row, south[key]), key
+
+
+def refused(regions, tmp_path, capsys, *words):
+    home, found = regions
+    capsys.readouterr()
+    out = f"runtime.out={tmp_path / 'out'}"
+    assert integrate(home, [found["north"], found["south"]], out, *words) == 2
+    shown = capsys.readouterr().err
+    assert shown.count("\n") == 1
+    assert not list((tmp_path / "out").glob("integrate-*"))
+    return shown
+
+
+def encoded(regions, name):
+    (folder,) = (p.parent for p in (regions[0] / "encoded").glob(f"{name}-*/manifest.json"))
+    return folder
+
+
+def test_what_cannot_be_joined_is_refused_in_one_line(regions, tmp_path, capsys):
+    def error(*words):
+        return refused(regions, tmp_path, capsys, *words)
+
+    north, south = encoded(regions, "north"), encoded(regions, "south")
+    assert "integrate.vocabularies=[null,...]" in error()
+    assert "1 folders for 2 models" in error("integrate.vocabularies=[null]")
+    swapped = error(f"integrate.vocabularies=[{south},{north}]")
+    assert "vocabulary." in swapped
+    assert "not what the model was trained with" in swapped
+    assert "not there" in error(f"integrate.vocabularies=[{north},/nowhere]")
+    nothing = error("integrate.vocabularies=[null,null]", f"runtime.encoded={tmp_path}")
+    assert "integrate.vocabularies[0]: no encoded data set" in nothing
+    both = f"integrate.vocabularies=[{north},{south}]"
+    assert "keeps its sources as they are" in error(both, "integrate.method=output_ensemble")
+    assert "learns gates on rows" in error(both, "integrate=cki_gate")
+
+
+def test_a_truncated_token_list_is_refused(regions, tmp_path, capsys):
+    south = encoded(regions, "south")
+    path = south / "vocabulary.user.txt"
+    content = path.read_bytes()
+    path.write_bytes(content[:-2])
+    try:
+        shown = refused(
+            regions,
+            tmp_path,
+            capsys,
+            f"integrate.vocabularies=[{encoded(regions, 'north')},{south}]",
+        )
+    finally:
+        path.write_bytes(content)
+    assert f"{path}: damaged" in shown
