@@ -91,6 +91,20 @@ def test_mistakes_are_one_line(options, words, says, capsys):
     assert says in shown
 
 
+def test_the_router_takes_each_row_to_the_parent_that_knows_it(options, folder, capsys):
+    found = {}
+    for method in ("oracle_router", "best_parent"):
+        assert main(["evaluate", "suite=shards", f"integrate={method}", *options]) == 0
+        found[method] = records(folder, "evaluate")[-1]["result"]
+    routed, single = (found[name]["test"] for name in ("oracle_router", "best_parent"))
+    domains = zip(routed["domains"].values(), single["domains"].values(), strict=True)
+    assert sum(a["auc"] == b["auc"] for a, b in domains) == 1  # on its own part the best is itself
+    assert found["oracle_router"]["inference_cost"] == 2
+    capsys.readouterr()
+    assert main(["evaluate", "suite=seeds", "integrate=oracle_router", *options]) == 2
+    assert "needs one source for each part" in capsys.readouterr().err
+
+
 def test_external_checkpoints_are_aligned_by_weights_without_data(options, folder, tmp_path):
     parents = [r["run_id"] for r in records(folder, "train")][:1] * 2
     paths = ", ".join(f"{{path: {folder / 'out' / run_id}}}" for run_id in parents)
