@@ -32,7 +32,7 @@ METRICS = ("auc", "log_loss", "log_loss_recalibrated", "gauc")
 """Metrics that get an interval over repetitions."""
 DIFFERENCES = ("auc", "log_loss", "log_loss_recalibrated")
 """Metrics that are compared with each baseline."""
-SHARED_SUITE = "shards"
+SHARED_SUITES = ("shards", "shards_4")
 """Suite whose parents saw different rows: there a share of the joint model can be recovered."""
 
 DOMAIN = "auc_domain_"
@@ -310,7 +310,7 @@ def _recovered_shares(runs: pd.DataFrame, summary: pd.DataFrame) -> list[float |
         ]
         seeds = sorted(set.intersection(*(set(part) for part in parts)))
         is_reference = method in (BEST_PARENT, JOINT) and not finetuned
-        if suite != SHARED_SUITE or is_reference or not seeds:
+        if suite not in SHARED_SUITES or is_reference or not seeds:
             shares.append(None)
         else:
             means = [float(np.mean([part[seed] for seed in seeds])) for part in parts]

@@ -126,6 +126,13 @@ METHODS: dict[str, Method] = {
         cost="a training; K + 1 forward passes a step",
         is_ordered=True,
     ),
+    "oracle_router": Method(
+        idea="each row scored by the source that trained on its part; a reference, not "
+        "a parameter method",
+        reference="ours: what knowing the right parent gives",
+        cost="none, but K models are kept",
+        single=False,
+    ),
     "best_of": Method(
         idea="the best on validation of several ways to integrate (integrate.candidates); "
         "not a parameter method of its own",

@@ -133,10 +133,8 @@ def _evaluate(
 ) -> tuple[dict[str, Any], dict[str, Floats]]:
     """Return the result for the record, and the bootstrap replicates of its differences."""
     best = integrate.best_source(config, dataset, parents)
-    mean = _mean_logits
-    if config.integrate.method == "probability_ensemble":
-        mean = _mean_probabilities
-    logits = mean(config, dataset, members)
+    kinds = {"probability_ensemble": _mean_probabilities, "oracle_router": _routed}
+    logits = kinds.get(config.integrate.method, _mean_logits)(config, dataset, members)
     references = {
         "best_parent": _mean_logits(config, dataset, [best]),
         "output_ensemble": _mean_logits(config, dataset, parents),
@@ -243,6 +241,29 @@ def _mean_probabilities(
         logit = np.stack([score[split] for score in scores]).astype(np.float64)
         click, none = (-np.logaddexp(0, sign * logit) for sign in (-1, 1))  # of each, logarithms
         found[split] = np.logaddexp.reduce(click, 0) - np.logaddexp.reduce(none, 0)
+    return found
+
+
+def _routed(config: Config, dataset: EncodedDataset, members: Sequence[Source]) -> Logits:
+    """Return per split the logit of the member that trained on a row's part.
+
+    Raises:
+        UserError: Sources are not the parts of the data, one each.
+    """
+    partition = config.data.partition
+    named = [source.get("data.part") for source in config.integrate.sources]
+    if sorted(named, key=str) != list(range(partition.parts)):
+        raise UserError(
+            "integrate.method=oracle_router: needs one source for each part of the data,"
+            " [{data.part: 0}, {data.part: 1}, ...], as suite=shards has them"
+        )
+    part = dataset.parts(partition).part
+    scores = [predictions(config, dataset, s.identity, s.folder) for s in members]
+    found = {}
+    for split in scores[0]:
+        of_part = np.stack([scores[named.index(p)][split] for p in range(partition.parts)])
+        rows = dataset.rows(split)
+        found[split] = of_part[part[rows], np.arange(len(rows))].astype(np.float64)
     return found
 
 

@@ -245,7 +245,9 @@ def _merged(
     check_finite([params], "the result")
     return {
         "model": params,
-        "accumulator": _largest([c.accumulators for c in checkpoints]),
+        "accumulator": matching.accumulators(
+            _largest([c.accumulators for c in checkpoints]), options
+        ),
         "counts": _largest([c.counts for c in checkpoints]),
     }
 

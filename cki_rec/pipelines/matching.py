@@ -81,6 +81,21 @@ def check_scores(scores: Tensor, own: Tensor, name: str) -> None:
         )
 
 
+def accumulators(merged: Params, options: Integrate) -> Params:
+    """Return Adagrad accumulators that fit moved tables.
+
+    One a row is the same in every frame; of one a column, the mean over the row is.
+    """
+    if options.align.by == "none" and options.repair != "reduce":
+        return merged
+    return {
+        name: tensor
+        if tensor.ndim < 2 or tensor.shape[1] == 1
+        else tensor.mean(1, keepdim=True).expand_as(tensor).contiguous()
+        for name, tensor in merged.items()
+    }
+
+
 def symmetries_of(saved: Checkpoint) -> list[Symmetry]:
     """Return what the network of a checkpoint declares."""
     network = build_model(saved.schema, saved.model, torch.device("meta"))

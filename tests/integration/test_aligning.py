@@ -1,0 +1,126 @@
+"""Alignment, repair and the choice among them through the command line."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from cki_rec.cli import main
+from cki_rec.engine import checkpoint
+
+TINY = [
+    *("runtime.threads=1", "train.epochs=2", "train.batch_size=256", "model.hidden=[16,8]"),
+    *("model.embedding_dim=8", "evaluate.bootstrap=100", "integrate.sample=500"),
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("aligning")
+
+
+@pytest.fixture(scope="module")
+def options(raw_zip, folder):
+    """Parents are trained once for all tests of this file."""
+    places = [f"runtime.{key}={folder / key}" for key in ("out", "reports", "encoded")]
+    return [f"data.raw={raw_zip}", *places, *TINY]
+
+
+def records(folder, pipeline):
+    paths = sorted(folder.glob(f"out/{pipeline}-*/record.json"), key=lambda p: p.stat().st_mtime)
+    return [json.loads(path.read_text()) for path in paths]
+
+
+@pytest.mark.parametrize("by", ["weights", "activations"])
+@pytest.mark.parametrize("model", ["deepfm", "dcn", "dcnv2", "din"])
+def test_aligned_sources_agree_more(options, folder, by, model):
+    histories = ["model.histories=true"] if model == "din" else []
+    words = [f"model={model}", *histories, "suite=seeds", f"integrate=aligned_{by}"]
+    assert main(["evaluate", *words, *options]) == 0
+    facts = records(folder, "integrate")[-1]["result"]["alignment"]
+    assert facts["by"] == by
+    assert facts["agreement"] > facts["agreement_before"]
+    assert records(folder, "evaluate")[-1]["result"]["test"]["auc"] > 0.5
+
+
+@pytest.mark.parametrize("repair", ["rescale", "fit", "choose", "reduce"])
+@pytest.mark.parametrize("norm", ["model.batch_norm=true", "model.activation=dice"])
+def test_every_repair_gives_a_model_that_serves(options, folder, repair, norm):
+    words = ["suite=seeds", "integrate=aligned_activations", f"integrate.repair={repair}", norm]
+    assert main(["evaluate", *words, *options]) == 0
+    merged = records(folder, "integrate")[-1]
+    params = checkpoint.load(folder / "out" / merged["run_id"] / "checkpoint").params
+    assert all(bool(tensor.isfinite().all()) for tensor in params.values())
+    assert all(bool((t >= 0).all()) for n, t in params.items() if n.endswith("running_var"))
+
+
+def test_the_best_candidate_is_kept_and_can_be_fine_tuned(options, folder):
+    words = ["suite=seeds", "integrate=aligned_evidence", "finetune=one_epoch"]
+    assert main(["evaluate", *words, *options]) == 0
+    chosen = next(
+        r for r in records(folder, "integrate") if r["config"]["integrate"]["method"] == "best_of"
+    )
+    (kept,) = chosen["result"]["kept"]
+    assert kept in [record["run_id"] for record in records(folder, "integrate")]
+    assert records(folder, "evaluate")[-1]["result"]["finetuned"]
+
+
+def test_the_same_command_gives_the_same_bits(options, folder):
+    words = ["suite=shards", "integrate=aligned_activations", "integrate.repair=choose"]
+    assert main(["integrate", *words, *options]) == 0
+    first = records(folder, "integrate")[-1]
+    assert main(["integrate", *words, *options, "runtime.force=true"]) == 0
+    again = records(folder, "integrate")[-1]
+    assert first["fingerprint"] == again["fingerprint"]
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["integrate.method=best_of"], "integrate.candidates is empty"),
+        (["integrate.align.by=weight"], "did you mean 'weights'"),
+        (["integrate.repair=fix"], "integrate.repair=fix"),
+        (["integrate=slerp", "integrate.repair=reduce"], "gives no weights"),
+        (["integrate=aligned_evidence", "integrate.candidates=[{align.bye: weights}]"], "align"),
+    ],
+)
+def test_mistakes_are_one_line(options, words, says, capsys):
+    assert main(["integrate", "suite=seeds", *words, *options]) == 2
+    shown = capsys.readouterr().err.strip().splitlines()[-1]
+    assert says in shown
+
+
+def test_the_router_takes_each_row_to_the_parent_that_knows_it(options, folder, capsys):
+    found = {}
+    for method in ("oracle_router", "best_parent"):
+        assert main(["evaluate", "suite=shards", f"integrate={method}", *options]) == 0
+        found[method] = records(folder, "evaluate")[-1]["result"]
+    routed, single = (found[name]["test"] for name in ("oracle_router", "best_parent"))
+    domains = zip(routed["domains"].values(), single["domains"].values(), strict=True)
+    assert sum(a["auc"] == b["auc"] for a, b in domains) == 1  # on its own part the best is itself
+    assert found["oracle_router"]["inference_cost"] == 2
+    capsys.readouterr()
+    assert main(["evaluate", "suite=seeds", "integrate=oracle_router", *options]) == 2
+    assert "needs one source for each part" in capsys.readouterr().err
+
+
+def test_external_checkpoints_are_aligned_by_weights_without_data(options, folder, tmp_path):
+    parents = [r["run_id"] for r in records(folder, "train")][:1] * 2
+    paths = ", ".join(f"{{path: {folder / 'out' / run_id}}}" for run_id in parents)
+    words = [f"runtime.{key}={tmp_path / key}" for key in ("out", "reports", "encoded")]
+    words += [f"integrate.sources=[{paths}]", "integrate=aligned_weights", "runtime.threads=1"]
+    assert main(["integrate", *words, f"data.raw={tmp_path / 'nothing.zip'}"]) == 0
+    (record,) = records(tmp_path, "integrate")
+    assert record["result"]["alignment"]["agreement"] == pytest.approx(1)
+
+
+def test_accumulators_of_moved_tables_are_means_over_the_row(options, folder):
+    words = ["suite=seeds", "integrate=aligned_weights", "train.table_optimizer=adagrad"]
+    assert main(["integrate", *words, *options]) == 0
+    run_id = records(folder, "integrate")[-1]["run_id"]
+    found = checkpoint.load(folder / "out" / run_id / "checkpoint").accumulators
+    assert found
+    for tensor in found.values():
+        assert bool((tensor == tensor[:, :1]).all())
+        assert float(tensor.max()) > 0
