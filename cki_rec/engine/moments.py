@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from cki_rec.data.columns import Ints
 from cki_rec.data.loader import Loader
 from cki_rec.data.schema import Batch, FeatureSchema
 from cki_rec.data.store import EncodedDataset
@@ -36,10 +37,18 @@ class Observer:
 
 
 def observer(
-    network: nn.Module, dataset: EncodedDataset, schema: FeatureSchema, size: int, seed: int
+    network: nn.Module,
+    dataset: EncodedDataset,
+    schema: FeatureSchema,
+    size: int,
+    seed: int,
+    rows: Ints | None = None,
 ) -> Observer:
-    """Return an observer of ``size`` training rows, drawn without replacement; of all if fewer."""
-    rows = dataset.rows("train")
+    """Return an observer of ``size`` training rows, drawn without replacement; of all if fewer.
+
+    ``rows`` are those to draw from; None: all training rows.
+    """
+    rows = dataset.rows("train") if rows is None else rows
     if len(rows) > size:
         rows = np.sort(np.random.default_rng(seed).choice(rows, size, replace=False))
     return Observer(network, list(Loader(dataset, schema, rows, BATCH)))

@@ -41,7 +41,7 @@ def fisher_weights(
         and 4.
 
     Differs:
-        F is exact for one logit, and all sources have theirs on the same rows.
+        F is exact for one logit.
     """
     check_same(models)
     if floor < 0:

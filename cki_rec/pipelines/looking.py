@@ -7,13 +7,14 @@ from typing import Any
 
 import torch
 
-from cki_rec.config import Config, Integrate
+from cki_rec.config import Config, Integrate, with_delta
+from cki_rec.data.schema import Batch
 from cki_rec.data.store import EncodedDataset
 from cki_rec.engine import distributed
 from cki_rec.engine.checkpoint import Checkpoint
 from cki_rec.engine.distillation import imitate
 from cki_rec.engine.fisher import fisher_diagonal
-from cki_rec.engine.moments import Observer
+from cki_rec.engine.moments import Observer, observer
 from cki_rec.integration.methods import METHODS
 from cki_rec.integration.params import Params
 from cki_rec.models import build_model
@@ -35,14 +36,19 @@ def seen(
 ) -> dict[str, Any]:
     """Return the fields of ``Given`` that come of the network, and of rows where it needs them.
 
-    All sources are seen on the same sample of training rows (``integrate.sample``), whatever rows
-    they were trained on; a model that is trained sees all of them.
+    All sources are seen on the same sample of training rows (``integrate.sample``), but for the
+    Fisher information: a source has it on the rows it was trained on where its part is known
+    (``data.part``). A model that is trained sees all rows.
     """
     needs = METHODS[config.integrate.method].needs
     found: dict[str, Any] = {"symmetries": matching.symmetries_of(saved)}
     if "fisher" in needs:
         assert observe is not None
-        found["fisher"] = [fisher_diagonal(observe.network, m, observe.batches) for m in models]
+        assert dataset is not None
+        found["fisher"] = [
+            fisher_diagonal(observe.network, m, _own(config, delta, saved, dataset, observe))
+            for m, delta in zip(models, config.integrate.sources, strict=True)
+        ]
     if "moments" in needs:
         assert observe is not None
         found["moments"] = observe(models).second
@@ -57,3 +63,19 @@ def seen(
             *(epochs, rate, batch_size, seed, title),
         )
     return found
+
+
+def _own(
+    config: Config,
+    delta: dict[str, Any],
+    saved: Checkpoint,
+    dataset: EncodedDataset,
+    observe: Observer,
+) -> Sequence[Batch]:
+    """Return a sample of the rows that a source was trained on; of all if that is not known."""
+    data = config.data if "path" in delta else with_delta(config, delta).data
+    if data.part is None:
+        return observe.batches
+    rows = dataset.rows("train", data.partition, data.part)
+    size, seed = config.integrate.sample, config.seed
+    return observer(observe.network, dataset, saved.schema, size, seed, rows).batches

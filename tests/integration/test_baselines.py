@@ -76,6 +76,23 @@ def test_equal_sources_give_themselves_back(options, folder, method):
         assert torch.allclose(tensor, source[name], rtol=1e-5, atol=1e-6), name
 
 
+def test_fisher_is_of_the_rows_that_a_source_was_trained_on(options, folder):
+    """A row of the users' table that one parent alone was trained on is that parent's."""
+    words = ["integrate.options.floor=0.0", "integrate.sample=1000000", *options]
+    assert main(["integrate", "suite=shards", "integrate=fisher", *words]) == 0
+    merged = records(folder, "integrate")[-1]
+    found = params_of(folder, merged["run_id"])
+    sources = [
+        checkpoint.load(folder / "out" / run / "checkpoint") for run in merged["config"]["sources"]
+    ]
+    (name,) = [n for n in found if n.endswith(".user.weight")]
+    seen = torch.stack([source.counts["user"] > 0 for source in sources])
+    for k, source in enumerate(sources):
+        alone = seen[k] & (seen.sum(0) == 1)
+        assert alone.any()
+        assert torch.equal(found[name][alone], source.params[name][alone])
+
+
 @pytest.mark.parametrize("method", ["fisher", "zipit", "distillation"])
 def test_rows_give_the_same_result_twice(options, folder, method):
     words = ["integrate", f"integrate={method}", *options, "runtime.force=true"]
