@@ -91,7 +91,7 @@ def test_version(command):
             ["train", "model=depfm"],
             "did you mean 'deepfm'? one of dcn, dcnv2, deepfm",
         ),
-        (["train", "integrate=zzz"], "integrate=zzz: one of average"),
+        (["train", "integrate=zzz"], "integrate=zzz: one of aligned_activations"),
         (["evaluate", "experiment=quickstrat"], "did you mean 'quickstart'?"),
         (["train", "foo"], "'foo': options are written key=value"),
         (["train", "seed"], "'seed': options are written key=value"),
