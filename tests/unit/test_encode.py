@@ -91,7 +91,7 @@ def test_decoded_rows_equal_pandas(by, encode_files):
         known = set(rows[name][is_train])
         want = [token if token in known else None for token in rows[name]]
         assert [decoded(encoded, name, r)[0] for r in range(len(rows))] == want
-    assert encoded.label.tolist() == (rows["rating"] >= 4).astype(int).tolist()
+    assert all_labels(encoded).tolist() == (rows["rating"] >= 4).astype(int).tolist()
     assert encoded.timestamp.tolist() == rows["timestamp"].tolist()
 
 
@@ -176,10 +176,10 @@ def brute_force_history(
 ) -> list[int]:
     earlier = [
         (encoded.timestamp[other], other)
-        for other in range(len(encoded.label))
+        for other in range(len(all_labels(encoded)))
         if encoded.group[other] == encoded.group[row]
         and encoded.timestamp[other] < encoded.timestamp[row]
-        and encoded.label[other] == 1
+        and all_labels(encoded)[other] == 1
         and encoded.split[other] in splits
     ]
     return [int(items[other]) for _, other in sorted(earlier)][-data.history_length :]
@@ -189,7 +189,7 @@ def brute_force_history(
 def test_history_is_earlier_liked_training_items(by, encode_files):
     data = make_data(split=Split(by=by, fractions=[0.6, 0.2, 0.2], seed=3))
     encoded = encode_files(data)
-    for row in range(len(encoded.label)):
+    for row in range(len(all_labels(encoded))):
         want = brute_force_history(data, encoded, encoded.column("item"), row)
         assert ids_of(encoded, "history", row) == want
 
@@ -203,7 +203,7 @@ def test_history_of_all_earlier_rows(by, encode_files):
     plain = encode_files(make_data(split=split, fields=["user", "item", "history"]))
     assert encoded.hash != plain.hash
     differ = 0
-    for row in range(len(encoded.label)):
+    for row in range(len(all_labels(encoded))):
         want = brute_force_history(data, encoded, encoded.column("item"), row, (0, 1, 2))
         assert ids_of(encoded, "history", row) == want
         differ += want != ids_of(plain, "history", row)
@@ -226,7 +226,7 @@ def test_history_of_embedded_data_equals_brute_force_on_some_rows(encode_files):
         for row in generator.choice(rows, 20):
             liked = rows[
                 (encoded.timestamp[rows] < encoded.timestamp[row])
-                & (encoded.label[rows] == 1)
+                & (all_labels(encoded)[rows] == 1)
                 & (encoded.split[rows] == 0)
             ]
             liked = liked[np.argsort(encoded.timestamp[liked], kind="stable")][-50:]
@@ -242,9 +242,9 @@ def test_labels_of_held_out_rows_enter_no_input(encode_frame):
         pl.when(held_out).then(5.5 - pl.col("rating")).otherwise(pl.col("rating")).alias("rating")
     )
     other = encode_frame(flipped, name="flipped")
-    assert (other.label != encoded.label).any()
+    assert (all_labels(other) != all_labels(encoded)).any()
     for name in FIELDS:
-        rows = range(len(encoded.label))
+        rows = range(len(all_labels(encoded)))
         assert [ids_of(encoded, name, r) for r in rows] == [ids_of(other, name, r) for r in rows]
 
 
@@ -351,7 +351,7 @@ def test_any_ratings_survive_encode_and_decode(tmp_path_factory, rows, seed, min
     for number, (_, movie, rating, _) in enumerate(rows):
         is_known = items[str(movie)] >= min_count
         assert decoded(encoded, "item", number) == [str(movie) if is_known else None]
-        assert encoded.label[number] == (float(rating) >= 4)
+        assert all_labels(encoded)[number] == (float(rating) >= 4)
         want = brute_force_history(data, encoded, encoded.column("item"), number)
         assert ids_of(encoded, "history", number) == want
 
