@@ -33,7 +33,7 @@ METRICS = ("auc", "log_loss", "log_loss_recalibrated", "gauc")
 DIFFERENCES = ("auc", "log_loss", "log_loss_recalibrated")
 """Metrics that are compared with each baseline."""
 SHARED_SUITES = ("shards", "shards_4")
-"""Suite whose parents saw different rows: there a share of the joint model can be recovered."""
+"""Suites whose parents saw different rows: there a share of the joint model can be recovered."""
 
 DOMAIN = "auc_domain_"
 """Begins the columns of one domain's AUC."""

@@ -65,7 +65,8 @@ def random_batch(schema: FeatureSchema, rows: int, seed: int) -> Batch:
     for feature in schema.lookups:
         length = torch.ones_like(several) if feature.kind == "categorical" else several
         size = schema.table_sizes[feature.table]
-        values.append(torch.randint(1, max(size, 2), (int(length.sum()),), generator=draw))
+        lowest = min(1, size - 1)  # 0 is padding, but in a table of one row
+        values.append(torch.randint(lowest, size, (int(length.sum()),), generator=draw))
         lengths.append(length)
     numbers = torch.randn(rows, len(schema.numbers), generator=draw) if schema.numbers else None
     return Batch(
@@ -107,6 +108,7 @@ def linear_moments(
     second: dict[str, Tensor] = {}
     logit: dict[str, Tensor] = {}
     rows: dict[str, int] = {}
+    with_logit: dict[str, int] = {}
     network.eval()
     try:
         for batch in batches:
@@ -121,13 +123,14 @@ def linear_moments(
                 _add(second, name, (flat.T @ flat).unflatten(0, shape).unflatten(2, shape))
                 if len(flat) == len(logit_BK):
                     _add(logit, name, (flat.T @ logit_BK).unflatten(0, shape))
+                    with_logit[name] = with_logit.get(name, 0) + len(flat)
                 rows[name] = rows.get(name, 0) + len(flat)
     finally:
         for handle in handles:
             handle.remove()
     return Moments(
         {name: total / rows[name] for name, total in second.items()},
-        {name: total / rows[name] for name, total in logit.items()},
+        {n: total / rows[n] for n, total in logit.items() if with_logit[n] == rows[n]},
     )
 
 

@@ -52,9 +52,8 @@ def table_products(
 
     .. math:: G_{kj} = \sum_r w_{kj}[r] E_k[r]^T E_j[r], \quad w_{kj}[r] = \min(n_k[r], n_j[r])
 
-    Rows that one of two sources never saw have no weight: their initial values are noise. They
-    are means over rows, and sums of such parts over shards of rows (before the division) are
-    products of the whole table.
+    Rows that one of two sources never saw have no weight: their initial values are noise. Products
+    of shards of rows add up to those of the whole table.
 
     Args:
         models: One per source.

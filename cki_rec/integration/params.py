@@ -102,6 +102,11 @@ def compute_dtype(tensor: Tensor) -> torch.dtype:
     return torch.promote_types(tensor.dtype, torch.float32)
 
 
+def widened(params: Params) -> Params:
+    """Return a model to compute with: half precision becomes float32, the rest is shared."""
+    return {name: tensor.to(compute_dtype(tensor)) for name, tensor in params.items()}
+
+
 def equal_weights(tensor: Tensor, num_sources: int) -> Tensor:
     """Return ``(K, 1, ..., 1)`` of 1/K, for one parameter."""
     shape = (num_sources, *[1] * tensor.ndim)

@@ -19,6 +19,7 @@ from cki_rec.symmetry import Symmetry
 
 RIDGE = 1e-6
 """Of a regression, as a share of the mean square of its inputs."""
+BATCH_NORM_EPS = 1e-5
 
 
 @dataclass(slots=True)
@@ -128,7 +129,8 @@ def fit_layers(
         each = []
         for k, source in enumerate(sources, start=1):
             own = _map(source, name)
-            each.append(own + _regress(second[0, :, 0], own @ (second[k, :, 0] - second[0, :, 0])))
+            missing = own @ (second[k, :, 0] - second[0, :, 0])
+            each.append(own + _regress(second[0, :, 0], missing, _bias(name) in fitted))
         mean = _mixed(each, shares)
         if name in units and choosing:
             _choose_units(fitted, sources, shares, units[name], name, [*each, mean], observe)
@@ -197,12 +199,24 @@ def _statistics(weights: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _set_running(params: Params, name: str, symmetry: Symmetry, second: Tensor) -> None:
+    """Set running statistics of the norms behind a layer: a batch norm, Dice, or both."""
     mean, deviation = _statistics(_map(params, name), second)
-    for part in symmetry.slices:
-        last_word = part.parameter.rpartition(".")[2]
-        if last_word in ("running_mean", "running_var"):
-            value = mean if last_word == "running_mean" else deviation.square()
-            params[part.parameter] = value.to(params[part.parameter].dtype)
+    variance = deviation.square()
+    running = [
+        p.parameter
+        for p in symmetry.slices
+        if p.parameter.endswith(("running_mean", "running_var"))
+    ]
+    norms = {n.rpartition(".")[0] for n in running if ".norms." in n}
+    for parameter in sorted(running, key=lambda n: n.rpartition(".")[0] not in norms):
+        prefix, _, last_word = parameter.rpartition(".")
+        value = mean if last_word == "running_mean" else variance
+        if norms and prefix not in norms:
+            (norm,) = norms
+            scale, shift = params[f"{norm}.weight"].double(), params[f"{norm}.bias"].double()
+            after = scale.square() * variance / (variance + BATCH_NORM_EPS)
+            value = shift if last_word == "running_mean" else after
+        params[parameter] = value.to(params[parameter].dtype)
 
 
 def _mixed(values: Sequence[Tensor], shares: Sequence[float]) -> Tensor:
@@ -256,13 +270,18 @@ def _choose_units(
 def _last(fitted: Params, name: str, seen: Moments, shares: Sequence[float]) -> Tensor:
     logit = seen.logit[name][0]
     missing = _mixed([logit[:, k] for k in range(1, len(shares) + 1)], shares) - logit[:, 0]
-    return _map(fitted, name) + _regress(seen.second[name][0, :, 0], missing[None])
+    has_bias = _bias(name) in fitted
+    return _map(fitted, name) + _regress(seen.second[name][0, :, 0], missing[None], has_bias)
 
 
-def _regress(gram_II: Tensor, product_OI: Tensor) -> Tensor:
-    ridge = RIDGE * gram_II.diagonal().mean() * torch.eye(len(gram_II), dtype=gram_II.dtype)
-    solution: Tensor = torch.linalg.solve(gram_II + ridge, product_OI.T)
-    return solution.T
+def _regress(gram_II: Tensor, product_OI: Tensor, has_bias: bool) -> Tensor:
+    """Return the least-squares map ``(O, I)``; without a bias its last column is zero."""
+    size = len(gram_II) if has_bias else len(gram_II) - 1
+    gram, product = gram_II[:size, :size], product_OI[:, :size]
+    ridge = RIDGE * gram.diagonal().mean() * torch.eye(size, dtype=gram.dtype)
+    found = torch.zeros_like(product_OI)
+    found[:, :size] = torch.linalg.solve(gram + ridge, product.T).T
+    return found
 
 
 def _bias(name: str) -> str:

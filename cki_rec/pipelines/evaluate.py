@@ -98,6 +98,7 @@ def ensure(config: Config, force: bool = False) -> Run:
         options = replace(options, resample="row")
     reads = {
         "name": [config.suite.name, config.integrate.label, config.finetune.epochs > 0],
+        "method": config.integrate.method,
         "members": [source.identity for source in members],
         "parents": [source.identity for source in parents],
         "data": dataset.hash,
@@ -252,7 +253,7 @@ def _routed(config: Config, dataset: EncodedDataset, members: Sequence[Source]) 
     """
     partition = config.data.partition
     named = [source.get("data.part") for source in config.integrate.sources]
-    if sorted(named, key=str) != list(range(partition.parts)):
+    if len(named) != partition.parts or set(named) != set(range(partition.parts)):
         raise UserError(
             "integrate.method=oracle_router: needs one source for each part of the data,"
             " [{data.part: 0}, {data.part: 1}, ...], as suite=shards has them"

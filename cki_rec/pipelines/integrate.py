@@ -21,7 +21,7 @@ from cki_rec.engine.checkpoint import Checkpoint
 from cki_rec.engine.moments import observer
 from cki_rec.engine.record import Run, open_run
 from cki_rec.integration.methods import METHODS, Given, Method, check_options, needs_of
-from cki_rec.integration.params import Params, check_finite
+from cki_rec.integration.params import Params, check_finite, widened
 from cki_rec.integration.splicing import source_shares
 from cki_rec.integration.vocabulary import shared_rows
 from cki_rec.models import build_model
@@ -122,8 +122,14 @@ def method_of(config: Config) -> Method:
             f"integrate.control={options.control}: integrate.method={name} keeps its sources as"
             " they are"
         )
-    if name == "best_of" and not options.candidates:
-        raise UserError("integrate.candidates is empty: best_of has nothing to choose from")
+    if name == "best_of":
+        _check_candidates(config)
+    if options.repair != "none" and not _takes_all_alike(options):
+        raise UserError(
+            f"integrate.repair={options.repair}: makes layers compute the mean of all sources,"
+            f" which integrate.method={name} with these options does not want; use"
+            " method=evidence or average, scope=all, bias=splice, or repair=none"
+        )
     if method.models == "2" and len(options.sources) > 2:
         raise UserError(f"integrate.method={name}: takes 2 models, not {len(options.sources)}")
     if options.vocabularies and (not method.is_rule or options.gate.train != "none"):
@@ -133,6 +139,11 @@ def method_of(config: Config) -> Method:
             else "keeps its sources as they are"
         )
         raise UserError(f"integrate.vocabularies: integrate.method={name} {why}")
+    if "start" in method.needs and options.align.by != "none" and len(options.sources) > 2:
+        raise UserError(
+            f"integrate.method={name}: more than two sources are aligned to their mean, where the"
+            " start is not; use integrate.align.by=none"
+        )
     if "start" in method.needs and options.start is None:
         raise UserError(
             f"integrate.method={name}: needs the model that all sources started from; name it:"
@@ -185,6 +196,31 @@ def sources_of(config: Config) -> list[Source]:
         Source(str(delta), run.path.name, run.checkpoint)
         for delta, run in zip(options.candidates, done, strict=True)
     ]
+
+
+def _takes_all_alike(options: Integrate) -> bool:
+    """Return whether dense parameters are the plain mean of all sources, which repair restores."""
+    is_mean = options.method in ("average", "evidence", "best_of")
+    return is_mean and options.scope == "all" and options.bias == "splice"
+
+
+def _check_candidates(config: Config) -> None:
+    """Check what can be known of ``best_of`` before its first candidate is made.
+
+    Raises:
+        UserError: There are none, or one gives no model of its own.
+    """
+    if not config.integrate.candidates:
+        raise UserError("integrate.candidates is empty: best_of has nothing to choose from")
+    for place, way in enumerate(candidates_of(config)):
+        try:
+            is_rule = way.integrate.method != "best_of" and method_of(way).is_rule
+        except UserError as error:
+            raise UserError(f"integrate.candidates[{place}]: {error}") from None
+        if not is_rule:
+            raise UserError(
+                f"integrate.candidates[{place}]: {way.integrate.method} makes no model to choose"
+            )
 
 
 def candidates_of(config: Config) -> list[Config]:
@@ -254,9 +290,19 @@ def _merged(
 ) -> dict[str, dict[str, Any]]:
     """Return the tensors of the new model's checkpoint; tell ``result`` how it came about."""
     options, first = config.integrate, checkpoints[0]
+    dtypes = {name: tensor.dtype for name, tensor in first.params.items()}
+    checkpoints = [replace(c, params=widened(c.params)) for c in checkpoints]
+    first = checkpoints[0]
     checkpoints = [first, *(rules.control(options, c, config.seed) for c in checkpoints[1:])]
     counts = merging.counts_of(checkpoints, merging.uses_counts(options))
     observe = None
+    if options.repair not in ("none", "rescale") and options.align.by == "none":
+        if options.start is None and len(checkpoints) > 1:
+            log.warning(
+                "  integrate.repair=%s without alignment: sources that do not share a start"
+                " compute nothing sensible on each other's tables",
+                options.repair,
+            )
     if looking.looks_at_rows(options):
         assert dataset is not None
         network = build_model(first.schema, first.model, torch.device("cpu"))
@@ -267,12 +313,12 @@ def _merged(
     given = Given(
         seed=config.seed,
         counts=counts,
-        start=None if start is None else start.params,
+        start=None if start is None else widened(start.params),
         score=None if dataset is None else scorer(config, dataset, first),
         owners=owners,
         **looking.seen(config, models, first, dataset, observe),
     )
-    params, weights, result["gate"] = merging.merge(config, models, given, dataset)
+    params, weights, result["gate"] = merging.merge(config, models, given, dataset, first)
     if weights is not None:
         trained = merging.trunk_parameters(options, params)
         shares = source_shares(weights, models)
@@ -281,7 +327,7 @@ def _merged(
     params = matching.repaired(options, params, models, weights, counts, first, observe)
     check_finite([params], "the result")
     return {
-        "model": params,
+        "model": {name: tensor.to(dtypes[name]) for name, tensor in params.items()},
         "accumulator": matching.accumulators(
             _largest([c.accumulators for c in checkpoints]), options
         ),

@@ -24,7 +24,8 @@ from cki_rec.pipelines import matching
 def looks_at_rows(options: Integrate) -> bool:
     """Return whether method, alignment or repair look at training rows."""
     needs = METHODS[options.method].needs
-    return bool({"fisher", "moments", "training"} & needs) or matching.looks_at_rows(options)
+    is_matched = len(options.sources) > 1 and matching.looks_at_rows(options)
+    return bool({"fisher", "moments", "training"} & needs) or is_matched
 
 
 def seen(

@@ -118,11 +118,7 @@ def repaired(
     saved: Checkpoint,
     observe: Observer | None,
 ) -> Params:
-    """Return the merged model after ``integrate.repair``.
-
-    Raises:
-        UserError: ``reduce`` after a method that gives no weights of its sources.
-    """
+    """Return the merged model after ``integrate.repair``; all sources have equal shares in it."""
     if options.repair == "none" or len(models) == 1:
         return merged
     assert observe is not None
@@ -130,11 +126,7 @@ def repaired(
     if options.repair == "rescale":
         return rescale(merged, models, shares, observe, symmetries)
     if options.repair == "reduce":
-        if weights is None:
-            raise UserError(
-                f"integrate.repair=reduce: integrate.method={options.method} gives no weights of"
-                " sources to project their tables with; use choose, fit or rescale"
-            )
+        assert weights is not None  # of the methods that repair follows
         products = table_products(models, moved_tables(symmetries), counts)
         readers = _linear_weights(observe.network)
         start = reduce_frames(merged, models, symmetries, products, weights, readers)

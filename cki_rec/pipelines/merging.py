@@ -24,7 +24,7 @@ from cki_rec.integration.methods import METHODS, Given
 from cki_rec.integration.params import STATISTICS, Params, Weights
 from cki_rec.integration.splicing import override_weights, splice
 from cki_rec.integration.vocabulary import from_owners, restrict_weights, shared_rows
-from cki_rec.models import build_model, model_schema
+from cki_rec.models import build_model
 from cki_rec.pipelines import rules
 
 
@@ -33,6 +33,7 @@ def merge(
     models: Sequence[Params],
     given: Given,
     dataset: EncodedDataset | None,
+    saved: Checkpoint,
 ) -> tuple[Params, Weights | None, dict[str, Any] | None]:
     """Return the merged parameters, the weights that made them, and how gate training went.
 
@@ -72,13 +73,13 @@ def merge(
     assert dataset is not None
     distributed.start(config.runtime)
     trained = train_gates(
-        build_model(dataset.schema, config.model, torch.device("cpu")),
+        build_model(saved.schema, saved.model, torch.device("cpu")),
         models,
         gates,
         weigh,
         trunk_parameters(options, models[0]),
         dataset,
-        model_schema(dataset.schema, config.model),
+        saved.schema,
         dataset.rows("train"),
         dataset.rows("valid"),
         options.gate,

@@ -81,7 +81,14 @@ def test_the_same_command_gives_the_same_bits(options, folder):
         (["integrate.method=best_of"], "integrate.candidates is empty"),
         (["integrate.align.by=weight"], "did you mean 'weights'"),
         (["integrate.repair=fix"], "integrate.repair=fix"),
-        (["integrate=slerp", "integrate.repair=reduce"], "gives no weights"),
+        (
+            ["integrate=slerp", "integrate.repair=reduce"],
+            "makes layers compute the mean of all sources",
+        ),
+        (
+            ["integrate=aligned_evidence", "integrate.candidates=[{method: best_parent}]"],
+            "candidates[0]",
+        ),
         (["integrate=aligned_evidence", "integrate.candidates=[{align.bye: weights}]"], "align"),
     ],
 )

@@ -6,7 +6,7 @@ import pytest
 import torch
 from networks import draw_batch, make_case
 from torch.func import functional_call
-from torch.nn import Linear
+from torch.nn import BatchNorm1d, Linear
 
 from cki_rec.engine.embeddings import table_of
 from cki_rec.engine.moments import Observer, linear_moments
@@ -17,7 +17,17 @@ from cki_rec.integration.repair import choose, fit_layers, rescale
 from cki_rec.integration.splicing import splice
 from cki_rec.pipelines.matching import moved_tables
 
-CASES = ["deepfm", "dcn", "dcnv2", "dcnv2 mixture", "din", "dnn", "wide_deep", "final_mlp"]
+CASES = [
+    "final_mlp batch norm",
+    "deepfm",
+    "dcn",
+    "dcnv2",
+    "dcnv2 mixture",
+    "din",
+    "dnn",
+    "wide_deep",
+    "final_mlp",
+]
 all_cases = pytest.mark.parametrize("case", CASES)
 HALVES = [0.5, 0.5]
 
@@ -176,6 +186,36 @@ def test_rescaled_units_have_the_mean_and_deviation_of_their_sources(case):
         if name.endswith("running_mean") and "mlp.norms.0" in name:
             torch.testing.assert_close(scaled[name].double(), statistics(scaled)[0], atol=1e-4,
                                        rtol=1e-4)  # fmt: skip
+
+
+@all_cases
+def test_running_statistics_are_those_of_the_rows(case):
+    pair = Pair(case)
+    makers = [p.parameter for s in pair.symmetries for p in s.slices]
+    for repair in (rescale, fit_layers):
+        params = repair(pair.average, pair.models, HALVES, pair.observe, pair.symmetries)
+        inputs = {}
+        hooks = [
+            module.register_forward_pre_hook(
+                lambda _, x, name=name, inputs=inputs: inputs.setdefault(name, []).append(
+                    x[0].flatten(0, -2)
+                )
+            )
+            for name, module in pair.network.named_modules()
+            if isinstance(module, BatchNorm1d) and f"{name}.running_mean" in makers
+        ]
+        pair.logits(params)
+        for hook in hooks:
+            hook.remove()
+        for name, parts in inputs.items():
+            if params[f"{name}.running_mean"] is pair.average[f"{name}.running_mean"]:
+                continue  # of a layer that several share
+            x = torch.cat(parts).double()
+            mean, variance = x.mean(0).float(), x.var(0, unbiased=False).float()
+            torch.testing.assert_close(params[f"{name}.running_mean"], mean, atol=2e-3, rtol=2e-3)
+            torch.testing.assert_close(
+                params[f"{name}.running_var"], variance, atol=2e-3, rtol=2e-3
+            )
 
 
 def test_choice_is_orthogonal_matching_pursuit():

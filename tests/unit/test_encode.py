@@ -18,6 +18,7 @@ from cki_rec.config import Data, Split, UserError
 from cki_rec.data.columns import Ragged
 from cki_rec.data.dataset import EncodedDataset
 from cki_rec.data.formats import FORMATS
+from cki_rec.data.held_out import all_labels
 from cki_rec.data.raw import LABEL, TIME
 from cki_rec.data.schema import FIRST_ID, PADDING_ID, UNSEEN_ID
 from cki_rec.data.split import split_codes
