@@ -200,7 +200,10 @@ def test_every_candidate_of_best_of_is_checked(trained, check):
     words = ["integrate.method=best_of", "integrate.candidates=[{method: average},{method: ties}]"]
     code, out, error = check([trained("one"), trained("two")], *words)
     assert code == 2
-    assert "integrate.method=ties" in error
+    assert "integrate.candidates[1]: integrate.method=ties" in error
+    words[1] = "integrate.candidates=[{method: average},{align.by: weights}]"
+    code, out, _ = check([trained("one"), trained("two")], *words)
+    assert code == 0
     assert out.count("integrate ") >= 2
 
 
