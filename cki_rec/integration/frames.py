@@ -15,8 +15,8 @@ from cki_rec.integration.splicing import splice
 from cki_rec.symmetry import Slice, Symmetry
 
 READERS = 5.0
-"""Weight of what the first layers read, against what tables hold, in the choice of a frame: of
-0.3, 1, 3, 5 and 10 the best on validation rows of MovieLens 1M (DeepFM, suite seeds, seed 1)."""
+"""Weight of what the first layers read, against what tables hold, in the choice of a frame. On
+validation rows of MovieLens 1M (DeepFM, suite seeds, seed 1) 5, 10 and 20 were alike, 2 worse."""
 
 
 def transform(

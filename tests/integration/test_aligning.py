@@ -112,6 +112,16 @@ def test_the_router_takes_each_row_to_the_parent_that_knows_it(options, folder, 
     assert "needs one source for each part" in capsys.readouterr().err
 
 
+def test_an_evaluation_is_of_its_method_whatever_its_label(options, folder):
+    before = len(records(folder, "evaluate"))
+    for method in ("output_ensemble", "probability_ensemble"):
+        words = ["suite=seeds", "integrate=output_ensemble", f"integrate.method={method}"]
+        assert main(["evaluate", *words, *options]) == 0
+    mean_logit, mean_probability = records(folder, "evaluate")[before:]
+    losses = [r["result"]["test"]["log_loss"] for r in (mean_logit, mean_probability)]
+    assert losses[0] != losses[1]
+
+
 def test_external_checkpoints_are_aligned_by_weights_without_data(options, folder, tmp_path):
     parents = [r["run_id"] for r in records(folder, "train")][:1] * 2
     paths = ", ".join(f"{{path: {folder / 'out' / run_id}}}" for run_id in parents)

@@ -13,7 +13,7 @@ from cki_rec.engine.moments import Observer, linear_moments
 from cki_rec.integration.baselines import average_weights
 from cki_rec.integration.evidence import evidence_weights
 from cki_rec.integration.frames import reduce_frames, table_products
-from cki_rec.integration.repair import choose, fit_layers, rescale
+from cki_rec.integration.repair import _regress, choose, fit_layers, rescale
 from cki_rec.integration.splicing import splice
 from cki_rec.pipelines.matching import moved_tables
 
@@ -216,6 +216,18 @@ def test_running_statistics_are_those_of_the_rows(case):
             torch.testing.assert_close(
                 params[f"{name}.running_var"], variance, atol=2e-3, rtol=2e-3
             )
+
+
+def test_a_layer_without_bias_is_regressed_without_a_constant():
+    draw = torch.Generator().manual_seed(5)
+    x = torch.randn(300, 4, generator=draw, dtype=torch.float64) + 1
+    y = torch.randn(300, 2, generator=draw, dtype=torch.float64) + 2
+    wide = torch.cat([x, torch.ones(300, 1)], 1)
+    for inputs, has_bias in ((wide, True), (x, False)):
+        found = _regress(wide.T @ wide / 300, y.T @ wide / 300, has_bias)
+        best = torch.linalg.lstsq(inputs, y).solution.T
+        torch.testing.assert_close(found[:, : inputs.shape[1]], best, atol=1e-4, rtol=1e-4)
+    assert not found[:, -1].any()
 
 
 def test_choice_is_orthogonal_matching_pursuit():
