@@ -203,6 +203,10 @@ class Monitor:
 class Train:
     """Optimization of one model."""
 
+    start: dict[str, Any] | None
+    """The training that this one goes on from, as config deltas of it, ``{data.part: 0}`` (its own
+    start is null unless they name one: chains nest), or a checkpoint, ``{path: a}``; null: initial
+    weights."""
     epochs: int
     batch_size: int
     """Rows of a step, all processes together."""

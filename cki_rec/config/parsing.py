@@ -81,8 +81,13 @@ def _first_line(error: OmegaConfBaseException) -> str:
     return str(error).splitlines()[0]
 
 
-def with_delta(config: Config, delta: dict[str, Any]) -> Config:
+def with_delta(config: Config, delta: dict[str, Any], where: str = "integrate.sources") -> Config:
     """Return ``config`` with dotted keys replaced, as ``integrate.sources`` names parents.
+
+    Args:
+        config: Stays as it is.
+        delta: Values by dotted key; a start is replaced whole.
+        where: Option that the delta stands in, for messages.
 
     Raises:
         UserError: A key that does not exist, or a value of another type.
@@ -90,9 +95,10 @@ def with_delta(config: Config, delta: dict[str, Any]) -> Config:
     tree = OmegaConf.structured(config)
     for key, value in delta.items():
         try:
-            OmegaConf.update(tree, key, value, force_add=False)
+            is_start = key.rpartition(".")[2] == "start"
+            OmegaConf.update(tree, key, value, force_add=False, merge=not is_start)
         except OmegaConfBaseException as error:
-            raise UserError(f"integrate.sources, {key}: {_first_line(error)}") from None
+            raise UserError(f"{where}, {key}: {_first_line(error)}") from None
     changed = OmegaConf.to_object(tree)
     assert isinstance(changed, Config)
     check(changed)

@@ -199,6 +199,12 @@ def accumulator_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     }
 
 
+def row_counts(folder: Path) -> Params:
+    """Return the row counts of a checkpoint that is whole, per table; none where it has none."""
+    counts = _read(folder / TENSORS, "counts.")
+    return {name.removeprefix("counts."): values for name, values in counts.items()}
+
+
 def load(folder: Path) -> Checkpoint:
     """Read a checkpoint as plain tensors, in any process, whatever plan wrote it.
 
@@ -221,15 +227,15 @@ def load(folder: Path) -> Checkpoint:
     )
 
 
-def _read(folder: Path) -> Params:
-    """Return every tensor of a torch.distributed.checkpoint folder."""
+def _read(folder: Path, prefix: str = "") -> Params:
+    """Return the tensors of a torch.distributed.checkpoint folder whose names begin so."""
     reader = _Reader(folder)
     try:
         metadata = reader.read_metadata().state_dict_metadata
         state: Params = {
             name: torch.empty(entry.size, dtype=entry.properties.dtype)
             for name, entry in metadata.items()
-            if isinstance(entry, TensorStorageMetadata)
+            if isinstance(entry, TensorStorageMetadata) and name.startswith(prefix)
         }
         with _quiet():
             dcp.load(state, storage_reader=reader, no_dist=True)

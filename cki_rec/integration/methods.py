@@ -103,6 +103,13 @@ METHODS: dict[str, Method] = {
         reference="CKI (arXiv 2501.07596), single model",
         cost="scores of all parents",
     ),
+    "newest_parent": Method(
+        idea="keep the last parent, the newest of suite drift; a reference, not a parameter "
+        "method",
+        reference="ours: what training day after day does",
+        cost="none",
+        is_ordered=True,
+    ),
     "output_ensemble": Method(
         idea="average the logits of all parents, at K times the cost; a reference, not a "
         "parameter method",

@@ -47,6 +47,8 @@ def in_yaml(value: Any) -> str:
     """Return a value as ``conf/`` writes it."""
     if value is None:
         return "null"
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{key}: {in_yaml(of)}' for key, of in value.items())}}}"
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 

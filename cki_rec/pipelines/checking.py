@@ -19,9 +19,10 @@ from cki_rec.integration.methods import METHODS, needs_of
 from cki_rec.integration.options import in_yaml
 from cki_rec.pipelines import compatibility, train, vocabularies
 from cki_rec.pipelines.compatibility import Finding, State
+from cki_rec.pipelines.external import folder_at
 from cki_rec.pipelines.vocabularies import Joined
 
-NOT_OF_TRAINING = ("integrate", "suite", "finetune", "evaluate", "check_only", "name", "-")
+NOT_OF_TRAINING = ("integrate", "suite.", "finetune", "evaluate", "check_only", "name", "-")
 """Begin the words of a command that say nothing of how a source is trained."""
 
 log = logging.getLogger(__name__)
@@ -62,13 +63,6 @@ def check(
                 f" {wrong[0].check}: {wrong[0].reason}{more}"
             )
     log.info("it would run")
-
-
-def folder_at(path: str) -> Path:
-    """Return the checkpoint folder that a run directory or a checkpoint folder names."""
-    folder = Path(path)
-    nested = folder / "checkpoint"
-    return nested if nested.is_dir() else folder
 
 
 def _findings(

@@ -44,7 +44,7 @@ def ensure(config: Config, force: bool = False) -> Run:
     reads = {
         "start": start.identity,
         "data": dataset.hash,
-        "schedule": section(_schedule(config)),
+        "schedule": train.schedule_section(_schedule(config)),
         "seed": config.seed,
     }
     distributed.start(config.runtime)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -25,8 +24,17 @@ from cki_rec.integration.params import Params, check_finite, widened
 from cki_rec.integration.splicing import source_shares
 from cki_rec.integration.vocabulary import shared_rows
 from cki_rec.models import build_model
-from cki_rec.pipelines import checking, looking, matching, merging, rules, train, vocabularies
-from cki_rec.pipelines.scores import EXTERNAL, check_data, predictions, scorer
+from cki_rec.pipelines import (
+    checking,
+    external,
+    looking,
+    matching,
+    merging,
+    rules,
+    train,
+    vocabularies,
+)
+from cki_rec.pipelines.scores import check_data, predictions, scorer
 from cki_rec.pipelines.vocabularies import Joined
 
 SEVERAL = "several"
@@ -178,8 +186,8 @@ def resolve(config: Config, deltas: Sequence[dict[str, Any]]) -> list[Source]:
     sources = []
     for delta in deltas:
         if "path" in delta:
-            folder = checking.folder_at(delta["path"])
-            sources.append(Source(str(delta["path"]), _identity(folder), folder))
+            folder = external.folder_at(delta["path"])
+            sources.append(Source(str(delta["path"]), external.identity(folder), folder))
         else:
             done = train.ensure(with_delta(config, delta))
             sources.append(Source(str(delta), done.path.name, done.checkpoint))
@@ -261,7 +269,7 @@ def _integrate(
 
     with run.phase("integrate"):
         if not METHODS[options.method].is_rule:
-            kept = sources
+            kept = sources[-1:] if options.method == "newest_parent" else sources
             if options.method in ("best_parent", "best_of"):
                 assert dataset is not None
                 kept = [best_source(config, dataset, sources)]
@@ -350,11 +358,3 @@ def _largest(groups: Sequence[Params]) -> Params:
     """Return the entrywise maximum: what one source has seen is not counted twice."""
     names = [name for name in groups[0] if all(name in group for group in groups)]
     return {name: torch.stack([group[name] for group in groups]).amax(0) for name in names}
-
-
-def _identity(folder: Path) -> str:
-    """Return the identity of an external checkpoint: its description names file digests."""
-    description = folder / checkpoint.DESCRIPTION
-    if not description.is_file():
-        raise UserError(f"{folder}: no checkpoint here ({description.name} is missing)")
-    return f"{EXTERNAL}{hashlib.sha256(description.read_bytes()).hexdigest()[:16]}"

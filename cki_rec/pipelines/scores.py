@@ -24,12 +24,11 @@ from cki_rec.engine.evaluator import predict
 from cki_rec.engine.record import save_arrays
 from cki_rec.integration.params import Params
 from cki_rec.models import build_model
+from cki_rec.pipelines.external import is_external
 
 log = logging.getLogger(__name__)
 
 SPLITS = ("valid", "test")
-EXTERNAL = "external-"
-"""Begins the identity of a checkpoint named by path."""
 
 
 def predictions(
@@ -79,11 +78,6 @@ def scorer(config: Config, dataset: EncodedDataset, like: Checkpoint) -> Callabl
         return auc(dataset.labels(rows), logits) or 0.0
 
     return score
-
-
-def is_external(identity: str) -> bool:
-    """Return whether a source is a checkpoint that no run of ours made."""
-    return identity.startswith(EXTERNAL)
 
 
 def check_data(saved: Checkpoint | Description, dataset: EncodedDataset, name: str) -> None:

@@ -6,6 +6,7 @@ import logging
 import shutil
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,17 @@ import torch
 from numpy.typing import NDArray
 
 from cki_rec.analysis.metrics import auc, grouped_auc, log_loss
-from cki_rec.config import Config, Model, Monitor, Train, UserError, run_id, section
+from cki_rec.config import (
+    Config,
+    Data,
+    Model,
+    Monitor,
+    Train,
+    UserError,
+    run_id,
+    section,
+    with_delta,
+)
 from cki_rec.data import store
 from cki_rec.data.schema import FeatureSchema
 from cki_rec.data.store import EncodedDataset
@@ -26,6 +37,9 @@ from cki_rec.engine.resume import RESUME, Keeper
 from cki_rec.engine.steps import StepLog
 from cki_rec.engine.trainer import Metrics, fit
 from cki_rec.models import model_schema
+from cki_rec.models.comparison import decides, differences
+from cki_rec.pipelines import external
+from cki_rec.pipelines.scores import check_data, restore
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +52,11 @@ def run(config: Config) -> float:
 
 
 def ensure(config: Config, force: bool = False) -> Run:
-    """Return the finished training run of ``config``; train first if it is not there."""
+    """Return the finished training run of ``config``; train first if it is not there.
+
+    Raises:
+        UserError: It cannot be trained so, or not from that start.
+    """
     dataset = store.prepare(config.data, config.runtime.encoded, config.runtime.chunk_mb)
     reads = _reads(config, dataset)
     distributed.start(config.runtime)
@@ -56,12 +74,48 @@ def run_of(config: Config, dataset: EncodedDataset) -> Run:
 
 def _reads(config: Config, dataset: EncodedDataset) -> dict[str, Any]:
     """Return what a training depends on."""
-    return {
+    reads = {
         "data": data_identity(config, dataset),
         "model": section(config.model),
-        "train": section(config.train),
+        "train": schedule_section(config.train),
         "seed": config.seed,
     }
+    if config.train.start is not None:
+        reads["start"] = _start_identity(config, dataset)
+    return reads
+
+
+def schedule_section(options: Train) -> dict[str, Any]:
+    """Return how a training trains; where it starts is another matter."""
+    found = section(options)
+    del found["start"]
+    return found
+
+
+def _started(config: Config) -> Config:
+    """Return the training that ``train.start`` describes by what it differs in from this one."""
+    assert config.train.start is not None
+    plain = replace(config, train=replace(config.train, start=None))
+    return with_delta(plain, config.train.start, "train.start")
+
+
+def _start_identity(config: Config, dataset: EncodedDataset) -> str:
+    """Return the identity of the start; train nothing.
+
+    Raises:
+        UserError: It is trained on another data set, or there is no checkpoint.
+    """
+    assert config.train.start is not None
+    if "path" in config.train.start:
+        return external.identity(external.folder_at(config.train.start["path"]))
+    begun = _started(config)
+    found = store.find(begun.data, begun.runtime.encoded)
+    if found is None or found.hash != dataset.hash:
+        raise UserError(
+            f"train.start={config.train.start}: is trained on another data set, encoding or split"
+            f" than {dataset.folder.name}"
+        )
+    return run_of(begun, dataset).path.name
 
 
 def valid_auc(run: Run) -> float:
@@ -74,21 +128,63 @@ def valid_auc(run: Run) -> float:
 def _train(config: Config, dataset: EncodedDataset, run: Run, reads: dict[str, Any]) -> None:
     data = config.data
     schema = model_schema(dataset.schema, config.model)
-    model = build(dataset.schema, config.model, config.train, config.runtime)
-    initialize(model, config.seed, config.model.init_std, config.model.matrix_std)
+    counts = dataset.row_counts(schema, data.partition, data.part)
+    if config.train.epochs == 0:  # such a model has seen no row
+        counts = {table: np.zeros_like(values) for table, values in counts.items()}
+    if config.train.start is None:
+        model = build(dataset.schema, config.model, config.train, config.runtime)
+        initialize(model, config.seed, config.model.init_std, config.model.matrix_std)
+    else:
+        folder = _start_folder(config)
+        model = _restored(config, dataset, schema, folder)
+        seen = checkpoint.row_counts(folder)
+        counts = {table: seen[table].numpy() + counts[table] for table in seen}
     run.facts["plan"] = model.plan
     if distributed.world_size() > 1:
         for line in plans.summarize(model.plan, distributed.world_size()):
             log.info("  %s", line)
-    counts = dataset.row_counts(schema, data.partition, data.part)
-    if config.train.epochs == 0:  # such a model has seen no row
-        counts = {table: np.zeros_like(values) for table, values in counts.items()}
     part = "all rows" if data.part is None else f"part {data.part} by {data.partition.by}"
-    title = f"train {config.model.name}, {part}, seed {config.seed}"
-    rows = [dataset.rows(split, data.partition, data.part) for split in ("train", "valid")]
+    begun = "" if config.train.start is None else f", from {reads['start']}"
+    title = f"train {config.model.name}, {part}, seed {config.seed}{begun}"
+    valid_part = None if _is_before_validation(data) else data.part
+    rows = [
+        dataset.rows("train", data.partition, data.part),
+        dataset.rows("valid", data.partition, valid_part),
+    ]
     run_training(
         config, dataset, run, reads, model, config.model, schema, rows, counts, config.train, title
     )
+
+
+def _start_folder(config: Config) -> Path:
+    """Return the checkpoint folder of the start; train it first if it is not there."""
+    assert config.train.start is not None
+    if "path" in config.train.start:
+        return external.folder_at(config.train.start["path"])
+    return ensure(_started(config)).checkpoint
+
+
+def _restored(
+    config: Config, dataset: EncodedDataset, schema: FeatureSchema, folder: Path
+) -> ShardedModel:
+    """Return the configured network with the parameters and accumulators of the start.
+
+    Raises:
+        UserError: The start is another network, or was trained on another data set.
+    """
+    saved = checkpoint.describe(folder)
+    check_data(saved, dataset, f"train.start, {folder}")
+    for key, (theirs, ours) in differences(saved.model, config.model).items():
+        if decides(key, config.model):
+            raise UserError(
+                f"train.start, {folder}: model.{key} is {theirs}, not {ours}; choose the model"
+                " options it was trained with"
+            )
+    if saved.schema.features != schema.features:
+        fields = [", ".join(f.name for f in s.features) for s in (saved.schema, schema)]
+        raise UserError(f"train.start, {folder}: fields {fields[0]} against {fields[1]}")
+    saved = replace(saved, model=config.model)
+    return restore(saved, folder, config.train, config.runtime, to_train=True)
 
 
 def run_training(
@@ -226,7 +322,13 @@ def data_identity(config: Config, dataset: EncodedDataset) -> dict[str, Any]:
     """Return what a training reads of the data: content, and the part if there is one."""
     part = config.data.part
     partition = None if part is None else section(config.data.partition)
-    return {"hash": dataset.hash, "partition": partition, "part": part}
+    found = {"hash": dataset.hash, "partition": partition, "part": part}
+    return {**found, "valid": "all"} if _is_before_validation(config.data) else found
+
+
+def _is_before_validation(data: Data) -> bool:
+    """Return whether rows are trained on by windows of time, and validation rows are later."""
+    return data.part is not None and data.partition.by == data.split.by == "time"
 
 
 def data_facts(dataset: EncodedDataset) -> dict[str, Any]:
