@@ -258,6 +258,27 @@ def test_fine_tuning_resumes_too(configured, unbroken):
     check_equal(finetune.ensure(config), want, 8)
 
 
+def test_a_training_that_goes_on_from_another_resumes_too(configured, unbroken):
+    more = ("train.start={seed: 7, train.epochs: 1}", "train.ema=0.9")
+    want, config = unbroken(*more), configured(*more)
+    train.ensure(configured("seed=7", "train.epochs=1", "train.ema=0.9"))
+    kill_at(config, 10)
+    check_equal(train.ensure(config), want, 8)
+
+
+def test_a_chain_resumes_where_its_start_was_killed(configured, unbroken):
+    more = ("train.start={seed: 7}",)
+    want, config = unbroken(*more), configured(*more)
+    kill_at(config, 10)
+    check_equal(train.ensure(config), want, None)
+    (start,) = (run for run in config_runs(config) if run.path != train.ensure(config).path)
+    assert start.record["provenance"]["resumed_at_step"] == 8
+
+
+def config_runs(config: Config) -> list[Run]:
+    return [Run(path) for path in Path(config.runtime.out).glob("train-*")]
+
+
 def test_a_wish_to_stop_within_this_process(configured, words, capsys, monkeypatch, unbroken):
     """Its handler is there while a model trains, and never else."""
     before = signal.getsignal(signal.SIGTERM)

@@ -149,6 +149,16 @@ def test_delta_replaces_dotted_keys_and_leaves_the_original(tree):
     assert section(undone) == before
 
 
+def test_delta_replaces_a_start_whole(tree):
+    config = parse(changed(tree, **{"train.start": {"path": "a"}}))
+    chain = {"data.part": 1, "train.start": {"data.part": 0}}
+    assert with_delta(config, {"train.start": chain}).train.start == chain
+    assert with_delta(config, {"train.start": None}).train.start is None
+    assert with_delta(config, {"train.epochs": 3}).train.start == {"path": "a"}
+    with pytest.raises(UserError, match=r"^train\.start, train\.epoch: "):
+        with_delta(config, {"train.epoch": 0}, "train.start")
+
+
 @pytest.mark.parametrize(
     ("delta", "part"),
     [
