@@ -116,7 +116,8 @@ class Data:
     split: Split
     partition: Partition
     part: int | None
-    """Train and validate on this part only; null: on all rows."""
+    """Train and validate on this part only; null: on all rows. A part by time of a split by time
+    has only later validation rows: all of them."""
 
 
 @dataclass(slots=True, kw_only=True)

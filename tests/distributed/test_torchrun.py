@@ -70,6 +70,22 @@ def test_two_processes_train_the_model_of_one(words, tmp_path):
     ]
 
 
+def test_two_processes_make_the_chain_of_one(words, tmp_path):
+    chain = ("train.epochs=1", "train.start={seed: 2}")
+    assert main(words("one", *chain)) == 0
+    process = two_processes(words("two", *chain, "runtime.sharding=row_wise"))
+    error = process.communicate(timeout=180)[1]
+    assert process.returncode == 0, error
+    one, two = (
+        {path.parent.name: json.loads(path.read_text())["result"] for path in found}
+        for found in ((tmp_path / n).glob("out/train-*/record.json") for n in ("one", "two"))
+    )
+    assert one.keys() == two.keys()
+    assert len(one) == 2
+    for run_id, result in one.items():
+        assert two[run_id]["valid_auc"] == pytest.approx(result["valid_auc"], abs=1e-4)
+
+
 def children_of(pid: int) -> list[int]:
     """Return the processes that a process has started."""
     found = []
