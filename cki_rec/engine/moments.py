@@ -5,7 +5,7 @@ Shape legend: B rows, K models, I inputs of a layer and the constant 1.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -34,6 +34,10 @@ class Observer:
     def __call__(self, models: Sequence[Params], layers: Sequence[str] | None = None) -> Moments:
         """Return ``linear_moments`` of ``models`` on the sample."""
         return linear_moments(self.network, models, self.batches, layers)
+
+    def gradients(self, model: Params, layers: Collection[str]) -> dict[str, Tensor]:
+        """Return ``output_gradients`` of ``model`` on the sample."""
+        return output_gradients(self.network, model, self.batches, layers)
 
 
 def observer(
@@ -132,6 +136,52 @@ def linear_moments(
         {name: total / rows[name] for name, total in second.items()},
         {n: total / rows[n] for n, total in logit.items() if with_logit[n] == rows[n]},
     )
+
+
+def output_gradients(
+    network: nn.Module, model: Params, batches: Iterable[Batch], layers: Collection[str]
+) -> dict[str, Tensor]:
+    r"""Return per Linear the mean over rows of :math:`g g^T` ``(O, O)`` float64.
+
+    g is the gradient of the logit in the outputs of the layer. Layers that see several inputs a
+    row, or are used more than once, are left out.
+
+    Args:
+        network: A network with unsharded tables; its own parameters are not used.
+        model: Parameters to run it with.
+        batches: Rows to look at.
+        layers: Names of weights.
+    """
+    nudges: dict[str, list[Tensor]] = {name: [] for name in layers}
+
+    def listen(name: str, module: nn.Module) -> torch.utils.hooks.RemovableHandle:
+        def hook(_: nn.Module, __: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            nudges[name].append(torch.zeros_like(output, requires_grad=True))
+            return output + nudges[name][-1]
+
+        return module.register_forward_hook(hook)
+
+    modules = dict(network.named_modules())
+    handles = [listen(name, modules[name.removesuffix(".weight")]) for name in layers]
+    found: dict[str, Tensor] = {}
+    rows = 0
+    network.eval()
+    try:
+        for batch in batches:
+            for parts in nudges.values():
+                parts.clear()
+            logits = functional_call(network, model, (batch,))
+            rows += len(logits)
+            inputs = {n: p[0] for n, p in nudges.items() if [len(x) for x in p] == [len(logits)]}
+            if not inputs:
+                return {}
+            gradients = torch.autograd.grad(logits.sum(), list(inputs.values()))
+            for name, gradient in zip(inputs, gradients, strict=True):
+                _add(found, name, gradient.double().T @ gradient.double())
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {name: total / rows for name, total in found.items()}
 
 
 def _add(totals: dict[str, Tensor], name: str, value: Tensor) -> None:

@@ -75,6 +75,7 @@ def reduce_frames(
     products: Mapping[str, Tensor],
     shares: Weights,
     readers: Collection[str],
+    whole: Collection[str] = (),
 ) -> Params:
     r"""Return the merged model with embeddings projected from all sources' frames, not averaged.
 
@@ -85,6 +86,11 @@ def reduce_frames(
     :math:`R_k = 1 / \sqrt{K}`. Inner products survive as well as can be; linear readers must be
     fitted anew (``fit_layers``).
 
+    What multiplies coordinates one by one, as attention to a history does, cannot read a
+    projection. It comes from one source with the tables it reads, and the readers make up for the
+    others: the source from whose tables those of all others can best be told. Rows that it has no
+    share in stay as merged.
+
     Args:
         merged: What it is to replace frames of.
         models: Aligned sources.
@@ -92,6 +98,7 @@ def reduce_frames(
         products: ``table_products``.
         shares: Splicing weights of all parameters.
         readers: Weights of linear maps; whatever else a symmetry moves has coordinates of its own.
+        whole: Parameters that come from one source.
 
     Reference:
         Eckart and Young, Psychometrika 1936.
@@ -123,6 +130,19 @@ def reduce_frames(
         for part in symmetry.slices:
             if part.parameter not in readers:
                 _project(reduced, models, part, directions, shares[part.parameter])
+    read_whole = {
+        part.parameter
+        for symmetry in symmetries
+        if symmetry.kind != "rotation" and {p.parameter for p in symmetry.slices} & set(whole)
+        for part in symmetry.slices
+        if part.parameter in products
+    }
+    if whole:
+        lead = _leader([products[name] for name in sorted(read_whole)])
+        for name in read_whole:
+            has_share = shares[name][lead] > 0
+            reduced[name] = torch.where(has_share, models[lead][name], merged[name])
+        reduced |= {name: models[lead][name] for name in whole}
     return reduced
 
 
@@ -182,6 +202,21 @@ def _products(tables: list[Tensor], counts: list[Tensor]) -> Tensor:
         for j in range(k):
             total[j, k] = total[k, j].T
     return total
+
+
+def _leader(products: Sequence[Tensor]) -> int:
+    """Return the source from whose tables least of the others' is left, by least squares."""
+    if not products:
+        return 0
+    num_sources = len(products[0])
+    left = torch.zeros(num_sources, dtype=torch.float64)
+    for product in products:
+        for k in range(num_sources):
+            inverse = torch.linalg.pinv(product[k, k], hermitian=True)
+            for j in range(num_sources):
+                told = product[j, k] @ inverse @ product[k, j]
+                left[k] += 1 - told.trace() / product[j, j].trace().clamp_min(1e-300)
+    return int(left.argmin())
 
 
 def _project(

@@ -3,13 +3,14 @@
 Rows of the training data are looked at, their labels are not.
 
 Shape legend: K sources, I inputs of a layer and the constant 1, O outputs, S units of a layer, C
-candidates.
+candidates, T targets.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ from cki_rec.integration.params import Params
 from cki_rec.symmetry import Symmetry
 
 RIDGE = 1e-6
-"""Of a regression, as a share of the mean square of its inputs."""
+"""Of a regression, as a share of the mean square of each input."""
 BATCH_NORM_EPS = 1e-5
 
 
@@ -32,8 +33,14 @@ class Moments:
     """``(K, I, K)`` float64: inputs with logits; only of layers that see one input a row."""
 
 
-Observe = Callable[[Sequence[Params], Sequence[str] | None], Moments]
-"""Models, names of weights (None: all Linear layers) -> what they compute on the same rows."""
+class Observe(Protocol):
+    """Runs models on one sample of rows."""
+
+    def __call__(self, models: Sequence[Params], layers: Sequence[str] | None = None) -> Moments:
+        """Return moments of the named Linear layers, of all without names."""
+
+    def gradients(self, model: Params, layers: Collection[str]) -> Mapping[str, Tensor]:
+        r"""Return per layer :math:`E[g g^T]` ``(O, O)``, g the logit's gradient in its outputs."""
 
 
 def rescale(
@@ -62,7 +69,7 @@ def rescale(
         Jordan et al., REPAIR, ICLR 2023, section 3.
     """
     fitted = dict(merged)
-    names = list(observe([merged], None).second)
+    names = list(observe([merged]).second)
     for name in names:
         symmetry = _units(symmetries, names, merged).get(name)
         if symmetry is None:
@@ -91,6 +98,7 @@ def fit_layers(
     observe: Observe,
     symmetries: Sequence[Symmetry],
     choosing: bool = False,
+    fixed: Collection[str] = (),
 ) -> Params:
     r"""Return the merged model with each Linear refitted to the mean of the sources' outputs.
 
@@ -106,8 +114,10 @@ def fit_layers(
         shares: :math:`\alpha`, sum 1.
         observe: What models compute on a sample of rows.
         symmetries: Of the network; they say what belongs to a hidden unit.
-        choosing: Hidden units are not averages of matched ones, but the ones of all sources, or
-            averages, that explain the mean logit best (``choose``).
+        choosing: Hidden units are not averages of matched ones, but those of all sources from
+            which the next layers of all sources can best be told (``choose``); an error there
+            counts as much as it moves the logit, to first order.
+        fixed: Weights of layers to leave as they are.
 
     Reference:
         Singh and Jaggi, PLeaS (arXiv 2407.02447) for least squares after matching; Jin et al.,
@@ -118,8 +128,11 @@ def fit_layers(
         may be chosen from the union of sources.
     """
     fitted = dict(merged)
-    names = list(observe([merged], None).second)
+    names = [name for name in observe([merged]).second if name not in fixed]
     units = _units(symmetries, names, merged)
+    readers = {name: next(p for p in units[name].slices if p.axis == 1) for name in units}
+    of_readers = {part.parameter for part in readers.values()} if choosing else set()
+    gradients = [observe.gradients(source, of_readers) if of_readers else {} for source in sources]
     for name in names:
         seen = observe([fitted, *sources], [name])
         if name == names[-1]:
@@ -132,8 +145,10 @@ def fit_layers(
             missing = own @ (second[k, :, 0] - second[0, :, 0])
             each.append(own + _regress(second[0, :, 0], missing, _bias(name) in fitted))
         mean = _mixed(each, shares)
-        if name in units and choosing:
-            _choose_units(fitted, sources, shares, units[name], name, [*each, mean], observe)
+        reader = readers[name].parameter if name in units else None
+        if reader in of_readers and all(reader in found for found in gradients):
+            metrics = [s * s * g[reader] for s, g in zip(shares, gradients, strict=True)]
+            _choose_units(fitted, sources, metrics, units[name], name, each, observe)
         else:
             _set(fitted, name, mean)
         if name in units:
@@ -141,35 +156,39 @@ def fit_layers(
     return fitted
 
 
-def choose(gram_CC: Tensor, target_C: Tensor, size: int) -> list[int]:
-    """Return ``size`` candidates, chosen one by one, that explain a target best by least squares.
+def choose(gram_CC: Tensor, targets_CT: Tensor, size: int) -> list[int]:
+    """Return the ``size`` candidates that are left when the least useful goes, one by one.
+
+    The least useful is the one without which all targets can still be told best, by least squares
+    from the candidates that are left.
 
     Args:
         gram_CC: Covariance of the candidates.
-        target_C: Their covariance with the target.
-        size: How many, of C a multiple of it; candidates that others already explain come last.
+        targets_CT: Their covariance with the targets.
+        size: How many, of C a multiple of it.
 
     Returns:
         Indices, by their place modulo ``size``, so that equal sources keep their order.
 
     Reference:
-        Pati et al., Orthogonal matching pursuit, 1993.
+        Couvreur and Bresler, On the Optimality of the Backward Greedy Algorithm for the Subset
+        Selection Problem, SIAM J. Matrix Anal. Appl. 2000.
     """
-    gram, target = gram_CC.clone(), target_C.clone()
-    least = 1e-9 * float(gram.diagonal().max().clamp_min(1e-300))
-    free = torch.ones(len(gram), dtype=torch.bool)
-    chosen: list[int] = []
-    for _ in range(size):
-        left = gram.diagonal()
-        gain = torch.where(left > least, target.square() / left.clamp_min(least), 0.0)
-        best = int(torch.where(free, gain, -1.0).argmax())
-        chosen.append(best)
-        free[best] = False
-        if left[best] > least:
-            share = gram[:, best] / left[best]
-            target = target - share * target[best]
-            gram = gram - share[:, None] * gram[best]
-    return sorted(chosen, key=lambda index: index % size)
+    num = len(gram_CC)
+    deviation = gram_CC.diagonal().clamp_min(0).sqrt()
+    unit = torch.where(deviation > 0, 1 / deviation.clamp_min(1e-150), 0.0)
+    gram = unit[:, None] * gram_CC * unit + RIDGE * torch.eye(num, dtype=gram_CC.dtype)
+    inverse = torch.linalg.inv(gram)
+    coefficients = inverse @ (unit[:, None] * targets_CT)
+    left = torch.ones(num, dtype=torch.bool)
+    for _ in range(num - size):
+        loss = coefficients.square().sum(1) / inverse.diagonal()
+        worst = int(torch.where(left, loss, torch.inf).argmin())
+        left[worst] = False
+        column = inverse[:, worst] / inverse[worst, worst]
+        coefficients = coefficients - torch.outer(column, coefficients[worst])
+        inverse = inverse - torch.outer(column, inverse[worst])
+    return sorted(left.nonzero().flatten().tolist(), key=lambda index: index % size)
 
 
 def _units(
@@ -229,42 +248,47 @@ def _mixed(values: Sequence[Tensor], shares: Sequence[float]) -> Tensor:
 def _choose_units(
     fitted: Params,
     sources: Sequence[Params],
-    shares: Sequence[float],
+    metrics: Sequence[Tensor],
     symmetry: Symmetry,
     name: str,
     maps: Sequence[Tensor],
     observe: Observe,
 ) -> None:
-    """Set a layer's units to chosen candidates: those of each source, then the means."""
+    """Set a layer's units to chosen ones of ``maps``, the sources' own on the merged inputs.
+
+    ``metrics`` say per source what errors of the outputs of the next layer cost.
+    """
     reader = next(p for p in symmetry.slices if p.axis == 1)
     made = [p.parameter for p in symmetry.slices if p.axis == 0 and p.parameter != name]
     candidates = []
-    for place, weights in enumerate(maps):
-        model = dict(fitted)
+    for source, weights in zip(sources, maps, strict=True):
+        model = fitted | {parameter: source[parameter] for parameter in made}
         _set(model, name, weights)
-        for parameter in made:
-            if parameter != _bias(name):
-                values = [source[parameter].double() for source in sources]
-                value = values[place] if place < len(sources) else _mixed(values, shares)
-                model[parameter] = value.to(fitted[parameter].dtype)
         candidates.append(model)
-    seen = observe([*candidates, *sources], [reader.parameter])
-    if reader.parameter not in seen.logit:  # several inputs a row: no logit to explain
-        fitted.update({parameter: candidates[-1][parameter] for parameter in [name, *made]})
-        return
+    second = observe([*candidates, *sources], [reader.parameter]).second[reader.parameter]
     num, span = len(candidates), slice(reader.start, reader.start + symmetry.size)
-    second, logit = seen.second[reader.parameter], seen.logit[reader.parameter]
-    ensemble = _mixed([logit[..., num + k] for k in range(len(sources))], shares)
-    mean = second[:num, span, 0, -1].flatten()
-    gram = second[:num, span, :num, span].flatten(2).flatten(0, 1) - torch.outer(mean, mean)
-    target = ensemble[:num, span].flatten() - mean * ensemble[0, -1]
-    chosen = choose(gram, target, symmetry.size)
+    mean_KI = second[:, :, 0, -1]
+    covariance = second - torch.einsum("ki,jm->kijm", mean_KI, mean_KI)
+    units = covariance[:num, span].flatten(0, 1)
+    targets = [
+        units[:, num + k] @ _map(source, reader.parameter).T @ _root(metric)
+        for k, (source, metric) in enumerate(zip(sources, metrics, strict=True))
+    ]
+    gram = units[:, :num, span].flatten(1)
+    chosen = choose(gram, torch.cat(targets, 1), symmetry.size)
     for parameter in [name, *made]:
         union = torch.stack([candidate[parameter] for candidate in candidates])
         fitted[parameter] = union[
             [index // symmetry.size for index in chosen],
             [index % symmetry.size for index in chosen],
         ]
+
+
+def _root(metric_OO: Tensor) -> Tensor:
+    """Return R with ``R R^T`` the metric."""
+    values, vectors = torch.linalg.eigh(metric_OO)
+    found: Tensor = vectors * values.clamp_min(0).sqrt()
+    return found
 
 
 def _last(fitted: Params, name: str, seen: Moments, shares: Sequence[float]) -> Tensor:
@@ -278,9 +302,9 @@ def _regress(gram_II: Tensor, product_OI: Tensor, has_bias: bool) -> Tensor:
     """Return the least-squares map ``(O, I)``; without a bias its last column is zero."""
     size = len(gram_II) if has_bias else len(gram_II) - 1
     gram, product = gram_II[:size, :size], product_OI[:, :size]
-    ridge = RIDGE * gram.diagonal().mean() * torch.eye(size, dtype=gram.dtype)
+    ridge = RIDGE * gram.diagonal().clamp_min(RIDGE * float(gram.diagonal().mean()))
     found = torch.zeros_like(product_OI)
-    found[:, :size] = torch.linalg.solve(gram + ridge, product.T).T
+    found[:, :size] = torch.linalg.solve(gram + ridge.diag(), product.T).T
     return found
 
 

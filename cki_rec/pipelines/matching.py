@@ -18,6 +18,7 @@ from cki_rec.integration.frames import reduce_frames, table_products, transform
 from cki_rec.integration.params import Params, Weights
 from cki_rec.integration.repair import fit_layers, rescale
 from cki_rec.models import build_model
+from cki_rec.models.attention import ActivationUnit
 from cki_rec.symmetry import Symmetry
 
 CHECKED_ROWS = 512
@@ -129,12 +130,21 @@ def repaired(
         assert weights is not None  # of the methods that repair follows
         products = table_products(models, moved_tables(symmetries), counts)
         readers = _linear_weights(observe.network)
-        start = reduce_frames(merged, models, symmetries, products, weights, readers)
-        return fit_layers(start, models, shares, observe, symmetries, choosing=True)
+        whole = _per_id(observe.network)
+        start = reduce_frames(
+            merged, models, symmetries, products, weights, readers - whole, whole
+        )
+        return fit_layers(start, models, shares, observe, symmetries, True, whole)
     tables = {name: tensor for name, tensor in merged.items() if table_of(name)}
     on_merged_tables = [{**model, **tables} for model in models]
     choosing = options.repair == "choose"
     return fit_layers(merged, on_merged_tables, shares, observe, symmetries, choosing)
+
+
+def _per_id(network: nn.Module) -> set[str]:
+    """Return the parameters and statistics of networks that run on every id of a history."""
+    units = [f"{n}." for n, m in network.named_modules() if isinstance(m, ActivationUnit)]
+    return {name for name in network.state_dict() if name.startswith(tuple(units))}
 
 
 def _linear_weights(network: nn.Module) -> set[str]:

@@ -9,13 +9,13 @@ from torch.func import functional_call
 from torch.nn import BatchNorm1d, Linear
 
 from cki_rec.engine.embeddings import table_of
-from cki_rec.engine.moments import Observer, linear_moments
+from cki_rec.engine.moments import Observer, linear_moments, output_gradients
 from cki_rec.integration.baselines import average_weights
 from cki_rec.integration.evidence import evidence_weights
 from cki_rec.integration.frames import reduce_frames, table_products
 from cki_rec.integration.repair import _regress, choose, fit_layers, rescale
 from cki_rec.integration.splicing import splice
-from cki_rec.pipelines.matching import moved_tables
+from cki_rec.pipelines.matching import _per_id, moved_tables
 
 CASES = [
     "final_mlp batch norm",
@@ -230,18 +230,59 @@ def test_a_layer_without_bias_is_regressed_without_a_constant():
     assert not found[:, -1].any()
 
 
-def test_choice_is_orthogonal_matching_pursuit():
+def test_choice_keeps_what_tells_the_targets():
     draw = torch.Generator().manual_seed(3)
     x = torch.randn(200, 12, generator=draw, dtype=torch.float64)
     x = x - x.mean(0)
-    target = x[:, [7, 2, 10]] @ torch.tensor([3.0, 2.0, 1.0]).double()
-    chosen = choose(x.T @ x / 200, x.T @ target / 200, 3)
+    targets = x[:, [7, 2, 10]] @ torch.tensor([[3.0, 2.0, 1.0], [0.0, 1.0, 1.0]]).double().T
+    chosen = choose(x.T @ x / 200, x.T @ targets / 200, 3)
     assert sorted(chosen) == [2, 7, 10]
     assert chosen == sorted(chosen, key=lambda index: index % 3)
     twice = torch.cat([x[:, :6], x[:, :6]], 1)
-    chosen = choose(twice.T @ twice, twice.T @ target, 6)
+    chosen = choose(twice.T @ twice, twice.T @ targets, 6)
     assert sorted(index % 6 for index in chosen) == list(range(6))  # copies bring nothing
-    assert choose(torch.zeros(4, 4).double(), torch.zeros(4).double(), 2) == [0, 1]
+    assert len(choose(torch.zeros(4, 4).double(), torch.zeros(4, 1).double(), 2)) == 2
+
+
+def test_each_step_of_the_choice_loses_least():
+    draw = torch.Generator().manual_seed(7)
+    x = torch.randn(300, 8, generator=draw, dtype=torch.float64)
+    x = x @ torch.randn(8, 8, generator=draw, dtype=torch.float64)
+    targets = x @ torch.randn(8, 3, generator=draw, dtype=torch.float64)
+    targets = targets + torch.randn(300, 3, generator=draw, dtype=torch.float64)
+
+    def error(columns):
+        best = torch.linalg.lstsq(x[:, columns], targets).solution
+        return float((x[:, columns] @ best - targets).square().sum())
+
+    left = list(range(8))
+    for size in (7, 6, 5, 4):
+        left = min(([i for i in left if i != gone] for gone in left), key=error)
+        assert sorted(choose(x.T @ x / 300, x.T @ targets / 300, size)) == left
+
+
+@all_cases
+def test_gradients_are_those_of_the_bias_row_by_row(case):
+    pair = Pair(case)
+    model, batches = pair.models[0], pair.batches[:2]
+    layers = list(linear_moments(pair.network, [model], batches).logit)
+    found = output_gradients(pair.network, model, batches, layers)
+    assert set(found) == set(layers)
+    for name in layers:
+        bias = name.removesuffix("weight") + "bias"
+        if bias not in model:
+            continue
+        rows = torch.cat([
+            torch.autograd.functional.jacobian(
+                lambda b, batch=batch, bias=bias: functional_call(
+                    pair.network, model | {bias: b}, (batch,)
+                ),
+                model[bias],
+            )
+            for batch in batches
+        ])  # fmt: skip
+        expected = (rows.double().T @ rows.double()) / len(rows)
+        torch.testing.assert_close(found[name], expected, atol=1e-6, rtol=1e-4)
 
 
 @pytest.mark.parametrize("case", ["deepfm", "dcn", "fm"])
@@ -284,3 +325,35 @@ def test_rows_of_one_owner_keep_their_length():
         splice(pair.models, weights), pair.models, pair.symmetries, products, weights, ()
     )
     assert all(bool(tensor.isfinite().all()) for tensor in reduced.values())
+
+
+@pytest.mark.parametrize("lead", [0, 1])
+def test_attention_comes_whole_from_one_source(lead):
+    pair = Pair("din")
+    whole = _per_id(pair.network)
+    assert whole == {n for n in pair.average if n.startswith("attention.")}
+    tables = moved_tables(pair.symmetries)
+    products = table_products(pair.models, tables)
+    asked = next(s for s in pair.symmetries if {p.parameter for p in s.slices} & whole)
+    (table,) = [p.parameter for p in asked.slices if p.parameter in products]
+    # a table of one column cannot tell the other's
+    pair.models[1 - lead][table][:, 1:] = 0
+    products = table_products(pair.models, tables)
+    counts = [{n: torch.ones(len(pair.average[n])) for n in tables} for _ in pair.models]
+    counts[lead][table][-1] = 0  # a row that it never saw
+    weights = average_weights(pair.models) | evidence_weights(pair.models, counts)
+    reduced = reduce_frames(
+        pair.average,
+        pair.models,
+        pair.symmetries,
+        products,
+        weights,
+        pair.readers() - whole,
+        whole,
+    )
+    assert torch.equal(reduced[table][:-1], pair.models[lead][table][:-1])
+    assert torch.equal(reduced[table][-1], pair.average[table][-1])
+    assert all(torch.equal(reduced[n], pair.models[lead][n]) for n in whole)
+    fitted = fit_layers(reduced, pair.models, HALVES, pair.observe, pair.symmetries, True, whole)
+    assert all(torch.equal(fitted[n], reduced[n]) for n in (*whole, table))
+    assert pair.error(fitted) < pair.error(pair.average)
