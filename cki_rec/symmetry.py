@@ -46,3 +46,15 @@ class Symmetry:
     kind: Kind
     size: int
     slices: tuple[Slice, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class LogitScale:
+    """How parameters alone scale and shift a logit.
+
+    With every named parameter multiplied by ``s ** degree`` (s > 0), the logit is by s.
+    """
+
+    degrees: dict[str, float]
+    shift: str
+    """A parameter of one entry, added to the logit; its degree is 1."""

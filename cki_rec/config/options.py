@@ -295,6 +295,8 @@ class Integrate:
     """After merging: ``none``; ``rescale`` (statistics of hidden units); ``fit`` (layers by least
     squares to the mean of the sources' layers, on the merged tables); ``choose`` (also hidden
     units chosen from all sources); ``reduce`` (also tables projected from all sources' frames)."""
+    recalibrate: bool
+    """Scale and shift the merged model's logit, by its parameters, to fit validation rows best."""
     sample: int
     """Training rows that alignment, repair and methods look at, without their labels."""
     perspective: str

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from cki_rec.integration.params import Params
-from cki_rec.symmetry import Symmetry
+from cki_rec.symmetry import LogitScale, Symmetry
 
 RIDGE = 1e-6
 """Of a regression, as a share of the mean square of each input."""
@@ -154,6 +154,30 @@ def fit_layers(
         if name in units:
             _set_running(fitted, name, units[name], second[0, :, 0])
     return fitted
+
+
+def recalibrate(params: Params, how: LogitScale, scale: float, shift: float) -> Params:
+    """Return parameters with which a network's logit is ``scale * logit + shift``.
+
+    Args:
+        params: One model; what does not change is shared with the result.
+        how: What its network declares.
+        scale: Positive.
+        shift: In logits.
+
+    Raises:
+        ValueError: The scale is not positive.
+
+    Reference:
+        Platt, Probabilistic Outputs for Support Vector Machines, 1999.
+    """
+    if not scale > 0:
+        raise ValueError(f"scale is {scale}, not positive")
+    found = dict(params)
+    for name, degree in how.degrees.items():
+        found[name] = params[name] * scale**degree
+    found[how.shift] = found[how.shift] + shift
+    return found
 
 
 def choose(gram_CC: Tensor, targets_CT: Tensor, size: int) -> list[int]:

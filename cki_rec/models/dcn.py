@@ -13,7 +13,7 @@ from cki_rec.models.crossing import CrossNet, CrossNetMix, CrossNetV2
 from cki_rec.models.embeddings import Embedded, FieldEmbeddings
 from cki_rec.models.layers import MLP
 from cki_rec.models.symmetries import Frame, frames, hidden_units
-from cki_rec.symmetry import Kind, Slice, Symmetry
+from cki_rec.symmetry import Kind, LogitScale, Slice, Symmetry
 
 
 class DCN(nn.Module):
@@ -83,6 +83,10 @@ class DCN(nn.Module):
             found.append(Symmetry(self.frame_kind, dim, slices))
         start = 0 if self.is_stacked else len(order) * dim
         return [*found, *hidden_units(self.mlp, "mlp", [Slice("score.weight", 1, start)])]
+
+    def logit_scale(self) -> LogitScale:
+        """Return what scales and shifts the logit and nothing else."""
+        return LogitScale({"score.weight": 1.0, "score.bias": 1.0}, "score.bias")
 
     def cross_slices(self, frame: Frame) -> Iterator[Slice]:
         """Yield what the cross network has for the coordinates of ``frame``."""

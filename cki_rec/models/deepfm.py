@@ -9,8 +9,8 @@ from cki_rec.config import Model
 from cki_rec.data.schema import Batch, FeatureSchema
 from cki_rec.models.embeddings import Embedded, FieldEmbeddings
 from cki_rec.models.layers import MLP, fm_interaction
-from cki_rec.models.symmetries import common_frame, hidden_units
-from cki_rec.symmetry import Symmetry
+from cki_rec.models.symmetries import common_frame, hidden_units, scale_with_products
+from cki_rec.symmetry import LogitScale, Symmetry
 
 
 class DeepFM(nn.Module):
@@ -49,3 +49,7 @@ class DeepFM(nn.Module):
         """Return the one rotation of all embeddings, and the hidden units' permutations."""
         frame = common_frame(self.sparse, ["mlp.layers.0.weight"])
         return [frame, *hidden_units(self.mlp, "mlp")]
+
+    def logit_scale(self) -> LogitScale:
+        """Return what scales and shifts the logit and nothing else."""
+        return scale_with_products(self.sparse, self.mlp, "bias")

@@ -13,8 +13,8 @@ from cki_rec.data.schema import Batch, Feature, FeatureSchema
 from cki_rec.models.attention import ActivationUnit
 from cki_rec.models.embeddings import Embedded, FieldEmbeddings
 from cki_rec.models.layers import MLP
-from cki_rec.models.symmetries import frames, hidden_units
-from cki_rec.symmetry import Kind, Symmetry
+from cki_rec.models.symmetries import frames, hidden_units, scale_of_sum
+from cki_rec.symmetry import Kind, LogitScale, Symmetry
 
 OPTION = "model.attention.pairs"
 
@@ -104,6 +104,10 @@ class DIN(nn.Module):
             assert isinstance(unit, ActivationUnit)
             found += hidden_units(unit.mlp, f"attention.{number}.mlp")
         return found
+
+    def logit_scale(self) -> LogitScale:
+        """Return what scales and shifts the logit and nothing else."""
+        return scale_of_sum(self.sparse, self.mlp, None)
 
 
 def attention_pairs(schema: FeatureSchema, model: Model) -> list[Pair]:

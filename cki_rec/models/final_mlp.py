@@ -12,7 +12,7 @@ from cki_rec.data.schema import Batch, FeatureSchema
 from cki_rec.models.embeddings import Embedded, FieldEmbeddings
 from cki_rec.models.layers import MLP
 from cki_rec.models.symmetries import Frame, frames, hidden_kind, hidden_units, layer_outputs
-from cki_rec.symmetry import Kind, Slice, Symmetry
+from cki_rec.symmetry import Kind, LogitScale, Slice, Symmetry
 
 STREAMS = ("mlp", "second")
 
@@ -148,6 +148,11 @@ class FinalMLP(nn.Module):
                 found.append(Symmetry("rotation", dim, slices))
             found += hidden_units(gate.mlp, f"{name}.mlp", [Slice(f"{name}.factors.weight", 1)])
         return [*found, *self._stream_symmetries()]
+
+    def logit_scale(self) -> LogitScale:
+        """Return what scales and shifts the logit and nothing else."""
+        names = ("first.weight", "first.bias", "second.weight", "forms")
+        return LogitScale({f"fusion.{name}": 1.0 for name in names}, "fusion.first.bias")
 
     def _context_reader(self, number: int) -> str:
         return f"gates.{number}.{'mlp.layers.0' if self.gate_hidden else 'factors'}.weight"

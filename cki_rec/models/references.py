@@ -9,8 +9,14 @@ from cki_rec.config import Model
 from cki_rec.data.schema import Batch, FeatureSchema
 from cki_rec.models.embeddings import Embedded, FieldEmbeddings
 from cki_rec.models.layers import MLP, fm_interaction
-from cki_rec.models.symmetries import common_frame, hidden_units, own_frames
-from cki_rec.symmetry import Symmetry
+from cki_rec.models.symmetries import (
+    common_frame,
+    hidden_units,
+    own_frames,
+    scale_of_sum,
+    scale_with_products,
+)
+from cki_rec.symmetry import LogitScale, Symmetry
 
 
 class LR(nn.Module):
@@ -43,6 +49,11 @@ class LR(nn.Module):
         """Return nothing: every weight is pinned."""
         return []
 
+    def logit_scale(self) -> LogitScale:
+        """Return what scales and shifts the logit and nothing else."""
+        weights = {f"sparse.{name}": 1.0 for name in self.sparse.sources.values()}
+        return LogitScale({**weights, "bias": 1.0}, "bias")
+
 
 class FM(nn.Module):
     """First-order weights and all pairwise inner products of embeddings.
@@ -73,6 +84,10 @@ class FM(nn.Module):
     def symmetries(self) -> list[Symmetry]:
         """Return the one rotation of all embeddings."""
         return [common_frame(self.sparse)]
+
+    def logit_scale(self) -> LogitScale:
+        """Return what scales and shifts the logit and nothing else."""
+        return scale_with_products(self.sparse, None, "bias")
 
 
 class DNN(nn.Module):
@@ -107,6 +122,10 @@ class DNN(nn.Module):
         """Return a rotation per table and number, and the hidden units' permutations."""
         tables = own_frames(self.sparse, ["mlp.layers.0.weight"])
         return [*tables, *hidden_units(self.mlp, "mlp")]
+
+    def logit_scale(self) -> LogitScale:
+        """Return what scales and shifts the logit and nothing else."""
+        return scale_of_sum(self.sparse, self.mlp, None)
 
 
 class WideDeep(DNN):

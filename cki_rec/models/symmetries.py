@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from cki_rec.models.embeddings import FieldEmbeddings
+from cki_rec.models.embeddings import FIRST_ORDER, FieldEmbeddings
 from cki_rec.models.layers import MLP, Dice
-from cki_rec.symmetry import Kind, Slice, Symmetry
+from cki_rec.symmetry import Kind, LogitScale, Slice, Symmetry
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,3 +128,33 @@ def layer_outputs(
 def hidden_kind(activation: nn.Module) -> Kind:
     """Return what permutes units behind ``activation``: odd functions let signs pass."""
     return "signed_permutation" if isinstance(activation, nn.Tanh) else "permutation"
+
+
+def scale_of_sum(sparse: FieldEmbeddings, mlp: MLP | None, shift: str | None) -> LogitScale:
+    """Return how to scale first-order weights plus, if there is one, the score of an MLP.
+
+    Args:
+        sparse: Whose first-order weights are added; they may be none.
+        mlp: Called ``mlp``, read by nothing.
+        shift: A parameter that is added; None: the last bias of the MLP.
+    """
+    degrees = {
+        f"sparse.{name}": 1.0 for name, _ in sparse.named_parameters() if FIRST_ORDER in name
+    }
+    if mlp is not None:
+        last = f"mlp.layers.{len(mlp.layers) - 1}"
+        degrees |= {f"{last}.weight": 1.0, f"{last}.bias": 1.0}
+        shift = shift or f"{last}.bias"
+    assert shift is not None
+    return LogitScale({**degrees, shift: 1.0}, shift)
+
+
+def scale_with_products(sparse: FieldEmbeddings, mlp: MLP | None, shift: str | None) -> LogitScale:
+    """Return ``scale_of_sum`` of what also adds inner products of all embeddings."""
+    found = scale_of_sum(sparse, mlp, shift)
+    degrees = dict.fromkeys((f"sparse.{name}" for name in sparse.sources.values()), 0.5)
+    degrees |= found.degrees
+    if mlp is not None:  # it shall see what it saw before
+        reader = "mlp.layers.0.weight"
+        degrees[reader] = degrees.get(reader, 0.0) - 0.5
+    return LogitScale(degrees, found.shift)

@@ -34,7 +34,7 @@ from cki_rec.pipelines import (
     train,
     vocabularies,
 )
-from cki_rec.pipelines.scores import check_data, predictions, scorer
+from cki_rec.pipelines.scores import check_data, predictions, recalibrated, scorer
 from cki_rec.pipelines.vocabularies import Joined
 
 SEVERAL = "several"
@@ -130,6 +130,10 @@ def method_of(config: Config) -> Method:
             f"integrate.control={options.control}: integrate.method={name} keeps its sources as"
             " they are"
         )
+    if options.recalibrate and not method.is_rule and name != "best_of":
+        raise UserError(
+            f"integrate.recalibrate=true: integrate.method={name} keeps its sources as they are"
+        )
     if name == "best_of":
         _check_candidates(config)
     if options.repair != "none" and not _takes_all_alike(options):
@@ -176,9 +180,9 @@ def needs_rows(options: Integrate) -> bool:
 
 def needs_labels(options: Integrate) -> bool:
     """Return whether the integration looks at validation rows."""
-    if options.method == "cki" or options.gate.train != "none":
-        return options.gate.train != "none"
-    return "labels" in needs_of(options.method, options.options)
+    if options.recalibrate or options.gate.train != "none":
+        return True
+    return options.method != "cki" and "labels" in needs_of(options.method, options.options)
 
 
 def resolve(config: Config, deltas: Sequence[dict[str, Any]]) -> list[Source]:
@@ -265,7 +269,9 @@ def _integrate(
     if dataset is not None:
         check_data(first, dataset, sources[0].name)
     data = train.data_facts(dataset) if dataset else {"hash": first.data_hash}
-    result: dict[str, Any] = dict.fromkeys(("shares", "kept", "gate", "global", "alignment"))
+    result: dict[str, Any] = dict.fromkeys(
+        ("shares", "kept", "gate", "global", "alignment", "recalibration")
+    )
 
     with run.phase("integrate"):
         if not METHODS[options.method].is_rule:
@@ -334,6 +340,9 @@ def _merged(
         result["global"] = rules.entropy_report(options, shared_rows(models, owners), config.seed)
     params = matching.repaired(options, params, models, weights, counts, first, observe)
     check_finite([params], "the result")
+    if options.recalibrate:
+        assert dataset is not None
+        params, result["recalibration"] = recalibrated(config, params, dataset, first)
     return {
         "model": {name: tensor.to(dtypes[name]) for name, tensor in params.items()},
         "accumulator": matching.accumulators(

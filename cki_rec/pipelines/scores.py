@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from cki_rec.analysis.metrics import auc
+from cki_rec.analysis.recalibration import recalibration
 from cki_rec.config import Config, Runtime, Train, UserError
 from cki_rec.data.store import EncodedDataset
 from cki_rec.engine import checkpoint, distributed
@@ -23,8 +24,10 @@ from cki_rec.engine.embeddings import ShardedModel, build
 from cki_rec.engine.evaluator import predict
 from cki_rec.engine.record import save_arrays
 from cki_rec.integration.params import Params
+from cki_rec.integration.repair import recalibrate
 from cki_rec.models import build_model
 from cki_rec.pipelines.external import is_external
+from cki_rec.symmetry import LogitScale
 
 log = logging.getLogger(__name__)
 
@@ -58,8 +61,18 @@ def predictions(
 def scorer(config: Config, dataset: EncodedDataset, like: Checkpoint) -> Callable[[Params], float]:
     """Return a function (parameters) -> validation AUC of the network of a checkpoint.
 
-    It holds one network, unsharded, into which parameters are copied, from the first call on. An
-    AUC that is undefined (one class only) counts as 0.
+    An AUC that is undefined (one class only) counts as 0.
+    """
+    label, run = dataset.labels(dataset.rows("valid")), runner(config, dataset, like)
+    return lambda params: auc(label, run(params)) or 0.0
+
+
+def runner(
+    config: Config, dataset: EncodedDataset, like: Checkpoint
+) -> Callable[[Params], NDArray[np.float32]]:
+    """Return a function (parameters) -> validation logits of the network of a checkpoint.
+
+    It holds one network, unsharded, into which parameters are copied, from the first call on.
     """
     rows = dataset.rows("valid")
 
@@ -69,15 +82,33 @@ def scorer(config: Config, dataset: EncodedDataset, like: Checkpoint) -> Callabl
             return build_model(like.schema, like.model, device)
 
     @torch.no_grad()
-    def score(params: Params) -> float:
+    def run(params: Params) -> NDArray[np.float32]:
         device = distributed.start(config.runtime)
         state = network().state_dict()
         for name, tensor in params.items():
             state[name].copy_(tensor)
-        logits = predict(network(), dataset, like.schema, rows, device)
-        return auc(dataset.labels(rows), logits) or 0.0
+        return predict(network(), dataset, like.schema, rows, device)
 
-    return score
+    return run
+
+
+def recalibrated(
+    config: Config, params: Params, dataset: EncodedDataset, like: Checkpoint
+) -> tuple[Params, dict[str, Any]]:
+    """Return parameters whose logits fit validation rows best, up to scale and shift.
+
+    They are the given ones where there is no best scale, or a negative one: the second value, for
+    the record, says why.
+    """
+    logits = runner(config, dataset, like)(params)
+    found = recalibration(dataset.labels(dataset.rows("valid")), logits)
+    if found.scale is None or found.shift is None or found.scale <= 0:
+        reason = found.reason or "the model ranks rows the wrong way round"
+        log.warning("  integrate.recalibrate: not done, %s (validation rows)", reason)
+        return params, asdict(replace(found, reason=reason))
+    network = build_model(like.schema, like.model, torch.device("meta"))
+    how: LogitScale = network.logit_scale()  # type: ignore[operator]
+    return recalibrate(params, how, found.scale, found.shift), asdict(found)
 
 
 def check_data(saved: Checkpoint | Description, dataset: EncodedDataset, name: str) -> None:

@@ -22,6 +22,7 @@ from networks import (
 
 from cki_rec.config import parse
 from cki_rec.engine.embeddings import build as build_sharded
+from cki_rec.integration.repair import recalibrate
 from cki_rec.models import model_schema
 from cki_rec.models.symmetries import own_frames
 from cki_rec.symmetry import Slice, Symmetry
@@ -50,6 +51,18 @@ class Subject:
         element = random_element(symmetry, torch.Generator().manual_seed(seed))
         changed_B = self.score(act(self.state, symmetry, element)) - self.logit_B
         return changed_B.nan_to_num(nan=1.0).abs().max().item()  # a variance below zero
+
+
+@pytest.mark.parametrize("title", TITLES)
+def test_logit_is_scaled_and_shifted(title):
+    subject = Subject(title)
+    how = subject.network.logit_scale()
+    assert how.degrees[how.shift] == 1
+    assert subject.state[how.shift].numel() == 1
+    scaled = recalibrate(subject.state, how, 0.8, 0.3)
+    torch.testing.assert_close(subject.score(scaled), 0.8 * subject.logit_B + 0.3)
+    with pytest.raises(ValueError, match="not positive"):
+        recalibrate(subject.state, how, -1.0, 0.0)
 
 
 def of_table(symmetries, name):

@@ -141,3 +141,28 @@ def test_accumulators_of_moved_tables_are_means_over_the_row(options, folder):
     for tensor in found.values():
         assert bool((tensor == tensor[:, :1]).all())
         assert float(tensor.max()) > 0
+
+
+@pytest.mark.parametrize("model", ["deepfm", "dcn"])
+def test_a_recalibrated_model_needs_no_recalibration(options, folder, model):
+    words = [f"model={model}", "suite=seeds", "integrate=average"]
+    assert main(["evaluate", *words, *options]) == 0
+    plain = records(folder, "evaluate")[-1]["result"]
+    assert main(["evaluate", *words, "integrate.recalibrate=true", *options]) == 0
+    found = records(folder, "evaluate")[-1]["result"]
+    facts = records(folder, "integrate")[-1]["result"]["recalibration"]
+    for key in ("scale", "shift"):
+        assert facts[key] == pytest.approx(plain["recalibration"][key], rel=1e-3)
+    assert found["recalibration"]["scale"] == pytest.approx(1, abs=1e-3)
+    assert found["recalibration"]["shift"] == pytest.approx(0, abs=1e-3)
+    assert found["test"]["auc"] == pytest.approx(plain["test"]["auc"], abs=1e-4)
+    expected = plain["test"]["log_loss_recalibrated"]
+    assert found["test"]["log_loss"] == pytest.approx(expected, abs=1e-4)
+
+
+def test_what_is_kept_as_it_is_is_not_recalibrated(options, capsys):
+    words = ["integrate=best_parent", "integrate.recalibrate=true"]
+    assert main(["integrate", *words, *options]) == 2
+    error = capsys.readouterr().err
+    assert "integrate.recalibrate=true" in error
+    assert "Traceback" not in error
