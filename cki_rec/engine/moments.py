@@ -150,6 +150,7 @@ def linear_moments(
     return Moments(
         {name: total / rows[name] for name, total in second.items()},
         {n: total / rows[n] for n, total in logit.items() if with_logit[n] == rows[n]},
+        rows,
     )
 
 

@@ -315,6 +315,8 @@ def _merged(
         assert dataset is not None
         network = build_model(first.schema, first.model, torch.device("cpu"))
         observe = observer(network, dataset, first.schema, options.sample, config.seed)
+        if options.repair not in ("none", "rescale") and len(checkpoints) > 1:
+            looking.check_sample(options, first.params, observe)
     models, result["alignment"] = matching.aligned(
         options, [c.params for c in checkpoints], counts, first, observe, config.seed
     )
