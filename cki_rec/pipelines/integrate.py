@@ -317,8 +317,10 @@ def _merged(
         observe = observer(network, dataset, first.schema, options.sample, config.seed)
         if options.repair not in ("none", "rescale") and len(checkpoints) > 1:
             looking.check_sample(options, first.params, observe)
+    models = [c.params for c in checkpoints]
+    votes = merging.votes_of(models, counts, owners)
     models, result["alignment"] = matching.aligned(
-        options, [c.params for c in checkpoints], counts, first, observe, config.seed
+        options, models, votes, first, observe, config.seed
     )
     given = Given(
         seed=config.seed,
@@ -334,7 +336,7 @@ def _merged(
         shares = source_shares(weights, models)
         result["shares"] = {name: of for name, of in shares.items() if name not in trained}
         result["global"] = rules.entropy_report(options, shared_rows(models, owners), config.seed)
-    params = matching.repaired(options, params, models, weights, counts, first, observe)
+    params = matching.repaired(options, params, models, weights, votes, first, observe)
     check_finite([params], "the result")
     return {
         "model": {name: tensor.to(dtypes[name]) for name, tensor in params.items()},
