@@ -79,8 +79,7 @@ def ensure(config: Config, force: bool = False) -> Run:
     Raises:
         UserError: Unknown method; sources that do not fit together; no data where it is needed.
     """
-    options = config.integrate
-    method_of(config)
+    options, method = config.integrate, method_of(config)
     sources = sources_of(config)
     start = start_of(config)
     looks = needs_rows(options)
@@ -102,6 +101,8 @@ def ensure(config: Config, force: bool = False) -> Run:
     }
     if options.vocabularies:  # which ones, their hashes in the sources say
         reads["vocabularies"] = "joined"
+    if method.is_rule and train.are_disjoint([train.part_of(source.folder) for source in sources]):
+        reads["counts"] = "sum"
     with open_run(Path(config.runtime.out), run_id("integrate", reads), force) as run:
         if run.record is None:
             _integrate(config, sources, start, dataset, run, reads)
@@ -277,6 +278,8 @@ def _integrate(
         else:
             try:
                 tensors = _merged(config, checkpoints, begun, dataset, result, joined.owners)
+                how = "sum" if "counts" in reads else "amax"
+                tensors["counts"] = _joined([c.counts for c in checkpoints], how)
             except ValueError as error:
                 raise UserError(f"integrate.method={options.method}: {error}") from None
             hashes = {c.data_hash for c in checkpoints}
@@ -341,9 +344,8 @@ def _merged(
     return {
         "model": {name: tensor.to(dtypes[name]) for name, tensor in params.items()},
         "accumulator": matching.accumulators(
-            _largest([c.accumulators for c in checkpoints]), options
+            _joined([c.accumulators for c in checkpoints], "amax"), options
         ),
-        "counts": _largest([c.counts for c in checkpoints]),
     }
 
 
@@ -358,7 +360,11 @@ def best_source(config: Config, dataset: EncodedDataset, sources: Sequence[Sourc
     return max(sources, key=valid_auc)
 
 
-def _largest(groups: Sequence[Params]) -> Params:
-    """Return the entrywise maximum: what one source has seen is not counted twice."""
+def _joined(groups: Sequence[Params], how: str) -> Params:
+    """Return the entrywise ``sum`` of disjoint sources, or the maximum (``amax``).
+
+    What several sources may have seen is not counted twice.
+    """
     names = [name for name in groups[0] if all(name in group for group in groups)]
-    return {name: torch.stack([group[name] for group in groups]).amax(0) for name in names}
+    stacks = {name: torch.stack([group[name] for group in groups]) for name in names}
+    return {name: getattr(stack, how)(0) for name, stack in stacks.items()}
