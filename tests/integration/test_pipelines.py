@@ -51,6 +51,7 @@ def test_sweep_reports_every_method_once(options, tmp_path, capsys):
         rows = list(csv.DictReader(file))
     assert len(rows) == 28
     assert {row["seed"] for row in rows} == {"1", "2"}
+    assert all(row["disjoint"] == str(row["suite"] == "shards") for row in rows)
     by_method = {(r["suite"], r["method"], r["finetuned"], r["seed"]): r for r in rows}
     best = by_method["shards", "best_parent", "False", "1"]
     assert best["auc_minus_best_parent"] == ""  # itself: undefined, not 0
