@@ -17,6 +17,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from cki_rec.integration.frames import polar, transform, units_of
+from cki_rec.integration.hidden import unit_covariance
 from cki_rec.integration.params import Params, check_same, generator
 from cki_rec.symmetry import Symmetry
 
@@ -296,16 +297,13 @@ def _correlations(
         num_sources, size = len(moments[readers[0].parameter]), symmetry.size
         total = torch.zeros(2, num_sources, num_sources, size, size, dtype=torch.float64)
         for part in readers:
-            second = moments[part.parameter]
-            mean = second[:, :, 0, -1]
-            covariance = second - torch.einsum("ki,jm->kijm", mean, mean)
+            covariance = unit_covariance(moments[part.parameter], part.start, size * part.width)
             deviation = torch.einsum("kiki->ki", covariance).clamp_min(0).sqrt()
             inverse = torch.where(deviation > 1e-12, 1 / deviation.clamp_min(1e-12), 0.0)
             correlation = torch.einsum("ki,kijm,jm->kjim", inverse, covariance, inverse)
-            span = slice(part.start, part.start + size * part.width)
-            block = correlation[:, :, span, span]
             shape = (num_sources, num_sources, size, part.width, size, part.width)
-            total[0 if part.signed else 1] += torch.einsum("kjiwmw->kjim", block.reshape(shape))
+            units = torch.einsum("kjiwmw->kjim", correlation.reshape(shape))
+            total[0 if part.signed else 1] += units
         found[place] = total
     return found
 
