@@ -82,7 +82,7 @@ def check_sample(options: Integrate, params: Params, observe: Observer) -> None:
         observe: Of the sample.
 
     Raises:
-        UserError: A layer has no fewer inputs than it sees: least squares fit anything on those.
+        UserError: A layer sees no more rows than it has inputs: least squares fit anything there.
     """
     rows = observe([params]).rows
     inputs = {name: params[name].shape[1] + 1 for name in rows}
