@@ -32,8 +32,6 @@ METRICS = ("auc", "log_loss", "log_loss_recalibrated", "gauc")
 """Metrics that get an interval over repetitions."""
 DIFFERENCES = ("auc", "log_loss", "log_loss_recalibrated")
 """Metrics that are compared with each baseline."""
-SHARED_SUITES = ("shards", "shards_4")
-"""Suites whose parents saw different rows: there a share of the joint model can be recovered."""
 
 DOMAIN = "auc_domain_"
 """Begins the columns of one domain's AUC."""
@@ -52,7 +50,7 @@ _WHOLE = (
     *("seed", "num_seeds", "rows_train", "rows_valid", "rows_test", "rows_skipped"),
     *("bootstrap", "inference_cost", "parameters"),
 )
-_FLAGS = ("finetuned", "synthetic")
+_FLAGS = ("finetuned", "disjoint", "synthetic")
 
 
 def difference_column(metric: str, baseline: str) -> str:
@@ -184,6 +182,7 @@ def _run_row(record: Mapping[str, Any], domains: Sequence[str]) -> dict[str, Any
         "seed": result["seed"],
         "method": result["method"],
         "finetuned": bool(result["finetuned"]),
+        "disjoint": bool(record["config"].get("disjoint")),
     }
     for name in (*METRICS, "calibration_ratio", "calibration_error"):
         row[name] = test.get(name)
@@ -290,7 +289,11 @@ def _add_holm(summary: pd.DataFrame, column: str) -> None:
 
 
 def _recovered_shares(runs: pd.DataFrame, summary: pd.DataFrame) -> list[float | None]:
-    """Return the share per summary row: a ratio of means over the seeds that have all three."""
+    """Return the share per summary row: a ratio of means over the seeds that have all three.
+
+    It is of suites whose parents saw disjoint rows: there a joint model knows more than they do.
+    """
+    disjoint = runs.groupby("suite")["disjoint"].all()
     auc_of: dict[tuple[str, str, bool], dict[int, float]] = {}
     for run in runs[["suite", "method", "finetuned", "seed", "auc"]].itertuples(index=False):
         suite, method, finetuned, seed, auc = run
@@ -310,7 +313,7 @@ def _recovered_shares(runs: pd.DataFrame, summary: pd.DataFrame) -> list[float |
         ]
         seeds = sorted(set.intersection(*(set(part) for part in parts)))
         is_reference = method in (BEST_PARENT, JOINT) and not finetuned
-        if suite not in SHARED_SUITES or is_reference or not seeds:
+        if not disjoint[suite] or is_reference or not seeds:
             shares.append(None)
         else:
             means = [float(np.mean([part[seed] for seed in seeds])) for part in parts]

@@ -19,6 +19,7 @@ from cki_rec.data.schema import Batch, FeatureSchema
 from cki_rec.data.store import EncodedDataset
 from cki_rec.integration.params import Params
 from cki_rec.integration.repair import Moments
+from cki_rec.models.attention import ActivationUnit
 
 BATCH = 4096
 
@@ -90,7 +91,9 @@ def linear_moments(
 ) -> Moments:
     """Return second moments of the inputs of every Linear, over all models side by side.
 
-    Layers that a network uses more than once are left out.
+    Layers that a network uses more than once are left out, and so are layers that see no input.
+    Those of an attention to histories see the valid places: what they give for empty ones is
+    dropped by the network.
 
     Args:
         network: A network with unsharded tables; its own parameters are not used.
@@ -100,15 +103,27 @@ def linear_moments(
     """
     linears = {f"{n}.weight": m for n, m in network.named_modules() if isinstance(m, nn.Linear)}
     inputs: dict[str, list[Tensor]] = {}
+    valid: dict[str, Tensor] = {}
+
+    def listen_to_mask(unit: str, module: nn.Module) -> torch.utils.hooks.RemovableHandle:
+        inside = [name for name in linears if name.startswith(f"{unit}.")]
+
+        def hook(_: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+            valid.update(dict.fromkeys(inside, arguments[2].flatten()))
+
+        return module.register_forward_pre_hook(hook)
 
     def listen(name: str, module: nn.Linear) -> torch.utils.hooks.RemovableHandle:
         def hook(_: nn.Module, arguments: tuple[Tensor, ...]) -> None:
             x = arguments[0].flatten(0, -2)
+            x = x[valid[name]] if name in valid else x
             inputs.setdefault(name, []).append(torch.cat([x, torch.ones_like(x[:, :1])], 1))
 
         return module.register_forward_pre_hook(hook)
 
     handles = [listen(name, linears[name]) for name in (linears if layers is None else layers)]
+    units = [(n, m) for n, m in network.named_modules() if isinstance(m, ActivationUnit)]
+    handles += [listen_to_mask(*unit) for unit in units]
     second: dict[str, Tensor] = {}
     logit: dict[str, Tensor] = {}
     rows: dict[str, int] = {}
@@ -120,12 +135,12 @@ def linear_moments(
             scores = [functional_call(network, model, (batch,)) for model in models]
             logit_BK = torch.stack(scores, 1).double()
             for name, parts in inputs.items():
-                if len(parts) != len(models):  # a layer that is used several times in a network
+                if len(parts) != len(models) or not len(parts[0]):  # used several times, or not
                     continue
                 x_BKI = torch.stack(parts, 1).double()
                 flat, shape = x_BKI.flatten(1), x_BKI.shape[1:]
                 _add(second, name, (flat.T @ flat).unflatten(0, shape).unflatten(2, shape))
-                if len(flat) == len(logit_BK):
+                if name not in valid and len(flat) == len(logit_BK):
                     _add(logit, name, (flat.T @ logit_BK).unflatten(0, shape))
                     with_logit[name] = with_logit.get(name, 0) + len(flat)
                 rows[name] = rows.get(name, 0) + len(flat)
@@ -135,6 +150,7 @@ def linear_moments(
     return Moments(
         {name: total / rows[name] for name, total in second.items()},
         {n: total / rows[n] for n, total in logit.items() if with_logit[n] == rows[n]},
+        rows,
     )
 
 

@@ -17,10 +17,13 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from cki_rec.integration.frames import polar, transform, units_of
+from cki_rec.integration.hidden import unit_covariance
 from cki_rec.integration.params import Params, check_same, generator
 from cki_rec.symmetry import Symmetry
 
 MOST_SWEEPS = 100
+DIGITS = 9
+"""Of what is maximized; ends that differ by less are equal."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,14 +49,14 @@ def align(
 ) -> Alignment:
     r"""Choose group elements that make the sources agree most.
 
-    They maximize the sum over parameters of :math:`\langle R, W_k Q \rangle`, each parameter
-    divided by its norms, where R is the mean of all sources in the common frame. For one symmetry
-    and everything else fixed the best element is known in closed form: the polar factor of the
-    product of what it moves (rotations: Schönemann), or a linear assignment (permutations, with
-    signs). Symmetries are taken in turn until none changes; then the mean is formed anew, until
-    that changes nothing either. The first R is the source that agrees most with the others, and
-    all sources move at once, so the order of sources does not matter (up to rounding and exact
-    ties).
+    They maximize the sum over parameters and sources of :math:`\langle R_k, W_k Q_k \rangle`, each
+    parameter divided by its norms, where :math:`R_k` is the mean of all other sources in the
+    common frame. For one symmetry and everything else fixed the best element is known in closed
+    form: the polar factor of the product of what it moves (rotations: Schönemann), or a linear
+    assignment (permutations, with signs). Symmetries are taken in turn until none changes; then
+    the next source moves, so no step lowers the sum, until no source can. At first all are brought
+    to one of them, that which makes them agree most; then those that agree least move first. So
+    the order of sources does not matter (up to rounding and exact ties).
 
     Args:
         models: One per source.
@@ -61,7 +64,8 @@ def align(
         products: ``table_products`` of all tables that symmetries move.
         moments: Second moments of the inputs of Linear layers (``Given.moments``): hidden units
             are then matched by the correlation of their activations, not by their weights.
-        starts: Restarts from random elements besides the identity; the best end is kept.
+        starts: Restarts from random elements besides the identity; the best end is kept: that of
+            the largest correlations where there are some, then of the largest agreement.
         seed: Of restarts and of the order of symmetries.
 
     Raises:
@@ -73,7 +77,7 @@ def align(
 
     Differs:
         Rotations, signs and permutations of a recommender in one descent, tables included; N
-        sources toward their mean.
+        sources, each toward the mean of the others.
     """
     check_same(models)
     views = [_view(model, symmetries, products) for model in models]
@@ -86,15 +90,15 @@ def align(
     if len(models) == 1:
         return Alignment(elements, 1.0, 1.0, 0)
     draw = generator(seed, "alignment")
-    best: tuple[float, list[list[Tensor]], int] | None = None
+    best: tuple[tuple[float, float], list[list[Tensor]], int] | None = None
     for start in range(starts):
         first = identity if start == 0 else [random_element(s, draw) for s in symmetries]
         found, sweeps = problem.solve(first, draw)
-        value = problem.agreement(found)
-        if best is None or value > best[0] + 1e-12:
+        value = problem.value(found)
+        if best is None or value > best[0]:
             best = (value, found, sweeps)
     assert best is not None
-    return Alignment(best[1], best[0], before, best[2])
+    return Alignment(best[1], problem.agreement(best[1]), before, best[2])
 
 
 def agreement(
@@ -119,71 +123,61 @@ class _Problem:
     correlations: dict[int, Tensor]
     """Per symmetry that activations decide: ``(2, K, K, S, S)``, signed and unsigned parts."""
 
+    def value(self, elements: list[list[Tensor]]) -> tuple[float, float]:
+        """Return what is maximized: correlations of activations, then agreement."""
+        correlation = 0.0
+        for place in self.correlations:
+            for k, own in enumerate(elements):
+                products = self._by_activations(place, k, self._others(k), elements)
+                correlation += _trace(own[place], *products)
+        return round(correlation, DIGITS), round(self.agreement(elements), DIGITS)
+
     def agreement(self, elements: list[list[Tensor]]) -> float:
         """Return the mean over pairs and parameters of cosines."""
-        num_sources = len(self.views)
-        moved = self._moved(elements)
-        total, pairs = 0.0, 0
-        for k in range(num_sources):
-            for j in range(k):
-                reference = self._reference(k, [j], elements, moved)
-                cosines = [
-                    self.scale[name] * float((reference[name] * moved[k][name]).sum())
-                    for name in self.scale
-                ]
-                total, pairs = total + sum(cosines), pairs + len(cosines)
-        return total / pairs if pairs else 1.0
+        cosine_KK = self._cosines(elements)
+        pairs = len(cosine_KK) * (len(cosine_KK) - 1)
+        return float(cosine_KK.sum()) / pairs if pairs and self.scale else 1.0
 
     def solve(self, first: list[Tensor], draw: torch.Generator) -> tuple[list[list[Tensor]], int]:
         """Return elements of all sources at a fixed point, from one start, and the sweeps."""
         num_sources = len(self.views)
         identity = [torch.eye(s.size, dtype=torch.float64) for s in self.symmetries]
         order = torch.randperm(len(self.symmetries), generator=draw).tolist()
-        sweeps = 0
-        # the source that agrees most with all others, each brought to it alone
-        candidates = []
-        for center in range(num_sources):
+        candidates, sweeps = [], 0
+        for center in range(num_sources if num_sources > 2 else 1):  # of two it is all the same
             elements = [list(identity) for _ in self.views]
-            for k in range(num_sources):
-                if k != center:
-                    elements[k], used = self._descend(k, [center], elements, first, order)
-                    sweeps += used
-            moved = self._moved(elements)
-            value = sum(
-                self._value(self._reference(k, [center], elements, moved), moved[k])
-                for k in range(num_sources)
-                if k != center
-            )
-            candidates.append((value, elements))
-            if num_sources == 2:
-                break  # the same pair either way; the frame is the first source's
-        elements = max(candidates, key=lambda found: found[0])[1]
-        if num_sources == 2:
-            return elements, sweeps
-        everyone, value = list(range(num_sources)), -torch.inf
-        for _ in range(MOST_SWEEPS):
-            found = []
-            for k in everyone:
-                moved_k, used = self._descend(k, everyone, elements, elements[k], order)
-                found.append(moved_k)
+            for k in self._others(center):
+                elements[k], used = self._descend(k, [center], elements, first, order)
                 sweeps += used
-            new = self._total(found)
-            if new <= value + 1e-9:
+            candidates.append((self.value(elements), elements))
+        value, elements = max(candidates, key=lambda found: found[0])
+        for _ in range(MOST_SWEEPS if num_sources > 2 else 0):
+            found, cosine_K = list(elements), self._cosines(elements).sum(1).tolist()
+            for k in sorted(range(num_sources), key=cosine_K.__getitem__):
+                found[k], used = self._descend(k, self._others(k), found, found[k], order)
+                sweeps += used
+            new = self.value(found)
+            if new <= value:
                 break
-            elements, value = found, new
+            value, elements = new, found
         return elements, sweeps
 
-    def _total(self, elements: list[list[Tensor]]) -> float:
-        moved = self._moved(elements)
-        everyone = list(range(len(self.views)))
-        return sum(
-            self._value(self._reference(k, everyone, elements, moved), moved[k]) for k in everyone
-        )
+    def _others(self, k: int) -> list[int]:
+        return [j for j in range(len(self.views)) if j != k]
 
-    def _value(self, reference: Params, moved: Params) -> float:
-        return sum(
-            self.scale[name] * float((reference[name] * moved[name]).sum()) for name in self.scale
-        )
+    def _cosines(self, elements: list[list[Tensor]]) -> Tensor:
+        """Return ``(K, K)`` mean cosines between a parameter of two sources, 0 with itself."""
+        num_sources, moved = len(self.views), self._moved(elements)
+        cosine_KK = torch.zeros(num_sources, num_sources, dtype=torch.float64)
+        for k in range(num_sources):
+            for j in range(k):
+                reference = self._reference(k, [j], moved)
+                products = [
+                    scale * float((reference[name] * moved[k][name]).sum())
+                    for name, scale in self.scale.items()
+                ]
+                cosine_KK[k, j] = cosine_KK[j, k] = sum(products) / max(len(products), 1)
+        return cosine_KK
 
     def _moved(self, elements: list[list[Tensor]]) -> list[Params]:
         return [
@@ -191,9 +185,7 @@ class _Problem:
             for view, own in zip(self.views, elements, strict=True)
         ]
 
-    def _reference(
-        self, k: int, others: Sequence[int], elements: list[list[Tensor]], moved: list[Params]
-    ) -> Params:
+    def _reference(self, k: int, others: Sequence[int], moved: list[Params]) -> Params:
         """Return the mean of ``others`` as source k meets it.
 
         A table stands there as the product of source k's with theirs, so that its scalar product
@@ -217,7 +209,7 @@ class _Problem:
         order: list[int],
     ) -> tuple[list[Tensor], int]:
         """Return the elements of source k after coordinate descent, and the number of sweeps."""
-        reference = self._reference(k, others, elements, self._moved(elements))
+        reference = self._reference(k, others, self._moved(elements))
         own = list(first)
         view = transform(self.views[k], self.symmetries, own)
         for sweep in range(1, MOST_SWEEPS + 1):
@@ -305,16 +297,13 @@ def _correlations(
         num_sources, size = len(moments[readers[0].parameter]), symmetry.size
         total = torch.zeros(2, num_sources, num_sources, size, size, dtype=torch.float64)
         for part in readers:
-            second = moments[part.parameter]
-            mean = second[:, :, 0, -1]
-            covariance = second - torch.einsum("ki,jm->kijm", mean, mean)
+            covariance = unit_covariance(moments[part.parameter], part.start, size * part.width)
             deviation = torch.einsum("kiki->ki", covariance).clamp_min(0).sqrt()
             inverse = torch.where(deviation > 1e-12, 1 / deviation.clamp_min(1e-12), 0.0)
             correlation = torch.einsum("ki,kijm,jm->kjim", inverse, covariance, inverse)
-            span = slice(part.start, part.start + size * part.width)
-            block = correlation[:, :, span, span]
             shape = (num_sources, num_sources, size, part.width, size, part.width)
-            total[0 if part.signed else 1] += torch.einsum("kjiwmw->kjim", block.reshape(shape))
+            units = torch.einsum("kjiwmw->kjim", correlation.reshape(shape))
+            total[0 if part.signed else 1] += units
         found[place] = total
     return found
 

@@ -43,6 +43,19 @@ def hidden_layers(params: Params, symmetries: Sequence[Symmetry]) -> list[Layer]
     return found
 
 
+def unit_covariance(second: Tensor, start: int, size: int) -> Tensor:
+    """Return ``(K, size, K, size)``: of inputs of a layer in every two models, from ``start`` on.
+
+    Args:
+        second: ``Given.moments`` of the layer, ``(K, I, K, I)``; the last input is 1.
+        start: The first of the inputs.
+        size: How many.
+    """
+    span = slice(start, start + size)
+    mean = second[:, span, 0, -1]
+    return second[:, span, :, span] - torch.einsum("ki,jm->kijm", mean, mean)
+
+
 def map_units(params: Params, parts: Sequence[Slice], matrix: Tensor) -> None:
     """Replace the units x of slices by x @ ``matrix``, ``(S, S)``; tensors must be own copies."""
     size = len(matrix)

@@ -31,6 +31,8 @@ class Moments:
     """``(K, I, K, I)`` float64: inputs with inputs, of every two models; the last input is 1."""
     logit: dict[str, Tensor]
     """``(K, I, K)`` float64: inputs with logits; only of layers that see one input a row."""
+    rows: dict[str, int]
+    """How many inputs of a layer these are the means of."""
 
 
 class Observe(Protocol):

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from cki_rec.integration.hidden import Layer, copied, hidden_layers, map_units
+from cki_rec.integration.hidden import Layer, copied, hidden_layers, map_units, unit_covariance
 from cki_rec.integration.params import Params, check_finite, check_same
 from cki_rec.integration.transport import averaged
 from cki_rec.symmetry import Symmetry
@@ -141,10 +141,7 @@ def _covariance(layer: Layer, moments: Mapping[str, Tensor], num_sources: int) -
                     f"{part.parameter}: moments {tuple(second.shape)} do not fit {num_sources}"
                     " models, or are not finite"
                 )
-            span = slice(part.start, part.start + layer.size)
-            mean = second[:, span, 0, -1].flatten()
-            product = second[:, span, :, span].flatten(2).flatten(0, 1)
-            return product - torch.outer(mean, mean)
+            return unit_covariance(second, part.start, layer.size).flatten(2).flatten(0, 1)
     return None
 
 

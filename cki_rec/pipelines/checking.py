@@ -124,7 +124,7 @@ def _compared(
     fits = all(f.state != "impossible" for f in found if f.check not in ("method", "checkpoint"))
     if fits and is_rule:
         sources = saved[: len(options.sources)]
-        found += compatibility.alignment(sources, names, options, config.seed)
+        found += compatibility.alignment(sources, names, options, config.seed, joined.owners)
     found.append(compatibility.memory(saved, options))
     return found
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 from torch.func import functional_call
 
 from cki_rec.config import Integrate, UserError
@@ -166,7 +167,11 @@ def evidence(
 
 
 def alignment(
-    checkpoints: Sequence[Checkpoint], names: Sequence[str], options: Integrate, seed: int
+    checkpoints: Sequence[Checkpoint],
+    names: Sequence[str],
+    options: Integrate,
+    seed: int,
+    owners: Mapping[str, Tensor],
 ) -> Iterator[Finding]:
     """Yield what the network's symmetries move, whether they hold, and how well sources agree.
 
@@ -175,6 +180,7 @@ def alignment(
         names: Theirs.
         options: Whether alignment is asked for.
         seed: Of random rows and of elements of symmetries.
+        owners: Of rows of joined tables (``pipelines.vocabularies.Joined``).
     """
     first = checkpoints[0]
     symmetries, models = matching.symmetries_of(first), [c.params for c in checkpoints]
@@ -195,7 +201,8 @@ def alignment(
         yield Finding("symmetries", state, str(error))
     if len(models) > 1:
         counts = merging.counts_of(checkpoints, False)
-        products = table_products(models, matching.moved_tables(symmetries), counts)
+        votes = merging.votes_of(models, counts, owners)
+        products = table_products(models, matching.moved_tables(symmetries), votes)
         cosine = agreement(models, symmetries, products)
         yield Finding("agreement", "ok", f"mean cosine {cosine:.3f} of what could be aligned, now")
 

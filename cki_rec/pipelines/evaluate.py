@@ -106,6 +106,8 @@ def ensure(config: Config, force: bool = False) -> Run:
         "evaluate": section(options),
         "seed": config.seed,
     }
+    if train.are_disjoint([train.part_of(parent.folder) for parent in parents]):
+        reads["disjoint"] = True  # a joint model knows more than any parent can
     with open_run(Path(config.runtime.out), run_id("evaluate", reads), force) as run:
         if run.record is None:
             with run.phase("evaluate"):

@@ -79,8 +79,7 @@ def ensure(config: Config, force: bool = False) -> Run:
     Raises:
         UserError: Unknown method; sources that do not fit together; no data where it is needed.
     """
-    options = config.integrate
-    method_of(config)
+    options, method = config.integrate, method_of(config)
     sources = sources_of(config)
     start = start_of(config)
     looks = needs_rows(options)
@@ -102,6 +101,8 @@ def ensure(config: Config, force: bool = False) -> Run:
     }
     if options.vocabularies:  # which ones, their hashes in the sources say
         reads["vocabularies"] = "joined"
+    if method.is_rule and train.are_disjoint([train.part_of(source.folder) for source in sources]):
+        reads["counts"] = "sum"
     with open_run(Path(config.runtime.out), run_id("integrate", reads), force) as run:
         if run.record is None:
             _integrate(config, sources, start, dataset, run, reads)
@@ -283,6 +284,8 @@ def _integrate(
         else:
             try:
                 tensors = _merged(config, checkpoints, begun, dataset, result, joined.owners)
+                how = "sum" if "counts" in reads else "amax"
+                tensors["counts"] = _joined([c.counts for c in checkpoints], how)
             except ValueError as error:
                 raise UserError(f"integrate.method={options.method}: {error}") from None
             hashes = {c.data_hash for c in checkpoints}
@@ -321,8 +324,12 @@ def _merged(
         assert dataset is not None
         network = build_model(first.schema, first.model, torch.device("cpu"))
         observe = observer(network, dataset, first.schema, options.sample, config.seed)
+        if options.repair not in ("none", "rescale") and len(checkpoints) > 1:
+            looking.check_sample(options, first.params, observe)
+    models = [c.params for c in checkpoints]
+    votes = merging.votes_of(models, counts, owners)
     models, result["alignment"] = matching.aligned(
-        options, [c.params for c in checkpoints], counts, first, observe, config.seed
+        options, models, votes, first, observe, config.seed
     )
     given = Given(
         seed=config.seed,
@@ -338,7 +345,7 @@ def _merged(
         shares = source_shares(weights, models)
         result["shares"] = {name: of for name, of in shares.items() if name not in trained}
         result["global"] = rules.entropy_report(options, shared_rows(models, owners), config.seed)
-    params = matching.repaired(options, params, models, weights, counts, first, observe)
+    params = matching.repaired(options, params, models, weights, votes, first, observe)
     check_finite([params], "the result")
     if options.recalibrate:
         assert dataset is not None
@@ -346,9 +353,8 @@ def _merged(
     return {
         "model": {name: tensor.to(dtypes[name]) for name, tensor in params.items()},
         "accumulator": matching.accumulators(
-            _largest([c.accumulators for c in checkpoints]), options
+            _joined([c.accumulators for c in checkpoints], "amax"), options
         ),
-        "counts": _largest([c.counts for c in checkpoints]),
     }
 
 
@@ -363,7 +369,11 @@ def best_source(config: Config, dataset: EncodedDataset, sources: Sequence[Sourc
     return max(sources, key=valid_auc)
 
 
-def _largest(groups: Sequence[Params]) -> Params:
-    """Return the entrywise maximum: what one source has seen is not counted twice."""
+def _joined(groups: Sequence[Params], how: str) -> Params:
+    """Return the entrywise ``sum`` of disjoint sources, or the maximum (``amax``).
+
+    What several sources may have seen is not counted twice.
+    """
     names = [name for name in groups[0] if all(name in group for group in groups)]
-    return {name: torch.stack([group[name] for group in groups]).amax(0) for name in names}
+    stacks = {name: torch.stack([group[name] for group in groups]) for name in names}
+    return {name: getattr(stack, how)(0) for name, stack in stacks.items()}

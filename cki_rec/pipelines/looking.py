@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from cki_rec.config import Config, Integrate, with_delta
+from cki_rec.config import Config, Integrate, UserError, with_delta
 from cki_rec.data.schema import Batch
 from cki_rec.data.store import EncodedDataset
 from cki_rec.engine import distributed
@@ -19,6 +20,12 @@ from cki_rec.integration.methods import METHODS
 from cki_rec.integration.params import Params
 from cki_rec.models import build_model
 from cki_rec.pipelines import matching
+
+ENOUGH = 10
+"""Rows per input of a layer. Least squares of I inputs on n rows have a mean square error larger
+by the share I / (n - I - 1) than the best linear map has: here about a ninth."""
+
+log = logging.getLogger(__name__)
 
 
 def looks_at_rows(options: Integrate) -> bool:
@@ -64,6 +71,34 @@ def seen(
             *(epochs, rate, batch_size, seed, title),
         )
     return found
+
+
+def check_sample(options: Integrate, params: Params, observe: Observer) -> None:
+    """Check that a sample can tell what layers should be (``integrate.repair``); warn if barely.
+
+    Args:
+        options: How to repair.
+        params: A model.
+        observe: Of the sample.
+
+    Raises:
+        UserError: A layer sees no more rows than it has inputs: least squares fit anything there.
+    """
+    rows = observe([params]).rows
+    inputs = {name: params[name].shape[1] + 1 for name in rows}
+    scarce = min(rows, key=lambda name: rows[name] / inputs[name], default=None)
+    if scarce is None or rows[scarce] >= ENOUGH * inputs[scarce]:
+        return
+    sample = sum(len(batch) for batch in observe.batches)
+    needed = -(-ENOUGH * inputs[scarce] * sample // rows[scarce])
+    says = (
+        f"integrate.sample: integrate.repair={options.repair} fits the {inputs[scarce]:,} inputs"
+        f" of {scarce} on {rows[scarce]:,} rows, noise and all; take {needed:,} or more, or"
+        " repair=rescale"
+    )
+    if rows[scarce] <= inputs[scarce]:
+        raise UserError(says)
+    log.warning("  %s", says)
 
 
 def _own(

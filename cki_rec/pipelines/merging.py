@@ -168,6 +168,26 @@ def counts_of(checkpoints: Sequence[Checkpoint], is_needed: bool) -> list[Params
     ]
 
 
+def votes_of(
+    models: Sequence[Params], counts: Sequence[Params], owners: Mapping[str, Tensor]
+) -> Sequence[Params]:
+    """Return what table rows weigh where sources are compared: their counts.
+
+    Without counts every row weighs the same, but on joined vocabularies those that a source lacks
+    (``owners``) weigh nothing: what stands there is its row for unseen tokens.
+    """
+    if counts or not owners:
+        return counts
+    return [
+        {
+            name: owners[name][k].float() if name in owners else torch.ones(len(tensor))
+            for name, tensor in model.items()
+            if table_of(name)
+        }
+        for k, model in enumerate(models)
+    ]
+
+
 def initial_gates(options: Integrate, params: Params, seed: int) -> Gates:
     """Return an initial gate for every parameter whose weights the gate decides."""
     gates: Gates = {}

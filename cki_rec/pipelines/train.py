@@ -331,6 +331,27 @@ def _is_before_validation(data: Data) -> bool:
     return data.part is not None and data.partition.by == data.split.by == "time"
 
 
+def part_of(folder: Path) -> dict[str, Any] | None:
+    """Return which part of which data the model of a checkpoint was trained on.
+
+    The record beside it says so (``data_identity``). None: all rows, or not known; what a model
+    has seen that was merged, fine-tuned or trained on from another is taken as not known.
+    """
+    config = (Run(folder.parent).record or {}).get("config", {})
+    data = config.get("data")
+    is_part = isinstance(data, dict) and data.get("part") is not None and "start" not in config
+    return data if is_part else None
+
+
+def are_disjoint(parts: Sequence[dict[str, Any] | None]) -> bool:
+    """Return whether models are known to be of different parts (``part_of``) of one data set."""
+    known = [part for part in parts if part is not None]
+    divisions = [{**part, "part": None} for part in known]
+    return len({part["part"] for part in known}) == len(parts) and all(
+        division == divisions[0] for division in divisions
+    )
+
+
 def data_facts(dataset: EncodedDataset) -> dict[str, Any]:
     """Return what a record says of its data set."""
     manifest = dataset.manifest

@@ -98,6 +98,19 @@ def test_mistakes_are_one_line(options, words, says, capsys):
     assert says in shown
 
 
+def test_a_sample_that_is_small_against_a_layer_is_noticed(options, capsys):
+    words = ["suite=seeds", "integrate=average", "integrate.repair=fit"]
+    assert main(["integrate", *words, *options, "integrate.sample=40"]) == 2
+    shown = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "fits the 41 inputs of mlp.layers.0.weight on 40 rows" in shown
+    assert "take 410 or more" in shown
+    for size, is_noticed in ((409, True), (410, False)):
+        assert main(["integrate", *words, *options, f"integrate.sample={size}"]) == 0
+        assert ("take 410 or more" in capsys.readouterr().out) == is_noticed
+    words[2] = "integrate.repair=rescale"
+    assert main(["integrate", *words, *options, "integrate.sample=40"]) == 0
+
+
 def test_the_router_takes_each_row_to_the_parent_that_knows_it(options, folder, capsys):
     found = {}
     for method in ("oracle_router", "best_parent"):

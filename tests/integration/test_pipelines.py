@@ -51,6 +51,7 @@ def test_sweep_reports_every_method_once(options, tmp_path, capsys):
         rows = list(csv.DictReader(file))
     assert len(rows) == 28
     assert {row["seed"] for row in rows} == {"1", "2"}
+    assert all(row["disjoint"] == str(row["suite"] == "shards") for row in rows)
     by_method = {(r["suite"], r["method"], r["finetuned"], r["seed"]): r for r in rows}
     best = by_method["shards", "best_parent", "False", "1"]
     assert best["auc_minus_best_parent"] == ""  # itself: undefined, not 0
@@ -310,6 +311,49 @@ def test_fine_tuned_models_have_seen_all_rows(options, tmp_path):
     seen = checkpoint.load(tuned / "checkpoint").counts
     for table, counts in seen.items():
         assert counts.equal(sum(parent.counts[table] for parent in parents)), table
+
+
+@pytest.mark.parametrize("external", [False, True])
+@pytest.mark.parametrize("suite", ["shards", "seeds", "drift"])
+def test_rows_of_disjoint_parts_add_up_and_others_are_not_counted_twice(
+    options, tmp_path, suite, external
+):
+    """That sources are disjoint is in the records beside their checkpoints."""
+    import torch
+
+    from cki_rec.engine import checkpoint
+
+    assert main(["integrate", *options, f"suite={suite}", "integrate=evidence"]) == 0
+    (record,) = records(tmp_path, "integrate").values()
+    parents = [tmp_path / "out" / name for name in record["config"]["sources"]]
+    if external:
+        named = ",".join(f"{{path: {path}}}" for path in parents)
+        other = f"runtime.out={tmp_path / 'other' / 'out'}"
+        words = [f"integrate.sources=[{named}]", "integrate=evidence", other]
+        assert main(["integrate", *options, *words]) == 0
+        (record,) = records(tmp_path / "other", "integrate").values()
+    home = tmp_path / "other" if external else tmp_path
+    merged = checkpoint.load(home / "out" / record["run_id"] / "checkpoint").counts
+    seen = [checkpoint.load(path / "checkpoint").counts for path in parents]
+    for table, counts in merged.items():
+        each = torch.stack([counts_of[table] for counts_of in seen])
+        assert counts.equal(each.sum(0) if suite == "shards" else each.amax(0)), table
+
+
+def test_parts_of_one_division_are_disjoint():
+    from cki_rec.pipelines.train import are_disjoint
+
+    def part(number, seed=1, data="a"):
+        return {
+            "hash": data,
+            "partition": {"by": "user", "parts": 3, "seed": seed},
+            "part": number,
+        }
+
+    assert are_disjoint([part(0), part(2), part(1)])
+    for other in (part(0), part(1, seed=2), part(1, data="b"), None):
+        assert not are_disjoint([part(0), other])
+    assert not are_disjoint([None, None])
 
 
 def test_settings_that_share_a_row_of_the_table_are_named(options, capsys):

@@ -132,6 +132,32 @@ def test_aligned_sources_can_be_joined(regions, tmp_path):
     assert record["result"]["alignment"]["agreement"] > 0
 
 
+@pytest.mark.parametrize("repair", ["none", "reduce"])
+def test_rows_that_stand_in_have_no_say_in_alignment_without_counts(regions, tmp_path, repair):
+    """No counts are as good as one lookup of every row that a source has."""
+    home, found = regions
+    merged, facts = [], []
+    for kind in ("ones", "none"):
+        sources = []
+        for name, path in found.items():
+            saved = checkpoint.load(path / "checkpoint")
+            ones = {table: torch.ones_like(c) for table, c in saved.counts.items()}
+            groups = {"model": saved.params, "accumulator": saved.accumulators}
+            groups["counts"] = ones if kind == "ones" else {}
+            sources.append(tmp_path / kind / name)
+            checkpoint.save(sources[-1], groups, saved.model, saved.schema, saved.data_hash)
+        words = [f"runtime.out={tmp_path / kind}", "integrate.vocabularies=[null,null]"]
+        words += ["integrate=average", "integrate.align.by=weights", f"integrate.repair={repair}"]
+        words += [f"data.raw={home / 'north.zip'}", "data.name=north"]
+        assert integrate(home, sources, *words) == 0
+        (run,) = (tmp_path / kind).glob("integrate-*")
+        facts.append(json.loads((run / "record.json").read_text())["result"]["alignment"])
+        merged.append(checkpoint.load(run / "checkpoint").params)
+        assert integrate(home, sources, *words, "check_only=true") == 0
+    assert facts[0] == facts[1]
+    assert all(torch.equal(tensor, merged[1][name]) for name, tensor in merged[0].items())
+
+
 def test_a_merged_model_is_merged_again(regions, tmp_path):
     """Its token lists lie beside it, and an empty entry finds them."""
     home, found = regions

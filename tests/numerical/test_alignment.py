@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from networks import CASES, MIXED, act, draw_batch, make_case
@@ -10,7 +12,7 @@ from torch.func import functional_call
 from cki_rec.config import UserError
 from cki_rec.engine.embeddings import table_of
 from cki_rec.engine.moments import linear_moments, random_batch
-from cki_rec.integration.alignment import align, random_element
+from cki_rec.integration.alignment import agreement, align, random_element
 from cki_rec.integration.baselines import average_weights
 from cki_rec.integration.frames import table_products, transform
 from cki_rec.integration.params import generator
@@ -154,6 +156,60 @@ def test_three_models_come_into_one_frame_whatever_their_order(case):
         _, aligned = subject.align([noisy[k] for k in order], starts=4)
         scores.append(subject.score(splice(aligned, average_weights(aligned))))
     torch.testing.assert_close(scores[0], scores[1], atol=1e-4, rtol=1e-4)
+
+
+UNITS = Symmetry("permutation", 4, (Slice("a.weight", 0), Slice("b.weight", 1)))
+
+
+def small_models(seed, num_sources=3):
+    """Return models with one layer of four units, and random moments of what reads them."""
+    noise = torch.Generator().manual_seed(seed)
+    models = [
+        {
+            "a.weight": torch.randn(4, 3, generator=noise),
+            "b.weight": torch.randn(1, 4, generator=noise),
+        }
+        for _ in range(num_sources)
+    ]
+    seen = torch.randn(50, num_sources, 5, generator=noise, dtype=torch.float64)
+    seen[..., -1] = 1
+    return models, {"b.weight": torch.einsum("bki,bjm->kijm", seen, seen) / 50}
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_no_source_alone_could_agree_more_with_the_others(seed):
+    models, _ = small_models(seed)
+    found = align(models, [UNITS], {})
+    moved = [transform(m, [UNITS], e) for m, e in zip(models, found.elements, strict=True)]
+    for k, order in itertools.product(range(3), itertools.permutations(range(4))):
+        other = list(moved)
+        other[k] = transform(moved[k], [UNITS], [torch.eye(4, dtype=torch.float64)[list(order)]])
+        assert agreement(other, [UNITS], {}) <= found.agreement + 1e-9
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_by_activations_no_unit_could_correlate_more_and_weights_decide_nothing(seed):
+    models, moments = small_models(seed)
+    second = moments["b.weight"]
+    mean = second[:, :4, 0, 4]
+    covariance = second[:, :4, :, :4] - torch.einsum("ki,jm->kijm", mean, mean)
+    deviation = torch.einsum("kiki->ki", covariance).sqrt()
+    correlation = torch.einsum("ki,kijm,jm->kjim", 1 / deviation, covariance, 1 / deviation)
+
+    def total(elements):
+        pairs = itertools.permutations(range(3), 2)
+        return sum(
+            float((elements[k].T @ correlation[k, j] @ elements[j]).trace()) for k, j in pairs
+        )
+
+    found = [e[0] for e in align(models, [UNITS], {}, moments, starts=3).elements]
+    for k, order in itertools.product(range(3), itertools.permutations(range(4))):
+        other = list(found)
+        other[k] = torch.eye(4, dtype=torch.float64)[list(order)]
+        assert total(other) <= total(found) + 1e-9
+    others, _ = small_models(seed + 100)
+    again = [e[0] for e in align(others, [UNITS], {}, moments, starts=3).elements]
+    assert total(again) == pytest.approx(total(found))
 
 
 @four_models

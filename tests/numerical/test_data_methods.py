@@ -12,7 +12,7 @@ from torch.func import functional_call
 from cki_rec.engine.moments import linear_moments
 from cki_rec.integration.distillation import distill
 from cki_rec.integration.fisher import fisher_weights
-from cki_rec.integration.hidden import hidden_layers
+from cki_rec.integration.hidden import hidden_layers, unit_covariance
 from cki_rec.integration.regmean import regmean
 from cki_rec.integration.splicing import splice
 from cki_rec.integration.transport import ot_fusion, sinkhorn
@@ -224,6 +224,15 @@ def test_pairs_are_made_greedily():
         correlation[a, b] = correlation[b, a] = value
     assert pair_up(correlation).tolist() == [0, 1, 0, 1]
     assert pair_up(torch.zeros(6, 6)).tolist() == [0, 1, 2, 0, 1, 2]
+
+
+def test_covariance_is_that_of_the_units():
+    units_BKI = torch.cat([draw(200, 2, 5) + 3, torch.ones(200, 2, 1)], 2).double()
+    second = torch.einsum("bki,bjm->kijm", units_BKI, units_BKI) / 200
+    expected = torch.cov(units_BKI[:, :, 1:4].flatten(1).T, correction=0)
+    found = unit_covariance(second, 1, 3)
+    assert found.shape == (2, 3, 2, 3)
+    torch.testing.assert_close(found.flatten(2).flatten(0, 1), expected)
 
 
 def test_three_sources_weigh_the_same_in_a_group():

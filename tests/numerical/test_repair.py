@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from networks import draw_batch, make_case
+from networks import CASES as NETWORKS
+from networks import SCHEMAS, build, draw_batch, make_case
 from torch.func import functional_call
 from torch.nn import BatchNorm1d, Linear
 
@@ -63,6 +64,14 @@ class Pair:
         mean = torch.stack([self.logits(model) for model in self.models]).mean(0)
         return float((self.logits(params) - mean).square().mean())
 
+    def valid(self, name, values):
+        """Return what a module saw, without the empty places of histories."""
+        if not name.startswith("attention."):
+            return values
+        history = self.network.pairs[int(name.split(".")[1])].histories[0]
+        masks = [self.network.sparse(batch).masks[history] for batch in self.batches]
+        return values[torch.cat(masks).flatten()]
+
     def readers(self):
         return {f"{n}.weight" for n, m in self.network.named_modules() if isinstance(m, Linear)}
 
@@ -91,13 +100,42 @@ def test_moments_are_those_of_the_inputs(case):
         half = num_batches
         x, y = (torch.cat([i.flatten(0, -2) for i in part]).double()
                 for part in (inputs[:half], inputs[half:]))  # fmt: skip
+        x, y = (pair.valid(name, values) for values in (x, y))
         expected = torch.cat([x, torch.ones(len(x), 1)], 1).T @ y / len(x)
         torch.testing.assert_close(moments.second[name][0, :, 1, :-1], expected, atol=1e-6, rtol=0)
         torch.testing.assert_close(moments.second[name][1, :-1, 0], expected.T, atol=1e-6, rtol=0)
         assert moments.second[name][0, -1, 1, -1] == pytest.approx(1)
-    for product in moments.logit.values():
+    for name, product in moments.logit.items():
+        assert not name.startswith("attention.")
         mean = torch.stack([pair.logits(m) for m in pair.models], 1).double().mean(0)
         torch.testing.assert_close(product[0, -1], mean, atol=1e-6, rtol=0)
+
+
+def test_empty_places_of_histories_have_no_say():
+    """Moments and fitted models are the same, however many places no history fills."""
+    found, fitted = [], []
+    for length in (4, 9):
+        pair = Pair("din")
+        changes = {**NETWORKS["din"][1], "attention__length": length}
+        pair.network = build(SCHEMAS["mixed"], name="din", **changes).eval()
+        pair.batches = [draw_batch(pair.schema, 64, seed, longest=4) for seed in range(4)]
+        observe = Observer(pair.network, pair.batches)
+        found.append(observe(pair.models).second)
+        fitted.append(fit_layers(pair.average, pair.models, HALVES, observe, pair.symmetries))
+    for short, long in (found, fitted):
+        assert short.keys() == long.keys()
+        for name in short:
+            torch.testing.assert_close(short[name], long[name], rtol=1e-4, atol=1e-5)
+
+
+def test_a_layer_that_sees_no_history_is_left_as_it_is():
+    pair = Pair("din")
+    batches = [draw_batch(pair.schema, 64, 0, longest=0)]
+    observe = Observer(pair.network, batches)
+    assert not any(name.startswith("attention.") for name in observe(pair.models).second)
+    fitted = fit_layers(pair.average, pair.models, HALVES, observe, pair.symmetries)
+    assert all(torch.equal(fitted[n], pair.average[n]) for n in fitted if n.startswith("attent"))
+    assert all(bool(tensor.isfinite().all()) for tensor in fitted.values())
 
 
 @all_cases
@@ -210,7 +248,7 @@ def test_running_statistics_are_those_of_the_rows(case):
         for name, parts in inputs.items():
             if params[f"{name}.running_mean"] is pair.average[f"{name}.running_mean"]:
                 continue  # of a layer that several share
-            x = torch.cat(parts).double()
+            x = pair.valid(name, torch.cat(parts).double())
             mean, variance = x.mean(0).float(), x.var(0, unbiased=False).float()
             torch.testing.assert_close(params[f"{name}.running_mean"], mean, atol=2e-3, rtol=2e-3)
             torch.testing.assert_close(

@@ -41,6 +41,8 @@ def record(method="cki", seed=1, auc=0.75, suite="shards", finetuned=False, **ch
     evaluate = {"bootstrap": 400, "resample": "user", "confidence": 0.9}
     whole = {"run_id": name, "name": "quickstart", "result": result, "fingerprint": "f" + name}
     settings = {"evaluate": evaluate, "parents": parents}
+    if changes.pop("disjoint", suite == "shards"):
+        settings["disjoint"] = True
     whole |= {"data": data, "config": settings, "provenance": provenance}
     if not is_old:
         result["recalibration"] = {"scale": 0.9, "shift": 0.01, "reason": None}
@@ -162,6 +164,18 @@ def test_summary_of_mixed_data_is_rejected():
     other["data"] = other["data"] | {"hash": "zzz"}
     with pytest.raises(ValueError, match=r"shards mixes data sets: \['abc123', 'zzz'\]"):
         summary_frame(runs_frame([record(), other]), {})
+
+
+@pytest.mark.parametrize("is_disjoint", [True, False])
+def test_recovered_share_is_of_disjoint_parents_whatever_the_suite_is_called(is_disjoint):
+    levels = {"best_parent": 0.7, "joint": 0.8, "cki": 0.75}
+    records = [
+        record(method, 1, auc, suite, disjoint=is_disjoint)
+        for suite in ("shards", "my_regions")
+        for method, auc in levels.items()
+    ]
+    share = summary_frame(runs_frame(records), {})["recovered_share"].dropna()
+    assert list(share) == pytest.approx([0.5, 0.5] if is_disjoint else [])
 
 
 def test_recovered_share_is_for_shards_only_and_against_direct_references():
