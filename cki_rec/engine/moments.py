@@ -36,9 +36,9 @@ class Observer:
         """Return ``linear_moments`` of ``models`` on the sample."""
         return linear_moments(self.network, models, self.batches, layers)
 
-    def gradients(self, model: Params, layers: Collection[str]) -> dict[str, Tensor]:
-        """Return ``output_gradients`` of ``model`` on the sample."""
-        return output_gradients(self.network, model, self.batches, layers)
+    def gradients(self, models: Sequence[Params], layers: Collection[str]) -> dict[str, Tensor]:
+        """Return ``output_gradients`` of ``models`` on the sample."""
+        return output_gradients(self.network, models, self.batches, layers)
 
 
 def observer(
@@ -155,16 +155,19 @@ def linear_moments(
 
 
 def output_gradients(
-    network: nn.Module, model: Params, batches: Iterable[Batch], layers: Collection[str]
+    network: nn.Module,
+    models: Sequence[Params],
+    batches: Iterable[Batch],
+    layers: Collection[str],
 ) -> dict[str, Tensor]:
-    r"""Return per Linear the mean over rows of :math:`g g^T` ``(O, O)`` float64.
+    r"""Return per Linear the mean over rows of :math:`g g^T` ``(K, O, K, O)`` float64.
 
-    g is the gradient of the logit in the outputs of the layer. Layers that see several inputs a
-    row, or are used more than once, are left out.
+    g are the gradients of the models' logits in the outputs of the layer, side by side. Layers
+    that see several inputs a row, or are used more than once, are left out.
 
     Args:
         network: A network with unsharded tables; its own parameters are not used.
-        model: Parameters to run it with.
+        models: Parameters to run it with.
         batches: Rows to look at.
         layers: Names of weights.
     """
@@ -186,14 +189,22 @@ def output_gradients(
         for batch in batches:
             for parts in nudges.values():
                 parts.clear()
-            logits = functional_call(network, model, (batch,))
-            rows += len(logits)
-            inputs = {n: p[0] for n, p in nudges.items() if [len(x) for x in p] == [len(logits)]}
+            logits = torch.stack([functional_call(network, model, (batch,)) for model in models])
+            num_rows = logits.shape[1]
+            once = [num_rows] * len(models)
+            inputs = [
+                p for parts in nudges.values() if [len(p) for p in parts] == once for p in parts
+            ]
             if not inputs:
                 return {}
-            gradients = torch.autograd.grad(logits.sum(), list(inputs.values()))
-            for name, gradient in zip(inputs, gradients, strict=True):
-                _add(found, name, gradient.double().T @ gradient.double())
+            gradients = iter(torch.autograd.grad(logits.sum(), inputs))
+            for name, parts in nudges.items():
+                if [len(p) for p in parts] == once:
+                    g_BKO = torch.stack([next(gradients) for _ in parts], 1).double()
+                    flat = g_BKO.flatten(1)
+                    shape = g_BKO.shape[1:]
+                    _add(found, name, (flat.T @ flat).unflatten(0, shape).unflatten(2, shape))
+            rows += num_rows
     finally:
         for handle in handles:
             handle.remove()

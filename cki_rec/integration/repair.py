@@ -41,8 +41,8 @@ class Observe(Protocol):
     def __call__(self, models: Sequence[Params], layers: Sequence[str] | None = None) -> Moments:
         """Return moments of the named Linear layers, of all without names."""
 
-    def gradients(self, model: Params, layers: Collection[str]) -> Mapping[str, Tensor]:
-        r"""Return per layer :math:`E[g g^T]` ``(O, O)``, g the logit's gradient in its outputs."""
+    def gradients(self, models: Sequence[Params], layers: Collection[str]) -> Mapping[str, Tensor]:
+        r"""Return per layer :math:`E[g g^T]` ``(K, O, K, O)``, g the logits' gradients there."""
 
 
 def rescale(
@@ -117,8 +117,8 @@ def fit_layers(
         observe: What models compute on a sample of rows.
         symmetries: Of the network; they say what belongs to a hidden unit.
         choosing: Hidden units are not averages of matched ones, but those of all sources from
-            which the next layers of all sources can best be told (``choose``); an error there
-            counts as much as it moves the logit, to first order.
+            which the next layers of all sources can best be told (``choose``); errors there
+            count as much as they move the mean logit, to first order.
         fixed: Weights of layers to leave as they are.
 
     Reference:
@@ -133,8 +133,9 @@ def fit_layers(
     names = [name for name in observe([merged]).second if name not in fixed]
     units = _units(symmetries, names, merged)
     readers = {name: next(p for p in units[name].slices if p.axis == 1) for name in units}
-    of_readers = {part.parameter for part in readers.values()} if choosing else set()
-    gradients = [observe.gradients(source, of_readers) if of_readers else {} for source in sources]
+    gradients: Mapping[str, Tensor] = {}
+    if choosing and readers:
+        gradients = observe.gradients(sources, {part.parameter for part in readers.values()})
     for name in names:
         seen = observe([fitted, *sources], [name])
         if name == names[-1]:
@@ -147,10 +148,11 @@ def fit_layers(
             missing = own @ (second[k, :, 0] - second[0, :, 0])
             each.append(own + _regress(second[0, :, 0], missing, _bias(name) in fitted))
         mean = _mixed(each, shares)
-        reader = readers[name].parameter if name in units else None
-        if reader in of_readers and all(reader in found for found in gradients):
-            metrics = [s * s * g[reader] for s, g in zip(shares, gradients, strict=True)]
-            _choose_units(fitted, sources, metrics, units[name], name, each, observe)
+        reader = readers[name].parameter if name in units else ""
+        if reader in gradients:
+            share = torch.tensor(shares, dtype=torch.float64)
+            metric = torch.einsum("k,kojp,j->kojp", share, gradients[reader], share)
+            _choose_units(fitted, sources, metric, units[name], name, each, observe)
         else:
             _set(fitted, name, mean)
         if name in units:
@@ -274,7 +276,7 @@ def _mixed(values: Sequence[Tensor], shares: Sequence[float]) -> Tensor:
 def _choose_units(
     fitted: Params,
     sources: Sequence[Params],
-    metrics: Sequence[Tensor],
+    metric: Tensor,
     symmetry: Symmetry,
     name: str,
     maps: Sequence[Tensor],
@@ -282,7 +284,7 @@ def _choose_units(
 ) -> None:
     """Set a layer's units to chosen ones of ``maps``, the sources' own on the merged inputs.
 
-    ``metrics`` say per source what errors of the outputs of the next layer cost.
+    ``metric`` ``(K, O, K, O)`` says what errors of the sources' outputs of the next layer cost.
     """
     reader = next(p for p in symmetry.slices if p.axis == 1)
     made = [p.parameter for p in symmetry.slices if p.axis == 0 and p.parameter != name]
@@ -296,12 +298,12 @@ def _choose_units(
     mean_KI = second[:, :, 0, -1]
     covariance = second - torch.einsum("ki,jm->kijm", mean_KI, mean_KI)
     units = covariance[:num, span].flatten(0, 1)
-    targets = [
-        units[:, num + k] @ _map(source, reader.parameter).T @ _root(metric)
-        for k, (source, metric) in enumerate(zip(sources, metrics, strict=True))
+    outputs = [
+        units[:, num + k] @ _map(source, reader.parameter).T for k, source in enumerate(sources)
     ]
+    targets = torch.cat(outputs, 1) @ _root(metric.flatten(2).flatten(0, 1))
     gram = units[:, :num, span].flatten(1)
-    chosen = choose(gram, torch.cat(targets, 1), symmetry.size)
+    chosen = choose(gram, targets, symmetry.size)
     for parameter in [name, *made]:
         union = torch.stack([candidate[parameter] for candidate in candidates])
         fitted[parameter] = union[
@@ -310,9 +312,9 @@ def _choose_units(
         ]
 
 
-def _root(metric_OO: Tensor) -> Tensor:
+def _root(metric: Tensor) -> Tensor:
     """Return R with ``R R^T`` the metric."""
-    values, vectors = torch.linalg.eigh(metric_OO)
+    values, vectors = torch.linalg.eigh(metric)
     found: Tensor = vectors * values.clamp_min(0).sqrt()
     return found
 

@@ -302,24 +302,27 @@ def test_each_step_of_the_choice_loses_least():
 @all_cases
 def test_gradients_are_those_of_the_bias_row_by_row(case):
     pair = Pair(case)
-    model, batches = pair.models[0], pair.batches[:2]
-    layers = list(linear_moments(pair.network, [model], batches).logit)
-    found = output_gradients(pair.network, model, batches, layers)
+    batches = pair.batches[:2]
+    layers = list(linear_moments(pair.network, pair.models, batches).logit)
+    found = output_gradients(pair.network, pair.models, batches, layers)
     assert set(found) == set(layers)
     for name in layers:
         bias = name.removesuffix("weight") + "bias"
-        if bias not in model:
+        if bias not in pair.average:
             continue
-        rows = torch.cat([
-            torch.autograd.functional.jacobian(
-                lambda b, batch=batch, bias=bias: functional_call(
-                    pair.network, model | {bias: b}, (batch,)
-                ),
-                model[bias],
-            )
-            for batch in batches
-        ])  # fmt: skip
-        expected = (rows.double().T @ rows.double()) / len(rows)
+        g = torch.stack([
+            torch.cat([
+                torch.autograd.functional.jacobian(
+                    lambda b, batch=batch, model=model, bias=bias: functional_call(
+                        pair.network, model | {bias: b}, (batch,)
+                    ),
+                    model[bias],
+                )
+                for batch in batches
+            ])
+            for model in pair.models
+        ]).double()  # fmt: skip
+        expected = torch.einsum("kbo,jbp->kojp", g, g) / g.shape[1]
         torch.testing.assert_close(found[name], expected, atol=1e-6, rtol=1e-4)
 
 
