@@ -146,12 +146,12 @@ def method_of(config: Config) -> Method:
     if method.models == "2" and len(options.sources) > 2:
         raise UserError(f"integrate.method={name}: takes 2 models, not {len(options.sources)}")
     if options.vocabularies and (not method.is_rule or options.gate.train != "none"):
-        why = (
-            "learns gates on rows, and no data set is encoded"
-            if method.is_rule
-            else "keeps its sources as they are"
+        why = "keeps its sources as they are"
+        if method.is_rule or name == "best_of":
+            why = "looks at rows, and no data set is encoded with the joined vocabularies"
+        raise UserError(
+            f"integrate.vocabularies: integrate.method={name} {why}; use integrate=evidence"
         )
-        raise UserError(f"integrate.vocabularies: integrate.method={name} {why}")
     if "start" in method.needs and options.align.by != "none" and len(options.sources) > 2:
         raise UserError(
             f"integrate.method={name}: more than two sources are aligned to their mean, where the"

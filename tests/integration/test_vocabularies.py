@@ -52,7 +52,8 @@ def regions(tmp_path_factory):
 def integrate(home, sources, *words):
     places = [f"runtime.{key}={home / key}" for key in ("reports", "encoded")]
     named = ",".join(f"{{path: {path}}}" for path in sources)
-    return main(["integrate", f"integrate.sources=[{named}]", *places, *TINY, *words])
+    rule = [] if any(word.startswith("integrate=") for word in words) else ["integrate=evidence"]
+    return main(["integrate", f"integrate.sources=[{named}]", *places, *TINY, *rule, *words])
 
 
 def merge(regions, tmp_path, *words, order=("north", "south")):
@@ -231,7 +232,8 @@ def test_what_cannot_be_joined_is_refused_in_one_line(regions, tmp_path, capsys)
     assert "integrate.vocabularies[0]: no encoded data set" in nothing
     both = f"integrate.vocabularies=[{north},{south}]"
     assert "keeps its sources as they are" in error(both, "integrate.method=output_ensemble")
-    assert "learns gates on rows" in error(both, "integrate=cki_gate")
+    assert "looks at rows" in error(both, "integrate=cki_gate")
+    assert "looks at rows" in error(both, "integrate=aligned_evidence")
 
 
 def test_a_truncated_token_list_is_refused(regions, tmp_path, capsys):
