@@ -280,6 +280,8 @@ def _integrate(
             if options.method in ("best_parent", "best_of"):
                 assert dataset is not None
                 kept = [best_source(config, dataset, sources)]
+                if options.method == "best_of":
+                    _warn_if_worse(config, dataset, kept[0])
             result["kept"] = [source.identity for source in kept]
         else:
             try:
@@ -360,13 +362,25 @@ def _merged(
 
 def best_source(config: Config, dataset: EncodedDataset, sources: Sequence[Source]) -> Source:
     """Return the source with the best AUC on all validation rows; the first of equals."""
+    return max(sources, key=lambda source: _valid_auc(config, dataset, source))
+
+
+def _valid_auc(config: Config, dataset: EncodedDataset, source: Source) -> float:
     label = dataset.labels(dataset.rows("valid"))
+    logits = predictions(config, dataset, source.identity, source.folder)["valid"]
+    return auc(label, logits) or 0.0
 
-    def valid_auc(source: Source) -> float:
-        logits = predictions(config, dataset, source.identity, source.folder)["valid"]
-        return auc(label, logits) or 0.0
 
-    return max(sources, key=valid_auc)
+def _warn_if_worse(config: Config, dataset: EncodedDataset, kept: Source) -> None:
+    """Say so if the best candidate is below the best of what it was made of."""
+    best = best_source(config, dataset, resolve(config, config.integrate.sources))
+    own, other = (_valid_auc(config, dataset, source) for source in (kept, best))
+    if own < other:
+        log.warning(
+            "  %s: validation AUC %.4f, below the %.4f of its source %s; keep that one"
+            " (integrate=best_parent)",
+            *(config.integrate.label, own, other, best.name),
+        )
 
 
 def _joined(groups: Sequence[Params], how: str) -> Params:

@@ -130,7 +130,7 @@ def repaired(
         assert weights is not None  # of the methods that repair follows
         products = table_products(models, moved_tables(symmetries), counts)
         readers = _linear_weights(observe.network)
-        whole = _per_id(observe.network)
+        whole = per_id(observe.network)
         start = reduce_frames(
             merged, models, symmetries, products, weights, readers - whole, whole
         )
@@ -141,7 +141,7 @@ def repaired(
     return fit_layers(merged, on_merged_tables, shares, observe, symmetries, choosing)
 
 
-def _per_id(network: nn.Module) -> set[str]:
+def per_id(network: nn.Module) -> set[str]:
     """Return the parameters and statistics of networks that run on every id of a history."""
     units = [f"{n}." for n, m in network.named_modules() if isinstance(m, ActivationUnit)]
     return {name for name in network.state_dict() if name.startswith(tuple(units))}

@@ -179,3 +179,13 @@ def test_what_is_kept_as_it_is_is_not_recalibrated(options, capsys):
     error = capsys.readouterr().err
     assert "integrate.recalibrate=true" in error
     assert "Traceback" not in error
+
+
+def test_a_merge_below_its_best_source_is_told(options, capsys):
+    sources = "integrate.sources=[{seed: 1},{seed: 2, train.epochs: 0}]"
+    candidates = "integrate.candidates=[{method: average}]"
+    words = ["integrate=aligned_evidence", sources, candidates, *options]
+    assert main(["integrate", *words]) == 0
+    told = capsys.readouterr()
+    assert "below the" in told.out + told.err
+    assert "its source {'seed': 1}; keep that one" in told.out + told.err

@@ -16,7 +16,7 @@ from cki_rec.integration.evidence import evidence_weights
 from cki_rec.integration.frames import reduce_frames, table_products
 from cki_rec.integration.repair import _regress, choose, fit_layers, rescale
 from cki_rec.integration.splicing import splice
-from cki_rec.pipelines.matching import _per_id, moved_tables
+from cki_rec.pipelines.matching import moved_tables, per_id
 
 CASES = [
     "final_mlp batch norm",
@@ -371,7 +371,7 @@ def test_rows_of_one_owner_keep_their_length():
 @pytest.mark.parametrize("lead", [0, 1])
 def test_attention_comes_whole_from_one_source(lead):
     pair = Pair("din")
-    whole = _per_id(pair.network)
+    whole = per_id(pair.network)
     assert whole == {n for n in pair.average if n.startswith("attention.")}
     tables = moved_tables(pair.symmetries)
     products = table_products(pair.models, tables)
