@@ -26,10 +26,16 @@ METRIC_NAMES = {
     "log_loss_recalibrated": "LogLoss recal.",
     "gauc": "gAUC",
 }
-METHOD_NAMES = {BEST_PARENT: "best parent", ENSEMBLE: "output ensemble", JOINT: "joint"}
+METHOD_NAMES = {
+    BEST_PARENT: "best parent",
+    "newest_parent": "newest parent",
+    ENSEMBLE: "output ensemble",
+    JOINT: "joint",
+}
 LOWER_IS_BETTER = frozenset({"log_loss", "log_loss_recalibrated"})
 METHOD_NOTES = {
     BEST_PARENT: "The one parent with the best validation AUC, as it was trained.",
+    "newest_parent": "The last of the parents, as it was trained.",
     ENSEMBLE: "The mean of the parents' logits; every prediction runs all parents.",
     JOINT: "One model trained on all rows of all parents; an upper reference, not an integration.",
 }

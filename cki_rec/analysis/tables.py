@@ -186,6 +186,7 @@ def _run_row(record: Mapping[str, Any], domains: Sequence[str]) -> dict[str, Any
     }
     for name in (*METRICS, "calibration_ratio", "calibration_error"):
         row[name] = test.get(name)
+    row["valid_auc"] = result.get("valid", {}).get("auc")
     for name in ("scale", "shift"):
         row[f"recalibration_{name}"] = result.get("recalibration", {}).get(name)
     for domain in domains:

@@ -94,6 +94,8 @@ def with_delta(config: Config, delta: dict[str, Any], where: str = "integrate.so
     """
     tree = OmegaConf.structured(config)
     for key, value in delta.items():
+        if ".start." in key or (key == "train" and isinstance(value, dict) and "start" in value):
+            raise UserError(f"{where}, {key}: a start is named whole, as train.start: {{...}}")
         try:
             is_start = key.rpartition(".")[2] == "start"
             OmegaConf.update(tree, key, value, force_add=False, merge=not is_start)

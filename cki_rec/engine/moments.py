@@ -91,9 +91,9 @@ def linear_moments(
 ) -> Moments:
     """Return second moments of the inputs of every Linear, over all models side by side.
 
-    Layers that a network uses more than once are left out, and so are layers that see no input.
-    Those of an attention to histories see the valid places: what they give for empty ones is
-    dropped by the network.
+    Layers that a network uses more than once are left out, and so are layers that see no input, or
+    one that is the same for all rows. Those of an attention to histories see the valid places:
+    what they give for empty ones is dropped by the network.
 
     Args:
         network: A network with unsharded tables; its own parameters are not used.
@@ -103,6 +103,7 @@ def linear_moments(
     """
     linears = {f"{n}.weight": m for n, m in network.named_modules() if isinstance(m, nn.Linear)}
     inputs: dict[str, list[Tensor]] = {}
+    order: dict[str, None] = {}
     valid: dict[str, Tensor] = {}
 
     def listen_to_mask(unit: str, module: nn.Module) -> torch.utils.hooks.RemovableHandle:
@@ -117,6 +118,7 @@ def linear_moments(
         def hook(_: nn.Module, arguments: tuple[Tensor, ...]) -> None:
             x = arguments[0].flatten(0, -2)
             x = x[valid[name]] if name in valid else x
+            order[name] = None
             inputs.setdefault(name, []).append(torch.cat([x, torch.ones_like(x[:, :1])], 1))
 
         return module.register_forward_pre_hook(hook)
@@ -127,30 +129,33 @@ def linear_moments(
     second: dict[str, Tensor] = {}
     logit: dict[str, Tensor] = {}
     rows: dict[str, int] = {}
-    with_logit: dict[str, int] = {}
+    total = 0
     network.eval()
     try:
         for batch in batches:
             inputs.clear()
             scores = [functional_call(network, model, (batch,)) for model in models]
             logit_BK = torch.stack(scores, 1).double()
+            total += len(logit_BK)
             for name, parts in inputs.items():
                 if len(parts) != len(models) or not len(parts[0]):  # used several times, or not
+                    continue
+                if name not in valid and len(parts[0]) != len(logit_BK):
                     continue
                 x_BKI = torch.stack(parts, 1).double()
                 flat, shape = x_BKI.flatten(1), x_BKI.shape[1:]
                 _add(second, name, (flat.T @ flat).unflatten(0, shape).unflatten(2, shape))
-                if name not in valid and len(flat) == len(logit_BK):
+                if name not in valid:
                     _add(logit, name, (flat.T @ logit_BK).unflatten(0, shape))
-                    with_logit[name] = with_logit.get(name, 0) + len(flat)
                 rows[name] = rows.get(name, 0) + len(flat)
     finally:
         for handle in handles:
             handle.remove()
+    seen = [n for n in order if n in second and (n in valid or rows[n] == total)]
     return Moments(
-        {name: total / rows[name] for name, total in second.items()},
-        {n: total / rows[n] for n, total in logit.items() if with_logit[n] == rows[n]},
-        rows,
+        {name: second[name] / rows[name] for name in seen},
+        {name: logit[name] / rows[name] for name in seen if name in logit},
+        {name: rows[name] for name in seen},
     )
 
 
@@ -163,7 +168,7 @@ def output_gradients(
     r"""Return per Linear the mean over rows of :math:`g g^T` ``(K, O, K, O)`` float64.
 
     g are the gradients of the models' logits in the outputs of the layer, side by side. Layers
-    that see several inputs a row, or are used more than once, are left out.
+    that do not see one input a row, or are used more than once, are left out.
 
     Args:
         network: A network with unsharded tables; its own parameters are not used.
@@ -183,7 +188,8 @@ def output_gradients(
     modules = dict(network.named_modules())
     handles = [listen(name, modules[name.removesuffix(".weight")]) for name in layers]
     found: dict[str, Tensor] = {}
-    rows = 0
+    rows = dict.fromkeys(layers, 0)
+    total = 0
     network.eval()
     try:
         for batch in batches:
@@ -191,24 +197,21 @@ def output_gradients(
                 parts.clear()
             logits = torch.stack([functional_call(network, model, (batch,)) for model in models])
             num_rows = logits.shape[1]
-            once = [num_rows] * len(models)
-            inputs = [
-                p for parts in nudges.values() if [len(p) for p in parts] == once for p in parts
-            ]
-            if not inputs:
-                return {}
-            gradients = iter(torch.autograd.grad(logits.sum(), inputs))
-            for name, parts in nudges.items():
-                if [len(p) for p in parts] == once:
-                    g_BKO = torch.stack([next(gradients) for _ in parts], 1).double()
-                    flat = g_BKO.flatten(1)
-                    shape = g_BKO.shape[1:]
-                    _add(found, name, (flat.T @ flat).unflatten(0, shape).unflatten(2, shape))
-            rows += num_rows
+            total += num_rows
+            once = {
+                n: p for n, p in nudges.items() if [len(x) for x in p] == [num_rows] * len(models)
+            }
+            inputs = [part for parts in once.values() for part in parts]
+            gradients = iter(torch.autograd.grad(logits.sum(), inputs) if inputs else ())
+            for name, parts in once.items():
+                g_BKO = torch.stack([next(gradients) for _ in parts], 1).double()
+                flat, shape = g_BKO.flatten(1), g_BKO.shape[1:]
+                _add(found, name, (flat.T @ flat).unflatten(0, shape).unflatten(2, shape))
+                rows[name] += num_rows
     finally:
         for handle in handles:
             handle.remove()
-    return {name: total / rows for name, total in found.items()}
+    return {name: value / total for name, value in found.items() if rows[name] == total}
 
 
 def _add(totals: dict[str, Tensor], name: str, value: Tensor) -> None:

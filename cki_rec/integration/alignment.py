@@ -304,7 +304,8 @@ def _correlations(
             shape = (num_sources, num_sources, size, part.width, size, part.width)
             units = torch.einsum("kjiwmw->kjim", correlation.reshape(shape))
             total[0 if part.signed else 1] += units
-        found[place] = total
+        if bool(total.any()):  # else no unit varies, and weights decide
+            found[place] = total
     return found
 
 

@@ -226,13 +226,15 @@ def _units(
     found = {}
     for symmetry in symmetries:
         made = [p for p in symmetry.slices if p.axis == 0]
-        read = [p for p in symmetry.slices if p.axis == 1]
+        read = [p for p in symmetry.slices if p.axis != 0]
         layers = [p.parameter for p in made if p.parameter in names]
         is_plain = all(
             len(params[p.parameter]) == symmetry.size and p.width == 1 and not p.within
             for p in made
         )
-        is_known = all(p.parameter in names and p.width == 1 and not p.within for p in read)
+        is_known = all(
+            p.parameter in names and p.axis == 1 and p.width == 1 and not p.within for p in read
+        )
         if len(layers) == 1 and len(read) == 1 and is_plain and is_known:
             found[layers[0]] = symmetry
     return found

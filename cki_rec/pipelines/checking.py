@@ -19,7 +19,7 @@ from cki_rec.integration.methods import METHODS, needs_of
 from cki_rec.integration.options import in_yaml
 from cki_rec.pipelines import compatibility, train, vocabularies
 from cki_rec.pipelines.compatibility import Finding, State
-from cki_rec.pipelines.external import folder_at
+from cki_rec.pipelines.external import folder_of
 from cki_rec.pipelines.vocabularies import Joined
 
 NOT_OF_TRAINING = ("integrate", "suite.", "finetune", "evaluate", "check_only", "name", "-")
@@ -161,7 +161,7 @@ def _find(config: Config, delta: dict[str, Any]) -> Path:
         UserError: It is not; the command that makes it.
     """
     if "path" in delta:
-        return folder_at(delta["path"])
+        return folder_of(delta, "integrate.sources")
     changed = with_delta(config, delta)
     dataset = store.find(changed.data, changed.runtime.encoded)
     if dataset is not None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from cki_rec.config import UserError
 from cki_rec.engine import checkpoint
@@ -12,8 +14,21 @@ EXTERNAL = "external-"
 """Begins the identity of a checkpoint named by path."""
 
 
-def folder_at(path: str) -> Path:
-    """Return the checkpoint folder that a run directory or a checkpoint folder names."""
+def folder_of(named: Mapping[str, Any], where: str) -> Path:
+    """Return the checkpoint folder of a source named ``{path: ...}``.
+
+    Args:
+        named: The source; its path is a run directory or a checkpoint folder.
+        where: Option that it stands in, for messages.
+
+    Raises:
+        UserError: The path is no text, or other keys stand beside it.
+    """
+    path = named["path"]
+    if not isinstance(path, str) or len(named) > 1:
+        raise UserError(
+            f"{where}: {dict(named)} shall be {{path: FOLDER}}, a text and no other key"
+        )
     folder = Path(path)
     nested = folder / "checkpoint"
     return nested if nested.is_dir() else folder

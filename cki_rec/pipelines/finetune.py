@@ -59,6 +59,7 @@ def merged(config: Config) -> Source:
     """Return the one model that the configured integration gives."""
     done = integrate.ensure(config)
     assert done.record is not None
+    integrate.warn_if_worse(config, done.record["result"])
     kept = done.record["result"]["kept"]
     if kept is None:
         return Source(config.integrate.label, done.path.name, done.checkpoint)

@@ -67,6 +67,7 @@ def run(config: Config) -> None:
     result = done.record["result"]
     for name, shares in (result["shares"] or {}).items():
         log.info("  %-52s %s", name, "  ".join(f"{share:6.1%}" for share in shares))
+    warn_if_worse(config, result)
     if result["kept"] is None:
         log.info("model: %s", done.checkpoint)
     else:
@@ -101,11 +102,13 @@ def ensure(config: Config, force: bool = False) -> Run:
     }
     if options.vocabularies:  # which ones, their hashes in the sources say
         reads["vocabularies"] = "joined"
-    if method.is_rule and train.are_disjoint([train.part_of(source.folder) for source in sources]):
+    parts = [train.part_of(source.folder) for source in sources]
+    is_disjoint = method.is_rule and train.are_disjoint(parts)
+    if is_disjoint:
         reads["counts"] = "sum"
     with open_run(Path(config.runtime.out), run_id("integrate", reads), force) as run:
         if run.record is None:
-            _integrate(config, sources, start, dataset, run, reads)
+            _integrate(config, sources, start, dataset, run, reads, is_disjoint)
     return run
 
 
@@ -145,7 +148,7 @@ def method_of(config: Config) -> Method:
         )
     if method.models == "2" and len(options.sources) > 2:
         raise UserError(f"integrate.method={name}: takes 2 models, not {len(options.sources)}")
-    if options.vocabularies and (not method.is_rule or options.gate.train != "none"):
+    if options.vocabularies and (not method.is_rule or needs_labels(options)):
         why = "keeps its sources as they are"
         if method.is_rule or name == "best_of":
             why = "looks at rows, and no data set is encoded with the joined vocabularies"
@@ -191,7 +194,7 @@ def resolve(config: Config, deltas: Sequence[dict[str, Any]]) -> list[Source]:
     sources = []
     for delta in deltas:
         if "path" in delta:
-            folder = external.folder_at(delta["path"])
+            folder = external.folder_of(delta, "integrate.sources")
             sources.append(Source(str(delta["path"]), external.identity(folder), folder))
         else:
             done = train.ensure(with_delta(config, delta))
@@ -204,11 +207,19 @@ def sources_of(config: Config) -> list[Source]:
     options = config.integrate
     if options.method != "best_of":
         return resolve(config, options.sources)
-    done = [ensure(candidate) for candidate in candidates_of(config)]
-    return [
-        Source(str(delta), run.path.name, run.checkpoint)
-        for delta, run in zip(options.candidates, done, strict=True)
-    ]
+    found = []
+    for place, (delta, way) in enumerate(
+        zip(options.candidates, candidates_of(config), strict=True)
+    ):
+        try:
+            run = ensure(way)
+        except looking.ScarceSample as error:
+            log.warning("  integrate.candidates[%d] is left out: %s", place, error)
+            continue
+        found.append(Source(str(delta), run.path.name, run.checkpoint))
+    if not found:
+        raise UserError("integrate.candidates: none could be made; see the warnings above")
+    return found
 
 
 def _takes_all_alike(options: Integrate) -> bool:
@@ -252,6 +263,7 @@ def _integrate(
     dataset: EncodedDataset | None,
     run: Run,
     reads: dict[str, Any],
+    is_disjoint: bool,
 ) -> None:
     options = config.integrate
     everyone = [*sources, *([replace(start, name=f"start {start.name}")] if start else [])]
@@ -268,10 +280,12 @@ def _integrate(
     begun = None if start is None else joined.checkpoints[-1]
     first = checkpoints[0]
     if dataset is not None:
-        check_data(first, dataset, sources[0].name)
+        judged = checkpoints if needs_labels(options) else checkpoints[:1]
+        for saved, source in zip(judged, sources, strict=False):
+            check_data(saved, dataset, source.name)
     data = train.data_facts(dataset) if dataset else {"hash": first.data_hash}
     result: dict[str, Any] = dict.fromkeys(
-        ("shares", "kept", "gate", "global", "alignment", "recalibration")
+        ("shares", "kept", "gate", "global", "alignment", "recalibration", "valid_auc")
     )
 
     with run.phase("integrate"):
@@ -281,13 +295,12 @@ def _integrate(
                 assert dataset is not None
                 kept = [best_source(config, dataset, sources)]
                 if options.method == "best_of":
-                    _warn_if_worse(config, dataset, kept[0])
+                    result["valid_auc"] = _judged(config, dataset, kept[0])
             result["kept"] = [source.identity for source in kept]
         else:
             try:
                 tensors = _merged(config, checkpoints, begun, dataset, result, joined.owners)
-                how = "sum" if "counts" in reads else "amax"
-                tensors["counts"] = _joined([c.counts for c in checkpoints], how)
+                tensors["counts"] = _together([c.counts for c in checkpoints], is_disjoint)
             except ValueError as error:
                 raise UserError(f"integrate.method={options.method}: {error}") from None
             hashes = {c.data_hash for c in checkpoints}
@@ -355,7 +368,7 @@ def _merged(
     return {
         "model": {name: tensor.to(dtypes[name]) for name, tensor in params.items()},
         "accumulator": matching.accumulators(
-            _joined([c.accumulators for c in checkpoints], "amax"), options
+            _together([c.accumulators for c in checkpoints], is_disjoint=False), options
         ),
     }
 
@@ -371,23 +384,29 @@ def _valid_auc(config: Config, dataset: EncodedDataset, source: Source) -> float
     return auc(label, logits) or 0.0
 
 
-def _warn_if_worse(config: Config, dataset: EncodedDataset, kept: Source) -> None:
-    """Say so if the best candidate is below the best of what it was made of."""
+def _judged(config: Config, dataset: EncodedDataset, kept: Source) -> dict[str, Any]:
+    """Return validation AUC of the best candidate, and of the best of what it was made of."""
     best = best_source(config, dataset, resolve(config, config.integrate.sources))
     own, other = (_valid_auc(config, dataset, source) for source in (kept, best))
-    if own < other:
+    return {"kept": own, "best_source": other, "name": best.name}
+
+
+def warn_if_worse(config: Config, result: dict[str, Any]) -> None:
+    """Say so if what ``best_of`` kept is below the best of its sources on validation rows."""
+    found = result["valid_auc"]
+    if found is not None and found["kept"] < found["best_source"]:
         log.warning(
             "  %s: validation AUC %.4f, below the %.4f of its source %s; keep that one"
             " (integrate=best_parent)",
-            *(config.integrate.label, own, other, best.name),
+            *(config.integrate.label, found["kept"], found["best_source"], found["name"]),
         )
 
 
-def _joined(groups: Sequence[Params], how: str) -> Params:
-    """Return the entrywise ``sum`` of disjoint sources, or the maximum (``amax``).
+def _together(groups: Sequence[Params], is_disjoint: bool) -> Params:
+    """Return the entrywise sum of disjoint sources, else the maximum.
 
     What several sources may have seen is not counted twice.
     """
     names = [name for name in groups[0] if all(name in group for group in groups)]
     stacks = {name: torch.stack([group[name] for group in groups]) for name in names}
-    return {name: getattr(stack, how)(0) for name, stack in stacks.items()}
+    return {name: s.sum(0) if is_disjoint else s.amax(0) for name, s in stacks.items()}

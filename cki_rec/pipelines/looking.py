@@ -28,6 +28,10 @@ by the share I / (n - I - 1) than the best linear map has: here about a ninth.""
 log = logging.getLogger(__name__)
 
 
+class ScarceSample(UserError):
+    """A sample has too few rows to fit a layer."""
+
+
 def looks_at_rows(options: Integrate) -> bool:
     """Return whether method, alignment or repair look at training rows."""
     needs = METHODS[options.method].needs
@@ -82,7 +86,7 @@ def check_sample(options: Integrate, params: Params, observe: Observer) -> None:
         observe: Of the sample.
 
     Raises:
-        UserError: A layer sees no more rows than it has inputs: least squares fit anything there.
+        ScarceSample: A layer sees no more rows than it has inputs: anything fits there.
     """
     kept = matching.per_id(observe.network) if options.repair == "reduce" else set()
     rows = {name: seen for name, seen in observe([params]).rows.items() if name not in kept}
@@ -98,7 +102,7 @@ def check_sample(options: Integrate, params: Params, observe: Observer) -> None:
         " repair=rescale"
     )
     if rows[scarce] <= inputs[scarce]:
-        raise UserError(says)
+        raise ScarceSample(says)
     log.warning("  %s", says)
 
 
@@ -110,9 +114,12 @@ def _own(
     observe: Observer,
 ) -> Sequence[Batch]:
     """Return a sample of the rows that a source was trained on; of all if that is not known."""
-    data = config.data if "path" in delta else with_delta(config, delta).data
-    if data.part is None:
+    if "path" in delta:
         return observe.batches
+    own = with_delta(config, delta)
+    if own.data.part is None or own.train.start is not None:
+        return observe.batches
+    data = own.data
     rows = dataset.rows("train", data.partition, data.part)
     size, seed = config.integrate.sample, config.seed
     return observer(observe.network, dataset, saved.schema, size, seed, rows).batches

@@ -107,7 +107,7 @@ def _start_identity(config: Config, dataset: EncodedDataset) -> str:
     """
     assert config.train.start is not None
     if "path" in config.train.start:
-        return external.identity(external.folder_at(config.train.start["path"]))
+        return external.identity(external.folder_of(config.train.start, "train.start"))
     begun = _started(config)
     found = store.find(begun.data, begun.runtime.encoded)
     if found is None or found.hash != dataset.hash:
@@ -160,7 +160,7 @@ def _start_folder(config: Config) -> Path:
     """Return the checkpoint folder of the start; train it first if it is not there."""
     assert config.train.start is not None
     if "path" in config.train.start:
-        return external.folder_at(config.train.start["path"])
+        return external.folder_of(config.train.start, "train.start")
     return ensure(_started(config)).checkpoint
 
 

@@ -78,7 +78,7 @@ def test_the_same_command_gives_the_same_bits(options, folder):
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (["integrate.method=best_of"], "integrate.candidates is empty"),
+        (["integrate=evidence", "integrate.method=best_of"], "integrate.candidates is empty"),
         (["integrate.align.by=weight"], "did you mean 'weights'"),
         (["integrate.repair=fix"], "integrate.repair=fix"),
         (
@@ -184,8 +184,25 @@ def test_what_is_kept_as_it_is_is_not_recalibrated(options, capsys):
 def test_a_merge_below_its_best_source_is_told(options, capsys):
     sources = "integrate.sources=[{seed: 1},{seed: 2, train.epochs: 0}]"
     candidates = "integrate.candidates=[{method: average}]"
-    words = ["integrate=aligned_evidence", sources, candidates, *options]
-    assert main(["integrate", *words]) == 0
-    told = capsys.readouterr()
-    assert "below the" in told.out + told.err
-    assert "its source {'seed': 1}; keep that one" in told.out + told.err
+    words = ["integrate", "integrate=aligned_evidence", sources, candidates, *options]
+    for _ in range(2):  # made, and found again
+        assert main(words) == 0
+        told = "".join(capsys.readouterr())
+        assert "below the" in told
+        assert "its source {'seed': 1}; keep that one" in told
+
+
+def test_candidates_that_a_sample_cannot_fit_are_left_out(options, folder, capsys):
+    words = ["integrate", "suite=seeds", "integrate=aligned_evidence", *options]
+    assert main([*words, "integrate.sample=40"]) == 0
+    told = "".join(capsys.readouterr())
+    assert "integrate.candidates[3] is left out: integrate.sample" in told
+    only = "integrate.candidates=[{align.by: activations, repair: choose}]"
+    assert main([*words, "integrate.sample=40", only]) == 2
+    told = "".join(capsys.readouterr())
+    assert "none could be made" in told
+    assert "Traceback" not in told
+
+
+def test_final_mlp_has_the_default_too(options, folder):
+    assert main(["integrate", "model=final_mlp", "model.streams.hidden=[16,8]", *options]) == 0

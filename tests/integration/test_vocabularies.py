@@ -234,6 +234,7 @@ def test_what_cannot_be_joined_is_refused_in_one_line(regions, tmp_path, capsys)
     assert "keeps its sources as they are" in error(both, "integrate.method=output_ensemble")
     assert "looks at rows" in error(both, "integrate=cki_gate")
     assert "looks at rows" in error(both, "integrate=aligned_evidence")
+    assert "looks at rows" in error(both, "integrate.recalibrate=true")
 
 
 def test_a_truncated_token_list_is_refused(regions, tmp_path, capsys):

@@ -94,7 +94,8 @@ def test_moments_are_those_of_the_inputs(case):
     moments = linear_moments(pair.network, pair.models, pair.batches)
     num_batches = len(pair.batches)
     for name, inputs in seen.items():
-        if len(inputs) != 2 * num_batches:  # used in several places
+        is_constant = len(inputs[0]) == 1
+        if len(inputs) != 2 * num_batches or is_constant:  # used in several places, or not by rows
             assert name not in moments.second
             continue
         half = num_batches
@@ -397,4 +398,36 @@ def test_attention_comes_whole_from_one_source(lead):
     assert all(torch.equal(reduced[n], pair.models[lead][n]) for n in whole)
     fitted = fit_layers(reduced, pair.models, HALVES, pair.observe, pair.symmetries, True, whole)
     assert all(torch.equal(fitted[n], reduced[n]) for n in (*whole, table))
+    assert pair.error(fitted) < pair.error(pair.average)
+
+
+@pytest.mark.parametrize("case", ["final_mlp plain", "deepfm", "dcn", "din"])
+def test_dead_units_do_not_put_others_out_of_order(case):
+    pair = Pair(case, 1)
+    model = pair.models[0]
+    layer = "second.layers.0" if "second.layers.0.weight" in model else "mlp.layers.0"
+    for name in (f"{layer}.weight", f"{layer}.bias"):
+        model[name][:2] = 0
+    model = rescale(model, [model], [1.0], pair.observe, pair.symmetries)
+    fitted = fit_layers(model, [model, dict(model)], HALVES, pair.observe, pair.symmetries, True)
+    torch.testing.assert_close(pair.logits(fitted), pair.logits(model), atol=1e-3, rtol=1e-3)
+
+
+def test_layers_of_constant_inputs_are_left_out_whatever_the_batches():
+    pair = Pair("final_mlp")
+    for batches in (pair.batches, [*pair.batches, draw_batch(pair.schema, 1)]):
+        moments = linear_moments(pair.network, pair.models, batches)
+        gates = [name for name in pair.readers() if name.startswith("gates.")]
+        assert gates
+        assert not set(gates) & set(moments.second)
+        assert output_gradients(pair.network, pair.models, batches, gates) == {}
+
+
+def test_layers_stay_in_order_when_histories_begin_late():
+    pair = Pair("din")
+    names = list(linear_moments(pair.network, pair.models, pair.batches).second)
+    batches = [draw_batch(pair.schema, 64, longest=0), *pair.batches]
+    assert list(linear_moments(pair.network, pair.models, batches).second) == names
+    observe = Observer(pair.network, batches)
+    fitted = fit_layers(pair.average, pair.models, HALVES, observe, pair.symmetries, True)
     assert pair.error(fitted) < pair.error(pair.average)
