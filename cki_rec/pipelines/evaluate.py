@@ -54,9 +54,14 @@ class Measured:
 def run(config: Config) -> float | None:
     """Train, integrate and fine-tune what is missing, then measure; return the validation AUC."""
     label, tuned = config.integrate.label, config.finetune.epochs > 0
+    why = None
     if tuned and not integrate.method_of(config).single:
+        why = "is no single model that could be fine-tuned"
+    elif config.integrate.method == "oracle_router" and not _has_one_source_a_part(config):
+        why = "needs one source for each part of the data, as suite=shards has them"
+    if why:
         add_to_sweep(Path(config.runtime.out), config.name, None)
-        log.info("  skipped: %s is no single model that could be fine-tuned", label)
+        log.info("  skipped: %s %s", label, why)
         return None
     done = ensure(config, force=config.runtime.force)
     assert done.record is not None
@@ -253,13 +258,13 @@ def _routed(config: Config, dataset: EncodedDataset, members: Sequence[Source]) 
     Raises:
         UserError: Sources are not the parts of the data, one each.
     """
-    partition = config.data.partition
-    named = [source.get("data.part") for source in config.integrate.sources]
-    if len(named) != partition.parts or set(named) != set(range(partition.parts)):
+    if not _has_one_source_a_part(config):
         raise UserError(
             "integrate.method=oracle_router: needs one source for each part of the data,"
             " [{data.part: 0}, {data.part: 1}, ...], as suite=shards has them"
         )
+    partition = config.data.partition
+    named = [source["data.part"] for source in config.integrate.sources]
     part = dataset.parts(partition).part
     scores = [predictions(config, dataset, s.identity, s.folder) for s in members]
     found = {}
@@ -268,6 +273,12 @@ def _routed(config: Config, dataset: EncodedDataset, members: Sequence[Source]) 
         rows = dataset.rows(split)
         found[split] = of_part[part[rows], np.arange(len(rows))].astype(np.float64)
     return found
+
+
+def _has_one_source_a_part(config: Config) -> bool:
+    named = [source.get("data.part") for source in config.integrate.sources]
+    parts = config.data.partition.parts
+    return len(named) == parts and set(named) == set(range(parts))
 
 
 @functools.lru_cache(maxsize=2)
