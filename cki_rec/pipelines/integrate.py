@@ -393,7 +393,7 @@ def _judged(config: Config, dataset: EncodedDataset, kept: Source) -> dict[str, 
 
 def warn_if_worse(config: Config, result: dict[str, Any]) -> None:
     """Say so if what ``best_of`` kept is below the best of its sources on validation rows."""
-    found = result["valid_auc"]
+    found = result.get("valid_auc")  # older records have none
     if found is not None and found["kept"] < found["best_source"]:
         log.warning(
             "  %s: validation AUC %.4f, below the %.4f of its source %s; keep that one"
