@@ -1,0 +1,89 @@
+"""Frames reduced from those of all sources: fixed points, what is kept, what comes whole."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from pairs import HALVES, Pair
+
+from cki_rec.engine.embeddings import table_of
+from cki_rec.integration.baselines import average_weights
+from cki_rec.integration.evidence import evidence_weights
+from cki_rec.integration.frames import reduce_frames, table_products
+from cki_rec.integration.repair import fit_layers
+from cki_rec.integration.splicing import splice
+from cki_rec.pipelines.matching import moved_tables, per_id
+
+
+@pytest.mark.parametrize("case", ["deepfm", "dcn", "fm"])
+def test_reduced_frames_of_equal_sources_are_theirs(case):
+    pair = Pair(case, 1)
+    models = [pair.models[0], dict(pair.models[0])]
+    products = table_products(models, moved_tables(pair.symmetries))
+    weights = average_weights(models)
+    reduced = reduce_frames(models[0], models, pair.symmetries, products, weights, pair.readers())
+    torch.testing.assert_close(pair.logits(reduced), pair.logits(models[0]), atol=1e-4, rtol=1e-4)
+
+
+def test_reduced_frames_keep_inner_products_better_than_the_average():
+    pair = Pair("fm")
+    tables = moved_tables(pair.symmetries)
+    products = table_products(pair.models, tables)
+    reduced = reduce_frames(
+        pair.average, pair.models, pair.symmetries, products, average_weights(pair.models), ()
+    )
+
+    def gap(params):
+        tables_of = [torch.cat([m[t] for t in tables]).double() for m in (*pair.models, params)]
+        left, right, merged = (table @ table.T for table in tables_of)
+        return float(((left + right) / 2 - merged).square().sum())
+
+    assert gap(reduced) < gap(pair.average)
+    assert all(reduced[n] is pair.average[n] for n in reduced if "first_order" in n)
+
+
+def test_rows_of_one_owner_keep_their_length():
+    pair = Pair("fm")
+    tables = [n for n in pair.average if table_of(n)]
+    counts = [
+        {n: torch.arange(len(pair.average[n])) % 2 * 3 + (k == 0) for n in tables}
+        for k in range(2)
+    ]
+    weights = evidence_weights(pair.models, counts)
+    products = table_products(pair.models, moved_tables(pair.symmetries), counts)
+    reduced = reduce_frames(
+        splice(pair.models, weights), pair.models, pair.symmetries, products, weights, ()
+    )
+    assert all(bool(tensor.isfinite().all()) for tensor in reduced.values())
+
+
+@pytest.mark.parametrize("lead", [0, 1])
+def test_attention_comes_whole_from_one_source(lead):
+    pair = Pair("din")
+    whole = per_id(pair.network)
+    assert whole == {n for n in pair.average if n.startswith("attention.")}
+    tables = moved_tables(pair.symmetries)
+    products = table_products(pair.models, tables)
+    asked = next(s for s in pair.symmetries if {p.parameter for p in s.slices} & whole)
+    (table,) = [p.parameter for p in asked.slices if p.parameter in products]
+    # a table of one column cannot tell the other's
+    pair.models[1 - lead][table][:, 1:] = 0
+    products = table_products(pair.models, tables)
+    counts = [{n: torch.ones(len(pair.average[n])) for n in tables} for _ in pair.models]
+    counts[lead][table][-1] = 0  # a row that it never saw
+    weights = average_weights(pair.models) | evidence_weights(pair.models, counts)
+    reduced = reduce_frames(
+        pair.average,
+        pair.models,
+        pair.symmetries,
+        products,
+        weights,
+        pair.readers() - whole,
+        whole,
+    )
+    assert torch.equal(reduced[table][:-1], pair.models[lead][table][:-1])
+    assert torch.equal(reduced[table][-1], pair.average[table][-1])
+    assert all(torch.equal(reduced[n], pair.models[lead][n]) for n in whole)
+    fitted = fit_layers(reduced, pair.models, HALVES, pair.observe, pair.symmetries, True, whole)
+    assert all(torch.equal(fitted[n], reduced[n]) for n in (*whole, table))
+    assert pair.error(fitted) < pair.error(pair.average)

@@ -1,0 +1,70 @@
+"""Pairs of random models, for what makes a merged model compute what its sources compute."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from networks import draw_batch, make_case
+from torch.func import functional_call
+from torch.nn import Linear
+
+from cki_rec.engine.moments import Observer
+from cki_rec.integration.baselines import average_weights
+from cki_rec.integration.splicing import splice
+
+CASES = [
+    "final_mlp batch norm",
+    "deepfm",
+    "dcn",
+    "dcnv2",
+    "dcnv2 mixture",
+    "din",
+    "dnn",
+    "wide_deep",
+    "final_mlp",
+]
+all_cases = pytest.mark.parametrize("case", CASES)
+HALVES = [0.5, 0.5]
+
+
+class Pair:
+    """Two random models of one network, and what shows how they compute."""
+
+    def __init__(self, case, num_sources=2):
+        network, self.schema = make_case(case, "mixed")
+        self.network = network.eval()
+        self.symmetries = network.symmetries()
+        self.batches = [draw_batch(self.schema, 256, seed) for seed in range(4)]
+        self.observe = Observer(self.network, self.batches)
+        self.models = []
+        for seed in range(num_sources):
+            draw = torch.Generator().manual_seed(seed)
+            self.models.append(
+                {
+                    n: 0.3 * torch.randn(t.shape, generator=draw)
+                    if not n.endswith("running_var")
+                    else torch.rand(t.shape, generator=draw) + 0.5
+                    for n, t in network.state_dict().items()
+                }
+            )
+        self.average = splice(self.models, average_weights(self.models))
+
+    @torch.no_grad()
+    def logits(self, params):
+        return torch.cat([functional_call(self.network, params, (b,)) for b in self.batches])
+
+    def error(self, params):
+        """Return the mean squared distance to the mean logit."""
+        mean = torch.stack([self.logits(model) for model in self.models]).mean(0)
+        return float((self.logits(params) - mean).square().mean())
+
+    def valid(self, name, values):
+        """Return what a module saw, without the empty places of histories."""
+        if not name.startswith("attention."):
+            return values
+        history = self.network.pairs[int(name.split(".")[1])].histories[0]
+        masks = [self.network.sparse(batch).masks[history] for batch in self.batches]
+        return values[torch.cat(masks).flatten()]
+
+    def readers(self):
+        return {f"{n}.weight" for n, m in self.network.named_modules() if isinstance(m, Linear)}
