@@ -86,10 +86,10 @@ def reduce_frames(
     :math:`R_k = 1 / \sqrt{K}`. Inner products survive as well as can be; linear readers must be
     fitted anew (``fit_layers``).
 
-    What multiplies coordinates one by one, as attention to a history does, cannot read a
-    projection. It comes from one source with the tables it reads, and the readers make up for the
-    others: the source from whose tables those of all others can best be told. Rows that it has no
-    share in stay as merged.
+    What multiplies coordinates one by one, as attention to a history or DCNv2's cross network
+    does, cannot read a projection. It comes from one source with the tables it reads, and the
+    readers make up for the others: the source from whose tables those of all others can best be
+    told. Rows that it has no share in stay as merged.
 
     Args:
         merged: What it is to replace frames of.
@@ -130,15 +130,16 @@ def reduce_frames(
         for part in symmetry.slices:
             if part.parameter not in readers:
                 _project(reduced, models, part, directions, shares[part.parameter])
+    kept = {*readers, *whole}
     read_whole = {
         part.parameter
         for symmetry in symmetries
         if symmetry.kind != "rotation" and {p.parameter for p in symmetry.slices} & set(whole)
         for part in symmetry.slices
-        if part.parameter in products
+        if part.parameter not in kept
     }
     if whole:
-        lead = _leader([products[name] for name in sorted(read_whole)])
+        lead = _leader([products[name] for name in sorted(read_whole & products.keys())])
         for name in read_whole:
             has_share = shares[name][lead] > 0
             reduced[name] = torch.where(has_share, models[lead][name], merged[name])

@@ -88,7 +88,7 @@ def check_sample(options: Integrate, params: Params, observe: Observer) -> None:
     Raises:
         ScarceSample: A layer sees no more rows than it has inputs: anything fits there.
     """
-    kept = matching.per_id(observe.network) if options.repair == "reduce" else set()
+    kept = matching.coordinatewise(observe.network) if options.repair == "reduce" else set()
     rows = {name: seen for name, seen in observe([params]).rows.items() if name not in kept}
     inputs = {name: params[name].shape[1] + 1 for name in rows}
     scarce = min(rows, key=lambda name: rows[name] / inputs[name], default=None)

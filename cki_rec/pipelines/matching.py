@@ -19,10 +19,14 @@ from cki_rec.integration.params import Params, Weights
 from cki_rec.integration.repair import fit_layers, rescale
 from cki_rec.models import build_model
 from cki_rec.models.attention import ActivationUnit
+from cki_rec.models.crossing import CrossNetMix, CrossNetV2
+from cki_rec.models.final_mlp import FeatureGate
 from cki_rec.symmetry import Symmetry
 
 CHECKED_ROWS = 512
 TOLERANCE = 1e-5
+COORDINATEWISE = (ActivationUnit, CrossNetV2, CrossNetMix, FeatureGate)
+"""Modules that multiply coordinates of embeddings one by one."""
 
 
 def looks_at_rows(options: Integrate) -> bool:
@@ -130,7 +134,7 @@ def repaired(
         assert weights is not None  # of the methods that repair follows
         products = table_products(models, moved_tables(symmetries), counts)
         readers = _linear_weights(observe.network)
-        whole = per_id(observe.network)
+        whole = coordinatewise(observe.network)
         start = reduce_frames(
             merged, models, symmetries, products, weights, readers - whole, whole
         )
@@ -141,10 +145,10 @@ def repaired(
     return fit_layers(merged, on_merged_tables, shares, observe, symmetries, choosing)
 
 
-def per_id(network: nn.Module) -> set[str]:
-    """Return the parameters and statistics of networks that run on every id of a history."""
-    units = [f"{n}." for n, m in network.named_modules() if isinstance(m, ActivationUnit)]
-    return {name for name in network.state_dict() if name.startswith(tuple(units))}
+def coordinatewise(network: nn.Module) -> set[str]:
+    """Return the parameters and statistics of modules that cannot read a projection."""
+    inside = [f"{n}." for n, m in network.named_modules() if isinstance(m, COORDINATEWISE)]
+    return {name for name in network.state_dict() if name.startswith(tuple(inside))}
 
 
 def _linear_weights(network: nn.Module) -> set[str]:
