@@ -5,13 +5,15 @@ Shape legend: B rows, K models, I inputs of a layer and the constant 1.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.utils.hooks import RemovableHandle
 
 from cki_rec.data.columns import Ints
 from cki_rec.data.loader import Loader
@@ -101,42 +103,19 @@ def linear_moments(
         batches: Rows to look at.
         layers: Names of weights; None: of all Linear layers.
     """
-    linears = {f"{n}.weight": m for n, m in network.named_modules() if isinstance(m, nn.Linear)}
-    inputs: dict[str, list[Tensor]] = {}
-    order: dict[str, None] = {}
-    valid: dict[str, Tensor] = {}
-
-    def listen_to_mask(unit: str, module: nn.Module) -> torch.utils.hooks.RemovableHandle:
-        inside = [name for name in linears if name.startswith(f"{unit}.")]
-
-        def hook(_: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-            valid.update(dict.fromkeys(inside, arguments[2].flatten()))
-
-        return module.register_forward_pre_hook(hook)
-
-    def listen(name: str, module: nn.Linear) -> torch.utils.hooks.RemovableHandle:
-        def hook(_: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-            x = arguments[0].flatten(0, -2)
-            x = x[valid[name]] if name in valid else x
-            order[name] = None
-            inputs.setdefault(name, []).append(torch.cat([x, torch.ones_like(x[:, :1])], 1))
-
-        return module.register_forward_pre_hook(hook)
-
-    handles = [listen(name, linears[name]) for name in (linears if layers is None else layers)]
-    units = [(n, m) for n, m in network.named_modules() if isinstance(m, ActivationUnit)]
-    handles += [listen_to_mask(*unit) for unit in units]
     second: dict[str, Tensor] = {}
     logit: dict[str, Tensor] = {}
     rows: dict[str, int] = {}
+    order: dict[str, None] = {}
     total = 0
     network.eval()
-    try:
+    with _listening(network, layers) as (inputs, valid):
         for batch in batches:
             inputs.clear()
             scores = [functional_call(network, model, (batch,)) for model in models]
             logit_BK = torch.stack(scores, 1).double()
             total += len(logit_BK)
+            order |= dict.fromkeys(inputs)
             for name, parts in inputs.items():
                 if len(parts) != len(models) or not len(parts[0]):  # used several times, or not
                     continue
@@ -148,9 +127,6 @@ def linear_moments(
                 if name not in valid:
                     _add(logit, name, (flat.T @ logit_BK).unflatten(0, shape))
                 rows[name] = rows.get(name, 0) + len(flat)
-    finally:
-        for handle in handles:
-            handle.remove()
     seen = [n for n in order if n in second and (n in valid or rows[n] == total)]
     return Moments(
         {name: second[name] / rows[name] for name in seen},
@@ -178,7 +154,7 @@ def output_gradients(
     """
     nudges: dict[str, list[Tensor]] = {name: [] for name in layers}
 
-    def listen(name: str, module: nn.Module) -> torch.utils.hooks.RemovableHandle:
+    def listen(name: str, module: nn.Module) -> RemovableHandle:
         def hook(_: nn.Module, __: tuple[Tensor, ...], output: Tensor) -> Tensor:
             nudges[name].append(torch.zeros_like(output, requires_grad=True))
             return output + nudges[name][-1]
@@ -212,6 +188,45 @@ def output_gradients(
         for handle in handles:
             handle.remove()
     return {name: value / total for name, value in found.items() if rows[name] == total}
+
+
+@contextmanager
+def _listening(
+    network: nn.Module, layers: Sequence[str] | None
+) -> Iterator[tuple[dict[str, list[Tensor]], dict[str, Tensor]]]:
+    """Yield what Linear layers see as the network runs, and which places are valid.
+
+    The first holds per layer the inputs and a constant 1, flat, call by call; of layers inside an
+    attention, those at valid places, which the second holds.
+    """
+    linears = {f"{n}.weight": m for n, m in network.named_modules() if isinstance(m, nn.Linear)}
+    inputs: dict[str, list[Tensor]] = {}
+    valid: dict[str, Tensor] = {}
+
+    def listen_to_mask(unit: str, module: nn.Module) -> RemovableHandle:
+        inside = [name for name in linears if name.startswith(f"{unit}.")]
+
+        def hook(_: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+            valid.update(dict.fromkeys(inside, arguments[2].flatten()))
+
+        return module.register_forward_pre_hook(hook)
+
+    def listen(name: str, module: nn.Linear) -> RemovableHandle:
+        def hook(_: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+            x = arguments[0].flatten(0, -2)
+            x = x[valid[name]] if name in valid else x
+            inputs.setdefault(name, []).append(torch.cat([x, torch.ones_like(x[:, :1])], 1))
+
+        return module.register_forward_pre_hook(hook)
+
+    handles = [listen(name, linears[name]) for name in (linears if layers is None else layers)]
+    units = [(n, m) for n, m in network.named_modules() if isinstance(m, ActivationUnit)]
+    handles += [listen_to_mask(*unit) for unit in units]
+    try:
+        yield inputs, valid
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _add(totals: dict[str, Tensor], name: str, value: Tensor) -> None:
