@@ -13,7 +13,6 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
-import pickle
 import shutil
 import warnings
 from collections.abc import Iterator
@@ -25,12 +24,13 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from cki_rec.config import LostProcess, UserError, model_options, section
 from cki_rec.config import Model as ModelConfig
 from cki_rec.data.schema import FeatureSchema
 from cki_rec.engine import distributed
+from cki_rec.engine.reader import Reader
 from cki_rec.integration.params import Params
 from cki_rec.models.comparison import decides, differences
 
@@ -38,12 +38,6 @@ FORMAT = 2
 TEMPORARY, REPLACED = ".tmp", ".tmp-replaced"
 """Suffixes of a folder while it is written, and of the one whose place it takes."""
 TENSORS, DESCRIPTION = "tensors", "checkpoint.json"
-TORCH_METADATA_TYPES = frozenset(
-    {"Metadata", "MetadataIndex", "StorageMeta", "TensorStorageMetadata", "BytesStorageMetadata"}
-    | {"ChunkStorageMetadata", "TensorProperties", "_StorageInfo", "_MEM_FORMAT_ENCODING"}
-    | {"Size", "dtype", "layout", "memory_format", "_get_layout"}
-)
-"""What the metadata of tensors consists of."""
 
 
 @dataclass(slots=True)
@@ -179,7 +173,7 @@ def load_into(tensors: dict[str, dict[str, Any]], folder: Path) -> None:
     Raises:
         UserError: A tensor is missing or has another shape.
     """
-    reader = _Reader(folder / TENSORS)
+    reader = Reader(folder / TENSORS)
     try:
         with distributed.others(), _quiet():
             dcp.load(tensors, storage_reader=reader, no_dist=_is_alone())
@@ -191,7 +185,7 @@ def load_into(tensors: dict[str, dict[str, Any]], folder: Path) -> None:
 
 def accumulator_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     """Return the shapes of the Adagrad accumulators of a checkpoint that is whole, by name."""
-    entries = _Reader(folder / TENSORS).read_metadata().state_dict_metadata
+    entries = Reader(folder / TENSORS).read_metadata().state_dict_metadata
     return {
         name.removeprefix("accumulator."): tuple(entry.size)
         for name, entry in entries.items()
@@ -229,7 +223,7 @@ def load(folder: Path) -> Checkpoint:
 
 def _read(folder: Path, prefix: str = "") -> Params:
     """Return the tensors of a torch.distributed.checkpoint folder whose names begin so."""
-    reader = _Reader(folder)
+    reader = Reader(folder)
     try:
         metadata = reader.read_metadata().state_dict_metadata
         state: Params = {
@@ -253,35 +247,6 @@ def _reason(error: BaseException) -> str:
 
 def _is_alone() -> bool:
     return distributed.world_size() == 1
-
-
-class _Reader(dcp.FileSystemReader):
-    """Reads checkpoints of strangers: their metadata is a pickle, so it may name known types only.
-
-    Tensors are read by torch with ``weights_only``.
-    """
-
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        """Return the metadata of the folder.
-
-        Raises:
-            pickle.UnpicklingError: It names a type that no metadata needs.
-        """
-        with self.fs.create_stream(Path(self.path) / ".metadata", "rb") as file:
-            metadata: Metadata = _MetadataUnpickler(file).load()
-        metadata.storage_meta = metadata.storage_meta or StorageMeta()
-        metadata.storage_meta.load_id = self.load_id
-        return metadata
-
-
-class _MetadataUnpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        package = module.partition(".")[0]
-        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
-        is_known = package == "torch" and name in TORCH_METADATA_TYPES
-        if is_dtype or is_known or (package == "pathlib" and name.endswith("Path")):
-            return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"its metadata names {module}.{name}, which may run code")
 
 
 def _digests(folder: Path) -> dict[str, str]:
