@@ -21,6 +21,10 @@ class UserError(Exception):
     """A mistake of the user: shown as one line without a traceback, exit code 2."""
 
 
+class SaidElsewhere(UserError):
+    """A mistake of the user that another process tells: exit code 2, not a word."""
+
+
 def nearest(word: object, choices: Iterable[str]) -> str:
     """Return ``"did you mean 'x'? "`` for the choice most like ``word``, or nothing."""
     close = get_close_matches(str(word), list(choices), n=1, cutoff=0.5)

@@ -15,7 +15,7 @@ import hashlib
 import json
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,6 +87,7 @@ def save(
             # the former is a BaseException: it would pass by `except OSError`; the latter is how
             # torch's writer reports a full disk
             raise _as_os_error(error, folder) from None
+        digests = _digests_by_all(temporary / TENSORS)
         if is_first:
             description: dict[str, Any] = {
                 "format": FORMAT,
@@ -94,7 +95,7 @@ def save(
                 "schema": schema.to_json(),
                 "data_hash": data_hash,
                 "position": position,
-                "files": _digests(temporary / TENSORS),
+                "files": digests,
             }
             (temporary / DESCRIPTION).write_text(json.dumps(description, indent=1))
             replaced = folder.with_name(folder.name + REPLACED)
@@ -128,8 +129,13 @@ class Description:
     position: dict[str, Any] | None
 
 
-def describe(folder: Path) -> Description:
+def describe(folder: Path, is_shared: bool = False) -> Description:
     """Return the description of a checkpoint whose files are all there and unchanged.
+
+    Args:
+        folder: Of the checkpoint.
+        is_shared: Of several processes each looks at a part of the files, so that none reads all;
+            what one finds the others learn by ``distributed.together``.
 
     Raises:
         UserError: Nothing there, a damaged or a newer checkpoint; names the file.
@@ -153,11 +159,12 @@ def describe(folder: Path) -> Description:
         raise UserError(f"{folder}: no checkpoint here ({DESCRIPTION} is missing)") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: damaged checkpoint ({error!r}); write it again") from None
-    for name, digest in _digests(folder / TENSORS).items():
-        if digests.pop(name, digest) != digest:
+    gone = digests.keys() - set(_names(folder / TENSORS))
+    if gone:
+        raise UserError(f"{folder / TENSORS / min(gone)}: damaged checkpoint, the file is gone")
+    for name, digest in _digests(folder / TENSORS, is_shared).items():
+        if digests.get(name, digest) != digest:
             raise UserError(f"{folder / TENSORS / name}: damaged checkpoint, the file has changed")
-    if digests:
-        raise UserError(f"{folder / TENSORS / min(digests)}: damaged checkpoint, the file is gone")
     return found
 
 
@@ -205,37 +212,69 @@ def load(folder: Path) -> Checkpoint:
     Raises:
         UserError: Nothing there, a damaged or a newer checkpoint; names the file.
     """
-    found = describe(folder)
+    return _as_checkpoint(describe(folder), _read(folder / TENSORS))
+
+
+def outline(folder: Path) -> Checkpoint:
+    """Return a checkpoint without its numbers, as tensors on ``meta``; its files are checked.
+
+    Several processes check them together (``describe``).
+
+    Raises:
+        UserError: As ``load``.
+    """
+    return _as_checkpoint(describe(folder, is_shared=True), _empty(folder / TENSORS, "", "meta"))
+
+
+def fill(state: Mapping[str, Any], folder: Path) -> None:
+    """Read what tensors, plain or sharded, hold of a folder of tensors; waits for no process.
+
+    Args:
+        state: Tensors by group and name, as ``model.bias``.
+        folder: ``TENSORS`` of a checkpoint that is whole.
+
+    Raises:
+        UserError: The folder is not readable.
+    """
+    with _readable(folder), _quiet():
+        dcp.load(dict(state), storage_reader=Reader(folder), no_dist=True)
+
+
+def _as_checkpoint(found: Description, tensors: Params) -> Checkpoint:
     groups: dict[str, Params] = {"model": {}, "accumulator": {}, "counts": {}}
-    for key, value in _read(folder / TENSORS).items():
+    for key, value in tensors.items():
         group, name = key.split(".", 1)
         if group in groups:
             groups[group][name] = value
-    return Checkpoint(
-        groups["model"],
-        groups["accumulator"],
-        groups["counts"],
-        found.model,
-        found.schema,
-        found.data_hash,
-    )
+    params, accumulators, counts = groups.values()
+    return Checkpoint(params, accumulators, counts, found.model, found.schema, found.data_hash)
 
 
 def _read(folder: Path, prefix: str = "") -> Params:
     """Return the tensors of a torch.distributed.checkpoint folder whose names begin so."""
-    reader = Reader(folder)
-    try:
-        metadata = reader.read_metadata().state_dict_metadata
-        state: Params = {
-            name: torch.empty(entry.size, dtype=entry.properties.dtype)
+    state = _empty(folder, prefix, "cpu")
+    fill(state, folder)
+    return state
+
+
+def _empty(folder: Path, prefix: str, device: str) -> Params:
+    """Return tensors without numbers, of the names, shapes and dtypes of a folder."""
+    with _readable(folder):
+        metadata = Reader(folder).read_metadata().state_dict_metadata
+        return {
+            name: torch.empty(entry.size, dtype=entry.properties.dtype, device=device)
             for name, entry in metadata.items()
             if isinstance(entry, TensorStorageMetadata) and name.startswith(prefix)
         }
-        with _quiet():
-            dcp.load(state, storage_reader=reader, no_dist=True)
-    except (CheckpointException, Exception) as error:  # whatever bytes of a stranger cause
+
+
+@contextmanager
+def _readable(folder: Path) -> Iterator[None]:
+    """Turn whatever the bytes of a stranger cause into one line."""
+    try:
+        yield
+    except (CheckpointException, Exception) as error:
         raise UserError(f"{folder}: unreadable checkpoint ({_reason(error)})") from None
-    return state
 
 
 def _reason(error: BaseException) -> str:
@@ -249,16 +288,28 @@ def _is_alone() -> bool:
     return distributed.world_size() == 1
 
 
-def _digests(folder: Path) -> dict[str, str]:
-    """Return the sha256 of every file in a folder, by name."""
-    digests = {}
-    for path in sorted(folder.iterdir()) if folder.is_dir() else []:
-        with path.open("rb") as file:
+def _names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+
+
+def _digests(folder: Path, is_shared: bool) -> dict[str, str]:
+    """Return the sha256 of every file in a folder, by name; of a share of them if others help."""
+    names, digests = _names(folder), {}
+    if is_shared:
+        names = names[distributed.rank() :: distributed.world_size()]
+    for name in names:
+        with (folder / name).open("rb") as file:
             digest = hashlib.sha256()
             while block := file.read(1 << 22):
                 digest.update(block)
-        digests[path.name] = digest.hexdigest()
+        digests[name] = digest.hexdigest()
     return digests
+
+
+def _digests_by_all(folder: Path) -> dict[str, str]:
+    """Return the digests of all files, to which every process contributes."""
+    shares = distributed.exchange(_digests(folder, is_shared=True))
+    return dict(sorted(entry for share in shares for entry in share.items()))
 
 
 def _as_os_error(error: CheckpointException | RuntimeError, folder: Path) -> OSError:
