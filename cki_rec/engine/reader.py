@@ -44,18 +44,19 @@ class Reader(dcp.FileSystemReader):
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
         """Fill the tensors of a plan."""
-        others = [item for item in plan.items if not self._read_rows(item, planner)]
+        mode = FakeTensorMode()
+        others = [item for item in plan.items if not self._read_rows(item, planner, mode)]
         done: Future[None] = super().read_data(LoadPlan(others), planner)
         return done
 
-    def _read_rows(self, item: ReadItem, planner: LoadPlanner) -> bool:
+    def _read_rows(self, item: ReadItem, planner: LoadPlanner, mode: FakeTensorMode) -> bool:
         """Read what a plan wants of one stored tensor if it is a run of its bytes."""
         place = self.storage_data[item.storage_index]
         target = planner.resolve_tensor(item).detach()
         if place.transform_descriptors or not target.is_contiguous() or target.is_cuda:
             return False
         with self.fs.create_stream(Path(self.path) / place.relative_path, "rb") as file:
-            with FakeTensorMode():  # without its numbers
+            with mode:  # without its numbers
                 stored: Tensor = torch.load(self._slice_file(file, place), weights_only=True)
             start = stored.untyped_storage()._checkpoint_offset
             is_rows = stored.is_contiguous() and stored.shape[1:] == target.shape[1:]
