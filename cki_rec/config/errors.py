@@ -14,7 +14,7 @@ class Stopped(BaseException):
 
 
 class LostProcess(BaseException):
-    """Another process of this training has ended: shown as one line, exit code 1."""
+    """Another process of this program has ended: shown as one line, exit code 1."""
 
 
 class UserError(Exception):

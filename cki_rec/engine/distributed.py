@@ -205,7 +205,8 @@ def others() -> Iterator[None]:
         if world_size() == 1 or not is_loss:
             raise
         raise LostProcess(
-            "another process has ended; the same command goes on from the last checkpoint"
+            "another process has ended; the same command goes on from the last checkpoint, or"
+            " begins again where none is kept"
         ) from None
 
 
