@@ -40,7 +40,7 @@ EXAMPLES = {
     "report": "name=quickstart",
     "bench": "select=import_seconds",
 }
-ON_SEVERAL_PROCESSES = ("train",)
+ON_SEVERAL_PROCESSES = ("train", "integrate")
 SWEEP_VARIABLE = "CKI_REC_SWEEP"
 """Number of jobs and start time of the running sweep, for its jobs in other processes."""
 
@@ -88,7 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(pipeline: str, options: list[str]) -> int:
     """Compose and run one pipeline, or a sweep of it; turn known errors into one line."""
-    from cki_rec.config import LostProcess, Stopped, UserError
+    from cki_rec.config import LostProcess, SaidElsewhere, Stopped, UserError
     from cki_rec.environment import EnvironmentMismatchError, check_versions
 
     _start_log()
@@ -98,6 +98,8 @@ def _run(pipeline: str, options: list[str]) -> int:
             _sweep(pipeline, [o for o in options if o not in ("-m", "--multirun")])
         else:
             _run_job(pipeline, _compose(options))
+    except SaidElsewhere:
+        return 2
     except (UserError, EnvironmentMismatchError) as error:
         return _fail(str(error))
     except Stopped as stop:

@@ -4,7 +4,7 @@
 """
 
 from cki_rec.config.checks import AT_LEAST, CHOICES, check
-from cki_rec.config.errors import LostProcess, Stopped, UserError, nearest
+from cki_rec.config.errors import LostProcess, SaidElsewhere, Stopped, UserError, nearest
 from cki_rec.config.options import (
     Align,
     Attention,
@@ -54,6 +54,7 @@ __all__ = [
     "Monitor",
     "Partition",
     "Runtime",
+    "SaidElsewhere",
     "Split",
     "Stopped",
     "Streams",

@@ -14,11 +14,15 @@ class Stopped(BaseException):
 
 
 class LostProcess(BaseException):
-    """Another process of this training has ended: shown as one line, exit code 1."""
+    """Another process of this program has ended: shown as one line, exit code 1."""
 
 
 class UserError(Exception):
     """A mistake of the user: shown as one line without a traceback, exit code 2."""
+
+
+class SaidElsewhere(UserError):
+    """A mistake of the user that another process tells: exit code 2, not a word."""
 
 
 def nearest(word: object, choices: Iterable[str]) -> str:

@@ -13,10 +13,9 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
-import pickle
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,12 +24,13 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from cki_rec.config import LostProcess, UserError, model_options, section
 from cki_rec.config import Model as ModelConfig
 from cki_rec.data.schema import FeatureSchema
 from cki_rec.engine import distributed
+from cki_rec.engine.reader import Reader
 from cki_rec.integration.params import Params
 from cki_rec.models.comparison import decides, differences
 
@@ -38,12 +38,6 @@ FORMAT = 2
 TEMPORARY, REPLACED = ".tmp", ".tmp-replaced"
 """Suffixes of a folder while it is written, and of the one whose place it takes."""
 TENSORS, DESCRIPTION = "tensors", "checkpoint.json"
-TORCH_METADATA_TYPES = frozenset(
-    {"Metadata", "MetadataIndex", "StorageMeta", "TensorStorageMetadata", "BytesStorageMetadata"}
-    | {"ChunkStorageMetadata", "TensorProperties", "_StorageInfo", "_MEM_FORMAT_ENCODING"}
-    | {"Size", "dtype", "layout", "memory_format", "_get_layout"}
-)
-"""What the metadata of tensors consists of."""
 
 
 @dataclass(slots=True)
@@ -93,6 +87,7 @@ def save(
             # the former is a BaseException: it would pass by `except OSError`; the latter is how
             # torch's writer reports a full disk
             raise _as_os_error(error, folder) from None
+        digests = _digests_by_all(temporary / TENSORS)
         if is_first:
             description: dict[str, Any] = {
                 "format": FORMAT,
@@ -100,7 +95,7 @@ def save(
                 "schema": schema.to_json(),
                 "data_hash": data_hash,
                 "position": position,
-                "files": _digests(temporary / TENSORS),
+                "files": digests,
             }
             (temporary / DESCRIPTION).write_text(json.dumps(description, indent=1))
             replaced = folder.with_name(folder.name + REPLACED)
@@ -134,8 +129,13 @@ class Description:
     position: dict[str, Any] | None
 
 
-def describe(folder: Path) -> Description:
+def describe(folder: Path, is_shared: bool = False) -> Description:
     """Return the description of a checkpoint whose files are all there and unchanged.
+
+    Args:
+        folder: Of the checkpoint.
+        is_shared: Of several processes each looks at a part of the files, so that none reads all;
+            what one finds the others learn by ``distributed.together``.
 
     Raises:
         UserError: Nothing there, a damaged or a newer checkpoint; names the file.
@@ -159,11 +159,12 @@ def describe(folder: Path) -> Description:
         raise UserError(f"{folder}: no checkpoint here ({DESCRIPTION} is missing)") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: damaged checkpoint ({error!r}); write it again") from None
-    for name, digest in _digests(folder / TENSORS).items():
-        if digests.pop(name, digest) != digest:
+    gone = digests.keys() - set(_names(folder / TENSORS))
+    if gone:
+        raise UserError(f"{folder / TENSORS / min(gone)}: damaged checkpoint, the file is gone")
+    for name, digest in _digests(folder / TENSORS, is_shared).items():
+        if digests.get(name, digest) != digest:
             raise UserError(f"{folder / TENSORS / name}: damaged checkpoint, the file has changed")
-    if digests:
-        raise UserError(f"{folder / TENSORS / min(digests)}: damaged checkpoint, the file is gone")
     return found
 
 
@@ -179,7 +180,7 @@ def load_into(tensors: dict[str, dict[str, Any]], folder: Path) -> None:
     Raises:
         UserError: A tensor is missing or has another shape.
     """
-    reader = _Reader(folder / TENSORS)
+    reader = Reader(folder / TENSORS)
     try:
         with distributed.others(), _quiet():
             dcp.load(tensors, storage_reader=reader, no_dist=_is_alone())
@@ -191,7 +192,7 @@ def load_into(tensors: dict[str, dict[str, Any]], folder: Path) -> None:
 
 def accumulator_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     """Return the shapes of the Adagrad accumulators of a checkpoint that is whole, by name."""
-    entries = _Reader(folder / TENSORS).read_metadata().state_dict_metadata
+    entries = Reader(folder / TENSORS).read_metadata().state_dict_metadata
     return {
         name.removeprefix("accumulator."): tuple(entry.size)
         for name, entry in entries.items()
@@ -211,37 +212,69 @@ def load(folder: Path) -> Checkpoint:
     Raises:
         UserError: Nothing there, a damaged or a newer checkpoint; names the file.
     """
-    found = describe(folder)
+    return _as_checkpoint(describe(folder), _read(folder / TENSORS))
+
+
+def outline(folder: Path) -> Checkpoint:
+    """Return a checkpoint without its numbers, as tensors on ``meta``; its files are checked.
+
+    Several processes check them together (``describe``).
+
+    Raises:
+        UserError: As ``load``.
+    """
+    return _as_checkpoint(describe(folder, is_shared=True), _empty(folder / TENSORS, "", "meta"))
+
+
+def fill(state: Mapping[str, Any], folder: Path) -> None:
+    """Read what tensors, plain or sharded, hold of a folder of tensors; waits for no process.
+
+    Args:
+        state: Tensors by group and name, as ``model.bias``.
+        folder: ``TENSORS`` of a checkpoint that is whole.
+
+    Raises:
+        UserError: The folder is not readable.
+    """
+    with _readable(folder), _quiet():
+        dcp.load(dict(state), storage_reader=Reader(folder), no_dist=True)
+
+
+def _as_checkpoint(found: Description, tensors: Params) -> Checkpoint:
     groups: dict[str, Params] = {"model": {}, "accumulator": {}, "counts": {}}
-    for key, value in _read(folder / TENSORS).items():
+    for key, value in tensors.items():
         group, name = key.split(".", 1)
         if group in groups:
             groups[group][name] = value
-    return Checkpoint(
-        groups["model"],
-        groups["accumulator"],
-        groups["counts"],
-        found.model,
-        found.schema,
-        found.data_hash,
-    )
+    params, accumulators, counts = groups.values()
+    return Checkpoint(params, accumulators, counts, found.model, found.schema, found.data_hash)
 
 
 def _read(folder: Path, prefix: str = "") -> Params:
     """Return the tensors of a torch.distributed.checkpoint folder whose names begin so."""
-    reader = _Reader(folder)
-    try:
-        metadata = reader.read_metadata().state_dict_metadata
-        state: Params = {
-            name: torch.empty(entry.size, dtype=entry.properties.dtype)
+    state = _empty(folder, prefix, "cpu")
+    fill(state, folder)
+    return state
+
+
+def _empty(folder: Path, prefix: str, device: str) -> Params:
+    """Return tensors without numbers, of the names, shapes and dtypes of a folder."""
+    with _readable(folder):
+        metadata = Reader(folder).read_metadata().state_dict_metadata
+        return {
+            name: torch.empty(entry.size, dtype=entry.properties.dtype, device=device)
             for name, entry in metadata.items()
             if isinstance(entry, TensorStorageMetadata) and name.startswith(prefix)
         }
-        with _quiet():
-            dcp.load(state, storage_reader=reader, no_dist=True)
-    except (CheckpointException, Exception) as error:  # whatever bytes of a stranger cause
+
+
+@contextmanager
+def _readable(folder: Path) -> Iterator[None]:
+    """Turn whatever the bytes of a stranger cause into one line."""
+    try:
+        yield
+    except (CheckpointException, Exception) as error:
         raise UserError(f"{folder}: unreadable checkpoint ({_reason(error)})") from None
-    return state
 
 
 def _reason(error: BaseException) -> str:
@@ -255,45 +288,28 @@ def _is_alone() -> bool:
     return distributed.world_size() == 1
 
 
-class _Reader(dcp.FileSystemReader):
-    """Reads checkpoints of strangers: their metadata is a pickle, so it may name known types only.
-
-    Tensors are read by torch with ``weights_only``.
-    """
-
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        """Return the metadata of the folder.
-
-        Raises:
-            pickle.UnpicklingError: It names a type that no metadata needs.
-        """
-        with self.fs.create_stream(Path(self.path) / ".metadata", "rb") as file:
-            metadata: Metadata = _MetadataUnpickler(file).load()
-        metadata.storage_meta = metadata.storage_meta or StorageMeta()
-        metadata.storage_meta.load_id = self.load_id
-        return metadata
+def _names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
 
 
-class _MetadataUnpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        package = module.partition(".")[0]
-        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
-        is_known = package == "torch" and name in TORCH_METADATA_TYPES
-        if is_dtype or is_known or (package == "pathlib" and name.endswith("Path")):
-            return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"its metadata names {module}.{name}, which may run code")
-
-
-def _digests(folder: Path) -> dict[str, str]:
-    """Return the sha256 of every file in a folder, by name."""
-    digests = {}
-    for path in sorted(folder.iterdir()) if folder.is_dir() else []:
-        with path.open("rb") as file:
+def _digests(folder: Path, is_shared: bool) -> dict[str, str]:
+    """Return the sha256 of every file in a folder, by name; of a share of them if others help."""
+    names, digests = _names(folder), {}
+    if is_shared:
+        names = names[distributed.rank() :: distributed.world_size()]
+    for name in names:
+        with (folder / name).open("rb") as file:
             digest = hashlib.sha256()
             while block := file.read(1 << 22):
                 digest.update(block)
-        digests[path.name] = digest.hexdigest()
+        digests[name] = digest.hexdigest()
     return digests
+
+
+def _digests_by_all(folder: Path) -> dict[str, str]:
+    """Return the digests of all files, to which every process contributes."""
+    shares = distributed.exchange(_digests(folder, is_shared=True))
+    return dict(sorted(entry for share in shares for entry in share.items()))
 
 
 def _as_os_error(error: CheckpointException | RuntimeError, folder: Path) -> OSError:

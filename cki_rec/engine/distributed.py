@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch._C._distributed_c10d import FakeProcessGroup
 from torch.distributed.nn.functional import all_reduce as differentiable_all_reduce
 
-from cki_rec.config import LostProcess, Runtime, UserError
+from cki_rec.config import LostProcess, Runtime, SaidElsewhere, UserError
 
 Value = TypeVar("Value")
 
@@ -108,9 +108,54 @@ def world_size() -> int:
 
 
 def barrier() -> None:
-    """Wait until all processes are here."""
-    if world_size() > 1:
-        dist.barrier()
+    """Wait until all processes are here.
+
+    Raises:
+        SaidElsewhere: One has given up (``together``).
+    """
+    exchange(None)
+
+
+def exchange(value: Value) -> list[Value]:
+    """Return what every process gives, in their order; plain Python values and small tensors.
+
+    Raises:
+        SaidElsewhere: A process has given up instead (``together``).
+    """
+    if world_size() == 1:
+        return [value]
+    values = _gather(value)
+    if any(isinstance(given, _Failed) for given in values):
+        raise SaidElsewhere("another process has failed")
+    return values
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """Let all processes fail where one does: it says why, others leave at their next exchange.
+
+    Within the block they may wait for each other by ``exchange`` and ``barrier`` alone, or where
+    none can fail by itself. No process leaves a block that fails before all have tidied up.
+
+    Raises:
+        SaidElsewhere: Another process has failed, and says why.
+    """
+    if world_size() == 1:
+        yield
+        return
+    with others():
+        try:
+            yield
+            barrier()
+        except SaidElsewhere:
+            _gather(None)
+            raise
+        except Exception:
+            failed = [isinstance(given, _Failed) for given in _gather(_Failed())]
+            _gather(None)
+            if any(failed[: rank()]):
+                raise SaidElsewhere("another process has failed, too") from None
+            raise
 
 
 def total(values: Tensor) -> Tensor:
@@ -121,12 +166,27 @@ def total(values: Tensor) -> Tensor:
 
 
 def from_first(value: Value) -> Value:
-    """Return the value that the first process has, on all of them; plain Python values."""
+    """Return the value that the first process has, on all of them; plain Python values.
+
+    Raises:
+        SaidElsewhere: A process has given up (``together``).
+    """
+    barrier()
     if world_size() == 1:
         return value
     values = [value]
     dist.broadcast_object_list(values, src=0)
     return values[0]
+
+
+class _Failed:
+    """What a process that has failed gives instead of a value."""
+
+
+def _gather(value: Any) -> list[Any]:
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
 
 
 @contextmanager
@@ -145,7 +205,8 @@ def others() -> Iterator[None]:
         if world_size() == 1 or not is_loss:
             raise
         raise LostProcess(
-            "another process has ended; the same command goes on from the last checkpoint"
+            "another process has ended; the same command goes on from the last checkpoint, or"
+            " begins again where none is kept"
         ) from None
 
 

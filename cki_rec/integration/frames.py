@@ -20,7 +20,10 @@ validation rows of MovieLens 1M (DeepFM, suite seeds, seed 1) 5, 10 and 20 were 
 
 
 def transform(
-    params: Params, symmetries: Sequence[Symmetry], elements: Sequence[Tensor]
+    params: Params,
+    symmetries: Sequence[Symmetry],
+    elements: Sequence[Tensor],
+    in_place: bool = False,
 ) -> Params:
     """Return a model with a group element of every symmetry applied; its outputs do not change.
 
@@ -31,6 +34,7 @@ def transform(
         params: One model.
         symmetries: Of its network.
         elements: Per symmetry ``(S, S)``.
+        in_place: Move the tensors of ``params`` themselves: no memory for a second model.
     """
     moved = dict(params)
     for symmetry, element in zip(symmetries, elements, strict=True):
@@ -38,7 +42,7 @@ def transform(
             continue
         for part in symmetry.slices:
             tensor = moved[part.parameter]
-            if tensor is params[part.parameter]:
+            if tensor is params[part.parameter] and not in_place:
                 tensor = moved[part.parameter] = tensor.clone()
             matrix = element if part.signed else element.abs()
             _act(units_of(tensor, part, symmetry.size), matrix, symmetry.kind)
@@ -169,18 +173,18 @@ def units_of(tensor: Tensor, part: Slice, size: int) -> Tensor:
 
 
 def _act(units: Tensor, element: Tensor, kind: str) -> None:
-    """Replace ``units`` ``(..., S)`` by ``units @ element``, in place."""
-    if kind == "rotation":
-        rows = units if units.ndim > 1 else units[None]
-        for start in range(0, len(rows), BLOCK):
-            block = rows[start : start + BLOCK]
+    """Replace ``units`` ``(..., S)`` by ``units @ element``, in place, a block at a time."""
+    is_permuted = kind != "rotation"
+    order, signs = element.abs().argmax(0), element.sum(0)  # of a permutation
+    is_signed = is_permuted and bool((signs < 0).any())
+    views = units if units.ndim > 1 else units[None]
+    for start in range(0, len(views), BLOCK):
+        block = views[start : start + BLOCK]
+        if is_permuted:
+            moved = block[..., order]
+            block.copy_(torch.where(signs < 0, -moved, moved) if is_signed else moved)
+        else:
             block.copy_((block.double() @ element).to(block.dtype))
-        return
-    rows, columns = element.nonzero(as_tuple=True)
-    order, signs = torch.empty_like(rows), torch.empty_like(element[0])
-    order[columns], signs[columns] = rows, element[rows, columns]
-    moved = units[..., order]
-    units.copy_(torch.where(signs < 0, -moved, moved) if bool((signs < 0).any()) else moved)
 
 
 def _products(tables: list[Tensor], counts: list[Tensor]) -> Tensor:

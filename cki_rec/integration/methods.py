@@ -88,6 +88,9 @@ class Method:
     """The result is one model of unchanged size."""
     is_ordered: bool = False
     """The result depends on the order of the sources."""
+    rows_apart: bool = False
+    """A row of a merged table depends on that row of its sources alone, so tables can be merged a
+    few rows at a time, or by several processes."""
 
     @property
     def is_rule(self) -> bool:
@@ -155,11 +158,13 @@ METHODS: dict[str, Method] = {
         idea="the first parent as it is: a control of what trains along with a merged head",
         reference="ours",
         is_ordered=True,
+        rows_apart=True,
     ),
     "average": Method(
         weigh=lambda models, _: average_weights(models),
         idea="the mean of all parents, entry by entry; of checkpoints of one run: SWA",
         reference="CKI (arXiv 2501.07596), baseline averaging",
+        rows_apart=True,
     ),
     "weighted_average": Method(
         weigh=lambda models, given, **options: weighted_average(models, given.score, **options),
@@ -168,6 +173,7 @@ METHODS: dict[str, Method] = {
         reference="CKI (arXiv 2501.07596), baseline averaging",
         cost="scores of a grid",
         is_ordered=True,
+        rows_apart=True,
     ),
     "greedy_soup": Method(
         weigh=lambda models, given: greedy_soup(models, given.score),
@@ -206,6 +212,7 @@ METHODS: dict[str, Method] = {
         needs=frozenset({"start"}),
         reference="Ilharco et al., ICLR 2023",
         cost=SCALED,
+        rows_apart=True,
     ),
     "ties": Method(
         merge=lambda models, given, **options: ties(models, _start(given), given.score, **options),
@@ -265,6 +272,7 @@ METHODS: dict[str, Method] = {
         idea="table rows weighted by how often each parent saw them, the rest averaged",
         needs=frozenset({"counts"}),
         reference="RegMean (Jin et al., ICLR 2023) for one-hot inputs",
+        rows_apart=True,
     ),
     "fisher": Method(
         weigh=lambda models, given, **options: fisher_weights(models, given.fisher, **options),

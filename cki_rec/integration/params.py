@@ -71,7 +71,8 @@ def check_finite(models: Sequence[Params], title: str = "source") -> None:
     """
     for k, model in enumerate(models):
         for name, tensor in model.items():
-            if not bool(tensor.isfinite().all()):
+            blocks = tensor.split(BLOCK) if tensor.ndim else [tensor]
+            if not all(bool(block.isfinite().all()) for block in blocks):
                 which = f"{title} {k}" if title == "source" else title
                 raise ValueError(f"{name}: {which} has NaN or infinite entries")
 

@@ -15,6 +15,7 @@ name, source, block of rows).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import reduce
 from typing import TypeAlias
 
 import torch
@@ -223,7 +224,7 @@ def _merge(
             moves[name] = torch.stack(taus).mean(0)
             continue
         taus = [sparsify(tau, f"{name}/{k}") for k, tau in enumerate(taus)]
-        moves[name] = _elect(taus) if elect else torch.stack(taus).sum(0)
+        moves[name] = _elect(taus) if elect else reduce(torch.add, taus)  # in order, of any shape
     num_added = 1 if elect else len(models)
     if scale is None:
         candidates = (_move(start, moves, value, num_added) for value in SCALES)

@@ -79,7 +79,7 @@ def measure(threads: int) -> None:
     start_time = time.perf_counter()
     found = align(models, symmetries, table_products(models, tables, counts))
     aligned = [
-        transform(model, symmetries, own)
+        transform(model, symmetries, own, in_place=True)
         for model, own in zip(models, found.elements, strict=True)
     ]
     merged = splice(aligned, evidence_weights(aligned, counts))

@@ -84,7 +84,7 @@ def _findings(
     loaded: list[tuple[str, Path, Checkpoint]] = []
     for name, delta in deltas:
         try:
-            folder = _find(config, delta)
+            folder = find(config, delta)
             loaded.append((name, folder, checkpoint.load(folder)))
             found.append(Finding("checkpoint", "ok", f"{name}: {folder}"))
         except UserError as error:
@@ -154,7 +154,7 @@ def _data(config: Config, first: Checkpoint, looks_at_rows: bool) -> list[Findin
     return [Finding("needs", "ok", f"{what}: {dataset.folder.name}")]
 
 
-def _find(config: Config, delta: dict[str, Any]) -> Path:
+def find(config: Config, delta: dict[str, Any]) -> Path:
     """Return the checkpoint folder of a source that is there.
 
     Raises:

@@ -215,7 +215,6 @@ def memory(checkpoints: Sequence[Checkpoint], options: Integrate) -> Finding:
     params = sum(_bytes(c.params) for c in checkpoints)
     total = sources + params // len(checkpoints)
     total += sources if options.vocabularies else 0
-    total += params if options.align.by != "none" else 0
     total += params if options.method in ("cki", "random") else 0  # a weight per entry
     has = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     state: State = "ok" if total < has else "differs"

@@ -15,12 +15,12 @@ from cki_rec.analysis.metrics import auc
 from cki_rec.config import Config, Integrate, UserError, nearest, run_id, section, with_delta
 from cki_rec.data import store
 from cki_rec.data.store import EncodedDataset
-from cki_rec.engine import checkpoint
+from cki_rec.engine import checkpoint, distributed, sharded
 from cki_rec.engine.checkpoint import Checkpoint
 from cki_rec.engine.moments import observer
 from cki_rec.engine.record import Run, open_run
 from cki_rec.integration.methods import METHODS, Given, Method, check_options, needs_of
-from cki_rec.integration.params import Params, check_finite, widened
+from cki_rec.integration.params import check_finite, widened
 from cki_rec.integration.splicing import source_shares
 from cki_rec.integration.vocabulary import shared_rows
 from cki_rec.models import build_model
@@ -31,6 +31,7 @@ from cki_rec.pipelines import (
     matching,
     merging,
     rules,
+    several,
     train,
     vocabularies,
 )
@@ -58,11 +59,12 @@ class Source:
 
 def run(config: Config) -> None:
     """Integrate as configured; say where the model is and what was taken from whom."""
-    if config.check_only:
-        everything = candidates_of(config) if config.integrate.method == "best_of" else [config]
-        checking.check(config, everything, method_of, needs_rows)
-        return
-    done = ensure(config, force=config.runtime.force)
+    with several.processes(config):
+        if config.check_only:
+            ways = candidates_of(config) if config.integrate.method == "best_of" else [config]
+            checking.check(config, ways, method_of, needs_rows)
+            return
+        done = ensure(config, force=config.runtime.force)
     assert done.record is not None
     result = done.record["result"]
     for name, shares in (result["shares"] or {}).items():
@@ -81,9 +83,10 @@ def ensure(config: Config, force: bool = False) -> Run:
         UserError: Unknown method; sources that do not fit together; no data where it is needed.
     """
     options, method = config.integrate, method_of(config)
+    looks = needs_rows(options)
+    several.check(options, method, looks)
     sources = sources_of(config)
     start = start_of(config)
-    looks = needs_rows(options)
     dataset = (
         store.prepare(config.data, config.runtime.encoded, config.runtime.chunk_mb)
         if looks
@@ -190,12 +193,18 @@ def needs_labels(options: Integrate) -> bool:
 
 
 def resolve(config: Config, deltas: Sequence[dict[str, Any]]) -> list[Source]:
-    """Return the models that config deltas and paths name; missing runs are trained."""
+    """Return the models that config deltas and paths name; missing runs are trained.
+
+    Several processes train none: they say how to.
+    """
     sources = []
     for delta in deltas:
         if "path" in delta:
             folder = external.folder_of(delta, "integrate.sources")
             sources.append(Source(str(delta["path"]), external.identity(folder), folder))
+        elif distributed.world_size() > 1:
+            folder = checking.find(config, delta)
+            sources.append(Source(str(delta), folder.parent.name, folder))
         else:
             done = train.ensure(with_delta(config, delta))
             sources.append(Source(str(delta), done.path.name, done.checkpoint))
@@ -267,7 +276,8 @@ def _integrate(
 ) -> None:
     options = config.integrate
     everyone = [*sources, *([replace(start, name=f"start {start.name}")] if start else [])]
-    loaded = [checkpoint.load(source.folder) for source in everyone]
+    names = [source.name for source in everyone]
+    loaded = sharded.load([source.folder for source in everyone], names)
     homes: list[Path] = []
     joined = Joined(loaded)
     if options.vocabularies:
@@ -275,7 +285,7 @@ def _integrate(
             config, [(s.folder, c) for s, c in zip(everyone, loaded, strict=True)]
         )
         joined = vocabularies.joined(loaded, homes, len(sources))
-    checkpoint.check_compatible(joined.checkpoints, [source.name for source in everyone])
+    checkpoint.check_compatible(joined.checkpoints, names)
     checkpoints = joined.checkpoints[: len(sources)]
     begun = None if start is None else joined.checkpoints[-1]
     first = checkpoints[0]
@@ -300,16 +310,19 @@ def _integrate(
         else:
             try:
                 tensors = _merged(config, checkpoints, begun, dataset, result, joined.owners)
-                tensors["counts"] = _together([c.counts for c in checkpoints], is_disjoint)
+                tensors["counts"] = merging.evidence_of_all(
+                    [c.counts for c in checkpoints], is_disjoint
+                )
             except ValueError as error:
                 raise UserError(f"integrate.method={options.method}: {error}") from None
             hashes = {c.data_hash for c in checkpoints}
             data_hash = first.data_hash if len(hashes) == 1 else SEVERAL
-            checkpoint.save(run.checkpoint, tensors, first.model, first.schema, data_hash)
+            sharded.save(run.checkpoint, tensors, first, data_hash)
             if homes:
                 vocabularies.write(run.path / vocabularies.FOLDER, joined, homes)
                 result["vocabularies"] = joined.rows
-    run.finish(reads, data, result)
+    if distributed.rank() == 0:
+        run.finish(reads, data, result)
 
 
 def _merged(
@@ -357,7 +370,7 @@ def _merged(
     params, weights, result["gate"] = merging.merge(config, models, given, dataset, first)
     if weights is not None:
         trained = merging.trunk_parameters(options, params)
-        shares = source_shares(weights, models)
+        shares = sharded.mean_shares(source_shares(weights, models), first.schema)
         result["shares"] = {name: of for name, of in shares.items() if name not in trained}
         result["global"] = rules.entropy_report(options, shared_rows(models, owners), config.seed)
     params = matching.repaired(options, params, models, weights, votes, first, observe)
@@ -368,7 +381,8 @@ def _merged(
     return {
         "model": {name: tensor.to(dtypes[name]) for name, tensor in params.items()},
         "accumulator": matching.accumulators(
-            _together([c.accumulators for c in checkpoints], is_disjoint=False), options
+            merging.evidence_of_all([c.accumulators for c in checkpoints], is_disjoint=False),
+            options,
         ),
     }
 
@@ -400,13 +414,3 @@ def warn_if_worse(config: Config, result: dict[str, Any]) -> None:
             " (integrate=best_parent)",
             *(config.integrate.label, found["kept"], found["best_source"], found["name"]),
         )
-
-
-def _together(groups: Sequence[Params], is_disjoint: bool) -> Params:
-    """Return the entrywise sum of disjoint sources, else the maximum.
-
-    What several sources may have seen is not counted twice.
-    """
-    names = [name for name in groups[0] if all(name in group for group in groups)]
-    stacks = {name: torch.stack([group[name] for group in groups]) for name in names}
-    return {name: s.sum(0) if is_disjoint else s.amax(0) for name, s in stacks.items()}

@@ -21,6 +21,7 @@ NEEDS = {
     "start": "common start",
     "labels": "validation rows",
 }
+WHOLE = "whole tables"
 
 
 def method_table(width: int | None = None) -> str:
@@ -44,6 +45,8 @@ def method_table(width: int | None = None) -> str:
         options = ", ".join(f"{option}={in_yaml(value)}" for option, value in known.items())
         idea = method.idea + (f"\n  {options}" if options else "")
         needs = dict.fromkeys(NEEDS[need] for need in sorted(needs_of(name, {})))
+        if method.is_rule and not method.rows_apart:
+            needs[WHOLE] = None
         table.add_row(
             *(name, idea, method.models, ", ".join(needs) or "-", method.cost, method.reference)
         )
@@ -52,7 +55,7 @@ def method_table(width: int | None = None) -> str:
         console.print(table)
         console.print(
             "Options: integrate.options.NAME=VALUE; null: chosen on validation rows. Common start:"
-            " integrate.start.",
+            f" integrate.start. What needs no rows and no {WHOLE} runs on several processes, too.",
             soft_wrap=False,
         )
     return "\n".join(line.rstrip() for line in captured.get().strip("\n").splitlines())

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from cki_rec.config import Integrate, UserError
+from cki_rec.engine import distributed, sharded
 from cki_rec.engine.checkpoint import Checkpoint
 from cki_rec.engine.embeddings import table_of
 from cki_rec.engine.moments import Observer, random_batch
@@ -44,6 +45,8 @@ def aligned(
 ) -> tuple[list[Params], dict[str, Any] | None]:
     """Return the sources in one frame, and how well they agree there and did before.
 
+    They are moved where they are: ``models`` are then in that frame, too.
+
     Raises:
         UserError: An aligned source does not give its own scores any more.
     """
@@ -55,13 +58,18 @@ def aligned(
         assert observe is not None
         moments = observe(models).second
     products = table_products(models, moved_tables(symmetries), counts)
+    products = sharded.total(products, saved.schema)
     found = align(models, symmetries, products, moments, starts=options.align.starts, seed=seed)
-    moved = [transform(m, symmetries, e) for m, e in zip(models, found.elements, strict=True)]
-    network = build_model(saved.schema, saved.model, torch.device("cpu")).eval()
-    batch = random_batch(saved.schema, CHECKED_ROWS, seed)
-    for k, (before, after) in enumerate(zip(models, moved, strict=True)):
+    found = distributed.from_first(found)  # other machines may round otherwise
+    held = sharded.own(saved.schema)
+    network = build_model(held, saved.model, torch.device("cpu")).eval()
+    batch = random_batch(held, CHECKED_ROWS, seed)
+    moved = []
+    for k, (model, elements) in enumerate(zip(models, found.elements, strict=True)):
         with torch.no_grad():
-            scores, own = (functional_call(network, m, (batch,)) for m in (after, before))
+            own = functional_call(network, model, (batch,))
+            moved.append(transform(model, symmetries, elements, in_place=True))
+            scores = functional_call(network, moved[k], (batch,))
         check_scores(scores, own, f"integrate.sources[{k}]")
     facts = {
         "by": options.align.by,

@@ -206,3 +206,17 @@ def initial_gates(options: Integrate, params: Params, seed: int) -> Gates:
 def trunk_parameters(options: Integrate, params: Params) -> list[str]:
     """Return what trains along with the gates: all that is out of scope, as released."""
     return rules.outside_scope(options, params) if options.gate.train == "trunk" else []
+
+
+def evidence_of_all(groups: Sequence[Params], is_disjoint: bool) -> Params:
+    """Return the entrywise sum of disjoint sources' counts or accumulators, else the maximum.
+
+    What several sources may have seen is not counted twice.
+    """
+    found = {}
+    for name in [name for name in groups[0] if all(name in group for group in groups)]:
+        found[name] = groups[0][name].clone()
+        for group in groups[1:]:
+            join = torch.add if is_disjoint else torch.maximum
+            join(found[name], group[name], out=found[name])
+    return found

@@ -299,3 +299,29 @@ def test_what_torch_says_of_a_full_disk_is_an_os_error(saved, tensors, schema, m
         checkpoint.save(saved, tensors, MODEL, schema, "data hash")
     assert caught.value.errno == errno.ENOSPC
     assert caught.value.filename == str(saved)
+
+
+def test_tensors_of_any_layout_are_filled(saved):
+    """Rows that lie in memory as in the file are read straight into it, others by torch."""
+    whole = checkpoint._read(saved / checkpoint.TENSORS)
+    turned = {
+        name: torch.empty(tensor.shape[::-1], dtype=tensor.dtype).T
+        for name, tensor in whole.items()
+        if tensor.ndim == 2
+    }
+    checkpoint.fill(turned, saved / checkpoint.TENSORS)
+    assert all(torch.equal(tensor, whole[name]) for name, tensor in turned.items())
+
+
+def test_an_outline_has_shapes_and_no_numbers(saved):
+    outline, loaded = checkpoint.outline(saved), checkpoint.load(saved)
+    for found, expected in (
+        (outline.params, loaded.params),
+        (outline.accumulators, loaded.accumulators),
+        (outline.counts, loaded.counts),
+    ):
+        assert {n: (t.shape, t.dtype) for n, t in found.items()} == {
+            n: (t.shape, t.dtype) for n, t in expected.items()
+        }
+        assert all(tensor.is_meta for tensor in found.values())
+    checkpoint.check_compatible([outline, loaded], ["a", "b"])

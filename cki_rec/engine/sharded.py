@@ -1,0 +1,149 @@
+"""Checkpoints of which no process holds more than some rows of every table.
+
+Rows of a table are shared evenly and in order, with their counts and accumulators. Everything that
+is no table is whole on every process, and so is a table with fewer rows than processes. In one
+process all is whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed._shard.sharded_tensor import (
+    Shard,
+    ShardedTensor,
+    ShardedTensorMetadata,
+    TensorProperties,
+)
+from torch.distributed._shard.sharding_spec import ShardMetadata
+
+from cki_rec.data.schema import FeatureSchema
+from cki_rec.engine import checkpoint, distributed
+from cki_rec.engine.checkpoint import TENSORS, Checkpoint
+from cki_rec.engine.embeddings import table_of
+from cki_rec.integration.params import Params
+
+Groups = dict[str, dict[str, Any]]
+"""Tensors by group (``model``, ``accumulator``, ``counts``) and name."""
+
+
+def rows_of(size: int, number: int | None = None) -> slice:
+    """Return which of a table's rows a process (None: this one) holds."""
+    num = distributed.world_size()
+    number = distributed.rank() if number is None else number
+    first, last = (size * place // num for place in (number, number + 1))
+    return slice(first, last) if is_divided(size) else slice(0, size)
+
+
+def is_divided(size: int) -> bool:
+    """Return whether processes hold different rows of a table of so many."""
+    return size >= distributed.world_size() > 1
+
+
+def own(schema: FeatureSchema) -> FeatureSchema:
+    """Return the schema of the rows that this process holds, as if they were all."""
+    rows = {table: rows_of(size) for table, size in schema.table_sizes.items()}
+    return replace(schema, table_sizes={table: r.stop - r.start for table, r in rows.items()})
+
+
+def load(folders: Sequence[Path], names: Sequence[str]) -> list[Checkpoint]:
+    """Return what this process holds of every checkpoint.
+
+    Of several processes each reads its own rows, and nothing before it is known to fit.
+
+    Raises:
+        UserError: As ``checkpoint.load``; on several processes as ``checkpoint.check_compatible``.
+    """
+    if distributed.world_size() == 1:
+        return [checkpoint.load(folder) for folder in folders]
+    outlines = [checkpoint.outline(folder) for folder in folders]
+    checkpoint.check_compatible(outlines, list(names))
+    distributed.barrier()  # the files are whole, each process has looked at some
+    return [_filled(*pair) for pair in zip(outlines, folders, strict=True)]
+
+
+def save(folder: Path, tensors: Groups, saved: Checkpoint, data_hash: str) -> None:
+    """Write one checkpoint of what all processes hold, of the network of ``saved``."""
+    sizes = saved.schema.table_sizes
+    whole = {
+        group: {n: _whole(t, _rows(_table(group, n), sizes)) for n, t in entries.items()}
+        for group, entries in tensors.items()
+    }
+    checkpoint.save(folder, whole, saved.model, saved.schema, data_hash)
+
+
+def total(products: Mapping[str, Tensor], schema: FeatureSchema) -> dict[str, Tensor]:
+    """Return per table the sum over all processes' rows, the same bits on all of them."""
+    of_all = distributed.exchange(dict(products))
+    return {
+        name: torch.stack([part[name] for part in of_all]).sum(0)
+        if is_divided(_rows(table_of(name), schema.table_sizes))
+        else tensor
+        for name, tensor in products.items()
+    }
+
+
+def mean_shares(
+    shares: Mapping[str, list[float]], schema: FeatureSchema
+) -> dict[str, list[float]]:
+    """Return per parameter the mean share of each source over all processes' rows."""
+    of_all, found = distributed.exchange(dict(shares)), dict(shares)
+    for name in shares:
+        size = _rows(table_of(name), schema.table_sizes)
+        if is_divided(size):
+            rows = [rows_of(size, number) for number in range(len(of_all))]
+            found[name] = [
+                sum(value * (r.stop - r.start) for value, r in zip(values, rows, strict=True))
+                / size
+                for values in zip(*(part[name] for part in of_all), strict=True)
+            ]
+    return found
+
+
+def _rows(table: str | None, sizes: Mapping[str, int]) -> int:
+    """Return how many rows a table has; 0 for what is none."""
+    return 0 if table is None else sizes[table]
+
+
+def _table(group: str, name: str) -> str | None:
+    return name if group == "counts" else table_of(name)
+
+
+def _filled(outline: Checkpoint, folder: Path) -> Checkpoint:
+    groups: dict[str, Params] = {
+        "model": outline.params,
+        "accumulator": outline.accumulators,
+        "counts": outline.counts,
+    }
+    sizes, state, found = outline.schema.table_sizes, {}, {}
+    for group, entries in groups.items():
+        for name, tensor in entries.items():
+            size = _rows(_table(group, name), sizes)
+            part = torch.empty_like(tensor[rows_of(size)] if size else tensor, device="cpu")
+            found[group, name] = part
+            state[f"{group}.{name}"] = _whole(part, size)
+    checkpoint.fill(state, folder / TENSORS)
+    filled = [{name: found[group, name] for name in entries} for group, entries in groups.items()]
+    params, accumulators, counts = filled
+    return replace(outline, params=params, accumulators=accumulators, counts=counts)
+
+
+def _whole(part: Tensor, size: int) -> Tensor | ShardedTensor:
+    """Return the tensor of ``size`` rows of which this process holds a part, or all."""
+    if not is_divided(size):
+        return part
+    shards = []
+    for number in range(distributed.world_size()):
+        rows = rows_of(size, number)
+        shape = [rows.stop - rows.start, *part.shape[1:]]
+        offsets = [rows.start, *[0] * (part.ndim - 1)]
+        shards.append(ShardMetadata(offsets, shape, f"rank:{number}/cpu"))
+    properties = TensorProperties(dtype=part.dtype)
+    metadata = ShardedTensorMetadata(shards, torch.Size([size, *part.shape[1:]]), properties)
+    mine = [Shard(part, shards[distributed.rank()])]
+    return ShardedTensor._init_from_local_shards_and_global_metadata(mine, metadata)
