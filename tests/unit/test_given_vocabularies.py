@@ -1,0 +1,127 @@
+"""Data sets encoded with token lists that are given; which rows a model may have seen."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from samples import FIELDS, LATEST, make_data, one_line_error
+
+from cki_rec.config import Split
+from cki_rec.data import tokens
+from cki_rec.data.dataset import EncodedDataset
+from cki_rec.data.origin import Origin, Rows, together
+from cki_rec.data.schema import FIRST_ID, UNSEEN_ID
+from cki_rec.data.store import prepare
+
+TABLES = ("user", "item", "genres", "year", "hour")
+
+
+@pytest.fixture
+def encode(tmp_path):
+    return lambda **changes: prepare(
+        make_data(**{"raw": str(LATEST), "fields": FIELDS, **changes}), tmp_path / "encoded"
+    )
+
+
+def decoded(dataset: EncodedDataset, name: str) -> list[str | None]:
+    listed = [None, None, *dataset.vocabulary(name)]
+    return [listed[number] for number in dataset.column(name)]
+
+
+def test_ids_are_places_in_the_lists_and_other_tokens_are_unseen(encode, tmp_path):
+    own = encode()
+    kept = own.vocabulary("user")[1:]
+    for table in TABLES:
+        listed = own.vocabulary(table)
+        tokens.write(tmp_path / "one", table, kept if table == "user" else listed[::-1])
+    tokens.write(tmp_path / "one", "of no field", ["x"])
+    found = encode(vocabularies=[str(tmp_path / "one")])
+    gone = own.vocabulary("user")[0]
+    users = decoded(own, "user")
+    assert decoded(found, "user") == [None if user == gone else user for user in users]
+    assert (found.column("user")[np.array(users) == gone] == UNSEEN_ID).all()
+    size = FIRST_ID + len(own.vocabulary("hour"))
+    hours, before = found.column("hour"), own.column("hour")
+    is_known = before >= FIRST_ID
+    assert (hours[is_known] == FIRST_ID + size - 1 - before[is_known]).all()
+    assert found.schema.table_sizes["hour"] == size
+    assert found.schema.vocabulary_hashes["user"] == tokens.hash_of(kept)
+    assert found.manifest["unseen_share"]["user"]["test"] is not None
+    assert found.source_rows == own.source_rows
+    assert found.hash != own.hash
+
+
+def test_lists_are_joined_in_order_and_named_by_content(encode, tmp_path):
+    own = encode()
+    for table in TABLES:
+        tokens.write(tmp_path / "run" / "vocabulary", table, ["new", own.vocabulary(table)[-1]])
+    found = encode(vocabularies=[str(own.folder), str(tmp_path / "run")])
+    for table in TABLES:
+        assert found.vocabulary(table) == [*own.vocabulary(table), "new"]
+    for name in ("user", "item", "hour"):
+        known = own.column(name) != UNSEEN_ID
+        assert (found.column(name)[known] == own.column(name)[known]).all()
+    again = encode(vocabularies=[str(found.folder)])
+    assert again.folder == found.folder
+
+
+def test_what_gives_no_vocabulary_is_refused(encode, tmp_path):
+    assert "vocabulary.user.txt: not there" in one_line_error(encode, vocabularies=["/nowhere"])
+    own = encode()
+    (own.folder / "vocabulary.hour.txt").write_text("1\n")
+    damaged = one_line_error(encode, vocabularies=[str(own.folder)])
+    assert "vocabulary.hour.txt: damaged" in damaged
+
+
+@pytest.mark.parametrize("transform", ["log1p", "quantile"])
+def test_what_is_learnt_about_numbers_is_refused(tmp_path, transform):
+    raw = tmp_path / "raw.csv"
+    raw.write_text("label,price\n" + "".join(f"{i % 2},{i}.5\n" for i in range(40)))
+    price = {"name": "price", "kind": "numeric", "transform": transform}
+    fields = [price, {"name": "again", "column": "price"}]
+    split = Split(by="random", fractions=[0.6, 0.2, 0.2], seed=0)
+    data = make_data("frappe_x1", raw=str(raw), fields=fields, split=split, published=None)
+    data = replace(data, user=None, item=None, time=None, vocabularies=[str(tmp_path)])
+    message = one_line_error(prepare, data, tmp_path / "encoded")
+    assert f"data.vocabularies: what field 'price' becomes ({transform})" in message
+
+
+def test_rows_do_not_depend_on_vocabularies_but_on_split_and_labels(encode):
+    own = encode().source_rows
+    assert encode(min_count=2, fields=["user", "item"]).source_rows == own
+    other = Split(by="random", fractions=[0.6, 0.2, 0.2], seed=1)
+    for changes in ({"split": other}, {"label_threshold": 3.0}):
+        changed = encode(**changes).source_rows
+        assert changed.files == own.files
+        assert changed.division != own.division
+
+
+ONE, OTHER = Rows(("a", "b"), "1"), Rows(("b", "c"), "1")
+
+
+@pytest.mark.parametrize(
+    ("seen", "is_leak", "has_others"),
+    [
+        ((ONE,), False, False),
+        ((Rows(("a", "b"), "2"),), True, False),
+        ((ONE, OTHER), True, False),
+        ((OTHER,), True, False),
+        ((ONE, Rows(("x",), "1")), False, True),
+        ((Rows(("x",), "1"),), False, True),
+    ],
+)
+def test_a_file_in_two_divisions_may_leak_and_other_files_are_told(seen, is_leak, has_others):
+    origin = Origin("several", seen)
+    assert origin.may_have_seen(ONE) is is_leak
+    assert origin.has_other_files(ONE) is has_others
+    assert Origin.from_json(origin.to_json()) == origin
+
+
+def test_a_merged_model_has_seen_what_its_sources_have():
+    one, other = Origin("h", (ONE,)), Origin("i", (ONE, OTHER))
+    assert together([one, one]) == one
+    assert together([one, other]) == Origin("several", (ONE, OTHER))
+    assert together([one, Origin("h")]) == Origin("h", None)
+    assert Origin.from_json({"data_hash": "h"}) == Origin("h", None)
