@@ -308,7 +308,8 @@ def _integrate(
                 tensors["counts"] = _together([c.counts for c in checkpoints], is_disjoint)
             except ValueError as error:
                 raise UserError(f"integrate.method={options.method}: {error}") from None
-            origin = together([c.origin for c in checkpoints])
+            looked_at = [] if dataset is None else [dataset.origin]
+            origin = together([*(c.origin for c in checkpoints), *looked_at])
             checkpoint.save(run.checkpoint, tensors, first.model, first.schema, origin)
             if homes:
                 vocabularies.write(run.path / tokens.FOLDER, joined, homes)

@@ -6,7 +6,7 @@ import json
 
 import numpy as np
 import pytest
-from regions import TINY, train_regions
+from regions import TINY, train_regions, write_region
 
 from cki_rec.analysis.metrics import auc, log_loss
 from cki_rec.cli import main
@@ -198,3 +198,18 @@ def test_what_may_leak_or_does_not_fit_is_refused_in_one_line(regions, tmp_path,
     assert "looks at rows" in error(SAID, "integrate.recalibrate=true")
     own = error(f"data.vocabularies=[{north}]", SAID, "integrate.recalibrate=true")
     assert "has other tokens" in own
+
+
+def test_rows_that_a_merge_looked_at_are_rows_it_has_seen(regions, tmp_path, capsys):
+    home, found, _ = regions
+    write_region(home / "west.zip", home / "whole.zip", range(10, 50))
+    lists = [opened(home / "encoded", name).folder for name in found]
+    union = f"data.vocabularies=[{lists[0]},{lists[1]}]"
+    words = [union, "integrate=average", "integrate.recalibrate=true"]
+    assert call(regions, tmp_path, "integrate", *words, region="west") == 0
+    (run,) = (tmp_path / "out").glob("integrate-*")
+    seen = checkpoint.describe(run / "checkpoint").origin.rows
+    assert opened(home / "encoded", "both_west").source_rows in seen
+    again = [union, SAID, "integrate.vocabularies=[]", "data.split.seed=1"]
+    shown = refused(regions, tmp_path, capsys, *again, region="west", models=[run])
+    assert "divided otherwise" in shown
