@@ -85,7 +85,10 @@ def _listed(folder: Path, table: str) -> pl.Series:
     kept = (_manifest(path.parent) or {"files": {}})["files"].get(path.stem, {})
     if kept.get("sha256", found := vocabulary.file_sha256(path)) != found:
         raise UserError(f"{path}: damaged: its hash differs from {MANIFEST}; encode it again")
-    return pl.Series(table, vocabulary.read(path), dtype=pl.String)
+    try:
+        return pl.Series(table, vocabulary.read(path), dtype=pl.String)
+    except UnicodeDecodeError as error:
+        raise UserError(f"data.vocabularies: {path}: damaged: no UTF-8 ({error.reason})") from None
 
 
 def write(folder: Path, table: str, tokens: Iterable[str]) -> None:

@@ -173,7 +173,7 @@ def _tokens(saved: Checkpoint, folder: Path, table: str) -> list[str]:
     if table not in saved.schema.table_sizes:
         raise UserError(
             f"{folder}: the numbers of field '{table}' were scaled otherwise in the other data"
-            " sets, so they cannot be joined; give it a transform that learns nothing, as as_is"
+            " sets, so they cannot be joined; give it a transform that learns nothing (as_is)"
         )
     digest = saved.schema.vocabulary_hashes[table]
     if digest.startswith(tokens.HASHED):

@@ -73,6 +73,9 @@ def test_what_gives_no_vocabulary_is_refused(encode, tmp_path):
     (own.folder / "vocabulary.hour.txt").write_text("1\n")
     damaged = one_line_error(encode, vocabularies=[str(own.folder)])
     assert "vocabulary.hour.txt: damaged" in damaged
+    tokens.write(tmp_path / "bad", "user", ["1"])
+    (tmp_path / "bad" / "vocabulary.user.txt").write_bytes(b"\xff\n")
+    assert "no UTF-8" in one_line_error(encode, vocabularies=[str(tmp_path / "bad")])
 
 
 @pytest.mark.parametrize("transform", ["log1p", "quantile"])
