@@ -11,14 +11,15 @@ class Split:
     """How rows are divided into training, validation and test."""
 
     by: str
-    """``random``, ``time`` (oldest rows train), ``leave_last_out`` (each user's last row) or
-    ``files`` (as published: train, valid and test files)."""
+    """``random``, ``hash`` (of a row's user, item and time: the same in any file it stands in),
+    ``time`` (oldest rows train), ``leave_last_out`` (each user's last row) or ``files`` (as
+    published: train, valid and test files)."""
     fractions: list[float]
-    """Shares of training, validation and test rows; sum 1. For ``random`` and ``time``; where
-    ``files`` lack valid.csv and the third share is 0, the first two divide training rows."""
+    """Shares of training, validation and test rows; sum 1. For ``random``, ``hash`` and ``time``;
+    where ``files`` lack valid.csv and the third share is 0, the first two divide training rows."""
     seed: int
-    """Of ``random``, and of validation rows drawn from training files. Fixed over the repetitions
-    of an experiment: all runs share test rows."""
+    """Of ``random`` and ``hash``, and of validation rows drawn from training files. Fixed over the
+    repetitions of an experiment: all runs share test rows."""
 
 
 @dataclass(slots=True, kw_only=True)

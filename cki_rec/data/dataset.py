@@ -80,9 +80,7 @@ class EncodedDataset:
             self.hash: str = self.manifest["hash"]
             self.id_columns: list[str] = self.manifest["id_columns"]
             stored: dict[str, dict[str, Any]] = self.manifest["files"]
-            division = json.dumps([stored[n]["sha256"] if n in stored else None for n in DIVISION])
-            sources = tuple(entry["sha256"] for entry in self.manifest["source"])
-            self.source_rows = Rows(sources, hashlib.sha256(division.encode()).hexdigest())
+            self.source_rows = _source_rows(self.manifest)
             for entry in stored.values():
                 _check_file(folder, entry, verify)
             columns = {
@@ -283,6 +281,18 @@ class EncodedDataset:
                     ids, lengths = column.ids(rows)
                     add_counts(counts[name], ids + np.repeat(offset, lengths) * sizes[name])
         return {name: found.reshape(num_parts, -1) for name, found in counts.items()}
+
+
+def _source_rows(manifest: dict[str, Any]) -> Rows:
+    """Return which rows of which raw files the data set holds, and how they are divided."""
+    stored, options = manifest["files"], manifest["options"]
+    digests = [stored[name]["sha256"] if name in stored else None for name in DIVISION]
+    division = hashlib.sha256(json.dumps(digests).encode()).hexdigest()
+    rule = None
+    if options["split"]["by"] == "hash":
+        named = {name: options[name] for name in ("format", "user", "item", "time", "time_form")}
+        rule = json.dumps([options["split"], named, "timestamp" in stored], sort_keys=True)
+    return Rows(tuple(entry["sha256"] for entry in manifest["source"]), division, rule)
 
 
 def _summed(dataset: EncodedDataset, folder: Path) -> dict[str, Ints]:

@@ -32,6 +32,7 @@ from cki_rec.data.schema import UNSEEN_ID, Feature, FeatureSchema
 from cki_rec.data.split import (
     SPLITS,
     check_sizes,
+    codes_by_key,
     draw_validation,
     draws_validation,
     share,
@@ -95,6 +96,7 @@ def encode(
         UserError: An option is impossible for these rows.
     """
     plan = make_plan(fields, user, item, data.numeric_missing, data.buckets)
+    plan.is_keyed = data.split.by == "hash"
     with closing(Provisional(folder, plan)) as columns:
         for chunk in chunks:
             columns.append(chunk)
@@ -139,7 +141,12 @@ def _split(
 ) -> dict[str, dict[str, float]]:
     """Write the split of every row; return rows and positive rate of each."""
     files, split = columns.files, data.split
-    if split.by != "files":
+    if split.by == "hash":
+        key, files["split"] = files.pop("key"), ColumnFile(columns.folder / "split.npy", np.uint8)
+        for block in codes_by_key(split, key):
+            files["split"].append(block)
+        key.delete()
+    elif split.by != "files":
         if split.by == "time" and "timestamp" not in files and not is_chronological:
             raise UserError(
                 "data.split.by=time: these rows have no times; name their column in data.time, or "

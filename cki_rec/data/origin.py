@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 SEVERAL = "several"
@@ -18,6 +18,17 @@ class Rows:
     """sha256 of each raw file."""
     division: str
     """Hash of which row is which and in which split."""
+    rule: str | None = None
+    """What puts a row into its split whatever file it stands in (``data.split.by=hash``); None:
+    other rows have a say."""
+
+    def agree(self, other: Rows) -> bool:
+        """Return whether no test row of one is a training row of the other, and that is sure."""
+        return self == other or (self.rule is not None and self.rule == other.rule)
+
+    def share_files(self, other: Rows) -> bool:
+        """Return whether a raw file is in both."""
+        return bool(set(self.files) & set(other.files))
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,24 +42,22 @@ class Origin:
 
     def may_have_seen(self, rows: Rows) -> bool:
         """Return whether raw files of ``rows`` were divided otherwise for the model."""
-        return any(own != rows and set(own.files) & set(rows.files) for own in self.rows or ())
+        return any(not own.agree(rows) and own.share_files(rows) for own in self.rows or ())
 
     def has_other_files(self, rows: Rows) -> bool:
-        """Return whether the model was trained on rows of raw files that ``rows`` are not of."""
-        return any(not set(own.files) & set(rows.files) for own in self.rows or ())
+        """Return whether other raw files were trained on, that may hold test rows of ``rows``."""
+        return any(not own.agree(rows) and not own.share_files(rows) for own in self.rows or ())
 
     def to_json(self) -> dict[str, Any]:
         """Return a form that ``json.dumps`` takes and ``from_json`` reads."""
-        rows = self.rows
-        listed = None if rows is None else [[list(r.files), r.division] for r in rows]
-        return {"data_hash": self.data_hash, "rows": listed}
+        return asdict(self)
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> Origin:
         """Return the origin that ``to_json`` wrote, alone or among other keys."""
         listed = value.get("rows")
-        rows = None if listed is None else tuple(Rows(tuple(f), d) for f, d in listed)
-        return cls(value["data_hash"], rows)
+        rows = [Rows(**{**r, "files": tuple(r["files"])}) for r in listed or ()]
+        return cls(value["data_hash"], None if listed is None else tuple(rows))
 
 
 def together(origins: Sequence[Origin]) -> Origin:

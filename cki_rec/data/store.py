@@ -148,6 +148,11 @@ def _check_entities(data: Data, reader: Format) -> None:
             f"data.partition.by={by}: these rows have no {by}s; choose random, time or none, or "
             f"name their column in data.{by}"
         )
+    if data.split.by == "hash" and not any(has.values()):
+        raise UserError(
+            "data.split.by=hash: these rows have no users and no items; choose random or time, or "
+            "name their columns in data.user and data.item"
+        )
     if data.split.by == "leave_last_out" and has["user"] is None:
         raise UserError(
             "data.split.by=leave_last_out: these rows have no users; choose random or time"

@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import json
-
 import numpy as np
 import pytest
-from regions import TINY, train_regions, write_region
+from regions import SAID, TINY, call, logits_of, opened, record_of, train_regions, write_region
 
 from cki_rec.analysis.metrics import auc, log_loss
 from cki_rec.cli import main
 from cki_rec.data import tokens
-from cki_rec.data.dataset import EncodedDataset
 from cki_rec.data.held_out import all_labels
 from cki_rec.data.schema import UNSEEN_ID
 from cki_rec.engine import checkpoint
-
-SAID = "evaluate.disjoint_files=true"
 
 
 @pytest.fixture(scope="module")
@@ -26,31 +21,6 @@ def regions(tmp_path_factory):
     found = train_regions(home)
     lists = [opened(home / "encoded", name).folder for name in found]
     return home, found, f"data.vocabularies=[{','.join(map(str, lists))}]"
-
-
-def opened(folder, name):
-    (manifest,) = folder.glob(f"{name}-[0-9a-f]*/manifest.json")
-    return EncodedDataset(manifest.parent)
-
-
-def call(regions, out, pipeline, *words, region="north", name="both", models=None):
-    home, found, _ = regions
-    named = ",".join(f"{{path: {path}}}" for path in models or found.values())
-    places = [f"runtime.{key}={out / key}" for key in ("out", "reports")]
-    places += [f"runtime.encoded={home / 'encoded'}", "evaluate.bootstrap=100"]
-    data = [f"data.raw={home / region}.zip", f"data.name={name}_{region}"]
-    words = [f"suite.sources=[{named}]", *data, *places, *TINY, *words]
-    return main([pipeline, "integrate.vocabularies=[null,null]", *words])
-
-
-def record_of(out, kind):
-    (path,) = (out / "out").glob(f"{kind}-*/record.json")
-    return json.loads(path.read_text())
-
-
-def logits_of(out, identity, dataset):
-    folder = out / "out" / ("logits" if identity.startswith("external") else "") / identity
-    return dict(np.load(folder / f"logits-{dataset.hash[:16]}.npz"))
 
 
 @pytest.mark.parametrize("region", ["north", "south"])

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import zlib
 from dataclasses import replace
 
 import numpy as np
+import polars as pl
 import pytest
 from samples import FIELDS, LATEST, make_data, one_line_error
 
@@ -12,10 +14,19 @@ from cki_rec.config import Split
 from cki_rec.data import tokens
 from cki_rec.data.dataset import EncodedDataset
 from cki_rec.data.origin import Origin, Rows, together
+from cki_rec.data.raw import TIME
 from cki_rec.data.schema import FIRST_ID, UNSEEN_ID
+from cki_rec.data.split import codes_by_key, row_keys
 from cki_rec.data.store import prepare
 
 TABLES = ("user", "item", "genres", "year", "hour")
+
+
+class Column:
+    """An array as a file of a column."""
+
+    def __init__(self, array):
+        self.rows, self.read = len(array), lambda start, stop: array[start:stop]
 
 
 @pytest.fixture
@@ -101,6 +112,46 @@ def test_rows_do_not_depend_on_vocabularies_but_on_split_and_labels(encode):
         assert changed.division != own.division
 
 
+def test_rows_divided_by_what_they_are_need_users_or_items(tmp_path):
+    raw = tmp_path / "raw.csv"
+    raw.write_text("label,price\n" + "".join(f"{i % 2},{i}.5\n" for i in range(40)))
+    split = Split(by="hash", fractions=[0.6, 0.2, 0.2], seed=0)
+    data = make_data("frappe_x1", raw=str(raw), fields=["price"], split=split, published=None)
+    data = replace(data, user=None, item=None, time=None)
+    assert "no users and no items" in one_line_error(prepare, data, tmp_path / "encoded")
+
+
+def mixed(value: int) -> int:
+    """SplitMix64 with Python's integers."""
+    value = (value + 0x9E3779B97F4A7C15) % 2**64
+    value = (value ^ (value >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+    value = (value ^ (value >> 27)) * 0x94D049BB133111EB % 2**64
+    return value ^ (value >> 31)
+
+
+def test_keys_are_the_same_everywhere_and_shares_are_met():
+    count = 60_000
+    users, items = (
+        pl.Series([str(i // d) for i in range(count)], dtype=pl.String) for d in (7, 3)
+    )
+    frame = pl.DataFrame({"user": users, "item": items, TIME: np.arange(count) - 30_000})
+    keys = row_keys(frame, ["user", "item"])
+    assert len(np.unique(keys)) == count
+    for row in (0, 1, 59_999):
+        key = 0
+        for token in (str(row // 7), str(row // 3)):
+            key = mixed(key + FIRST_ID + zlib.crc32(token.encode()) % 2**31)
+        assert keys[row] == mixed(key + row - 30_000)
+    assert (row_keys(frame[::-1], ["user", "item"])[::-1] == keys).all()
+    drawn = []
+    for seed in (0, 1):
+        split = Split(by="hash", fractions=[0.7, 0.2, 0.1], seed=seed)
+        drawn.append(np.concatenate(list(codes_by_key(split, Column(keys)))))
+        np.testing.assert_allclose(np.bincount(drawn[-1]) / count, [0.7, 0.2, 0.1], atol=0.01)
+    table = np.histogram2d(*drawn, bins=3)[0] / count
+    np.testing.assert_allclose(table, np.outer([0.7, 0.2, 0.1], [0.7, 0.2, 0.1]), atol=0.01)
+
+
 ONE, OTHER = Rows(("a", "b"), "1"), Rows(("b", "c"), "1")
 
 
@@ -120,6 +171,16 @@ def test_a_file_in_two_divisions_may_leak_and_other_files_are_told(seen, is_leak
     assert origin.may_have_seen(ONE) is is_leak
     assert origin.has_other_files(ONE) is has_others
     assert Origin.from_json(origin.to_json()) == origin
+
+
+def test_one_rule_for_every_row_agrees_with_itself_in_any_file():
+    one, other = Rows(("a",), "1", "seed 0"), Rows(("a", "b"), "2", "seed 0")
+    assert not Origin("h", (one,)).may_have_seen(other)
+    assert not Origin("h", (one,)).has_other_files(Rows(("c",), "3", "seed 0"))
+    assert Origin("h", (one,)).has_other_files(Rows(("c",), "3", "seed 1"))
+    assert Origin("h", (one,)).may_have_seen(Rows(("a",), "1"))
+    assert Origin("h", (Rows(("a",), "1"),)).may_have_seen(one)
+    assert Origin.from_json(Origin("h", (one,)).to_json()) == Origin("h", (one,))
 
 
 def test_a_merged_model_has_seen_what_its_sources_have():
