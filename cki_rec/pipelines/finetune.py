@@ -80,6 +80,7 @@ def _finetune(
     scratch, schedule = run.path / "start", _schedule(config)
     saved, folder = moved_start(config, dataset, start.folder, start.name, scratch)
     model = restore(saved, folder, schedule, config.runtime, to_train=True)
+    distributed.barrier()
     if distributed.rank() == 0:
         shutil.rmtree(scratch, ignore_errors=True)
     rows = [dataset.rows(split) for split in ("train", "valid")]
