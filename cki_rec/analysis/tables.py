@@ -50,7 +50,7 @@ _WHOLE = (
     *("seed", "num_seeds", "rows_train", "rows_valid", "rows_test", "rows_skipped"),
     *("bootstrap", "inference_cost", "parameters"),
 )
-_FLAGS = ("finetuned", "disjoint", "synthetic")
+_FLAGS = ("finetuned", "disjoint", "synthetic", "disjoint_files")
 
 
 def difference_column(metric: str, baseline: str) -> str:
@@ -213,6 +213,7 @@ def _run_row(record: Mapping[str, Any], domains: Sequence[str]) -> dict[str, Any
     row["synthetic"] = bool(data["synthetic"])
     for name in ("bootstrap", "resample", "confidence"):
         row[name] = evaluate.get(name)
+    row["disjoint_files"] = bool(evaluate.get("disjoint_files"))
     row["hardware"] = provenance["hardware"]
     row["command"] = provenance["command"]
     row["run_id"] = record["run_id"]

@@ -4,26 +4,22 @@
 """
 
 from cki_rec.config.checks import AT_LEAST, CHOICES, check
+from cki_rec.config.data_options import Data, Download, Partition, Split, Synthetic
 from cki_rec.config.errors import LostProcess, SaidElsewhere, Stopped, UserError, nearest
 from cki_rec.config.options import (
     Align,
     Attention,
     Config,
     Cross,
-    Data,
-    Download,
     Evaluate,
     Finetune,
     Gate,
     Integrate,
     Model,
     Monitor,
-    Partition,
     Runtime,
-    Split,
     Streams,
     Suite,
-    Synthetic,
     Train,
 )
 from cki_rec.config.parsing import (

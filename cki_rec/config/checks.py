@@ -11,7 +11,7 @@ from cki_rec.config.options import Config
 CHOICES = {
     "format": ("pt2", "onnx"),
     "data.on_bad_row": ("error", "skip"),
-    "data.split.by": ("random", "time", "leave_last_out", "files"),
+    "data.split.by": ("random", "hash", "time", "leave_last_out", "files"),
     "data.numeric": ("ln_squared", "quantile", "edges", "token", "log1p", "as_is"),
     "data.time_form": ("seconds", "yymmddhh"),
     "data.verify": ("fast", "full"),

@@ -5,119 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-
-@dataclass(slots=True, kw_only=True)
-class Split:
-    """How rows are divided into training, validation and test."""
-
-    by: str
-    """``random``, ``time`` (oldest rows train), ``leave_last_out`` (each user's last row) or
-    ``files`` (as published: train, valid and test files)."""
-    fractions: list[float]
-    """Shares of training, validation and test rows; sum 1. For ``random`` and ``time``; where
-    ``files`` lack valid.csv and the third share is 0, the first two divide training rows."""
-    seed: int
-    """Of ``random``, and of validation rows drawn from training files. Fixed over the repetitions
-    of an experiment: all runs share test rows."""
-
-
-@dataclass(slots=True, kw_only=True)
-class Partition:
-    """How rows are divided among parents."""
-
-    by: str
-    """``user``, ``item``, ``time``, ``random`` or ``none``."""
-    parts: int
-    seed: int
-
-
-@dataclass(slots=True, kw_only=True)
-class Synthetic:
-    """Raw files written from a known click model."""
-
-    layout: str
-    """``criteo``, ``avazu`` or ``movielens``: whose format and fields."""
-    rows: int
-    vocabulary: float
-    """Sizes of vocabularies as a multiple of the published data set's."""
-    skew: float
-    """Exponent of the power law of token frequencies; 0: uniform."""
-    signal: float
-    """Standard deviation of the true logit."""
-    drift: float
-    """Share of the weights' variance that moves from the first row to the last; 0: none."""
-    domains: int
-    """Groups of rows that differ in their weights."""
-    difference: float
-    """Share of the weights' variance that is a domain's own; 0: domains are alike."""
-    seed: int
-
-
-@dataclass(slots=True, kw_only=True)
-class Download:
-    """Where a user may fetch the raw files from."""
-
-    url: str | None
-    """null: there is no address that a program may fetch from."""
-    md5: str | None
-    """Of the fetched file, as published; null: nobody published one."""
-    by_hand: str | None
-    """What to do where ``url`` is null."""
-
-
-@dataclass(slots=True, kw_only=True)
-class Data:
-    """One data set: raw files, encoding, split, and the part of it a model sees."""
-
-    name: str
-    format: str
-    """A row of ``cki_rec.data.formats.FORMATS``."""
-    raw: Any
-    """A path, a pattern (``day_*.gz``) or a list of them."""
-    fetch: bool
-    """Download the raw files if they are not there."""
-    download: Download
-    published: str | None
-    """The entry of ``conf/published.yaml`` that the raw files should be; null: none."""
-    fields: list[Any]
-    """Features of the encoded set, in order: a name, or ``{name: ..., option: ...}`` with options
-    of ``cki_rec.data.fields.Field``."""
-    label: str
-    """csv: column that is 0 or 1."""
-    label_threshold: float
-    """MovieLens: a rating at or above it is a click."""
-    user: str | None
-    """csv: column of users; null: rows have none."""
-    item: str | None
-    """csv: column of items; null: rows have none."""
-    time: str | None
-    """csv: column of times; null: rows have none."""
-    time_form: str
-    """csv: ``seconds`` or ``yymmddhh``."""
-    numeric: str
-    """What numeric fields become: ``ln_squared``, ``quantile``, ``edges`` or ``token``
-    (categories), ``log1p`` or ``as_is`` (numbers)."""
-    numeric_missing: float | None
-    """What an empty number stands for; null: a category of its own, or the mean."""
-    buckets: int
-    """Of ``quantile``."""
-    min_count: int
-    """Tokens with fewer training rows share the id of unseen tokens."""
-    history_length: int
-    """The latest liked items kept per row."""
-    negatives: int
-    """Sequences: unseen items drawn per step of a user."""
-    negatives_seed: int
-    on_bad_row: str
-    """``error`` or ``skip`` (skipped rows are counted in the manifest)."""
-    verify: str
-    """Of an encoded set when it is opened: ``fast`` (sizes and types) or ``full`` (digests)."""
-    synthetic: Synthetic
-    split: Split
-    partition: Partition
-    part: int | None
-    """Train and validate on this part only; null: on all rows. A part by time of a split by time
-    has only later validation rows: all of them."""
+from cki_rec.config.data_options import Data
 
 
 @dataclass(slots=True, kw_only=True)
@@ -285,7 +173,7 @@ class Integrate:
     vocabularies: list[Any]
     """Folders of encoded data sets (null: look for it), one per source, then one of the start if
     the method needs it: models with different vocabularies are joined by token. Empty: they must
-    agree."""
+    agree. Rows are looked at if ``data.vocabularies`` joins the same."""
     options: dict[str, Any]
     """Of the method, by name (``cki-rec integrate --list``)."""
     candidates: list[dict[str, Any]]
@@ -344,6 +232,9 @@ class Evaluate:
     """Unit of resampling: ``user`` (rows of a user depend on each other) or ``row``."""
     confidence: float
     seed: int
+    disjoint_files: bool
+    """You say that raw files which only the models were trained on hold no test row: nothing
+    checks it. Needed where there are such files."""
 
 
 @dataclass(slots=True, kw_only=True)

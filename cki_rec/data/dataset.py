@@ -5,6 +5,7 @@ Shape legend: N rows, C columns of ids, P parts, V ids of a table.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -20,6 +21,7 @@ from numpy.typing import NDArray
 from cki_rec.config import Partition, UserError
 from cki_rec.data import vocabulary
 from cki_rec.data.columns import RAGGED, ColumnFile, Ids, Ints, Ragged, add_counts, blocks
+from cki_rec.data.origin import Origin, Rows
 from cki_rec.data.partition import MOST_PARTS, part_of_rows
 from cki_rec.data.schema import FeatureSchema
 from cki_rec.data.split import SPLITS, Blocks, sort_rows
@@ -29,6 +31,8 @@ FORMAT_VERSION = 2
 """Raised whenever the same options and raw files would give different columns."""
 PARTS = "parts.json"
 """In the folder of a partition: where parts end, and size and digest of its files."""
+DIVISION = ("split", "label", "group", "item_index", "timestamp")
+"""Columns that say which row is which, and in which split; no vocabulary enters them."""
 NO_PARTITION = Partition(by="none", parts=1, seed=0)
 
 
@@ -76,6 +80,7 @@ class EncodedDataset:
             self.hash: str = self.manifest["hash"]
             self.id_columns: list[str] = self.manifest["id_columns"]
             stored: dict[str, dict[str, Any]] = self.manifest["files"]
+            self.source_rows = _source_rows(self.manifest)
             for entry in stored.values():
                 _check_file(folder, entry, verify)
             columns = {
@@ -102,6 +107,11 @@ class EncodedDataset:
     def __len__(self) -> int:
         """Return N."""
         return len(self._label)
+
+    @property
+    def origin(self) -> Origin:
+        """Return the origin of a model that is trained on these rows."""
+        return Origin(self.hash, (self.source_rows,))
 
     def labels(self, rows: Ints) -> NDArray[np.float32]:
         """Return the labels of ``rows``; NaN for test rows, which ``held_out`` alone gives."""
@@ -271,6 +281,18 @@ class EncodedDataset:
                     ids, lengths = column.ids(rows)
                     add_counts(counts[name], ids + np.repeat(offset, lengths) * sizes[name])
         return {name: found.reshape(num_parts, -1) for name, found in counts.items()}
+
+
+def _source_rows(manifest: dict[str, Any]) -> Rows:
+    """Return which rows of which raw files the data set holds, and how they are divided."""
+    stored, options = manifest["files"], manifest["options"]
+    digests = [stored[name]["sha256"] if name in stored else None for name in DIVISION]
+    division = hashlib.sha256(json.dumps(digests).encode()).hexdigest()
+    rule = None
+    if options["split"]["by"] == "hash":
+        named = {name: options[name] for name in ("format", "user", "item", "time", "time_form")}
+        rule = json.dumps([options["split"], named, "timestamp" in stored], sort_keys=True)
+    return Rows(tuple(entry["sha256"] for entry in manifest["source"]), division, rule)
 
 
 def _summed(dataset: EncodedDataset, folder: Path) -> dict[str, Ints]:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,12 +32,13 @@ from cki_rec.data.schema import UNSEEN_ID, Feature, FeatureSchema
 from cki_rec.data.split import (
     SPLITS,
     check_sizes,
+    codes_by_key,
     draw_validation,
     draws_validation,
     share,
     split_codes,
 )
-from cki_rec.data.vocabulary import Vocabulary, build, hashed
+from cki_rec.data.vocabulary import Vocabulary, build, given, hashed
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +67,7 @@ def encode(
     item: str | None,
     is_chronological: bool = False,
     rows_per_step: int = 1,
+    listed: Mapping[str, pl.Series] | None = None,
 ) -> Encoded:
     """Write the data set that ``data`` asks for into ``folder``.
 
@@ -87,11 +89,14 @@ def encode(
         item: Column that names the item of a row.
         is_chronological: Whether rows without times stand in the order of time.
         rows_per_step: Rows of one user that stand together for one step in time.
+        listed: Table -> its tokens in the order of ids, all other tokens share ``UNSEEN_ID``;
+            None: vocabularies are learnt, as above.
 
     Raises:
         UserError: An option is impossible for these rows.
     """
     plan = make_plan(fields, user, item, data.numeric_missing, data.buckets)
+    plan.is_keyed = data.split.by == "hash"
     with closing(Provisional(folder, plan)) as columns:
         for chunk in chunks:
             columns.append(chunk)
@@ -100,7 +105,10 @@ def encode(
         _finish_entities(columns)
         splits = _split(columns, data, is_chronological, rows_per_step)
         edges = _bucket_quantiles(columns)
-        vocabularies = _vocabularies(columns, *_count_training_rows(columns))
+        if listed is None:
+            vocabularies = _vocabularies(columns, *_count_training_rows(columns))
+        else:
+            vocabularies = _given_vocabularies(columns, listed)
         unseen = _look_up(columns, vocabularies)
         numbers = _standardize(columns)
         schema = _schema(fields, vocabularies, {**numbers, **edges})
@@ -133,7 +141,12 @@ def _split(
 ) -> dict[str, dict[str, float]]:
     """Write the split of every row; return rows and positive rate of each."""
     files, split = columns.files, data.split
-    if split.by != "files":
+    if split.by == "hash":
+        key, files["split"] = files.pop("key"), ColumnFile(columns.folder / "split.npy", np.uint8)
+        for block in codes_by_key(split, key):
+            files["split"].append(block)
+        key.delete()
+    elif split.by != "files":
         if split.by == "time" and "timestamp" not in files and not is_chronological:
             raise UserError(
                 "data.split.by=time: these rows have no times; name their column in data.time, or "
@@ -247,6 +260,22 @@ def _vocabularies(
         path = columns.folder / f"vocabulary.{table}.txt"
         decide = deciding.pop(table, None)
         found[table] = build(table, tokens, counts.pop(table), column.min_count, path, decide)
+    return found
+
+
+def _given_vocabularies(
+    columns: Provisional, listed: Mapping[str, pl.Series]
+) -> dict[str, Vocabulary]:
+    """Write the vocabularies that are given; dictionaries are let go one by one."""
+    found: dict[str, Vocabulary] = {}
+    for column in [*columns.plan.ids, *columns.plan.multi]:
+        table = column.table
+        if column.hash_size is not None:
+            found[table] = hashed(column.hash_size)
+        elif table not in found:
+            tokens = columns.dictionaries.pop(table).tokens()
+            path = columns.folder / f"vocabulary.{table}.txt"
+            found[table] = given(tokens, listed[table], path)
     return found
 
 

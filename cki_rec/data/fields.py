@@ -62,6 +62,11 @@ class Field:
         """Return whether it is encoded as a number, not as ids."""
         return self.kind == "numeric" and self.transform in FLOATS
 
+    @property
+    def learns(self) -> bool:
+        """Return whether training rows say what its numbers become."""
+        return self.kind == "numeric" and self.transform in ("log1p", "quantile")
+
 
 OPTIONS = tuple(f.name for f in fields(Field))
 _SHARED = ("table", "min_count", "hash_size", "prefix")

@@ -21,6 +21,7 @@ from cki_rec.data.columns import ColumnFile
 from cki_rec.data.fields import Field
 from cki_rec.data.numbers import as_number, as_token, bucket_tokens, ordered_keys
 from cki_rec.data.raw import LABEL, SPLIT, TIME, with_time_fields
+from cki_rec.data.split import row_keys
 from cki_rec.data.vocabulary import Dictionary, hash_tokens
 
 USER, ITEM = "user of a row", "item of a row"
@@ -44,6 +45,8 @@ class Plan:
     """What an empty number stands for."""
     buckets: int
     quantiles: list[Field] = field(default_factory=list)
+    is_keyed: bool = False
+    """Whether rows need a key by which they are divided."""
 
 
 def make_plan(
@@ -114,6 +117,9 @@ class Provisional:
         for raw, target, dtype in ((TIME, "timestamp", np.int64), (SPLIT, "split", np.uint8)):
             if raw in frame.columns:
                 self._add(target, frame[raw].to_numpy(), dtype)
+        if plan.is_keyed:
+            named = [column for column in (plan.user, plan.item) if column is not None]
+            self._add("key", row_keys(frame, named), np.uint64)
         if plan.ids:
             self._add("ids", self._codes(frame), np.int32, len(plan.ids))
         if plan.numbers:

@@ -9,18 +9,24 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
+import polars as pl
 from numpy.typing import NDArray
 
 from cki_rec.config import Split, UserError
 from cki_rec.data.columns import ColumnFile, Ids, Ints, allocate, blocks
 from cki_rec.data.permutation import Permutation
+from cki_rec.data.raw import TIME
+from cki_rec.data.vocabulary import hash_tokens
 
 SPLITS = ("train", "valid", "test")
 """Names of split codes 0, 1, 2."""
-SPLIT_KINDS = ("random", "time", "leave_last_out", "files")
+SPLIT_KINDS = ("random", "hash", "time", "leave_last_out", "files")
 SPLIT_STREAM = 1
 """Sets the order of this draw apart from others of the same seed."""
+LARGEST_KEY = 2**31
+"""Of one token, before keys are mixed."""
 _DIGIT_BITS = 8
+Keys = NDArray[np.uint64]
 
 
 def check_split(split: Split) -> None:
@@ -33,7 +39,7 @@ def check_split(split: Split) -> None:
         raise UserError(f"data.split.by={split.by}: expected one of {', '.join(SPLIT_KINDS)}")
     shares = split.fractions
     is_valid = len(shares) == 3 and min(shares) >= 0 and abs(sum(shares) - 1) < 1e-6
-    has_shares = split.by in ("random", "time") or draws_validation(split)
+    has_shares = split.by in ("random", "hash", "time") or draws_validation(split)
     if has_shares and not is_valid:
         raise UserError(
             f"data.split.fractions={list(shares)}: expected shares of training, validation and "
@@ -90,7 +96,7 @@ def split_codes(
     only train. Ties go by row order.
 
     Args:
-        split: How to divide; not ``files``.
+        split: How to divide; not ``files`` or ``hash``.
         num_rows: N.
         group: ``(N,)`` user index.
         timestamp: ``(N,)`` seconds.
@@ -128,6 +134,41 @@ def split_codes(
     for start, stop in blocks(num_rows):
         place = order(np.arange(start, stop))
         yield np.searchsorted(boundaries, place, side="right")
+
+
+def row_keys(frame: pl.DataFrame, columns: Sequence[str]) -> Keys:
+    """Return ``(rows,)`` a hash of the tokens of some columns, and of the time if there is one."""
+    key = np.zeros(len(frame), dtype=np.uint64)
+    for column in columns:
+        tokens = hash_tokens(frame[column].cast(pl.String).fill_null(""), LARGEST_KEY)
+        key = _mixed(key + tokens.to_numpy().astype(np.uint64))
+    return _mixed(key + frame[TIME].to_numpy().astype(np.uint64)) if TIME in frame.columns else key
+
+
+def codes_by_key(split: Split, keys: ColumnFile) -> Iterator[NDArray[np.integer]]:
+    """Yield the position in ``SPLITS`` of each row by its key: no other row has a say in it.
+
+    Args:
+        split: Its shares, which are met roughly, and seed.
+        keys: ``(N,)`` of ``row_keys``.
+    """
+    seed = _mixed(np.array([split.seed + 1], dtype=np.uint64))
+    boundaries = np.cumsum(split.fractions[:2])
+    for start, stop in blocks(keys.rows):
+        drawn = _mixed(keys.read(start, stop) ^ seed) >> np.uint64(11)
+        yield np.searchsorted(boundaries, drawn * 2.0**-53, side="right")
+
+
+def _mixed(values: Keys) -> Keys:
+    """Return a bijection of 64 bits that leaves no pattern.
+
+    Reference:
+        Steele, Lea and Flood, Fast Splittable Pseudorandom Number Generators, OOPSLA 2014.
+    """
+    mixed = values + np.uint64(0x9E3779B97F4A7C15)
+    mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return mixed ^ (mixed >> np.uint64(31))
 
 
 def check_sizes(split: Split, sizes: Sequence[int]) -> None:

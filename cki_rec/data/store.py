@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
+import polars as pl
 from filelock import FileLock, Timeout
 from omegaconf import OmegaConf
 
@@ -43,6 +44,7 @@ from cki_rec.data.fields import Field, resolve, to_json
 from cki_rec.data.formats import FORMATS, Format, synthetic
 from cki_rec.data.raw import Reading
 from cki_rec.data.split import SPLITS, check_split
+from cki_rec.data.tokens import hash_of, union
 from cki_rec.data.vocabulary import file_sha256
 from cki_rec.progress import progress
 
@@ -80,7 +82,9 @@ def prepare(data: Data, encoded_dir: str | Path, chunk_mb: int = 16) -> EncodedD
     encoded_dir = Path(encoded_dir)
     start = time.perf_counter()
     source = _source(data, encoded_dir)
-    folder = encoded_dir / _name(data, fields, source)
+    listed = _listed(data, fields)
+    options = _options(data, fields, listed)
+    folder = encoded_dir / _name(data, options, source)
     if (folder / PREPARATION).exists():
         return EncodedDataset(folder, data.verify)
     try:
@@ -90,7 +94,7 @@ def prepare(data: Data, encoded_dir: str | Path, chunk_mb: int = 16) -> EncodedD
         raise _unwritable(encoded_dir, error) from None
     try:
         if not folder.exists():
-            _make(data, reader, fields, folder, source, chunk_mb)
+            _make(data, reader, fields, listed, options, folder, source, chunk_mb)
         if not (folder / PREPARATION).exists():
             _finish(data, folder, start)
     finally:
@@ -106,7 +110,8 @@ def find(data: Data, encoded_dir: str | Path) -> EncodedDataset | None:
     """
     fields = resolve(data, _reader(data).kinds(data))
     encoded_dir = Path(encoded_dir)
-    folder = encoded_dir / _name(data, fields, _source(data, encoded_dir))
+    options = _options(data, fields, _listed(data, fields))
+    folder = encoded_dir / _name(data, options, _source(data, encoded_dir))
     return EncodedDataset(folder, data.verify) if (folder / PREPARATION).exists() else None
 
 
@@ -125,8 +130,7 @@ def _reader(data: Data) -> Format:
     return FORMATS[data.format]
 
 
-def _name(data: Data, fields: tuple[Field, ...], source: list[dict[str, Any]]) -> str:
-    options = _options(data, fields)
+def _name(data: Data, options: dict[str, Any], source: list[dict[str, Any]]) -> str:
     key = _hash([FORMAT_VERSION, options, [entry["sha256"] for entry in source]])[:12]
     return f"{data.name}-{key}"
 
@@ -144,6 +148,11 @@ def _check_entities(data: Data, reader: Format) -> None:
             f"data.partition.by={by}: these rows have no {by}s; choose random, time or none, or "
             f"name their column in data.{by}"
         )
+    if data.split.by == "hash" and not any(has.values()):
+        raise UserError(
+            "data.split.by=hash: these rows have no users and no items; choose random or time, or "
+            "name their columns in data.user and data.item"
+        )
     if data.split.by == "leave_last_out" and has["user"] is None:
         raise UserError(
             "data.split.by=leave_last_out: these rows have no users; choose random or time"
@@ -154,6 +163,8 @@ def _make(
     data: Data,
     reader: Format,
     fields: tuple[Field, ...],
+    listed: dict[str, pl.Series] | None,
+    options: dict[str, Any],
     folder: Path,
     source: list[dict[str, Any]],
     chunk_mb: int,
@@ -180,8 +191,9 @@ def _make(
                 item=reader.item(data),
                 is_chronological=reader.is_chronological(data),
                 rows_per_step=reader.rows_per_step(data),
+                listed=listed,
             )
-        _write_manifest(data, reader, fields, encoded, reading, source, temporary)
+        _write_manifest(data, reader, options, encoded, reading, source, temporary)
         temporary.rename(folder)
     except OSError as error:
         raise _unwritable(temporary, error) from None
@@ -214,14 +226,14 @@ def _finish(data: Data, folder: Path, start: float) -> None:
 def _write_manifest(
     data: Data,
     reader: Format,
-    fields: tuple[Field, ...],
+    options: dict[str, Any],
     encoded: Encoded,
     reading: Reading,
     source: list[dict[str, Any]],
     folder: Path,
 ) -> None:
     files = {path.stem: file_facts(path) for path in sorted(folder.iterdir())}
-    schema, options = encoded.schema.to_json(), _options(data, fields)
+    schema = encoded.schema.to_json()
     hashes = {name: entry["sha256"] for name, entry in files.items()}
     manifest = {
         "format_version": FORMAT_VERSION,
@@ -315,11 +327,34 @@ def _fetch(data: Data) -> None:
     fetch(data.download.url, target, md5=data.download.md5)
 
 
-def _options(data: Data, fields: tuple[Field, ...]) -> dict[str, Any]:
+def _listed(data: Data, fields: tuple[Field, ...]) -> dict[str, pl.Series] | None:
+    """Return the tokens that ``data.vocabularies`` gives every table; None: they are learnt.
+
+    Raises:
+        UserError: A list is not there; or numbers are learnt from rows, which no list holds.
+    """
+    if not data.vocabularies:
+        return None
+    for field in fields:
+        if field.learns:
+            raise UserError(
+                f"data.vocabularies: what field '{field.name}' becomes ({field.transform}) is"
+                " learnt from the rows at hand, so it would mean other things than before; give it"
+                " transform: as_is, ln_squared, edges or token"
+            )
+    tables = dict.fromkeys(f.table for f in fields if not f.is_number and f.hash_size is None)
+    return union(data.vocabularies, tables)
+
+
+def _options(
+    data: Data, fields: tuple[Field, ...], listed: dict[str, pl.Series] | None
+) -> dict[str, Any]:
     """Return the options that decide the encoded content, and no other."""
     options: dict[str, Any] = {name: getattr(data, name) for name in _CONTENT_OPTIONS}
     if data.format == "synthetic":
         options["synthetic"] = asdict(data.synthetic)
+    if listed is not None:  # where the lists are does not matter
+        options["vocabularies"] = {table: hash_of(tokens) for table, tokens in listed.items()}
     return {**options, "fields": to_json(fields), "split": asdict(data.split)}
 
 

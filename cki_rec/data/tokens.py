@@ -7,14 +7,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import polars as pl
 
 from cki_rec.config import UserError
 from cki_rec.data import vocabulary
 from cki_rec.data.dataset import MANIFEST
 
+FOLDER = "vocabulary"
+"""In the run directory of a merged model: the token lists of its tables."""
 HASHED = "crc32 modulo "
 """Begins the vocabulary hash of a table whose ids are hashes: it has no tokens."""
 WHICH = "name the encoded data set that it was trained on in integrate.vocabularies"
@@ -51,6 +55,40 @@ def read(folder: Path, table: str, digest: str) -> list[str]:
         f"{path}: not what the model was trained with (hash {found[:12]}, its checkpoint has"
         f" {digest[:12]}), or damaged; {WHICH}"
     )
+
+
+def union(folders: Sequence[str], tables: Iterable[str]) -> dict[str, pl.Series]:
+    """Return per table the tokens of all folders, in the order of first appearance.
+
+    Args:
+        folders: Encoded data sets, what ``write`` left, or merged runs that hold it.
+        tables: Which.
+
+    Raises:
+        UserError: A list is not there, or is damaged.
+    """
+    found = {}
+    for table in tables:
+        lists = [_listed(Path(folder), table) for folder in folders]
+        found[table] = pl.concat(lists).unique(maintain_order=True)
+    return found
+
+
+def _listed(folder: Path, table: str) -> pl.Series:
+    nested = folder / FOLDER
+    path = path_of(nested if nested.is_dir() else folder, table)
+    if not path.is_file():
+        raise UserError(
+            f"data.vocabularies: {path}: not there, but a field has the table '{table}'; name"
+            " encoded data sets or merged runs that have it"
+        )
+    kept = (_manifest(path.parent) or {"files": {}})["files"].get(path.stem, {})
+    if kept.get("sha256", found := vocabulary.file_sha256(path)) != found:
+        raise UserError(f"{path}: damaged: its hash differs from {MANIFEST}; encode it again")
+    try:
+        return pl.Series(table, vocabulary.read(path), dtype=pl.String)
+    except UnicodeDecodeError as error:
+        raise UserError(f"data.vocabularies: {path}: damaged: no UTF-8 ({error.reason})") from None
 
 
 def write(folder: Path, table: str, tokens: Iterable[str]) -> None:

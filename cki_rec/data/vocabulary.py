@@ -112,6 +112,24 @@ def build(
     return Vocabulary(size, file_sha256(path), ids)
 
 
+def given(tokens: pl.Series, listed: pl.Series, path: Path) -> Vocabulary:
+    """Write a vocabulary that is given, as ``build`` does, and return it.
+
+    Args:
+        tokens: ``(T,)`` in the order of codes; those that are not listed share ``UNSEEN_ID``.
+        listed: All tokens of the vocabulary, in the order of ids.
+        path: Where.
+    """
+    size = FIRST_ID + len(listed)
+    ids = pl.DataFrame({"token": listed, "id": np.arange(FIRST_ID, size, dtype=np.int32)})
+    found = pl.DataFrame({"token": tokens}).join(
+        ids, on="token", how="left", maintain_order="left"
+    )
+    listed.to_frame().write_csv(path, include_header=False, quote_style="never")
+    id_of_code = found["id"].fill_null(UNSEEN_ID).to_numpy()
+    return Vocabulary(size, file_sha256(path), id_of_code)
+
+
 def read(path: Path) -> list[str]:
     """Return the tokens that ``build`` wrote; the first has id ``FIRST_ID``."""
     lines = path.read_bytes().split(b"\n")[:-1]

@@ -28,6 +28,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from cki_rec.config import LostProcess, UserError, model_options, section
 from cki_rec.config import Model as ModelConfig
+from cki_rec.data.origin import Origin
 from cki_rec.data.schema import FeatureSchema
 from cki_rec.engine import distributed
 from cki_rec.engine.reader import Reader
@@ -50,7 +51,7 @@ class Checkpoint:
     """Per table ``(rows,)`` int64; empty when unknown."""
     model: ModelConfig
     schema: FeatureSchema
-    data_hash: str
+    origin: Origin
 
 
 def save(
@@ -58,7 +59,7 @@ def save(
     tensors: dict[str, dict[str, Any]],
     model: ModelConfig,
     schema: FeatureSchema,
-    data_hash: str,
+    origin: Origin,
     position: dict[str, Any] | None = None,
 ) -> None:
     """Write a checkpoint whole or not at all, replacing one that is there.
@@ -70,7 +71,7 @@ def save(
         tensors: Groups (``model``, ``accumulator``, ...) of plain or sharded tensors by name.
         model: Configuration of the network.
         schema: Its features and vocabularies.
-        data_hash: Content of the data set it was trained on.
+        origin: What it was trained on.
         position: Where an unfinished training stands; plain JSON values.
     """
     temporary = folder.with_name(folder.name + TEMPORARY)
@@ -93,7 +94,7 @@ def save(
                 "format": FORMAT,
                 "model": section(model),
                 "schema": schema.to_json(),
-                "data_hash": data_hash,
+                **origin.to_json(),
                 "position": position,
                 "files": digests,
             }
@@ -125,7 +126,7 @@ class Description:
 
     model: ModelConfig
     schema: FeatureSchema
-    data_hash: str
+    origin: Origin
     position: dict[str, Any] | None
 
 
@@ -151,7 +152,7 @@ def describe(folder: Path, is_shared: bool = False) -> Description:
         found = Description(
             model_options(description["model"]),
             FeatureSchema.from_json(description["schema"]),
-            description["data_hash"],
+            Origin.from_json(description),
             description["position"],
         )
         digests: dict[str, str] = description["files"]
@@ -247,7 +248,7 @@ def _as_checkpoint(found: Description, tensors: Params) -> Checkpoint:
         if group in groups:
             groups[group][name] = value
     params, accumulators, counts = groups.values()
-    return Checkpoint(params, accumulators, counts, found.model, found.schema, found.data_hash)
+    return Checkpoint(params, accumulators, counts, found.model, found.schema, found.origin)
 
 
 def _read(folder: Path, prefix: str = "") -> Params:

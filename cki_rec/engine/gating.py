@@ -20,6 +20,7 @@ from cki_rec.engine.embeddings import table_of
 from cki_rec.engine.evaluator import predict
 from cki_rec.integration.params import Params, Weights
 from cki_rec.integration.splicing import splice
+from cki_rec.integration.vocabulary import restrict_weights
 from cki_rec.progress import progress
 
 Gates = dict[str, Tensor | None]
@@ -53,6 +54,7 @@ class SplicedAtLookup(nn.Module):
         weigh: How sources are weighed.
         moving: Parameters that are taken as they are, whatever the sources hold.
         schema: The features that ``network`` reads.
+        owners: Which rows of a table each source has (``integration.vocabulary``).
     """
 
     def __init__(
@@ -64,15 +66,17 @@ class SplicedAtLookup(nn.Module):
         weigh: Weigh,
         moving: Params,
         schema: FeatureSchema,
+        owners: Mapping[str, Tensor] = {},
     ) -> None:
         super().__init__()
+        self.owners = owners
         self.network, self.models, self.counts = network, models, counts
         self.gates, self.weigh, self.moving, self.schema = gates, weigh, moving, schema
         names = [name for name in models[0] if name not in moving]
         self.changing = [n for n in names if gates[n] is not None or table_of(n)]
         constant = [n for n in names if n not in self.changing]
         self.constant = self._splice(
-            [{n: model[n] for n in constant} for model in models], [{} for _ in counts]
+            [{n: model[n] for n in constant} for model in models], [{} for _ in counts], {}
         )
         self.buffers_of_network = {name for name, _ in network.named_buffers()}
 
@@ -94,12 +98,16 @@ class SplicedAtLookup(nn.Module):
             for name, tensor in self.constant.items()
         }
         moving = {name: at_rows(name, tensor, rows) for name, tensor in self.moving.items()}
-        return {**self._splice(parts, counts), **constant, **moving}
+        own = {n: has[:, rows[table_of(n) or n]] for n, has in self.owners.items()}
+        return {**self._splice(parts, counts, own), **constant, **moving}
 
-    def _splice(self, parts: Sequence[Params], counts: Sequence[Params]) -> Params:
+    def _splice(
+        self, parts: Sequence[Params], counts: Sequence[Params], owners: Mapping[str, Tensor]
+    ) -> Params:
         if not parts[0]:
             return {}
-        return splice(parts, self.weigh(parts, counts, {n: self.gates[n] for n in parts[0]}))
+        weights = self.weigh(parts, counts, {n: self.gates[n] for n in parts[0]})
+        return splice(parts, restrict_weights(weights, owners))
 
 
 def at_rows(name: str, tensor: Tensor, rows: Mapping[str, Tensor]) -> Tensor:
@@ -148,6 +156,7 @@ def train_gates(
     metric: Metric,
     title: str,
     counts: Sequence[Params] = (),
+    owners: Mapping[str, Tensor] = {},
 ) -> Trained:
     """Learn the gates on training rows, with the sources' weights frozen.
 
@@ -168,6 +177,7 @@ def train_gates(
         metric: Larger is better.
         title: For the progress display.
         counts: Per source, ``(V,)`` under the name of each table; what ``weigh`` is given.
+        owners: Which rows of a table each source has; without trunk.
 
     Returns:
         Gates and trunk of the epoch with the best validation metric.
@@ -188,7 +198,7 @@ def train_gates(
     parameters = [gate for gate in learned.values() if gate is not None]
     parameters += [t.requires_grad_() for name, t in moving.items() if name not in buffers]
     optimizer = torch.optim.Adam(parameters, lr=options.learning_rate)
-    module = SplicedAtLookup(network, models, counts, learned, weigh, moving, schema)
+    module = SplicedAtLookup(network, models, counts, learned, weigh, moving, schema, owners)
     best = Trained({}, {}, 0, None)
     label = dataset.labels(valid_rows)
     loader = Loader(dataset, schema, train_rows, batch_size, seed=seed)

@@ -21,6 +21,7 @@ import torch
 
 from cki_rec.config import Model, Runtime, Stopped, Train, UserError
 from cki_rec.data.loader import Loader
+from cki_rec.data.origin import Origin
 from cki_rec.data.schema import FeatureSchema
 from cki_rec.engine import checkpoint, distributed
 from cki_rec.engine.embeddings import ShardedModel
@@ -107,7 +108,7 @@ class Keeper:
         runtime: How often, how many, and whether to resume.
         model: Configuration of the network.
         schema: Its features.
-        data_hash: Of the data set.
+        origin: What it is trained on.
     """
 
     def __init__(
@@ -116,10 +117,10 @@ class Keeper:
         runtime: Runtime | None,
         model: Model | None = None,
         schema: FeatureSchema | None = None,
-        data_hash: str = "",
+        origin: Origin | None = None,
     ) -> None:
         self._folder = None if folder is None else folder / RESUME
-        self._runtime, self._about = runtime, (model, schema, data_hash)
+        self._runtime, self._about = runtime, (model, schema, origin)
         self._last, self._is_asked_to_stop = time.monotonic(), False
         self._previous: Any = None
         self.resumed: int | None = None
@@ -170,10 +171,11 @@ class Keeper:
             done = {"epoch": at.epoch - 1, "rows_done": at.rows}
             at.loader = {**state.loader.state_dict(), **done}
             folder = self._folder / f"step-{at.step:0{STEP_DIGITS}d}"
-            model, schema, data_hash = self._about
+            model, schema, origin = self._about
             assert model is not None
             assert schema is not None
-            checkpoint.save(folder, state.tensors(), model, schema, data_hash, asdict(at))
+            assert origin is not None
+            checkpoint.save(folder, state.tensors(), model, schema, origin, asdict(at))
             if distributed.rank() == 0:
                 found = kept(self._folder)
                 now = found.index(folder) + 1  # what lies after it was damaged when we resumed

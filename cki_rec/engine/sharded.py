@@ -22,6 +22,7 @@ from torch.distributed._shard.sharded_tensor import (
 )
 from torch.distributed._shard.sharding_spec import ShardMetadata
 
+from cki_rec.data.origin import Origin
 from cki_rec.data.schema import FeatureSchema
 from cki_rec.engine import checkpoint, distributed
 from cki_rec.engine.checkpoint import TENSORS, Checkpoint
@@ -67,14 +68,14 @@ def load(folders: Sequence[Path], names: Sequence[str]) -> list[Checkpoint]:
     return [_filled(*pair) for pair in zip(outlines, folders, strict=True)]
 
 
-def save(folder: Path, tensors: Groups, saved: Checkpoint, data_hash: str) -> None:
+def save(folder: Path, tensors: Groups, saved: Checkpoint, origin: Origin) -> None:
     """Write one checkpoint of what all processes hold, of the network of ``saved``."""
     sizes = saved.schema.table_sizes
     whole = {
         group: {n: _whole(t, _rows(_table(group, n), sizes)) for n, t in entries.items()}
         for group, entries in tensors.items()
     }
-    checkpoint.save(folder, whole, saved.model, saved.schema, data_hash)
+    checkpoint.save(folder, whole, saved.model, saved.schema, origin)
 
 
 def total(products: Mapping[str, Tensor], schema: FeatureSchema) -> dict[str, Tensor]:

@@ -20,6 +20,7 @@ from cki_rec.integration.options import in_yaml
 from cki_rec.pipelines import compatibility, train, vocabularies
 from cki_rec.pipelines.compatibility import Finding, State
 from cki_rec.pipelines.external import folder_of
+from cki_rec.pipelines.scores import check_data
 from cki_rec.pipelines.vocabularies import Joined
 
 NOT_OF_TRAINING = ("integrate", "suite.", "finetune", "evaluate", "check_only", "name", "-")
@@ -90,14 +91,15 @@ def _findings(
         except UserError as error:
             found.append(Finding("checkpoint", "impossible", f"{name}: {error}"))
     if loaded:
-        found += _compared(config, loaded, len(deltas))
-        found += _data(config, loaded[0][2], looks_at_rows)
+        compared, first = _compared(config, loaded, len(deltas))
+        found += [*compared, *_data(config, first, looks_at_rows)]
     return found
 
 
 def _compared(
     config: Config, loaded: Sequence[tuple[str, Path, Checkpoint]], expected: int
-) -> list[Finding]:
+) -> tuple[list[Finding], Checkpoint]:
+    """Return what sources differ in, and the first of them, joined where it can be."""
     options = config.integrate
     names, saved = [name for name, _, _ in loaded], [c for _, _, c in loaded]
     found = [*compatibility.architecture(saved, names), *compatibility.features(saved, names)]
@@ -125,12 +127,11 @@ def _compared(
     if fits and is_rule:
         sources = saved[: len(options.sources)]
         found += compatibility.alignment(sources, names, options, config.seed, joined.owners)
-    found.append(compatibility.memory(saved, options))
-    return found
+    return [*found, compatibility.memory(saved, options)], saved[0]
 
 
 def _data(config: Config, first: Checkpoint, looks_at_rows: bool) -> list[Finding]:
-    """Return whether the rows that are looked at are there, and of the first source's data."""
+    """Return whether the rows that are looked at are there, and fit the first source."""
     options = config.integrate
     needs = needs_of(options.method, options.options)
     if not looks_at_rows and not needs & {"fisher", "moments"}:
@@ -142,15 +143,10 @@ def _data(config: Config, first: Checkpoint, looks_at_rows: bool) -> list[Findin
         return [Finding("needs", "impossible", f"{what}: {error}")]
     if dataset is None:
         return [Finding("needs", "differs", f"{what}: not encoded yet; integrate will do it")]
-    if dataset.hash != first.data_hash:
-        return [
-            Finding(
-                "needs",
-                "impossible",
-                f"{what}: {dataset.folder.name} is not the data set that"
-                " the first source was trained on; choose its data options",
-            )
-        ]
+    try:
+        check_data(first, dataset, "the first source")
+    except UserError as error:
+        return [Finding("needs", "impossible", f"{what}: {error}")]
     return [Finding("needs", "ok", f"{what}: {dataset.folder.name}")]
 
 

@@ -31,7 +31,7 @@ from cki_rec.engine import checkpoint
 from cki_rec.engine.record import Run, add_to_sweep, open_run, save_arrays
 from cki_rec.pipelines import finetune, integrate, train
 from cki_rec.pipelines.integrate import Source
-from cki_rec.pipelines.scores import predictions
+from cki_rec.pipelines.scores import check_rows, predictions
 
 log = logging.getLogger(__name__)
 
@@ -101,6 +101,9 @@ def ensure(config: Config, force: bool = False) -> Run:
     options = config.evaluate
     if dataset.group is None:  # rows have no users, and the record must not say they had
         options = replace(options, resample="row")
+    evaluated = section(options)
+    if not options.disjoint_files:
+        del evaluated["disjoint_files"]
     reads = {
         "name": [config.suite.name, config.integrate.label, config.finetune.epochs > 0],
         "method": config.integrate.method,
@@ -108,7 +111,7 @@ def ensure(config: Config, force: bool = False) -> Run:
         "parents": [source.identity for source in parents],
         "data": dataset.hash,
         "partition": section(config.data.partition),
-        "evaluate": section(options),
+        "evaluate": evaluated,
         "seed": config.seed,
     }
     if train.are_disjoint([train.part_of(parent.folder) for parent in parents]):
@@ -140,6 +143,7 @@ def _evaluate(
     parents: list[Source],
 ) -> tuple[dict[str, Any], dict[str, Floats]]:
     """Return the result for the record, and the bootstrap replicates of its differences."""
+    _check_unseen(options, dataset, [*parents, *members])
     best = integrate.best_source(config, dataset, parents)
     kinds = {"probability_ensemble": _mean_probabilities, "oracle_router": _routed}
     logits = kinds.get(config.integrate.method, _mean_logits)(config, dataset, members)
@@ -182,6 +186,26 @@ def _evaluate(
                 difference_R = own.replicates[metric] - other.replicates[metric]
                 replicates[f"{name}/{metric}"] = difference_R
     return result, replicates
+
+
+def _check_unseen(options: Evaluate, dataset: EncodedDataset, models: Sequence[Source]) -> None:
+    """Check that test rows are known, or said, to be no training rows.
+
+    Raises:
+        UserError: A model has seen other raw files, and nobody says that these hold no test row.
+    """
+    for model in dict.fromkeys(models):
+        saved = checkpoint.describe(model.folder)
+        check_rows(saved, dataset, model.name)
+        if not saved.origin.has_other_files(dataset.source_rows):
+            continue
+        if not options.disjoint_files:
+            raise UserError(
+                f"{model.name}: also trained on other raw files than {dataset.folder.name} is of;"
+                " if they hold none of its test rows, which nothing checks, say so:"
+                " evaluate.disjoint_files=true"
+            )
+        log.info("  %s: taken as said, no test row is in its other raw files", model.name)
 
 
 def _measure(

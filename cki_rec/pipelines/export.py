@@ -84,8 +84,8 @@ def run(config: Config) -> None:
         "source": {
             "run_id": found.run_id,
             "checkpoint_sha256": file_sha256(found.checkpoint / DESCRIPTION),
-            "data_hash": saved.data_hash,
-            "data_set": _data_set(Path(config.runtime.encoded), saved.data_hash),
+            "data_hash": saved.origin.data_hash,
+            "data_set": _data_set(Path(config.runtime.encoded), saved.origin.data_hash),
         },
         "ids": IDS_OF_TOKENS,
         "loading": LOADING[config.format],

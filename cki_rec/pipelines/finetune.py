@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import logging
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from cki_rec.config import Config, Train, UserError, run_id, section
 from cki_rec.data import store
+from cki_rec.data.origin import together
 from cki_rec.data.store import EncodedDataset
-from cki_rec.engine import checkpoint, distributed
+from cki_rec.engine import distributed
 from cki_rec.engine.record import Run, open_run
 from cki_rec.pipelines import integrate, train
 from cki_rec.pipelines.integrate import Source
-from cki_rec.pipelines.scores import check_data, restore
+from cki_rec.pipelines.scores import moved_start, restore
 
 log = logging.getLogger(__name__)
 
@@ -75,14 +77,16 @@ def _schedule(config: Config) -> Train:
 def _finetune(
     config: Config, dataset: EncodedDataset, start: Source, run: Run, reads: dict[str, Any]
 ) -> None:
-    saved = checkpoint.describe(start.folder)
-    check_data(saved, dataset, start.name)
-    schedule = _schedule(config)
-    model = restore(saved, start.folder, schedule, config.runtime, to_train=True)
+    scratch, schedule = run.path / "start", _schedule(config)
+    saved, folder = moved_start(config, dataset, start.folder, start.name, scratch)
+    model = restore(saved, folder, schedule, config.runtime, to_train=True)
+    distributed.barrier()
+    if distributed.rank() == 0:
+        shutil.rmtree(scratch, ignore_errors=True)
     rows = [dataset.rows(split) for split in ("train", "valid")]
     counts = dataset.row_counts(saved.schema)  # as after training on these rows alone
     title = f"fine-tune {config.integrate.label}, {config.suite.name}, seed {config.seed}"
     train.run_training(
         *(config, dataset, run, reads, model, saved.model, saved.schema),
-        *(rows, counts, schedule, title),
+        *(rows, counts, schedule, title, together([saved.origin, dataset.origin])),
     )

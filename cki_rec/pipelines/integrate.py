@@ -13,7 +13,8 @@ from torch import Tensor
 
 from cki_rec.analysis.metrics import auc
 from cki_rec.config import Config, Integrate, UserError, nearest, run_id, section, with_delta
-from cki_rec.data import store
+from cki_rec.data import store, tokens
+from cki_rec.data.origin import together
 from cki_rec.data.store import EncodedDataset
 from cki_rec.engine import checkpoint, distributed, sharded
 from cki_rec.engine.checkpoint import Checkpoint
@@ -35,12 +36,8 @@ from cki_rec.pipelines import (
     train,
     vocabularies,
 )
-from cki_rec.pipelines.scores import check_data, predictions, recalibrated, scorer
+from cki_rec.pipelines.scores import check_data, check_rows, predictions, recalibrated, scorer
 from cki_rec.pipelines.vocabularies import Joined
-
-SEVERAL = "several"
-"""Stands for the data hash of a model whose sources were trained on different data sets: it fits
-none of them, since what is a test row of one may have been a training row of another."""
 
 log = logging.getLogger(__name__)
 
@@ -143,7 +140,7 @@ def method_of(config: Config) -> Method:
         )
     if name == "best_of":
         _check_candidates(config)
-    if options.repair != "none" and not _takes_all_alike(options):
+    if options.repair != "none" and not rules.takes_all_alike(options):
         raise UserError(
             f"integrate.repair={options.repair}: makes layers compute the mean of all sources,"
             f" which integrate.method={name} with these options does not want; use"
@@ -151,12 +148,19 @@ def method_of(config: Config) -> Method:
         )
     if method.models == "2" and len(options.sources) > 2:
         raise UserError(f"integrate.method={name}: takes 2 models, not {len(options.sources)}")
-    if options.vocabularies and (not method.is_rule or needs_labels(options)):
+    is_joined = options.vocabularies and not config.data.vocabularies
+    if is_joined and (not method.is_rule or needs_labels(options)):
         why = "keeps its sources as they are"
         if method.is_rule or name == "best_of":
-            why = "looks at rows, and no data set is encoded with the joined vocabularies"
+            why = "looks at rows, which are not encoded with the joined vocabularies"
         raise UserError(
-            f"integrate.vocabularies: integrate.method={name} {why}; use integrate=evidence"
+            f"integrate.vocabularies: integrate.method={name} {why}; use integrate=evidence, or"
+            " data.vocabularies=[FOLDER,...], the encoded data sets of the sources"
+        )
+    if options.vocabularies and options.gate.train == "trunk":
+        raise UserError(
+            "integrate.vocabularies: integrate.gate.train=trunk trains on tables of the first"
+            " source, which lack rows of others; use integrate.gate.train=frozen"
         )
     if "start" in method.needs and options.align.by != "none" and len(options.sources) > 2:
         raise UserError(
@@ -231,12 +235,6 @@ def sources_of(config: Config) -> list[Source]:
     return found
 
 
-def _takes_all_alike(options: Integrate) -> bool:
-    """Return whether dense parameters are the plain mean of all sources, which repair restores."""
-    is_mean = options.method in ("average", "evidence", "best_of")
-    return is_mean and options.scope == "all" and options.bias == "splice"
-
-
 def _check_candidates(config: Config) -> None:
     """Check what can be known of ``best_of`` before its first candidate is made.
 
@@ -280,7 +278,7 @@ def _integrate(
     loaded = sharded.load([source.folder for source in everyone], names)
     homes: list[Path] = []
     joined = Joined(loaded)
-    if options.vocabularies:
+    if options.vocabularies and options.method != "best_of":  # whose candidates are joined
         homes = vocabularies.folders_of(
             config, [(s.folder, c) for s, c in zip(everyone, loaded, strict=True)]
         )
@@ -291,9 +289,10 @@ def _integrate(
     first = checkpoints[0]
     if dataset is not None:
         judged = checkpoints if needs_labels(options) else checkpoints[:1]
+        fits = check_data if METHODS[options.method].is_rule else check_rows  # kept, then moved
         for saved, source in zip(judged, sources, strict=False):
-            check_data(saved, dataset, source.name)
-    data = train.data_facts(dataset) if dataset else {"hash": first.data_hash}
+            fits(saved, dataset, source.name)
+    data = train.data_facts(dataset) if dataset else {"hash": first.origin.data_hash}
     result: dict[str, Any] = dict.fromkeys(
         ("shares", "kept", "gate", "global", "alignment", "recalibration", "valid_auc")
     )
@@ -315,11 +314,11 @@ def _integrate(
                 )
             except ValueError as error:
                 raise UserError(f"integrate.method={options.method}: {error}") from None
-            hashes = {c.data_hash for c in checkpoints}
-            data_hash = first.data_hash if len(hashes) == 1 else SEVERAL
-            sharded.save(run.checkpoint, tensors, first, data_hash)
+            looked_at = [] if dataset is None else [dataset.origin]
+            origin = together([*(c.origin for c in checkpoints), *looked_at])
+            sharded.save(run.checkpoint, tensors, first, origin)
             if homes:
-                vocabularies.write(run.path / vocabularies.FOLDER, joined, homes)
+                vocabularies.write(run.path / tokens.FOLDER, joined, homes)
                 result["vocabularies"] = joined.rows
     if distributed.rank() == 0:
         run.finish(reads, data, result)

@@ -68,6 +68,7 @@ def merge(
 
     if options.gate.train == "none" or (options.gate.train == "frozen" and len(models) == 1):
         weights = weigh(models, given.counts, gates, options.splice)
+        weights = restrict_weights(weights, given.owners)
         return splice(models, weights), weights, None
 
     assert dataset is not None
@@ -88,9 +89,11 @@ def merge(
         auc,
         f"gates of {options.label}, {config.suite.name}, seed {config.seed}",
         given.counts,
+        given.owners,
     )
     with torch.no_grad():
         weights = weigh(models, given.counts, trained.gates, options.splice)
+        weights = restrict_weights(weights, given.owners)
         params = {**splice(models, weights), **trained.trunk}
     return params, weights, {"best_epoch": trained.epoch, "valid_auc": trained.valid_metric}
 
@@ -120,7 +123,7 @@ def weights_of(
     assert weigh is not None
     weights = weigh(models, given, **arguments)
     decided = overrides(options, models, given.counts)
-    return restrict_weights(override_weights(weights, decided, decided), given.owners)
+    return override_weights(weights, decided, decided)
 
 
 def overrides(options: Integrate, models: Sequence[Params], counts: Sequence[Params]) -> Weights:

@@ -48,6 +48,12 @@ def is_decided_elsewhere(options: Integrate, name: str, params: Params) -> bool:
     )
 
 
+def takes_all_alike(options: Integrate) -> bool:
+    """Return whether dense parameters are the plain mean of all sources, which repair restores."""
+    is_mean = options.method in ("average", "evidence", "best_of")
+    return is_mean and options.scope == "all" and options.bias == "splice"
+
+
 def uses_entropy(options: Integrate) -> bool:
     """Return whether the rule asks for the global term."""
     is_cki = options.method == "cki" and options.perspective != "local"

@@ -17,6 +17,7 @@ from torch import nn
 from cki_rec.analysis.metrics import auc
 from cki_rec.analysis.recalibration import recalibration
 from cki_rec.config import Config, Runtime, Train, UserError
+from cki_rec.data.origin import SEVERAL
 from cki_rec.data.store import EncodedDataset
 from cki_rec.engine import checkpoint, distributed
 from cki_rec.engine.checkpoint import Checkpoint, Description
@@ -26,6 +27,7 @@ from cki_rec.engine.record import save_arrays
 from cki_rec.integration.params import Params
 from cki_rec.integration.repair import recalibrate
 from cki_rec.models import build_model
+from cki_rec.pipelines import vocabularies
 from cki_rec.pipelines.external import is_external
 from cki_rec.symmetry import LogitScale
 
@@ -39,18 +41,27 @@ def predictions(
 ) -> dict[str, NDArray[np.float32]]:
     """Return ``valid`` and ``test`` logits of a checkpoint, in the order of the data set's rows.
 
-    They are kept in the model's run directory, and go when it is made again; those of external
+    A model of other vocabularies is moved to the data set's (``vocabularies.on_rows_of``). Logits
+    are kept in the model's run directory, and go when it is made again; those of external
     checkpoints under ``<runtime.out>/logits``.
     """
     home = Path(config.runtime.out) / (f"logits/{identity}" if is_external(identity) else identity)
     path = home / f"logits-{dataset.hash[:16]}.npz"
     if not path.exists():
         saved = checkpoint.describe(folder)
-        check_data(saved, dataset, str(folder))
-        plain = replace(config.train, embeddings="fused", compile=False)
-        model = restore(saved, folder, plain, config.runtime)
+        check_rows(saved, dataset, str(folder))
+        device = distributed.start(config.runtime)
+        if other_tables(saved, dataset):
+            moved = vocabularies.on_rows_of(config, folder, dataset)
+            schema = moved.schema
+            with device:
+                module = build_model(schema, moved.model, device)
+            module.load_state_dict(moved.params)
+        else:
+            plain = replace(config.train, embeddings="fused", compile=False)
+            schema, module = saved.schema, restore(saved, folder, plain, config.runtime).module
         logits = {
-            split: predict(model.module, dataset, saved.schema, dataset.rows(split), model.device)
+            split: predict(module, dataset, schema, dataset.rows(split), device)
             for split in SPLITS
         }
         save_arrays(path, logits)
@@ -112,18 +123,81 @@ def recalibrated(
 
 
 def check_data(saved: Checkpoint | Description, dataset: EncodedDataset, name: str) -> None:
-    """Check that a checkpoint was trained on this very data set.
-
-    Equal vocabularies would not do: with another split, test rows may have been training rows.
+    """Check that a checkpoint was trained on this data set, or fits it as it is.
 
     Raises:
-        UserError: It was trained on another one, or on another encoding or split of this one.
+        UserError: See ``check_rows``; or its vocabularies are others.
     """
-    if saved.data_hash != dataset.hash:
+    check_rows(saved, dataset, name)
+    if other := other_tables(saved, dataset):
         raise UserError(
-            f"{name}: trained on another data set, encoding or split than {dataset.folder.name};"
-            " choose the data options it was trained with"
+            f"{name}: trained on another data set, encoding or split than {dataset.folder.name}:"
+            f" table '{other[0]}' has other tokens; encode the rows with those of the model:"
+            " data.vocabularies=[FOLDER,...]"
         )
+
+
+def other_tables(saved: Checkpoint | Description, dataset: EncodedDataset) -> list[str]:
+    """Return the tables of a checkpoint whose rows mean other tokens than the data set's ids."""
+    if saved.origin.data_hash == dataset.hash:
+        return []
+    own, given = saved.schema.vocabulary_hashes, dataset.schema.vocabulary_hashes
+    return [table for table in saved.schema.table_sizes if own[table] != given[table]]
+
+
+def check_rows(saved: Checkpoint | Description, dataset: EncodedDataset, name: str) -> None:
+    """Check that no row of validation or test is known to have been a training row.
+
+    Equal vocabularies would not do: with another split, test rows may have been training rows.
+    Of raw files that the checkpoint has not seen, ``evaluate.disjoint_files`` has to tell.
+
+    Raises:
+        UserError: Raw files of this data set were divided otherwise for the checkpoint, or may
+            have been; or fields differ.
+    """
+    origin = saved.origin
+    if origin.data_hash == dataset.hash:
+        return
+    what = f"{name}: trained on another data set, encoding or split than {dataset.folder.name}"
+    if origin.rows is None:
+        mend = "choose the data options it was trained with"
+        if origin.data_hash == SEVERAL:
+            mend = "it does not say on which rows; train and merge its sources with this release"
+        raise UserError(f"{what}; {mend}")
+    if origin.may_have_seen(dataset.source_rows):
+        raise UserError(
+            f"{what}: the same raw files were divided otherwise, so test rows may have been its"
+            " training rows; choose the data options it was trained with"
+        )
+    schema = dataset.schema
+    for feature in saved.schema.features:
+        key = feature.table or feature.name
+        learnt = saved.schema.vocabulary_hashes.get(key), schema.vocabulary_hashes.get(key)
+        if feature not in schema.features or (not feature.table and learnt[0] != learnt[1]):
+            raise UserError(
+                f"{what}: field '{feature.name}' ({feature.kind}) is not there, or of other"
+                " numbers; choose the data options it was trained with"
+            )
+
+
+def moved_start(
+    config: Config, dataset: EncodedDataset, folder: Path, name: str, scratch: Path
+) -> tuple[Description, Path]:
+    """Return the description and the folder of a model that is to be trained on a data set.
+
+    The folder is ``scratch`` where the model had to be moved to the data set's vocabularies.
+
+    Raises:
+        UserError: See ``check_rows`` and ``vocabularies.on_rows_of``.
+    """
+    saved = checkpoint.describe(folder)
+    check_rows(saved, dataset, name)
+    if not other_tables(saved, dataset):
+        return saved, folder
+    moved = vocabularies.on_rows_of(config, folder, dataset)
+    tensors = {"model": moved.params, "accumulator": moved.accumulators, "counts": moved.counts}
+    checkpoint.save(scratch, tensors, moved.model, moved.schema, moved.origin)
+    return checkpoint.describe(scratch), scratch
 
 
 def restore(

@@ -27,6 +27,7 @@ from cki_rec.config import (
     with_delta,
 )
 from cki_rec.data import store
+from cki_rec.data.origin import Origin, together
 from cki_rec.data.schema import FeatureSchema
 from cki_rec.data.store import EncodedDataset
 from cki_rec.engine import checkpoint, distributed, plans
@@ -131,12 +132,14 @@ def _train(config: Config, dataset: EncodedDataset, run: Run, reads: dict[str, A
     counts = dataset.row_counts(schema, data.partition, data.part)
     if config.train.epochs == 0:  # such a model has seen no row
         counts = {table: np.zeros_like(values) for table, values in counts.items()}
+    origin = dataset.origin
     if config.train.start is None:
         model = build(dataset.schema, config.model, config.train, config.runtime)
         initialize(model, config.seed, config.model.init_std, config.model.matrix_std)
     else:
         folder = _start_folder(config)
-        model = _restored(config, dataset, schema, folder)
+        model, before = _restored(config, dataset, schema, folder)
+        origin = together([before, origin])
         seen = checkpoint.row_counts(folder)
         counts = {table: seen[table].numpy() + counts[table] for table in seen}
     run.facts["plan"] = model.plan
@@ -152,7 +155,8 @@ def _train(config: Config, dataset: EncodedDataset, run: Run, reads: dict[str, A
         dataset.rows("valid", data.partition, valid_part),
     ]
     run_training(
-        config, dataset, run, reads, model, config.model, schema, rows, counts, config.train, title
+        *(config, dataset, run, reads, model, config.model, schema),
+        *(rows, counts, config.train, title, origin),
     )
 
 
@@ -166,8 +170,8 @@ def _start_folder(config: Config) -> Path:
 
 def _restored(
     config: Config, dataset: EncodedDataset, schema: FeatureSchema, folder: Path
-) -> ShardedModel:
-    """Return the configured network with the parameters and accumulators of the start.
+) -> tuple[ShardedModel, Origin]:
+    """Return the configured network with parameters and accumulators of the start; its origin.
 
     Raises:
         UserError: The start is another network, or was trained on another data set.
@@ -184,7 +188,8 @@ def _restored(
         fields = [", ".join(f.name for f in s.features) for s in (saved.schema, schema)]
         raise UserError(f"train.start, {folder}: fields {fields[0]} against {fields[1]}")
     saved = replace(saved, model=config.model)
-    return restore(saved, folder, config.train, config.runtime, to_train=True)
+    model = restore(saved, folder, config.train, config.runtime, to_train=True)
+    return model, saved.origin
 
 
 def run_training(
@@ -199,6 +204,7 @@ def run_training(
     row_counts: Mapping[str, NDArray[np.int64]],
     schedule: Train,
     title: str,
+    origin: Origin,
 ) -> None:
     """Train ``model`` on the first of ``rows``, choose on the second, and write the record.
 
@@ -216,6 +222,7 @@ def run_training(
         row_counts: Per table, the training rows that look each of its rows up.
         schedule: How to train.
         title: For the progress display.
+        origin: What it will have been trained on.
     """
     counts = {table: torch.from_numpy(values) for table, values in row_counts.items()}
 
@@ -225,10 +232,10 @@ def run_training(
             "accumulator": model.accumulators(),
             "counts": counts,
         }
-        checkpoint.save(run.checkpoint, tensors, options, schema, dataset.hash)
+        checkpoint.save(run.checkpoint, tensors, options, schema, origin)
 
     runtime, start = config.runtime, time.perf_counter()
-    keeper = Keeper(run.path, runtime, options, schema, dataset.hash)
+    keeper = Keeper(run.path, runtime, options, schema, origin)
     steps = StepLog(run.path, runtime.log_steps, runtime.tensorboard)
     metrics = monitored(schedule.monitor, dataset, rows[1])
     with run.phase("train"):

@@ -12,13 +12,12 @@ from torch import Tensor
 from cki_rec.config import Config, UserError
 from cki_rec.data import tokens
 from cki_rec.data.schema import FIRST_ID, UNSEEN_ID
+from cki_rec.data.store import EncodedDataset
+from cki_rec.engine import checkpoint
 from cki_rec.engine.checkpoint import Checkpoint
 from cki_rec.engine.embeddings import table_of
 from cki_rec.integration.params import Params
 from cki_rec.integration.vocabulary import join_tokens, owned, to_union
-
-FOLDER = "vocabulary"
-"""Beside a merged checkpoint: the token lists of its tables."""
 
 
 @dataclass(slots=True)
@@ -53,16 +52,27 @@ def folders_of(config: Config, checkpoints: Sequence[tuple[Path, Checkpoint]]) -
         if name is not None:
             found.append(Path(name))
             continue
-        encoded = Path(config.runtime.encoded)
-        places = [home.parent / FOLDER, *sorted(p.parent for p in encoded.glob("*/manifest.json"))]
-        folder = tokens.find(places, _listed(saved))
-        if folder is None:
-            raise UserError(
-                f"integrate.vocabularies[{k}]: no encoded data set under {encoded} has the"
-                " vocabularies of this model; name its folder, or set runtime.encoded"
-            )
-        found.append(folder)
+        found.append(_found(config, home, saved, f"integrate.vocabularies[{k}]"))
     return found
+
+
+def _found(config: Config, home: Path, saved: Checkpoint, where: str) -> Path:
+    """Return the folder that has the token lists of a checkpoint.
+
+    Raises:
+        UserError: There is none.
+    """
+    encoded = Path(config.runtime.encoded)
+    named = [Path(name) for name in config.integrate.vocabularies if name is not None]
+    beside = home.parent / tokens.FOLDER
+    places = [beside, *named, *sorted(p.parent for p in encoded.glob("*/manifest.json"))]
+    folder = tokens.find(places, _listed(saved))
+    if folder is None:
+        raise UserError(
+            f"{where}: no encoded data set under {encoded} has the vocabularies of this model;"
+            " name its folder in integrate.vocabularies, or set runtime.encoded"
+        )
+    return folder
 
 
 def joined(checkpoints: Sequence[Checkpoint], folders: Sequence[Path], num_sources: int) -> Joined:
@@ -109,6 +119,35 @@ def joined(checkpoints: Sequence[Checkpoint], folders: Sequence[Path], num_sourc
     return result
 
 
+def on_rows_of(config: Config, home: Path, dataset: EncodedDataset) -> Checkpoint:
+    """Return a checkpoint on the vocabularies of a data set that lists all its tokens, and more.
+
+    Its scores stay its own: what it does not know looks up its row for unseen tokens.
+
+    Raises:
+        UserError: The data set lacks tokens, or the model's token lists are not found.
+    """
+    saved = checkpoint.load(home)
+    own, given = saved.schema, dataset.schema
+    maps, hashes = {}, given.vocabulary_hashes
+    differing = [t for t in own.table_sizes if own.vocabulary_hashes[t] != hashes[t]]
+    folder = _found(config, home, saved, str(home))
+    for table in differing:
+        listed = dataset.vocabulary(table)
+        union, (_, maps[table]) = join_tokens([listed, _tokens(saved, folder, table)], FIRST_ID)
+        if len(union) > len(listed):
+            raise UserError(
+                f"{home}: knows {len(union) - len(listed):,} tokens of table '{table}' that"
+                f" {dataset.folder.name} does not list; encode the rows with the lists of all"
+                " models: data.vocabularies=[FOLDER,...]"
+            )
+    sizes = {table: given.table_sizes[table] for table in own.table_sizes}
+    schema = replace(
+        own, table_sizes=sizes, vocabulary_hashes={t: hashes[t] for t in own.vocabulary_hashes}
+    )
+    return replace(_moved(saved, maps, sizes), schema=schema)
+
+
 def write(folder: Path, joined: Joined, known: Sequence[Path]) -> None:
     """Write the token lists of all tables that have some, so that rows can be scored later."""
     for table, digest in joined.checkpoints[0].schema.vocabulary_hashes.items():
@@ -134,7 +173,7 @@ def _tokens(saved: Checkpoint, folder: Path, table: str) -> list[str]:
     if table not in saved.schema.table_sizes:
         raise UserError(
             f"{folder}: the numbers of field '{table}' were scaled otherwise in the other data"
-            " sets, so they cannot be joined; give it a transform that learns nothing, as log1p"
+            " sets, so they cannot be joined; give it a transform that learns nothing (as_is)"
         )
     digest = saved.schema.vocabulary_hashes[table]
     if digest.startswith(tokens.HASHED):

@@ -17,6 +17,7 @@ from cki_rec.cli import main
 from cki_rec.config import CHOICES, UserError, parse
 from cki_rec.data import store
 from cki_rec.data.loader import Loader
+from cki_rec.data.origin import Origin
 from cki_rec.data.schema import Feature, FeatureSchema
 from cki_rec.data.vocabulary import file_sha256
 from cki_rec.engine import checkpoint, export
@@ -246,7 +247,7 @@ def trained(options, tmp_path):
     folder, model = tmp_path / "out" / "train-1", options()
     params = build(model).state_dict()
     tensors = {"model": params, "accumulator": {}, "counts": {}}
-    checkpoint.save(folder / "checkpoint", tensors, model, MIXED, "hash of the data")
+    checkpoint.save(folder / "checkpoint", tensors, model, MIXED, Origin("hash of the data"))
     (folder / "record.json").write_text(json.dumps({"run_id": "train-1", "result": {}}))
     return folder
 

@@ -25,6 +25,7 @@ from training import options  # noqa: E402
 from cki_rec.config import UserError  # noqa: E402
 from cki_rec.data import store  # noqa: E402
 from cki_rec.data.loader import Loader  # noqa: E402
+from cki_rec.data.origin import Origin  # noqa: E402
 from cki_rec.data.schema import Batch, FeatureSchema  # noqa: E402
 from cki_rec.engine import checkpoint, distributed  # noqa: E402
 from cki_rec.engine.embeddings import build, initialize, local_tensors  # noqa: E402
@@ -89,7 +90,9 @@ def train(case: str, plan: str, folder: Path) -> tuple[float, Tensor]:
     with torch.no_grad():
         logits = model.module(share(draw_batch(SCHEMAS[key], ROWS, seed=99)))
     state = TrainingState(model, adam, average, None)
-    checkpoint.save(folder / case / plan, state.tensors(), config.model, SCHEMAS[key], "hash")
+    checkpoint.save(
+        folder / case / plan, state.tensors(), config.model, SCHEMAS[key], Origin("hash")
+    )
     return loss, logits
 
 
@@ -101,7 +104,7 @@ def move(found: Path, folder: Path, case: str, plan: str) -> None:
     state = TrainingState(model, adam, Average(model, 0.5), None)
     saved = checkpoint.describe(found)
     checkpoint.load_into(state.tensors(), found)
-    checkpoint.save(folder, state.tensors(), saved.model, saved.schema, saved.data_hash)
+    checkpoint.save(folder, state.tensors(), saved.model, saved.schema, saved.origin)
 
 
 class FirstId(nn.Module):

@@ -269,7 +269,7 @@ def test_nan_of_a_source_is_named(options, folder, capsys):
     saved = checkpoint.load(folder / "out" / records(folder, "train")[-1]["run_id"] / "checkpoint")
     saved.params["bias"][0] = float("nan")
     broken = folder / "broken"
-    checkpoint.save(broken, {"model": saved.params}, saved.model, saved.schema, saved.data_hash)
+    checkpoint.save(broken, {"model": saved.params}, saved.model, saved.schema, saved.origin)
     sources = f"integrate.sources=[{{path: {broken}}},{{path: {broken}}}]"
     for method, words in (("karcher", "bias: source 0 has"), ("average", "bias: the result has")):
         assert main(["integrate", *options, f"integrate={method}", sources]) == 2

@@ -77,7 +77,7 @@ def changed(folder, target, **changes):
     """Write a checkpoint with other fields; return its folder."""
     saved = dataclasses.replace(checkpoint.load(folder / "checkpoint"), **changes)
     groups = {"model": saved.params, "accumulator": saved.accumulators, "counts": saved.counts}
-    checkpoint.save(target, groups, saved.model, saved.schema, saved.data_hash)
+    checkpoint.save(target, groups, saved.model, saved.schema, saved.origin)
     return target
 
 

@@ -87,7 +87,7 @@ def test_a_path_names_the_same_start(trained):
 def test_counts_of_a_start_without_any_stay_unknown(trained, folder):
     saved = checkpoint.load(trained("seed=2").checkpoint)
     plain = folder / "plain"
-    checkpoint.save(plain, {"model": saved.params}, saved.model, saved.schema, saved.data_hash)
+    checkpoint.save(plain, {"model": saved.params}, saved.model, saved.schema, saved.origin)
     assert checkpoint.row_counts(plain) == {}
     assert checkpoint.load(trained(f"train.start={{path: {plain}}}").checkpoint).counts == {}
 

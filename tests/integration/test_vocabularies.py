@@ -3,50 +3,22 @@
 from __future__ import annotations
 
 import json
-import zipfile
 
 import pytest
 import torch
-from conftest import write_raw_zip
+from regions import TINY, train_regions
 
 from cki_rec.cli import main
 from cki_rec.data import tokens
 from cki_rec.engine import checkpoint
 from cki_rec.engine.embeddings import table_of
 
-TINY = [
-    *("runtime.threads=1", "train.epochs=1", "train.batch_size=256", "model.hidden=[8]"),
-    *("model.embedding_dim=8", "data.min_count=1"),
-]
-USERS = {"north": range(1, 41), "south": range(21, 61)}
-
-
-def write_region(path, whole, users):
-    """Write those ratings of ``whole`` that are of some users."""
-    with zipfile.ZipFile(whole) as source, zipfile.ZipFile(path, "w") as target:
-        for name in source.namelist():
-            text = source.read(name).decode()
-            if name.endswith("ratings.csv"):
-                head, *rows = text.splitlines()
-                kept = [row for row in rows if int(row.split(",")[0]) in users]
-                text = "\r\n".join([head, *kept]) + "\r\n"
-            target.writestr(name, text)
-
 
 @pytest.fixture(scope="module")
 def regions(tmp_path_factory):
     """Two trained models, and where they and their data are: out, checkpoints by name."""
     home = tmp_path_factory.mktemp("regions")
-    whole = write_raw_zip(home / "whole.zip")
-    found = {}
-    places = [f"runtime.{key}={home / key}" for key in ("out", "reports", "encoded")]
-    for name, users in USERS.items():
-        write_region(home / f"{name}.zip", whole, users)
-        before = set((home / "out").glob("train-*"))
-        words = [f"data.raw={home / name}.zip", f"data.name={name}", *places, *TINY]
-        assert main(["train", *words]) == 0
-        (found[name],) = set((home / "out").glob("train-*")) - before
-    return home, found
+    return home, train_regions(home)
 
 
 def integrate(home, sources, *words):
@@ -146,7 +118,7 @@ def test_rows_that_stand_in_have_no_say_in_alignment_without_counts(regions, tmp
             groups = {"model": saved.params, "accumulator": saved.accumulators}
             groups["counts"] = ones if kind == "ones" else {}
             sources.append(tmp_path / kind / name)
-            checkpoint.save(sources[-1], groups, saved.model, saved.schema, saved.data_hash)
+            checkpoint.save(sources[-1], groups, saved.model, saved.schema, saved.origin)
         words = [f"runtime.out={tmp_path / kind}", "integrate.vocabularies=[null,null]"]
         words += ["integrate=average", "integrate.align.by=weights", f"integrate.repair={repair}"]
         words += [f"data.raw={home / 'north.zip'}", "data.name=north"]

@@ -328,6 +328,16 @@ def test_markdown_tells_what_the_numbers_are():
     assert len({line.count("|") for line in tables[:7]}) == 1
 
 
+def test_markdown_says_what_was_taken_as_said():
+    plain, said = record(), record()
+    said["config"]["evaluate"]["disjoint_files"] = True
+    shown = []
+    for one in (plain, said):
+        runs = runs_frame([one])
+        shown.append("Taken as said" in markdown_table(summary_frame(runs, {}), runs))
+    assert shown == [False, True]
+
+
 def test_markdown_says_when_data_is_synthetic():
     one = record()
     one["data"]["synthetic"] = True

@@ -1,0 +1,124 @@
+"""Options of a data set: raw files, encoding, split, parts; values live in ``conf/data``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(slots=True, kw_only=True)
+class Split:
+    """How rows are divided into training, validation and test."""
+
+    by: str
+    """``random``, ``hash`` (of a row's user, item and time: the same in any file it stands in),
+    ``time`` (oldest rows train), ``leave_last_out`` (each user's last row) or ``files`` (as
+    published: train, valid and test files)."""
+    fractions: list[float]
+    """Shares of training, validation and test rows; sum 1. For ``random``, ``hash`` and ``time``;
+    where ``files`` lack valid.csv and the third share is 0, the first two divide training rows."""
+    seed: int
+    """Of ``random`` and ``hash``, and of validation rows drawn from training files. Fixed over the
+    repetitions of an experiment: all runs share test rows."""
+
+
+@dataclass(slots=True, kw_only=True)
+class Partition:
+    """How rows are divided among parents."""
+
+    by: str
+    """``user``, ``item``, ``time``, ``random`` or ``none``."""
+    parts: int
+    seed: int
+
+
+@dataclass(slots=True, kw_only=True)
+class Synthetic:
+    """Raw files written from a known click model."""
+
+    layout: str
+    """``criteo``, ``avazu`` or ``movielens``: whose format and fields."""
+    rows: int
+    vocabulary: float
+    """Sizes of vocabularies as a multiple of the published data set's."""
+    skew: float
+    """Exponent of the power law of token frequencies; 0: uniform."""
+    signal: float
+    """Standard deviation of the true logit."""
+    drift: float
+    """Share of the weights' variance that moves from the first row to the last; 0: none."""
+    domains: int
+    """Groups of rows that differ in their weights."""
+    difference: float
+    """Share of the weights' variance that is a domain's own; 0: domains are alike."""
+    seed: int
+
+
+@dataclass(slots=True, kw_only=True)
+class Download:
+    """Where a user may fetch the raw files from."""
+
+    url: str | None
+    """null: there is no address that a program may fetch from."""
+    md5: str | None
+    """Of the fetched file, as published; null: nobody published one."""
+    by_hand: str | None
+    """What to do where ``url`` is null."""
+
+
+@dataclass(slots=True, kw_only=True)
+class Data:
+    """One data set: raw files, encoding, split, and the part of it a model sees."""
+
+    name: str
+    format: str
+    """A row of ``cki_rec.data.formats.FORMATS``."""
+    raw: Any
+    """A path, a pattern (``day_*.gz``) or a list of them."""
+    fetch: bool
+    """Download the raw files if they are not there."""
+    download: Download
+    published: str | None
+    """The entry of ``conf/published.yaml`` that the raw files should be; null: none."""
+    fields: list[Any]
+    """Features of the encoded set, in order: a name, or ``{name: ..., option: ...}`` with options
+    of ``cki_rec.data.fields.Field``."""
+    label: str
+    """csv: column that is 0 or 1."""
+    label_threshold: float
+    """MovieLens: a rating at or above it is a click."""
+    user: str | None
+    """csv: column of users; null: rows have none."""
+    item: str | None
+    """csv: column of items; null: rows have none."""
+    time: str | None
+    """csv: column of times; null: rows have none."""
+    time_form: str
+    """csv: ``seconds`` or ``yymmddhh``."""
+    numeric: str
+    """What numeric fields become: ``ln_squared``, ``quantile``, ``edges`` or ``token``
+    (categories), ``log1p`` or ``as_is`` (numbers)."""
+    numeric_missing: float | None
+    """What an empty number stands for; null: a category of its own, or the mean."""
+    buckets: int
+    """Of ``quantile``."""
+    min_count: int
+    """Tokens with fewer training rows share the id of unseen tokens."""
+    vocabularies: list[str]
+    """Folders whose token lists, joined in this order, give the ids: encoded sets, merged runs or
+    the ``vocabulary`` folders in them. Empty: tokens of training rows, by ``min_count``."""
+    history_length: int
+    """The latest liked items kept per row."""
+    negatives: int
+    """Sequences: unseen items drawn per step of a user."""
+    negatives_seed: int
+    on_bad_row: str
+    """``error`` or ``skip`` (skipped rows are counted in the manifest)."""
+    verify: str
+    """Of an encoded set when it is opened: ``fast`` (sizes and types) or ``full`` (digests)."""
+    synthetic: Synthetic
+    split: Split
+    partition: Partition
+    part: int | None
+    """Train and validate on this part only; null: on all rows. A part by time of a split by time
+    has only later validation rows: all of them."""

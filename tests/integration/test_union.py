@@ -1,0 +1,185 @@
+"""Models of two regions are merged, measured and trained on, on rows with the tokens of both."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from regions import SAID, TINY, call, logits_of, opened, record_of, train_regions, write_region
+
+from cki_rec.analysis.metrics import auc, log_loss
+from cki_rec.cli import main
+from cki_rec.data import tokens
+from cki_rec.data.held_out import all_labels
+from cki_rec.data.schema import UNSEEN_ID
+from cki_rec.engine import checkpoint
+
+
+@pytest.fixture(scope="module")
+def regions(tmp_path_factory):
+    """Where everything is, the models of two regions by name, and their data sets."""
+    home = tmp_path_factory.mktemp("union")
+    found = train_regions(home)
+    lists = [opened(home / "encoded", name).folder for name in found]
+    return home, found, f"data.vocabularies=[{','.join(map(str, lists))}]"
+
+
+@pytest.mark.parametrize("region", ["north", "south"])
+def test_figures_on_rows_of_each_region_follow_from_scores(regions, tmp_path, region):
+    home, found, union = regions
+    words = [union, SAID, "integrate=average"]
+    assert call(regions, tmp_path, "evaluate", *words, region=region) == 0
+    record, dataset = (
+        record_of(tmp_path, "evaluate"),
+        opened(home / "encoded", f"both_{region}"),
+    )
+    label = all_labels(dataset)[dataset.rows("test")]
+    own = logits_of(tmp_path, record["config"]["members"][0], dataset)["test"].astype(np.float64)
+    result = record["result"]
+    assert result["test"]["auc"] == pytest.approx(auc(label, own), abs=1e-12)
+    assert result["test"]["log_loss"] == pytest.approx(log_loss(label, own), abs=1e-12)
+    assert result["inference_cost"] == 1
+    assert record["config"]["evaluate"]["disjoint_files"] is True
+    scores = [logits_of(tmp_path, identity, dataset) for identity in record["config"]["parents"]]
+    mean = np.stack([score["test"] for score in scores]).mean(0, dtype=np.float64)
+    difference = result["difference"]["output_ensemble"]["auc"]["estimate"]
+    assert difference == pytest.approx(auc(label, own) - auc(label, mean), abs=1e-12)
+    place = list(found).index(region)
+    assert call_alone(regions, tmp_path / "alone", region) == 0
+    alone = record_of(tmp_path / "alone", "evaluate")
+    plain = opened(home / "encoded", region)
+    assert plain.source_rows == dataset.source_rows
+    own_encoding = logits_of(tmp_path / "alone", alone["config"]["parents"][0], plain)
+    for split, logits in own_encoding.items():
+        np.testing.assert_allclose(scores[place][split], logits, rtol=0, atol=1e-6)
+
+
+def call_alone(regions, out, region):
+    """Evaluate the model of a region on its own data set."""
+    home, found, _ = regions
+    one = f"suite.sources=[{{path: {found[region]}}}]"
+    places = [f"runtime.{key}={out / key}" for key in ("out", "reports")]
+    words = [f"data.raw={home / region}.zip", f"data.name={region}", "evaluate.bootstrap=100"]
+    words += [f"runtime.encoded={home / 'encoded'}", *places, *TINY, "integrate=best_parent"]
+    return main(["evaluate", one, *words])
+
+
+@pytest.mark.parametrize("method", ["output_ensemble", "best_parent", "ties", "cki_gate"])
+def test_other_methods_run_on_the_union(regions, tmp_path, method):
+    words = [regions[2], SAID, f"integrate={method}"]
+    if method == "ties":
+        start = f"integrate.start={{path: {regions[1]['north']}}}"
+        words += [start, "integrate.vocabularies=[null,null,null]"]
+    assert call(regions, tmp_path, "evaluate", *words) == 0
+    assert record_of(tmp_path, "evaluate")["result"]["test"]["auc"] > 0.5
+
+
+def test_the_best_way_is_chosen_on_rows_of_the_union(regions, tmp_path):
+    ways = "integrate.candidates=[{align.by: activations},{repair: reduce},{recalibrate: true}]"
+    words = [regions[2], SAID, "integrate=aligned_evidence", ways, "integrate.sample=600"]
+    assert call(regions, tmp_path, "integrate", *words, "check_only=true") == 0
+    assert call(regions, tmp_path, "evaluate", *words) == 0
+    assert record_of(tmp_path, "evaluate")["result"]["inference_cost"] == 1
+
+
+def test_a_merged_model_is_trained_on(regions, tmp_path, capsys):
+    _, found, union = regions
+    words = [union, "integrate=evidence", "finetune=one_epoch"]
+    assert call(regions, tmp_path, "finetune", *words) == 0
+    (run,) = (tmp_path / "out").glob("finetune-*")
+    tuned = checkpoint.describe(run / "checkpoint")
+    seen = [checkpoint.describe(f / "checkpoint").origin.rows[0] for f in found.values()]
+    assert tuned.origin.rows == tuple(seen)
+    assert tuned.origin.data_hash == "several"
+    (merged,) = (tmp_path / "out").glob("integrate-*")
+    hashes = checkpoint.describe(merged / "checkpoint").schema.vocabulary_hashes
+    assert tuned.schema.vocabulary_hashes == hashes
+    assert call(regions, tmp_path, "evaluate", *words) == 2
+    assert SAID in capsys.readouterr().err
+    assert call(regions, tmp_path, "evaluate", *words, SAID) == 0
+
+
+def test_tokens_of_new_rows_join_when_a_model_is_trained_on(regions, tmp_path):
+    """The model of one region goes on to the other, whose users it does not know."""
+    _, found, union = regions
+    words = [union, "integrate=best_parent", "finetune=one_epoch", "integrate.vocabularies=[]"]
+    words += ["finetune.table_learning_rate=0", "finetune.learning_rate=0"]
+    alone = {"region": "south", "models": [found["north"]]}
+    assert call(regions, tmp_path, "finetune", *words, **alone) == 0
+    (run,) = (tmp_path / "out").glob("finetune-*")
+    assert not (run / "start").exists()
+    tuned, own = (checkpoint.load(path / "checkpoint") for path in (run, found["north"]))
+    for name, tensor in own.params.items():
+        assert tensor.equal(tuned.params[name][: len(tensor)]), name
+        for row in tuned.params[name][len(tensor) :]:
+            assert row.equal(tensor[UNSEEN_ID])
+
+
+def test_a_merged_run_gives_the_same_data_set_as_its_sources(regions, tmp_path):
+    home, _, union = regions
+    assert call(regions, tmp_path, "integrate", "integrate=evidence") == 0
+    (merged,) = (tmp_path / "out").glob("integrate-*")
+    for lists in (union, f"data.vocabularies=[{merged}]"):
+        assert call(regions, tmp_path, "prepare", lists, name="same") == 0
+    dataset = opened(home / "encoded", "same_north")
+    own = checkpoint.describe(merged / "checkpoint").schema
+    assert dataset.schema.vocabulary_hashes == own.vocabulary_hashes
+    for table, digest in own.vocabulary_hashes.items():
+        assert tokens.hash_of(dataset.vocabulary(table)) == digest
+
+
+def test_the_same_rows_encoded_twice_need_no_word(regions, tmp_path):
+    """Other minimum counts: the sources differ in vocabularies, and in no row."""
+    home, found, _ = regions
+    more = ["data.min_count=9", f"runtime.out={home / 'out'}", "runtime.threads=1"]
+    assert call(regions, tmp_path, "train", *more, name="rare") == 0
+    new = set((home / "out").glob("train-*")) - set(found.values())
+    models = [found["north"], *new]
+    lists = [opened(home / "encoded", name).folder for name in ("north", "rare_north")]
+    union = f"data.vocabularies=[{lists[0]},{lists[1]}]"
+    words = [union, "integrate=average"]
+    assert call(regions, tmp_path, "evaluate", *words, models=models, name="two") == 0
+    assert "disjoint_files" not in record_of(tmp_path, "evaluate")["config"]["evaluate"]
+
+
+def refused(regions, tmp_path, capsys, *words, **others):
+    capsys.readouterr()
+    assert call(regions, tmp_path, "evaluate", "integrate=evidence", *words, **others) == 2
+    shown = capsys.readouterr().err
+    assert shown.count("\n") == 1
+    assert not list((tmp_path / "out").glob("evaluate-*"))
+    return shown
+
+
+def test_what_may_leak_or_does_not_fit_is_refused_in_one_line(regions, tmp_path, capsys):
+    def error(*words, **others):
+        return refused(regions, tmp_path, capsys, *words, **others)
+
+    home, _, union = regions
+    assert SAID in error(union)
+    leak = error(union, SAID, "data.split.seed=1")
+    assert "same raw files were divided otherwise" in leak
+    assert "same raw files were divided otherwise" in error(union, SAID, "data.split.by=time")
+    north = opened(home / "encoded", "north").folder
+    lacking = error(f"data.vocabularies=[{north}]", SAID)
+    assert "does not list" in lacking
+    assert "data.vocabularies=[FOLDER,...]" in lacking
+    assert "does not list" in error(SAID, name="north_alone")
+    assert "not there" in error("data.vocabularies=[/nowhere]", SAID)
+    assert "looks at rows" in error(SAID, "integrate.recalibrate=true")
+    own = error(f"data.vocabularies=[{north}]", SAID, "integrate.recalibrate=true")
+    assert "has other tokens" in own
+
+
+def test_rows_that_a_merge_looked_at_are_rows_it_has_seen(regions, tmp_path, capsys):
+    home, found, _ = regions
+    write_region(home / "west.zip", home / "whole.zip", range(10, 50))
+    lists = [opened(home / "encoded", name).folder for name in found]
+    union = f"data.vocabularies=[{lists[0]},{lists[1]}]"
+    words = [union, "integrate=average", "integrate.recalibrate=true"]
+    assert call(regions, tmp_path, "integrate", *words, region="west") == 0
+    (run,) = (tmp_path / "out").glob("integrate-*")
+    seen = checkpoint.describe(run / "checkpoint").origin.rows
+    assert opened(home / "encoded", "both_west").source_rows in seen
+    again = [union, SAID, "integrate.vocabularies=[]", "data.split.seed=1"]
+    shown = refused(regions, tmp_path, capsys, *again, region="west", models=[run])
+    assert "divided otherwise" in shown

@@ -1,0 +1,191 @@
+"""Data sets encoded with token lists that are given; which rows a model may have seen."""
+
+from __future__ import annotations
+
+import zlib
+from dataclasses import replace
+
+import numpy as np
+import polars as pl
+import pytest
+from samples import FIELDS, LATEST, make_data, one_line_error
+
+from cki_rec.config import Split
+from cki_rec.data import tokens
+from cki_rec.data.dataset import EncodedDataset
+from cki_rec.data.origin import Origin, Rows, together
+from cki_rec.data.raw import TIME
+from cki_rec.data.schema import FIRST_ID, UNSEEN_ID
+from cki_rec.data.split import codes_by_key, row_keys
+from cki_rec.data.store import prepare
+
+TABLES = ("user", "item", "genres", "year", "hour")
+
+
+class Column:
+    """An array as a file of a column."""
+
+    def __init__(self, array):
+        self.rows, self.read = len(array), lambda start, stop: array[start:stop]
+
+
+@pytest.fixture
+def encode(tmp_path):
+    return lambda **changes: prepare(
+        make_data(**{"raw": str(LATEST), "fields": FIELDS, **changes}), tmp_path / "encoded"
+    )
+
+
+def decoded(dataset: EncodedDataset, name: str) -> list[str | None]:
+    listed = [None, None, *dataset.vocabulary(name)]
+    return [listed[number] for number in dataset.column(name)]
+
+
+def test_ids_are_places_in_the_lists_and_other_tokens_are_unseen(encode, tmp_path):
+    own = encode()
+    kept = own.vocabulary("user")[1:]
+    for table in TABLES:
+        listed = own.vocabulary(table)
+        tokens.write(tmp_path / "one", table, kept if table == "user" else listed[::-1])
+    tokens.write(tmp_path / "one", "of no field", ["x"])
+    found = encode(vocabularies=[str(tmp_path / "one")])
+    gone = own.vocabulary("user")[0]
+    users = decoded(own, "user")
+    assert decoded(found, "user") == [None if user == gone else user for user in users]
+    assert (found.column("user")[np.array(users) == gone] == UNSEEN_ID).all()
+    size = FIRST_ID + len(own.vocabulary("hour"))
+    hours, before = found.column("hour"), own.column("hour")
+    is_known = before >= FIRST_ID
+    assert (hours[is_known] == FIRST_ID + size - 1 - before[is_known]).all()
+    assert found.schema.table_sizes["hour"] == size
+    assert found.schema.vocabulary_hashes["user"] == tokens.hash_of(kept)
+    assert found.manifest["unseen_share"]["user"]["test"] is not None
+    assert found.source_rows == own.source_rows
+    assert found.hash != own.hash
+
+
+def test_lists_are_joined_in_order_and_named_by_content(encode, tmp_path):
+    own = encode()
+    for table in TABLES:
+        tokens.write(tmp_path / "run" / "vocabulary", table, ["new", own.vocabulary(table)[-1]])
+    found = encode(vocabularies=[str(own.folder), str(tmp_path / "run")])
+    for table in TABLES:
+        assert found.vocabulary(table) == [*own.vocabulary(table), "new"]
+    for name in ("user", "item", "hour"):
+        known = own.column(name) != UNSEEN_ID
+        assert (found.column(name)[known] == own.column(name)[known]).all()
+    again = encode(vocabularies=[str(found.folder)])
+    assert again.folder == found.folder
+
+
+def test_what_gives_no_vocabulary_is_refused(encode, tmp_path):
+    assert "vocabulary.user.txt: not there" in one_line_error(encode, vocabularies=["/nowhere"])
+    own = encode()
+    (own.folder / "vocabulary.hour.txt").write_text("1\n")
+    damaged = one_line_error(encode, vocabularies=[str(own.folder)])
+    assert "vocabulary.hour.txt: damaged" in damaged
+    tokens.write(tmp_path / "bad", "user", ["1"])
+    (tmp_path / "bad" / "vocabulary.user.txt").write_bytes(b"\xff\n")
+    assert "no UTF-8" in one_line_error(encode, vocabularies=[str(tmp_path / "bad")])
+
+
+@pytest.mark.parametrize("transform", ["log1p", "quantile"])
+def test_what_is_learnt_about_numbers_is_refused(tmp_path, transform):
+    raw = tmp_path / "raw.csv"
+    raw.write_text("label,price\n" + "".join(f"{i % 2},{i}.5\n" for i in range(40)))
+    price = {"name": "price", "kind": "numeric", "transform": transform}
+    fields = [price, {"name": "again", "column": "price"}]
+    split = Split(by="random", fractions=[0.6, 0.2, 0.2], seed=0)
+    data = make_data("frappe_x1", raw=str(raw), fields=fields, split=split, published=None)
+    data = replace(data, user=None, item=None, time=None, vocabularies=[str(tmp_path)])
+    message = one_line_error(prepare, data, tmp_path / "encoded")
+    assert f"data.vocabularies: what field 'price' becomes ({transform})" in message
+
+
+def test_rows_do_not_depend_on_vocabularies_but_on_split_and_labels(encode):
+    own = encode().source_rows
+    assert encode(min_count=2, fields=["user", "item"]).source_rows == own
+    other = Split(by="random", fractions=[0.6, 0.2, 0.2], seed=1)
+    for changes in ({"split": other}, {"label_threshold": 3.0}):
+        changed = encode(**changes).source_rows
+        assert changed.files == own.files
+        assert changed.division != own.division
+
+
+def test_rows_divided_by_what_they_are_need_users_or_items(tmp_path):
+    raw = tmp_path / "raw.csv"
+    raw.write_text("label,price\n" + "".join(f"{i % 2},{i}.5\n" for i in range(40)))
+    split = Split(by="hash", fractions=[0.6, 0.2, 0.2], seed=0)
+    data = make_data("frappe_x1", raw=str(raw), fields=["price"], split=split, published=None)
+    data = replace(data, user=None, item=None, time=None)
+    assert "no users and no items" in one_line_error(prepare, data, tmp_path / "encoded")
+
+
+def mixed(value: int) -> int:
+    """SplitMix64 with Python's integers."""
+    value = (value + 0x9E3779B97F4A7C15) % 2**64
+    value = (value ^ (value >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+    value = (value ^ (value >> 27)) * 0x94D049BB133111EB % 2**64
+    return value ^ (value >> 31)
+
+
+def test_keys_are_the_same_everywhere_and_shares_are_met():
+    count = 60_000
+    users, items = (
+        pl.Series([str(i // d) for i in range(count)], dtype=pl.String) for d in (7, 3)
+    )
+    frame = pl.DataFrame({"user": users, "item": items, TIME: np.arange(count) - 30_000})
+    keys = row_keys(frame, ["user", "item"])
+    assert len(np.unique(keys)) == count
+    for row in (0, 1, 59_999):
+        key = 0
+        for token in (str(row // 7), str(row // 3)):
+            key = mixed(key + FIRST_ID + zlib.crc32(token.encode()) % 2**31)
+        assert keys[row] == mixed(key + row - 30_000)
+    assert (row_keys(frame[::-1], ["user", "item"])[::-1] == keys).all()
+    drawn = []
+    for seed in (0, 1):
+        split = Split(by="hash", fractions=[0.7, 0.2, 0.1], seed=seed)
+        drawn.append(np.concatenate(list(codes_by_key(split, Column(keys)))))
+        np.testing.assert_allclose(np.bincount(drawn[-1]) / count, [0.7, 0.2, 0.1], atol=0.01)
+    table = np.histogram2d(*drawn, bins=3)[0] / count
+    np.testing.assert_allclose(table, np.outer([0.7, 0.2, 0.1], [0.7, 0.2, 0.1]), atol=0.01)
+
+
+ONE, OTHER = Rows(("a", "b"), "1"), Rows(("b", "c"), "1")
+
+
+@pytest.mark.parametrize(
+    ("seen", "is_leak", "has_others"),
+    [
+        ((ONE,), False, False),
+        ((Rows(("a", "b"), "2"),), True, False),
+        ((ONE, OTHER), True, False),
+        ((OTHER,), True, False),
+        ((ONE, Rows(("x",), "1")), False, True),
+        ((Rows(("x",), "1"),), False, True),
+    ],
+)
+def test_a_file_in_two_divisions_may_leak_and_other_files_are_told(seen, is_leak, has_others):
+    origin = Origin("several", seen)
+    assert origin.may_have_seen(ONE) is is_leak
+    assert origin.has_other_files(ONE) is has_others
+    assert Origin.from_json(origin.to_json()) == origin
+
+
+def test_one_rule_for_every_row_agrees_with_itself_in_any_file():
+    one, other = Rows(("a",), "1", "seed 0"), Rows(("a", "b"), "2", "seed 0")
+    assert not Origin("h", (one,)).may_have_seen(other)
+    assert not Origin("h", (one,)).has_other_files(Rows(("c",), "3", "seed 0"))
+    assert Origin("h", (one,)).has_other_files(Rows(("c",), "3", "seed 1"))
+    assert Origin("h", (one,)).may_have_seen(Rows(("a",), "1"))
+    assert Origin("h", (Rows(("a",), "1"),)).may_have_seen(one)
+    assert Origin.from_json(Origin("h", (one,)).to_json()) == Origin("h", (one,))
+
+
+def test_a_merged_model_has_seen_what_its_sources_have():
+    one, other = Origin("h", (ONE,)), Origin("i", (ONE, OTHER))
+    assert together([one, one]) == one
+    assert together([one, other]) == Origin("several", (ONE, OTHER))
+    assert together([one, Origin("h")]) == Origin("h", None)
+    assert Origin.from_json({"data_hash": "h"}) == Origin("h", None)
