@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from cki_rec.config import Partition, UserError
 from cki_rec.data import vocabulary
 from cki_rec.data.columns import RAGGED, ColumnFile, Ids, Ints, Ragged, add_counts, blocks
+from cki_rec.data.formats import FORMATS
 from cki_rec.data.origin import Origin, Rows
 from cki_rec.data.partition import MOST_PARTS, part_of_rows
 from cki_rec.data.schema import FeatureSchema
@@ -292,7 +293,9 @@ def _source_rows(manifest: dict[str, Any]) -> Rows:
     if options["split"]["by"] == "hash":
         named = {name: options[name] for name in ("format", "user", "item", "time", "time_form")}
         rule = json.dumps([options["split"], named, "timestamp" in stored], sort_keys=True)
-    return Rows(tuple(entry["sha256"] for entry in manifest["source"]), division, rule)
+    about = FORMATS[options["format"]].describes
+    files = [file["sha256"] for file in manifest["source"] if file["name"] not in about]
+    return Rows(tuple(files), division, rule)
 
 
 def _summed(dataset: EncodedDataset, folder: Path) -> dict[str, Ints]:

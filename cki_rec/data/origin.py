@@ -15,7 +15,7 @@ class Rows:
     """Rows of raw files that were divided together; which vocabularies they have is no matter."""
 
     files: tuple[str, ...]
-    """sha256 of each raw file."""
+    """sha256 of each raw file that holds rows."""
     division: str
     """Hash of which row is which and in which split."""
     rule: str | None = None
@@ -24,7 +24,9 @@ class Rows:
 
     def agree(self, other: Rows) -> bool:
         """Return whether no test row of one is a training row of the other, and that is sure."""
-        return self == other or (self.rule is not None and self.rule == other.rule)
+        if self.files == other.files:
+            return self.division == other.division
+        return self.rule is not None and self.rule == other.rule
 
     def share_files(self, other: Rows) -> bool:
         """Return whether a raw file is in both."""

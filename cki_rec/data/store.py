@@ -16,7 +16,7 @@ import re
 import resource
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
@@ -78,7 +78,7 @@ def prepare(data: Data, encoded_dir: str | Path, chunk_mb: int = 16) -> EncodedD
     if data.fetch:
         _fetch(data)
     fields = resolve(data, reader.kinds(data))
-    _check_entities(data, reader)
+    _check_entities(data, reader, fields)
     encoded_dir = Path(encoded_dir)
     start = time.perf_counter()
     source = _source(data, encoded_dir)
@@ -135,11 +135,12 @@ def _name(data: Data, options: dict[str, Any], source: list[dict[str, Any]]) -> 
     return f"{data.name}-{key}"
 
 
-def _check_entities(data: Data, reader: Format) -> None:
+def _check_entities(data: Data, reader: Format, fields: Sequence[Field]) -> None:
     """Refuse to divide rows by what they do not have, before anything is read.
 
     Raises:
-        UserError: Rows without users or items, and an option that needs them.
+        UserError: Rows without users or items, or with numbers for them, and an option that needs
+            them.
     """
     has = {"user": reader.user(data), "item": reader.item(data)}
     by = data.partition.by
@@ -152,6 +153,12 @@ def _check_entities(data: Data, reader: Format) -> None:
         raise UserError(
             "data.split.by=hash: these rows have no users and no items; choose random or time, or "
             "name their columns in data.user and data.item"
+        )
+    numbers = [f.name for f in fields if f.kind == "numeric" and f.column in has.values()]
+    if data.split.by == "hash" and numbers:
+        raise UserError(
+            f"data.split.by=hash: field {numbers[0]} makes numbers of users or items, but rows are"
+            " divided by their text; choose random or time, or leave it out of data.fields"
         )
     if data.split.by == "leave_last_out" and has["user"] is None:
         raise UserError(

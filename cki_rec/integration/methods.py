@@ -90,7 +90,8 @@ class Method:
     """The result depends on the order of the sources."""
     rows_apart: bool = False
     """A row of a merged table depends on that row of its sources alone, so tables can be merged a
-    few rows at a time, or by several processes."""
+    few rows at a time, or by several processes (``pipelines.several`` says with which
+    options)."""
 
     @property
     def is_rule(self) -> bool:

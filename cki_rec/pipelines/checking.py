@@ -11,16 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from cki_rec import COMMAND_VARIABLE
-from cki_rec.config import Config, Integrate, UserError, with_delta
+from cki_rec.config import Config, UserError, with_delta
 from cki_rec.data import store
 from cki_rec.engine import checkpoint
 from cki_rec.engine.checkpoint import Checkpoint
 from cki_rec.integration.methods import METHODS, needs_of
 from cki_rec.integration.options import in_yaml
-from cki_rec.pipelines import compatibility, train, vocabularies
+from cki_rec.pipelines import compatibility, looking, train, vocabularies
 from cki_rec.pipelines.compatibility import Finding, State
 from cki_rec.pipelines.external import folder_of
-from cki_rec.pipelines.scores import check_data
 from cki_rec.pipelines.vocabularies import Joined
 
 NOT_OF_TRAINING = ("integrate", "suite.", "finetune", "evaluate", "check_only", "name", "-")
@@ -33,7 +32,6 @@ def check(
     config: Config,
     ways: Sequence[Config],
     method_of: Callable[[Config], Any],
-    needs_rows: Callable[[Integrate], bool],
 ) -> None:
     """Print what fits and what does not, for every way to integrate that is configured.
 
@@ -43,7 +41,6 @@ def check(
         config: As configured.
         ways: The integrations that it asks for: itself, or its candidates.
         method_of: Raises what is wrong with the method's options.
-        needs_rows: Whether an integration looks at rows.
 
     Raises:
         UserError: An integration would not run; the first reason.
@@ -51,7 +48,7 @@ def check(
     if config not in ways:
         method_of(config)
     for way in ways:
-        looks = needs_rows(way.integrate) or needs_rows(config.integrate)
+        looks = any(looking.needs_rows(each.integrate) for each in (way, config))
         findings = _findings(way, method_of, looks)
         log.info("integrate %s (%s):", way.integrate.label, way.integrate.method)
         for finding in findings:
@@ -91,15 +88,15 @@ def _findings(
         except UserError as error:
             found.append(Finding("checkpoint", "impossible", f"{name}: {error}"))
     if loaded:
-        compared, first = _compared(config, loaded, len(deltas))
-        found += [*compared, *_data(config, first, looks_at_rows)]
+        compared, joined = _compared(config, loaded, len(deltas))
+        found += [*compared, *_data(config, joined, looks_at_rows)]
     return found
 
 
 def _compared(
     config: Config, loaded: Sequence[tuple[str, Path, Checkpoint]], expected: int
-) -> tuple[list[Finding], Checkpoint]:
-    """Return what sources differ in, and the first of them, joined where it can be."""
+) -> tuple[list[Finding], list[Checkpoint]]:
+    """Return what sources differ in, and the sources, joined where they can be."""
     options = config.integrate
     names, saved = [name for name, _, _ in loaded], [c for _, _, c in loaded]
     found = [*compatibility.architecture(saved, names), *compatibility.features(saved, names)]
@@ -127,11 +124,11 @@ def _compared(
     if fits and is_rule:
         sources = saved[: len(options.sources)]
         found += compatibility.alignment(sources, names, options, config.seed, joined.owners)
-    return [*found, compatibility.memory(saved, options)], saved[0]
+    return [*found, compatibility.memory(saved, options)], saved[: len(options.sources)]
 
 
-def _data(config: Config, first: Checkpoint, looks_at_rows: bool) -> list[Finding]:
-    """Return whether the rows that are looked at are there, and fit the first source."""
+def _data(config: Config, sources: Sequence[Checkpoint], looks_at_rows: bool) -> list[Finding]:
+    """Return whether the rows that are looked at are there, and fit the sources."""
     options = config.integrate
     needs = needs_of(options.method, options.options)
     if not looks_at_rows and not needs & {"fisher", "moments"}:
@@ -144,7 +141,8 @@ def _data(config: Config, first: Checkpoint, looks_at_rows: bool) -> list[Findin
     if dataset is None:
         return [Finding("needs", "differs", f"{what}: not encoded yet; integrate will do it")]
     try:
-        check_data(first, dataset, "the first source")
+        names = [str(delta) for delta in options.sources]
+        looking.check_sources(options, sources, dataset, names)
     except UserError as error:
         return [Finding("needs", "impossible", f"{what}: {error}")]
     return [Finding("needs", "ok", f"{what}: {dataset.folder.name}")]

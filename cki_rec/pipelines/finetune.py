@@ -80,9 +80,7 @@ def _finetune(
     scratch, schedule = run.path / "start", _schedule(config)
     saved, folder = moved_start(config, dataset, start.folder, start.name, scratch)
     model = restore(saved, folder, schedule, config.runtime, to_train=True)
-    distributed.barrier()
-    if distributed.rank() == 0:
-        shutil.rmtree(scratch, ignore_errors=True)
+    shutil.rmtree(scratch, ignore_errors=True)
     rows = [dataset.rows(split) for split in ("train", "valid")]
     counts = dataset.row_counts(saved.schema)  # as after training on these rows alone
     title = f"fine-tune {config.integrate.label}, {config.suite.name}, seed {config.seed}"

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from cki_rec.analysis.metrics import auc
-from cki_rec.config import Config, Integrate, UserError, nearest, run_id, section, with_delta
+from cki_rec.config import Config, UserError, nearest, run_id, section, with_delta
 from cki_rec.data import store, tokens
 from cki_rec.data.origin import together
 from cki_rec.data.store import EncodedDataset
@@ -20,7 +20,7 @@ from cki_rec.engine import checkpoint, distributed, sharded
 from cki_rec.engine.checkpoint import Checkpoint
 from cki_rec.engine.moments import observer
 from cki_rec.engine.record import Run, open_run
-from cki_rec.integration.methods import METHODS, Given, Method, check_options, needs_of
+from cki_rec.integration.methods import METHODS, Given, Method, check_options
 from cki_rec.integration.params import check_finite, widened
 from cki_rec.integration.splicing import source_shares
 from cki_rec.integration.vocabulary import shared_rows
@@ -36,7 +36,7 @@ from cki_rec.pipelines import (
     train,
     vocabularies,
 )
-from cki_rec.pipelines.scores import check_data, check_rows, predictions, recalibrated, scorer
+from cki_rec.pipelines.scores import predictions, recalibrated, scorer
 from cki_rec.pipelines.vocabularies import Joined
 
 log = logging.getLogger(__name__)
@@ -59,7 +59,7 @@ def run(config: Config) -> None:
     with several.processes(config):
         if config.check_only:
             ways = candidates_of(config) if config.integrate.method == "best_of" else [config]
-            checking.check(config, ways, method_of, needs_rows)
+            checking.check(config, ways, method_of)
             return
         done = ensure(config, force=config.runtime.force)
     assert done.record is not None
@@ -80,7 +80,7 @@ def ensure(config: Config, force: bool = False) -> Run:
         UserError: Unknown method; sources that do not fit together; no data where it is needed.
     """
     options, method = config.integrate, method_of(config)
-    looks = needs_rows(options)
+    looks = looking.needs_rows(options)
     several.check(options, method, looks)
     sources = sources_of(config)
     start = start_of(config)
@@ -149,7 +149,7 @@ def method_of(config: Config) -> Method:
     if method.models == "2" and len(options.sources) > 2:
         raise UserError(f"integrate.method={name}: takes 2 models, not {len(options.sources)}")
     is_joined = options.vocabularies and not config.data.vocabularies
-    if is_joined and (not method.is_rule or needs_labels(options)):
+    if is_joined and (not method.is_rule or looking.needs_labels(options)):
         why = "keeps its sources as they are"
         if method.is_rule or name == "best_of":
             why = "looks at rows, which are not encoded with the joined vocabularies"
@@ -182,18 +182,6 @@ def start_of(config: Config) -> Source | None:
     if start is None or "start" not in METHODS[config.integrate.method].needs:
         return None
     return resolve(config, [start])[0]
-
-
-def needs_rows(options: Integrate) -> bool:
-    """Return whether the integration looks at rows of the data set."""
-    return needs_labels(options) or looking.looks_at_rows(options)
-
-
-def needs_labels(options: Integrate) -> bool:
-    """Return whether the integration looks at validation rows."""
-    if options.recalibrate or options.gate.train != "none":
-        return True
-    return options.method != "cki" and "labels" in needs_of(options.method, options.options)
 
 
 def resolve(config: Config, deltas: Sequence[dict[str, Any]]) -> list[Source]:
@@ -288,10 +276,7 @@ def _integrate(
     begun = None if start is None else joined.checkpoints[-1]
     first = checkpoints[0]
     if dataset is not None:
-        judged = checkpoints if needs_labels(options) else checkpoints[:1]
-        fits = check_data if METHODS[options.method].is_rule else check_rows  # kept, then moved
-        for saved, source in zip(judged, sources, strict=False):
-            fits(saved, dataset, source.name)
+        looking.check_sources(options, checkpoints, dataset, names)
     data = train.data_facts(dataset) if dataset else {"hash": first.origin.data_hash}
     result: dict[str, Any] = dict.fromkeys(
         ("shares", "kept", "gate", "global", "alignment", "recalibration", "valid_auc")
@@ -315,7 +300,7 @@ def _integrate(
             except ValueError as error:
                 raise UserError(f"integrate.method={options.method}: {error}") from None
             looked_at = [] if dataset is None else [dataset.origin]
-            origin = together([*(c.origin for c in checkpoints), *looked_at])
+            origin = together([*(c.origin for c in joined.checkpoints), *looked_at])
             sharded.save(run.checkpoint, tensors, first, origin)
             if homes:
                 vocabularies.write(run.path / tokens.FOLDER, joined, homes)

@@ -16,10 +16,11 @@ from cki_rec.engine.checkpoint import Checkpoint
 from cki_rec.engine.distillation import imitate
 from cki_rec.engine.fisher import fisher_diagonal
 from cki_rec.engine.moments import Observer, observer
-from cki_rec.integration.methods import METHODS
+from cki_rec.integration.methods import METHODS, needs_of
 from cki_rec.integration.params import Params
 from cki_rec.models import build_model
 from cki_rec.pipelines import matching
+from cki_rec.pipelines.scores import check_data, check_rows
 
 ENOUGH = 10
 """Rows per input of a layer. Least squares of I inputs on n rows have a mean square error larger
@@ -37,6 +38,35 @@ def looks_at_rows(options: Integrate) -> bool:
     needs = METHODS[options.method].needs
     is_matched = len(options.sources) > 1 and matching.looks_at_rows(options)
     return bool({"fisher", "moments", "training"} & needs) or is_matched
+
+
+def needs_rows(options: Integrate) -> bool:
+    """Return whether the integration looks at rows of the data set."""
+    return needs_labels(options) or looks_at_rows(options)
+
+
+def needs_labels(options: Integrate) -> bool:
+    """Return whether the integration looks at validation rows."""
+    if options.recalibrate or options.gate.train != "none":
+        return True
+    return options.method != "cki" and "labels" in needs_of(options.method, options.options)
+
+
+def check_sources(
+    options: Integrate,
+    sources: Sequence[Checkpoint],
+    dataset: EncodedDataset,
+    names: Sequence[str],
+) -> None:
+    """Check that rows that are looked at fit the sources: all, or the first if no label is read.
+
+    Raises:
+        UserError: By name, a source that was trained on other rows, or on other tokens.
+    """
+    judged = sources if needs_labels(options) else sources[:1]
+    fits = check_data if METHODS[options.method].is_rule else check_rows  # kept, then moved
+    for source, name in zip(judged, names, strict=False):
+        fits(source, dataset, name)
 
 
 def seen(

@@ -132,8 +132,9 @@ def check_data(saved: Checkpoint | Description, dataset: EncodedDataset, name: s
     if other := other_tables(saved, dataset):
         raise UserError(
             f"{name}: trained on another data set, encoding or split than {dataset.folder.name}:"
-            f" table '{other[0]}' has other tokens; encode the rows with those of the model:"
-            " data.vocabularies=[FOLDER,...]"
+            f" table '{other[0]}' has other tokens, or in another order; encode the rows with"
+            " those of the model: data.vocabularies=[FOLDER,...], in the order of"
+            " integrate.sources"
         )
 
 

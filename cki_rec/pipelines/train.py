@@ -174,7 +174,8 @@ def _restored(
     """Return the configured network with parameters and accumulators of the start; its origin.
 
     Raises:
-        UserError: The start is another network, or was trained on another data set.
+        UserError: The start is another network or has other tokens, or test rows may have been its
+            training rows.
     """
     saved = checkpoint.describe(folder)
     check_data(saved, dataset, f"train.start, {folder}")

@@ -63,14 +63,16 @@ def _found(config: Config, home: Path, saved: Checkpoint, where: str) -> Path:
         UserError: There is none.
     """
     encoded = Path(config.runtime.encoded)
-    named = [Path(name) for name in config.integrate.vocabularies if name is not None]
+    lists = [*config.integrate.vocabularies, *config.data.vocabularies]
+    named = [Path(name) for name in lists if name is not None]
     beside = home.parent / tokens.FOLDER
     places = [beside, *named, *sorted(p.parent for p in encoded.glob("*/manifest.json"))]
     folder = tokens.find(places, _listed(saved))
     if folder is None:
         raise UserError(
             f"{where}: no encoded data set under {encoded} has the vocabularies of this model;"
-            " name its folder in integrate.vocabularies, or set runtime.encoded"
+            " name its folder in integrate.vocabularies or data.vocabularies, or set"
+            " runtime.encoded"
         )
     return folder
 

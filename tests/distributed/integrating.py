@@ -25,6 +25,7 @@ if __name__ == "__main__":
 from training import options  # noqa: E402
 
 from cki_rec.cli import main  # noqa: E402
+from cki_rec.data.origin import Origin  # noqa: E402
 from cki_rec.data.schema import Feature, FeatureSchema  # noqa: E402
 from cki_rec.engine import checkpoint, distributed  # noqa: E402
 from cki_rec.engine.embeddings import table_of  # noqa: E402
@@ -85,7 +86,7 @@ def write(folder: Path, name: str, seed: int, sizes=SIZES, change=lambda params:
         "accumulator": {n: torch.rand(len(params[n]), 1, generator=draw) for n in tables},
         "counts": {t: torch.randint(0, 5, (n,), generator=draw) for t, n in sizes.items()},
     }
-    checkpoint.save(folder / name, tensors, config.model, schema, "hash")
+    checkpoint.save(folder / name, tensors, config.model, schema, Origin("hash"))
 
 
 def write_all(folder: Path) -> None:

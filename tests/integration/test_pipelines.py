@@ -372,15 +372,19 @@ def test_best_of_two_equal_parents_is_either(options, tmp_path):
     assert record["result"]["difference"]["best_parent"] is None
 
 
-def test_a_merge_over_data_sets_is_evaluated_on_neither(options, tmp_path, capsys):
-    other = "data.history_length=5"  # equal vocabularies, another encoding
+def test_a_merge_over_encodings_is_evaluated_on_each_but_on_no_other_split(
+    options, tmp_path, capsys
+):
+    other = "data.history_length=5"  # the same rows and vocabularies, another encoding
     assert main(["train", *options]) == 0
     assert main(["train", *options, other]) == 0
     one, two = sorted((tmp_path / "out").glob("train-*"))
     sources = f"integrate.sources=[{{path: {one}}},{{path: {two}}}]"
     assert main(["integrate", *options, "integrate=average", sources]) == 0
     (merged,) = (tmp_path / "out").glob("integrate-*")
+    suite = [f"suite.sources=[{{path: {merged}}}]", "integrate=average"]
     for encoding in ([], [other]):
-        suite = [f"suite.sources=[{{path: {merged}}}]", "integrate=average"]
-        assert main(["evaluate", *options, *encoding, *suite]) == 2
-        assert "another data set, encoding or split" in capsys.readouterr().err
+        assert main(["evaluate", *options, *encoding, *suite]) == 0
+    capsys.readouterr()
+    assert main(["evaluate", *options, "data.split.seed=1", *suite]) == 2
+    assert "the same raw files were divided otherwise" in capsys.readouterr().err

@@ -183,3 +183,18 @@ def test_rows_that_a_merge_looked_at_are_rows_it_has_seen(regions, tmp_path, cap
     again = [union, SAID, "integrate.vocabularies=[]", "data.split.seed=1"]
     shown = refused(regions, tmp_path, capsys, *again, region="west", models=[run])
     assert "divided otherwise" in shown
+
+
+def test_a_start_is_among_what_a_merge_has_seen(regions, tmp_path):
+    home, _, union = regions
+    other = train_regions(tmp_path, "data.split.seed=1")["north"]
+    words = [union, "integrate=task_arithmetic", "integrate.options.scale=0.5"]
+    lists = [opened(home / "encoded", "north").folder, opened(home / "encoded", "south").folder]
+    start = f"integrate.start={{path: {other}}}"
+    home_of_start = opened(tmp_path / "encoded", "north").folder
+    named = f"integrate.vocabularies=[{lists[0]},{lists[1]},{home_of_start}]"
+    assert call(regions, tmp_path / "m", "integrate", *words, start, named) == 0
+    (run,) = (tmp_path / "m" / "out").glob("integrate-*")
+    seen = checkpoint.describe(run / "checkpoint").origin.rows
+    assert opened(tmp_path / "encoded", "north").source_rows in seen
+    assert len(seen) == 3

@@ -121,6 +121,17 @@ def test_rows_divided_by_what_they_are_need_users_or_items(tmp_path):
     assert "no users and no items" in one_line_error(prepare, data, tmp_path / "encoded")
 
 
+def test_a_division_by_hash_refuses_users_and_items_that_are_numbers(tmp_path):
+    raw = tmp_path / "rows.csv"
+    raw.write_text("u,i,label\n" + "".join(f"{n % 5},{n % 7},{n % 2}\n" for n in range(40)))
+    split = Split(by="hash", fractions=[0.6, 0.2, 0.2], seed=0)
+    fields = ["u", {"name": "i", "kind": "numeric", "transform": "as_is"}]
+    named = {"format": "bars", "user": "u", "item": "i", "label": "label"}
+    data = make_data(raw=str(raw), fields=fields, split=split, **named)
+    message = one_line_error(prepare, data, tmp_path / "encoded")
+    assert "field i makes numbers of users or items" in message
+
+
 def mixed(value: int) -> int:
     """SplitMix64 with Python's integers."""
     value = (value + 0x9E3779B97F4A7C15) % 2**64
@@ -175,11 +186,12 @@ def test_a_file_in_two_divisions_may_leak_and_other_files_are_told(seen, is_leak
 
 def test_one_rule_for_every_row_agrees_with_itself_in_any_file():
     one, other = Rows(("a",), "1", "seed 0"), Rows(("a", "b"), "2", "seed 0")
+    assert not one.agree(Rows(("a",), "3", "seed 0"))  # the same file
     assert not Origin("h", (one,)).may_have_seen(other)
     assert not Origin("h", (one,)).has_other_files(Rows(("c",), "3", "seed 0"))
     assert Origin("h", (one,)).has_other_files(Rows(("c",), "3", "seed 1"))
-    assert Origin("h", (one,)).may_have_seen(Rows(("a",), "1"))
-    assert Origin("h", (Rows(("a",), "1"),)).may_have_seen(one)
+    assert Origin("h", (one,)).may_have_seen(Rows(("a",), "4"))
+    assert Origin("h", (Rows(("a",), "4"),)).may_have_seen(one)
     assert Origin.from_json(Origin("h", (one,)).to_json()) == Origin("h", (one,))
 
 

@@ -35,6 +35,8 @@ class Format:
     """Whether rows without times stand in the order of time."""
     rows_per_step: Callable[[Data], int] = lambda data: 1
     """Rows of one user that stand together for one step in time."""
+    describes: frozenset[str] = frozenset()
+    """Names of raw files that tell of users and items, and hold no rows."""
 
 
 def _of(module: Any, **others: Any) -> Format:
@@ -44,8 +46,12 @@ def _of(module: Any, **others: Any) -> Format:
 FORMATS: dict[str, Format] = {
     "criteo": _of(criteo, is_chronological=lambda data: True),
     "avazu": _of(avazu),
-    "movielens": _of(movielens, has_published=True),
+    "movielens": _of(movielens, has_published=True, describes=movielens.DESCRIBES),
     "bars": _of(bars, has_published=True),
-    "sequences": _of(sequences, rows_per_step=sequences.rows_per_step),
+    "sequences": _of(
+        sequences,
+        rows_per_step=sequences.rows_per_step,
+        describes=frozenset({sequences.ATTRIBUTES}),
+    ),
     "synthetic": _of(synthetic, is_chronological=lambda data: data.synthetic.layout == "criteo"),
 }

@@ -53,6 +53,10 @@ VARIANTS = (
             ("gender", "age", "occupation", "zip")),
     Variant("u.data", "u.item", "u.user", "\t", None, ("age", "gender", "occupation", "zip")),
 )  # fmt: skip
+DESCRIBES = frozenset(
+    {"u.genre"}
+    | {name for variant in VARIANTS for name in (variant.movies, variant.users) if name}
+)
 
 
 @dataclass(frozen=True, slots=True)
