@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import zlib
 from dataclasses import replace
 
@@ -119,6 +120,12 @@ def test_rows_divided_by_what_they_are_need_users_or_items(tmp_path):
     data = make_data("frappe_x1", raw=str(raw), fields=["price"], split=split, published=None)
     data = replace(data, user=None, item=None, time=None)
     assert "no users and no items" in one_line_error(prepare, data, tmp_path / "encoded")
+
+
+def test_files_that_only_tell_of_items_are_no_rows(encode):
+    assert (LATEST / "movies.csv").is_file()
+    (only,) = encode().source_rows.files
+    assert only == hashlib.sha256((LATEST / "ratings.csv").read_bytes()).hexdigest()
 
 
 def test_a_division_by_hash_refuses_users_and_items_that_are_numbers(tmp_path):
