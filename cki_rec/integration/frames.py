@@ -80,6 +80,7 @@ def reduce_frames(
     shares: Weights,
     readers: Collection[str],
     whole: Collection[str] = (),
+    lead: int = 0,
 ) -> Params:
     r"""Return the merged model with embeddings projected from all sources' frames, not averaged.
 
@@ -92,8 +93,7 @@ def reduce_frames(
 
     What multiplies coordinates one by one, as attention to a history or DCNv2's cross network
     does, cannot read a projection. It comes from one source with the tables it reads, and the
-    readers make up for the others: the source from whose tables those of all others can best be
-    told. Rows that it has no share in stay as merged.
+    readers make up for the others. Rows that this source has no share in stay as merged.
 
     Args:
         merged: What it is to replace frames of.
@@ -103,6 +103,7 @@ def reduce_frames(
         shares: Splicing weights of all parameters.
         readers: Weights of linear maps; whatever else a symmetry moves has coordinates of its own.
         whole: Parameters that come from one source.
+        lead: Which source that is.
 
     Reference:
         Eckart and Young, Psychometrika 1936.
@@ -143,7 +144,6 @@ def reduce_frames(
         if part.parameter not in kept
     }
     if whole:
-        lead = _leader([products[name] for name in sorted(read_whole & products.keys())])
         for name in read_whole:
             has_share = shares[name][lead] > 0
             reduced[name] = torch.where(has_share, models[lead][name], merged[name])
@@ -207,21 +207,6 @@ def _products(tables: list[Tensor], counts: list[Tensor]) -> Tensor:
         for j in range(k):
             total[j, k] = total[k, j].T
     return total
-
-
-def _leader(products: Sequence[Tensor]) -> int:
-    """Return the source from whose tables least of the others' is left, by least squares."""
-    if not products:
-        return 0
-    num_sources = len(products[0])
-    left = torch.zeros(num_sources, dtype=torch.float64)
-    for product in products:
-        for k in range(num_sources):
-            inverse = torch.linalg.pinv(product[k, k], hermitian=True)
-            for j in range(num_sources):
-                told = product[j, k] @ inverse @ product[k, j]
-                left[k] += 1 - told.trace() / product[j, j].trace().clamp_min(1e-300)
-    return int(left.argmin())
 
 
 def _project(

@@ -142,7 +142,7 @@ def _data(config: Config, sources: Sequence[Checkpoint], looks_at_rows: bool) ->
         return [Finding("needs", "differs", f"{what}: not encoded yet; integrate will do it")]
     try:
         names = [str(delta) for delta in options.sources]
-        looking.check_sources(options, sources, dataset, names)
+        looking.check_sources(config, sources, dataset, names)
     except UserError as error:
         return [Finding("needs", "impossible", f"{what}: {error}")]
     return [Finding("needs", "ok", f"{what}: {dataset.folder.name}")]

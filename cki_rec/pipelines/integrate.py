@@ -276,7 +276,7 @@ def _integrate(
     begun = None if start is None else joined.checkpoints[-1]
     first = checkpoints[0]
     if dataset is not None:
-        looking.check_sources(options, checkpoints, dataset, names)
+        looking.check_sources(config, checkpoints, dataset, names)
     data = train.data_facts(dataset) if dataset else {"hash": first.origin.data_hash}
     result: dict[str, Any] = dict.fromkeys(
         ("shares", "kept", "gate", "global", "alignment", "recalibration", "valid_auc")
@@ -343,11 +343,12 @@ def _merged(
     models, result["alignment"] = matching.aligned(
         options, models, votes, first, observe, config.seed
     )
+    score = None if dataset is None else scorer(config, dataset, first)
     given = Given(
         seed=config.seed,
         counts=counts,
         start=None if start is None else widened(start.params),
-        score=None if dataset is None else scorer(config, dataset, first),
+        score=score,
         owners=owners,
         **looking.seen(config, models, first, dataset, observe),
     )
@@ -357,7 +358,7 @@ def _merged(
         shares = sharded.mean_shares(source_shares(weights, models), first.schema)
         result["shares"] = {name: of for name, of in shares.items() if name not in trained}
         result["global"] = rules.entropy_report(options, shared_rows(models, owners), config.seed)
-    params = matching.repaired(options, params, models, weights, votes, first, observe)
+    params = matching.repaired(options, params, models, weights, votes, first, observe, score)
     check_finite([params], "the result")
     if options.recalibrate:
         assert dataset is not None

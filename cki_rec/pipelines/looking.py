@@ -46,14 +46,14 @@ def needs_rows(options: Integrate) -> bool:
 
 
 def needs_labels(options: Integrate) -> bool:
-    """Return whether the integration looks at validation rows."""
+    """Return whether the integration looks at validation rows, whatever its network."""
     if options.recalibrate or options.gate.train != "none":
         return True
     return options.method != "cki" and "labels" in needs_of(options.method, options.options)
 
 
 def check_sources(
-    options: Integrate,
+    config: Config,
     sources: Sequence[Checkpoint],
     dataset: EncodedDataset,
     names: Sequence[str],
@@ -61,9 +61,18 @@ def check_sources(
     """Check that rows that are looked at fit the sources: all, or the first if no label is read.
 
     Raises:
-        UserError: By name, a source that was trained on other rows, or on other tokens.
+        UserError: By name, a source that was trained on other rows, or on other tokens; the rows
+            are to choose a source and are not encoded with the joined vocabularies.
     """
-    judged = sources if needs_labels(options) else sources[:1]
+    options = config.integrate
+    is_led = any(matching.is_led(options, source) for source in sources[:1])
+    if is_led and options.vocabularies and not config.data.vocabularies:
+        raise UserError(
+            "integrate.repair=reduce: chooses a source by validation rows, which are not encoded"
+            " with the joined vocabularies; use repair=choose, or data.vocabularies=[FOLDER,...],"
+            " the encoded data sets of the sources"
+        )
+    judged = sources if is_led or needs_labels(options) else sources[:1]
     fits = check_data if METHODS[options.method].is_rule else check_rows  # kept, then moved
     for source, name in zip(judged, names, strict=False):
         fits(source, dataset, name)

@@ -18,6 +18,7 @@ from cki_rec.integration.alignment import align
 from cki_rec.integration.frames import reduce_frames, table_products, transform
 from cki_rec.integration.params import Params, Weights
 from cki_rec.integration.repair import fit_layers, rescale
+from cki_rec.integration.soups import Score
 from cki_rec.models import build_model
 from cki_rec.models.attention import ActivationUnit
 from cki_rec.models.crossing import CrossNetMix, CrossNetV2
@@ -33,6 +34,13 @@ COORDINATEWISE = (ActivationUnit, CrossNetV2, CrossNetMix, FeatureGate)
 def looks_at_rows(options: Integrate) -> bool:
     """Return whether alignment or repair run the sources on training rows."""
     return options.align.by == "activations" or options.repair != "none"
+
+
+def is_led(options: Integrate, saved: Checkpoint) -> bool:
+    """Return whether repair takes a part of the network whole from one source."""
+    if options.repair != "reduce" or len(options.sources) == 1:
+        return False
+    return bool(coordinatewise(build_model(saved.schema, saved.model, torch.device("meta"))))
 
 
 def aligned(
@@ -130,8 +138,13 @@ def repaired(
     counts: Sequence[Params],
     saved: Checkpoint,
     observe: Observer | None,
+    score: Score | None,
 ) -> Params:
-    """Return the merged model after ``integrate.repair``; all sources have equal shares in it."""
+    """Return the merged model after ``integrate.repair``; all sources have equal shares in it.
+
+    Where a part comes whole from one source (``reduce``), each is tried, and the model with the
+    best ``score`` is returned, the first of equals.
+    """
     if options.repair == "none" or len(models) == 1:
         return merged
     assert observe is not None
@@ -139,14 +152,15 @@ def repaired(
     if options.repair == "rescale":
         return rescale(merged, models, shares, observe, symmetries)
     if options.repair == "reduce":
+        assert score is not None
         assert weights is not None  # of the methods that repair follows
         products = table_products(models, moved_tables(symmetries), counts)
         readers = _linear_weights(observe.network)
         whole = coordinatewise(observe.network)
-        start = reduce_frames(
-            merged, models, symmetries, products, weights, readers - whole, whole
-        )
-        return fit_layers(start, models, shares, observe, symmetries, True, whole)
+        how = merged, models, symmetries, products, weights, readers - whole, whole
+        starts = (reduce_frames(*how, lead) for lead in range(len(models) if whole else 1))
+        ends = (fit_layers(s, models, shares, observe, symmetries, True, whole) for s in starts)
+        return max(ends, key=score) if whole else next(ends)
     tables = {name: tensor for name, tensor in merged.items() if table_of(name)}
     on_merged_tables = [{**model, **tables} for model in models]
     choosing = options.repair == "choose"

@@ -12,6 +12,7 @@ from cki_rec.cli import main
 from cki_rec.data import tokens
 from cki_rec.engine import checkpoint
 from cki_rec.engine.embeddings import table_of
+from cki_rec.pipelines import matching
 
 
 @pytest.fixture(scope="module")
@@ -129,6 +130,18 @@ def test_rows_that_stand_in_have_no_say_in_alignment_without_counts(regions, tmp
         assert integrate(home, sources, *words, "check_only=true") == 0
     assert facts[0] == facts[1]
     assert all(torch.equal(tensor, merged[1][name]) for name, tensor in merged[0].items())
+
+
+def test_no_source_is_chosen_on_rows_of_one_encoding(regions, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(matching, "coordinatewise", lambda _: {"tower.0.weight"})
+    home, found = regions
+    words = [f"runtime.out={tmp_path}", "integrate.vocabularies=[null,null]"]
+    words += ["integrate.repair=reduce", f"data.raw={home / 'north.zip'}", "data.name=north"]
+    assert integrate(home, found.values(), *words) == 2
+    assert (
+        "integrate.repair=reduce: chooses a source by validation rows" in capsys.readouterr().err
+    )
+    assert not list(tmp_path.glob("integrate-*/checkpoint"))
 
 
 def test_a_merged_model_is_merged_again(regions, tmp_path):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from pairs import HALVES, Pair
@@ -12,6 +14,7 @@ from cki_rec.integration.evidence import evidence_weights
 from cki_rec.integration.frames import reduce_frames, table_products
 from cki_rec.integration.repair import fit_layers
 from cki_rec.integration.splicing import splice
+from cki_rec.pipelines import matching
 from cki_rec.pipelines.matching import coordinatewise, moved_tables
 
 
@@ -79,8 +82,6 @@ def test_what_multiplies_coordinates_comes_whole_from_one_source(case, prefix, l
         for name in tables
         if name in {p.parameter for p in symmetry.slices}
     ]
-    for table in read:  # one of one column cannot tell the other's
-        pair.models[1 - lead][table][:, 1:] = 0
     products = table_products(pair.models, tables)
     counts = [{n: torch.ones(len(pair.average[n])) for n in tables} for _ in pair.models]
     for table in read:
@@ -94,6 +95,7 @@ def test_what_multiplies_coordinates_comes_whole_from_one_source(case, prefix, l
         weights,
         pair.readers() - whole,
         whole,
+        lead,
     )
     for table in read:
         assert torch.equal(reduced[table][:-1], pair.models[lead][table][:-1])
@@ -106,3 +108,34 @@ def test_what_multiplies_coordinates_comes_whole_from_one_source(case, prefix, l
     fitted = fit_layers(reduced, pair.models, HALVES, pair.observe, pair.symmetries, True, whole)
     assert all(torch.equal(fitted[n], reduced[n]) for n in (*whole, *read))
     assert pair.error(fitted) < pair.error(pair.average)
+
+
+@pytest.mark.parametrize("case", ["din", "dcnv2"])
+@pytest.mark.parametrize("num_sources", [2, 3])
+def test_the_source_with_the_best_score_leads(case, num_sources, monkeypatch):
+    pair = Pair(case, num_sources)
+    whole, shares = coordinatewise(pair.network), [1 / num_sources] * num_sources
+    products = table_products(pair.models, moved_tables(pair.symmetries))
+    weights = average_weights(pair.models)
+    ends = [
+        fit_layers(
+            reduce_frames(
+                *(pair.average, pair.models, pair.symmetries, products, weights),
+                *(pair.readers() - whole, whole, lead),
+            ),
+            *(pair.models, shares, pair.observe, pair.symmetries, True, whole),
+        )
+        for lead in range(num_sources)
+    ]
+    assert len({pair.error(end) for end in ends}) == num_sources
+    monkeypatch.setattr(matching, "symmetries_of", lambda _: pair.symmetries)
+    for best in ends:
+
+        def score(params, best=best):
+            return float(all(torch.equal(params[name], best[name]) for name in best))
+
+        found = matching.repaired(
+            *(SimpleNamespace(repair="reduce"), pair.average, pair.models, weights, ()),
+            *(None, pair.observe, score),
+        )
+        assert score(found) == 1
