@@ -96,9 +96,11 @@ def ensure(config: Config, force: bool = False) -> Run:
             " suite.sources=[{path: ...},{path: ...}], which integrate.sources follows"
         )
     parents = integrate.resolve(config, config.suite.sources)
-    members = _members(config)
     dataset = store.prepare(config.data, config.runtime.encoded, config.runtime.chunk_mb)
     options = config.evaluate
+    if outside[1]:  # before the work of merging and fine-tuning
+        _check_unseen(options, dataset, parents)
+    members = _members(config)
     if dataset.group is None:  # rows have no users, and the record must not say they had
         options = replace(options, resample="row")
     evaluated = section(options)

@@ -155,7 +155,8 @@ def test_what_may_leak_or_does_not_fit_is_refused_in_one_line(regions, tmp_path,
         return refused(regions, tmp_path, capsys, *words, **others)
 
     home, _, union = regions
-    assert SAID in error(union)
+    assert SAID in error(union, "finetune=one_epoch")
+    assert not (tmp_path / "out").exists()  # said before anything is merged
     leak = error(union, SAID, "data.split.seed=1")
     assert "same raw files were divided otherwise" in leak
     assert "same raw files were divided otherwise" in error(union, SAID, "data.split.by=time")
