@@ -207,6 +207,22 @@ def test_every_candidate_of_best_of_is_checked(trained, check):
     assert out.count("integrate ") >= 2
 
 
+def test_all_sources_must_fit_rows_whose_labels_are_read(trained, check, tmp_path):
+    """Rows without labels may be training rows of any source, and only the first reads them."""
+    origin = checkpoint.describe(trained("split") / "checkpoint").origin
+    sources = [trained("one"), changed(trained("two"), tmp_path / "two", origin=origin)]
+    ways = ["integrate=evidence", "integrate.align.by=activations", "integrate.sample=500"]
+    for words in (ways, [*ways, "integrate.repair=reduce"]):  # nothing comes whole in DeepFM
+        code, out, _ = check(sources, *words)
+        assert code == 0
+        assert "rows of the data set" in lines(out, "needs")[0]
+    code, out, error = check(sources, *ways, "integrate.recalibrate=true")
+    assert code == 2
+    assert "divided otherwise" in lines(out, "needs")[0]
+    assert "would not run" in error
+    assert check(reversed(sources), *ways)[0] == 2
+
+
 def test_a_check_is_no_part_of_a_run(trained, base, home):
     """The run made after a check is the one that is found without."""
     sources = ",".join(f"{{path: {trained(key)}}}" for key in ("one", "two"))
