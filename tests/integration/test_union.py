@@ -53,6 +53,15 @@ def test_figures_on_rows_of_each_region_follow_from_scores(regions, tmp_path, re
         np.testing.assert_allclose(scores[place][split], logits, rtol=0, atol=1e-6)
 
 
+def test_token_lists_may_lie_anywhere(regions, tmp_path):
+    """They are read where ``data.vocabularies`` says, not only beside the encoded rows."""
+    elsewhere = f"runtime.encoded={tmp_path / 'encoded'}"
+    words = [regions[2], SAID, "integrate=evidence", elsewhere]
+    assert call(regions, tmp_path, "evaluate", *words) == 0
+    (made,) = (tmp_path / "encoded").glob("*-[0-9a-f]*")
+    assert made.name.startswith("both_north")
+
+
 def call_alone(regions, out, region):
     """Evaluate the model of a region on its own data set."""
     home, found, _ = regions
