@@ -182,9 +182,9 @@ class Integrate:
     repair: str
     """After merging: ``none``; ``rescale`` (statistics of hidden units); ``fit`` (layers by least
     squares to the mean of the sources' layers, on the merged tables); ``choose`` (also hidden
-    units chosen from all sources); ``reduce`` (also tables projected from all sources' frames, or,
-    where the network multiplies coordinates, those of the source that is best on validation
-    rows)."""
+    units chosen from all sources); ``reduce`` (also tables projected from all sources' frames;
+    what multiplies coordinates one by one is one source's, with the tables it reads: each is
+    tried, and the model that is best on validation rows is kept)."""
     recalibrate: bool
     """Scale and shift the merged model's logit, by its parameters, to fit validation rows best."""
     sample: int

@@ -79,8 +79,6 @@ def reduce_frames(
     products: Mapping[str, Tensor],
     shares: Weights,
     readers: Collection[str],
-    whole: Collection[str] = (),
-    lead: int = 0,
 ) -> Params:
     r"""Return the merged model with embeddings projected from all sources' frames, not averaged.
 
@@ -91,10 +89,6 @@ def reduce_frames(
     :math:`R_k = 1 / \sqrt{K}`. Inner products survive as well as can be; linear readers must be
     fitted anew (``fit_layers``).
 
-    What multiplies coordinates one by one, as attention to a history or DCNv2's cross network
-    does, cannot read a projection. It comes from one source with the tables it reads, and the
-    readers make up for the others. Rows that this source has no share in stay as merged.
-
     Args:
         merged: What it is to replace frames of.
         models: Aligned sources.
@@ -102,8 +96,6 @@ def reduce_frames(
         products: ``table_products``.
         shares: Splicing weights of all parameters.
         readers: Weights of linear maps; whatever else a symmetry moves has coordinates of its own.
-        whole: Parameters that come from one source.
-        lead: Which source that is.
 
     Reference:
         Eckart and Young, Psychometrika 1936.
@@ -135,20 +127,39 @@ def reduce_frames(
         for part in symmetry.slices:
             if part.parameter not in readers:
                 _project(reduced, models, part, directions, shares[part.parameter])
-    kept = {*readers, *whole}
-    read_whole = {
-        part.parameter
-        for symmetry in symmetries
-        if symmetry.kind != "rotation" and {p.parameter for p in symmetry.slices} & set(whole)
-        for part in symmetry.slices
-        if part.parameter not in kept
-    }
-    if whole:
-        for name in read_whole:
-            has_share = shares[name][lead] > 0
-            reduced[name] = torch.where(has_share, models[lead][name], merged[name])
-        reduced |= {name: models[lead][name] for name in whole}
     return reduced
+
+
+def whole_weights(
+    shares: Weights,
+    symmetries: Sequence[Symmetry],
+    readers: Collection[str],
+    whole: Collection[str],
+    lead: int,
+) -> Weights:
+    """Return the splicing weights of what comes from one source, with the tables it reads.
+
+    What multiplies coordinates one by one, as attention to a history or DCNv2's cross network
+    does, cannot read a projection (``reduce_frames``). It is the leading source's, and so are the
+    rows of its tables in which that has a share; linear readers make up for the others.
+
+    Args:
+        shares: Splicing weights of all parameters.
+        symmetries: Of the network.
+        readers: Weights of linear maps that are fitted anew.
+        whole: Parameters that multiply coordinates.
+        lead: The source.
+    """
+    moved = [{p.parameter for p in s.slices} for s in symmetries if s.kind != "rotation"]
+    read = [name for names in moved if names & set(whole) for name in sorted(names)]
+    found: Weights = {}
+    for name in dict.fromkeys([*sorted(whole), *read]):
+        if name not in readers:
+            alone = torch.zeros_like(shares[name])
+            alone[lead] = 1
+            has_share = shares[name][lead] > 0
+            found[name] = torch.where(has_share, alone, shares[name])
+    return found
 
 
 def polar(product: Tensor) -> Tensor:

@@ -89,7 +89,8 @@ def _findings(
             found.append(Finding("checkpoint", "impossible", f"{name}: {error}"))
     if loaded:
         compared, joined = _compared(config, loaded, len(deltas))
-        found += [*compared, *_data(config, joined, looks_at_rows)]
+        names = [name for name, _, _ in loaded]
+        found += [*compared, *_data(config, joined, names, looks_at_rows)]
     return found
 
 
@@ -127,7 +128,9 @@ def _compared(
     return [*found, compatibility.memory(saved, options)], saved[: len(options.sources)]
 
 
-def _data(config: Config, sources: Sequence[Checkpoint], looks_at_rows: bool) -> list[Finding]:
+def _data(
+    config: Config, sources: Sequence[Checkpoint], names: Sequence[str], looks_at_rows: bool
+) -> list[Finding]:
     """Return whether the rows that are looked at are there, and fit the sources."""
     options = config.integrate
     needs = needs_of(options.method, options.options)
@@ -135,13 +138,13 @@ def _data(config: Config, sources: Sequence[Checkpoint], looks_at_rows: bool) ->
         return [Finding("needs", "ok", "no data set")]
     what = "rows of the data set"
     try:
+        looking.check_encoding(config, sources[0])
         dataset = store.find(config.data, config.runtime.encoded)
     except UserError as error:
         return [Finding("needs", "impossible", f"{what}: {error}")]
     if dataset is None:
         return [Finding("needs", "differs", f"{what}: not encoded yet; integrate will do it")]
     try:
-        names = [str(delta) for delta in options.sources]
         looking.check_sources(config, sources, dataset, names)
     except UserError as error:
         return [Finding("needs", "impossible", f"{what}: {error}")]

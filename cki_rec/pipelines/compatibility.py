@@ -216,6 +216,8 @@ def memory(checkpoints: Sequence[Checkpoint], options: Integrate) -> Finding:
     total = sources + params // len(checkpoints)
     total += sources if options.vocabularies else 0
     total += params if options.method in ("cki", "random") else 0  # a weight per entry
+    if matching.is_led(options, checkpoints[0]):  # the best so far and the next
+        total += 2 * params // len(checkpoints)
     has = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     state: State = "ok" if total < has else "differs"
     return Finding("memory", state, f"about {total / 2**20:,.1f} MiB of {has / 2**20:,.0f} MiB")

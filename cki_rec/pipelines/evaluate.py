@@ -98,8 +98,9 @@ def ensure(config: Config, force: bool = False) -> Run:
     parents = integrate.resolve(config, config.suite.sources)
     dataset = store.prepare(config.data, config.runtime.encoded, config.runtime.chunk_mb)
     options = config.evaluate
-    if outside[1]:  # before the work of merging and fine-tuning
-        _check_unseen(options, dataset, parents)
+    start = integrate.start_of(config)
+    sources = [*parents, *integrate.resolve(config, config.integrate.sources)]
+    _check_unseen(options, dataset, [*sources, *([start] if start else [])])  # before any merging
     members = _members(config)
     if dataset.group is None:  # rows have no users, and the record must not say they had
         options = replace(options, resample="row")
@@ -145,7 +146,8 @@ def _evaluate(
     parents: list[Source],
 ) -> tuple[dict[str, Any], dict[str, Floats]]:
     """Return the result for the record, and the bootstrap replicates of its differences."""
-    _check_unseen(options, dataset, [*parents, *members])
+    for name in _check_unseen(options, dataset, [*parents, *members]):
+        log.info("  %s: taken as said, no test row is in its other raw files", name)
     best = integrate.best_source(config, dataset, parents)
     kinds = {"probability_ensemble": _mean_probabilities, "oracle_router": _routed}
     logits = kinds.get(config.integrate.method, _mean_logits)(config, dataset, members)
@@ -190,24 +192,27 @@ def _evaluate(
     return result, replicates
 
 
-def _check_unseen(options: Evaluate, dataset: EncodedDataset, models: Sequence[Source]) -> None:
-    """Check that test rows are known, or said, to be no training rows.
+def _check_unseen(
+    options: Evaluate, dataset: EncodedDataset, models: Sequence[Source]
+) -> list[str]:
+    """Check that test rows are known, or said, to be no training rows; return of whom it is said.
 
     Raises:
         UserError: A model has seen other raw files, and nobody says that these hold no test row.
     """
+    said = []
     for model in dict.fromkeys(models):
         saved = checkpoint.describe(model.folder)
         check_rows(saved, dataset, model.name)
-        if not saved.origin.has_other_files(dataset.source_rows):
-            continue
-        if not options.disjoint_files:
-            raise UserError(
-                f"{model.name}: also trained on other raw files than {dataset.folder.name} is of;"
-                " if they hold none of its test rows, which nothing checks, say so:"
-                " evaluate.disjoint_files=true"
-            )
-        log.info("  %s: taken as said, no test row is in its other raw files", model.name)
+        if saved.origin.has_other_files(dataset.source_rows):
+            said.append(model.name)
+    if said and not options.disjoint_files:
+        raise UserError(
+            f"{said[0]}: also trained on other raw files than {dataset.folder.name} is of;"
+            " if they hold none of its test rows, which nothing checks, say so:"
+            " evaluate.disjoint_files=true"
+        )
+    return said
 
 
 def _measure(

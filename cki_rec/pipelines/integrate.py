@@ -276,10 +276,11 @@ def _integrate(
     begun = None if start is None else joined.checkpoints[-1]
     first = checkpoints[0]
     if dataset is not None:
+        looking.check_encoding(config, first)
         looking.check_sources(config, checkpoints, dataset, names)
     data = train.data_facts(dataset) if dataset else {"hash": first.origin.data_hash}
     result: dict[str, Any] = dict.fromkeys(
-        ("shares", "kept", "gate", "global", "alignment", "recalibration", "valid_auc")
+        ("shares", "kept", "gate", "global", "alignment", "lead", "recalibration", "valid_auc")
     )
 
     with run.phase("integrate"):
@@ -354,11 +355,13 @@ def _merged(
     )
     params, weights, result["gate"] = merging.merge(config, models, given, dataset, first)
     if weights is not None:
+        params, weights, result["lead"] = matching.repaired(
+            options, params, models, weights, votes, first, observe, score
+        )
         trained = merging.trunk_parameters(options, params)
         shares = sharded.mean_shares(source_shares(weights, models), first.schema)
         result["shares"] = {name: of for name, of in shares.items() if name not in trained}
         result["global"] = rules.entropy_report(options, shared_rows(models, owners), config.seed)
-    params = matching.repaired(options, params, models, weights, votes, first, observe, score)
     check_finite([params], "the result")
     if options.recalibrate:
         assert dataset is not None

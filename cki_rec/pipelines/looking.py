@@ -1,4 +1,4 @@
-"""What methods get from training rows; their labels are not used."""
+"""Which rows an integration looks at, and what methods get from them."""
 
 from __future__ import annotations
 
@@ -52,6 +52,21 @@ def needs_labels(options: Integrate) -> bool:
     return options.method != "cki" and "labels" in needs_of(options.method, options.options)
 
 
+def check_encoding(config: Config, source: Checkpoint) -> None:
+    """Check that rows that choose a source are not encoded with the vocabulary of one.
+
+    Raises:
+        UserError: They are.
+    """
+    is_joined = config.integrate.vocabularies and not config.data.vocabularies
+    if is_joined and matching.is_led(config.integrate, source):
+        raise UserError(
+            "integrate.repair=reduce: chooses a source by validation rows, which are not encoded"
+            " with the joined vocabularies; use repair=choose, or data.vocabularies=[FOLDER,...],"
+            " the encoded data sets of the sources"
+        )
+
+
 def check_sources(
     config: Config,
     sources: Sequence[Checkpoint],
@@ -61,17 +76,10 @@ def check_sources(
     """Check that rows that are looked at fit the sources: all, or the first if no label is read.
 
     Raises:
-        UserError: By name, a source that was trained on other rows, or on other tokens; the rows
-            are to choose a source and are not encoded with the joined vocabularies.
+        UserError: By name, a source that was trained on other rows, or on other tokens.
     """
     options = config.integrate
-    is_led = any(matching.is_led(options, source) for source in sources[:1])
-    if is_led and options.vocabularies and not config.data.vocabularies:
-        raise UserError(
-            "integrate.repair=reduce: chooses a source by validation rows, which are not encoded"
-            " with the joined vocabularies; use repair=choose, or data.vocabularies=[FOLDER,...],"
-            " the encoded data sets of the sources"
-        )
+    is_led = matching.is_led(options, sources[0])
     judged = sources if is_led or needs_labels(options) else sources[:1]
     fits = check_data if METHODS[options.method].is_rule else check_rows  # kept, then moved
     for source, name in zip(judged, names, strict=False):

@@ -15,10 +15,11 @@ from cki_rec.engine.checkpoint import Checkpoint
 from cki_rec.engine.embeddings import table_of
 from cki_rec.engine.moments import Observer, random_batch
 from cki_rec.integration.alignment import align
-from cki_rec.integration.frames import reduce_frames, table_products, transform
+from cki_rec.integration.frames import reduce_frames, table_products, transform, whole_weights
 from cki_rec.integration.params import Params, Weights
 from cki_rec.integration.repair import fit_layers, rescale
 from cki_rec.integration.soups import Score
+from cki_rec.integration.splicing import splice
 from cki_rec.models import build_model
 from cki_rec.models.attention import ActivationUnit
 from cki_rec.models.crossing import CrossNetMix, CrossNetV2
@@ -37,7 +38,7 @@ def looks_at_rows(options: Integrate) -> bool:
 
 
 def is_led(options: Integrate, saved: Checkpoint) -> bool:
-    """Return whether repair takes a part of the network whole from one source."""
+    """Return whether repair takes a part of the network whole from one source, which leads."""
     if options.repair != "reduce" or len(options.sources) == 1:
         return False
     return bool(coordinatewise(build_model(saved.schema, saved.model, torch.device("meta"))))
@@ -124,6 +125,11 @@ def symmetries_of(saved: Checkpoint) -> list[Symmetry]:
     return found
 
 
+def rotations_of(symmetries: Sequence[Symmetry]) -> list[Symmetry]:
+    """Return the symmetries in which coordinates may be mixed."""
+    return [symmetry for symmetry in symmetries if symmetry.kind == "rotation"]
+
+
 def moved_tables(symmetries: Sequence[Symmetry]) -> list[str]:
     """Return the tables that symmetries move."""
     names = [part.parameter for symmetry in symmetries for part in symmetry.slices]
@@ -134,37 +140,48 @@ def repaired(
     options: Integrate,
     merged: Params,
     models: Sequence[Params],
-    weights: Weights | None,
+    weights: Weights,
     counts: Sequence[Params],
     saved: Checkpoint,
     observe: Observer | None,
     score: Score | None,
-) -> Params:
-    """Return the merged model after ``integrate.repair``; all sources have equal shares in it.
+) -> tuple[Params, Weights, dict[str, Any] | None]:
+    """Return the merged model after ``integrate.repair``, its splicing weights, and who leads.
 
-    Where a part comes whole from one source (``reduce``), each is tried, and the model with the
-    best ``score`` is returned, the first of equals.
+    All sources have equal shares in what layers are fitted to. Where a part comes whole from one
+    source (``reduce``), each is tried, and the model with the best ``score`` is returned, the
+    first of equals. At most two models are held beside sources and merged model.
     """
     if options.repair == "none" or len(models) == 1:
-        return merged
+        return merged, weights, None
     assert observe is not None
     symmetries, shares = symmetries_of(saved), [1 / len(models)] * len(models)
     if options.repair == "rescale":
-        return rescale(merged, models, shares, observe, symmetries)
-    if options.repair == "reduce":
-        assert score is not None
-        assert weights is not None  # of the methods that repair follows
-        products = table_products(models, moved_tables(symmetries), counts)
-        readers = _linear_weights(observe.network)
-        whole = coordinatewise(observe.network)
-        how = merged, models, symmetries, products, weights, readers - whole, whole
-        starts = (reduce_frames(*how, lead) for lead in range(len(models) if whole else 1))
-        ends = (fit_layers(s, models, shares, observe, symmetries, True, whole) for s in starts)
-        return max(ends, key=score) if whole else next(ends)
-    tables = {name: tensor for name, tensor in merged.items() if table_of(name)}
-    on_merged_tables = [{**model, **tables} for model in models]
-    choosing = options.repair == "choose"
-    return fit_layers(merged, on_merged_tables, shares, observe, symmetries, choosing)
+        return rescale(merged, models, shares, observe, symmetries), weights, None
+    if options.repair != "reduce":
+        tables = {name: tensor for name, tensor in merged.items() if table_of(name)}
+        on_merged_tables = [{**model, **tables} for model in models]
+        choosing = options.repair == "choose"
+        fitted = fit_layers(merged, on_merged_tables, shares, observe, symmetries, choosing)
+        return fitted, weights, None
+    products = table_products(models, moved_tables(rotations_of(symmetries)), counts)
+    whole = coordinatewise(observe.network)
+    readers = _linear_weights(observe.network) - whole
+    reduced = reduce_frames(merged, models, symmetries, products, weights, readers)
+    if not whole:
+        return fit_layers(reduced, models, shares, observe, symmetries, True), weights, None
+    assert score is not None
+    best, scores = reduced, list[float]()
+    for lead in range(len(models)):
+        own = whole_weights(weights, symmetries, readers, whole, lead)
+        led = splice([{name: model[name] for name in own} for model in models], own)
+        fitted = fit_layers(reduced | led, models, shares, observe, symmetries, True, whole)
+        scores.append(score(fitted))
+        if scores[-1] > max(scores[:-1], default=-1.0):
+            best = fitted
+    lead = scores.index(max(scores))
+    own = whole_weights(weights, symmetries, readers, whole, lead)
+    return best, weights | own, {"source": lead, "valid_auc": scores}
 
 
 def coordinatewise(network: nn.Module) -> set[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 
 from cki_rec.cli import main
 from cki_rec.engine import checkpoint
@@ -204,6 +205,59 @@ def test_candidates_that_a_sample_cannot_fit_are_left_out(options, folder, capsy
     told = "".join(capsys.readouterr())
     assert "none could be made" in told
     assert "Traceback" not in told
+
+
+@pytest.mark.parametrize("suite", ["seeds", "seeds_5"])
+def test_the_source_that_leads_is_the_best_and_is_recorded(options, folder, suite):
+    """DCNv2's cross network and its tables are one source's, and validation rows say whose."""
+    words = ["model=dcnv2", f"suite={suite}", "integrate=evidence", "integrate.repair=reduce"]
+    assert main(["integrate", *words, "integrate.align.by=weights", *options]) == 0
+    (record,) = (
+        r
+        for r in records(folder, "integrate")
+        if r["result"]["lead"] and len(r["config"]["sources"]) == (2 if suite == "seeds" else 5)
+    )
+    scores, source = record["result"]["lead"]["valid_auc"], record["result"]["lead"]["source"]
+    assert source == scores.index(max(scores))
+    assert len(set(scores)) == len(scores)
+    alone = [float(k == source) for k in range(len(scores))]
+    crossing = {n: s for n, s in record["result"]["shares"].items() if n.startswith("cross.")}
+    assert crossing
+    assert all(shares == alone for shares in crossing.values())
+    merged = checkpoint.load(folder / "out" / record["run_id"] / "checkpoint").params
+    parent = folder / "out" / record["config"]["sources"][source] / "checkpoint"
+    own = checkpoint.load(parent).params
+    for name in crossing:  # moved into the common frame: coordinates in other places, other signs
+        ours, theirs = merged[name].abs().flatten().sort(), own[name].abs().flatten().sort()
+        assert torch.equal(ours.values, theirs.values)
+
+
+def test_a_source_of_another_division_leads_nothing(options, folder, tmp_path, capsys):
+    """Who leads is chosen by labels, which a source must not have been trained on."""
+    words = ["model=dcnv2", *options]
+    before = set(folder.glob("out/train-*"))
+    for more in ([], ["data.split.seed=5"], ["seed=2"]):
+        assert main(["train", *words, *more]) == 0
+    runs = {
+        json.loads((run / "record.json").read_text())["config"]["seed"]: run
+        for run in set(folder.glob("out/train-*")) - before
+    }
+    saved = checkpoint.load(runs[2] / "checkpoint")
+    other = next(
+        checkpoint.describe(run / "checkpoint").origin
+        for run in folder.glob("out/train-*")
+        if checkpoint.describe(run / "checkpoint").origin.data_hash != saved.origin.data_hash
+    )
+    groups = {"model": saved.params, "accumulator": saved.accumulators, "counts": saved.counts}
+    checkpoint.save(tmp_path / "other", groups, saved.model, saved.schema, other)
+    named = f"integrate.sources=[{{seed: 1}},{{path: {tmp_path / 'other'}}}]"
+    ways = ["integrate=evidence", named, "integrate.align.by=weights"]
+    assert main(["integrate", *words, *ways, "integrate.repair=choose"]) == 0
+    capsys.readouterr()
+    for more in ([], ["check_only=true"]):
+        assert main(["integrate", *words, *ways, "integrate.repair=reduce", *more]) == 2
+        shown = capsys.readouterr()
+        assert "divided otherwise" in shown.err + shown.out
 
 
 def test_final_mlp_has_the_default_too(options, folder):

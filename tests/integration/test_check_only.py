@@ -208,7 +208,7 @@ def test_every_candidate_of_best_of_is_checked(trained, check):
 
 
 def test_all_sources_must_fit_rows_whose_labels_are_read(trained, check, tmp_path):
-    """Rows without labels may be training rows of any source, and only the first reads them."""
+    """Rows whose labels nobody reads may be training rows of any source."""
     origin = checkpoint.describe(trained("split") / "checkpoint").origin
     sources = [trained("one"), changed(trained("two"), tmp_path / "two", origin=origin)]
     ways = ["integrate=evidence", "integrate.align.by=activations", "integrate.sample=500"]

@@ -163,8 +163,12 @@ def test_what_may_leak_or_does_not_fit_is_refused_in_one_line(regions, tmp_path,
     def error(*words, **others):
         return refused(regions, tmp_path, capsys, *words, **others)
 
-    home, _, union = regions
+    home, found, union = regions
     assert SAID in error(union, "finetune=one_epoch")
+    one = f"suite.sources=[{{path: {found['north']}}}]"
+    named = ",".join(f"{{path: {path}}}" for path in found.values())
+    ways = [one, f"integrate.sources=[{named}]"]
+    assert SAID in error(union, *ways, "finetune=one_epoch")
     assert not (tmp_path / "out").exists()  # said before anything is merged
     leak = error(union, SAID, "data.split.seed=1")
     assert "same raw files were divided otherwise" in leak

@@ -11,9 +11,9 @@ from pairs import HALVES, Pair
 from cki_rec.engine.embeddings import table_of
 from cki_rec.integration.baselines import average_weights
 from cki_rec.integration.evidence import evidence_weights
-from cki_rec.integration.frames import reduce_frames, table_products
+from cki_rec.integration.frames import reduce_frames, table_products, whole_weights
 from cki_rec.integration.repair import fit_layers
-from cki_rec.integration.splicing import splice
+from cki_rec.integration.splicing import source_shares, splice
 from cki_rec.pipelines import matching
 from cki_rec.pipelines.matching import coordinatewise, moved_tables
 
@@ -87,19 +87,14 @@ def test_what_multiplies_coordinates_comes_whole_from_one_source(case, prefix, l
     for table in read:
         counts[lead][table][-1] = 0  # a row that it never saw
     weights = average_weights(pair.models) | evidence_weights(pair.models, counts)
-    reduced = reduce_frames(
-        pair.average,
-        pair.models,
-        pair.symmetries,
-        products,
-        weights,
-        pair.readers() - whole,
-        whole,
-        lead,
-    )
+    merged, readers = splice(pair.models, weights), pair.readers() - whole
+    reduced = reduce_frames(merged, pair.models, pair.symmetries, products, weights, readers)
+    own = whole_weights(weights, pair.symmetries, readers, whole, lead)
+    assert set(own) >= {*whole, *read}
+    reduced |= splice([{n: model[n] for n in own} for model in pair.models], own)
     for table in read:
         assert torch.equal(reduced[table][:-1], pair.models[lead][table][:-1])
-        assert torch.equal(reduced[table][-1], pair.average[table][-1])
+        assert torch.equal(reduced[table][-1], merged[table][-1])
     assert read
     if case != "din":  # there numbers may be rotated
         numbers = "sparse.numbers"
@@ -114,28 +109,26 @@ def test_what_multiplies_coordinates_comes_whole_from_one_source(case, prefix, l
 @pytest.mark.parametrize("num_sources", [2, 3])
 def test_the_source_with_the_best_score_leads(case, num_sources, monkeypatch):
     pair = Pair(case, num_sources)
-    whole, shares = coordinatewise(pair.network), [1 / num_sources] * num_sources
-    products = table_products(pair.models, moved_tables(pair.symmetries))
-    weights = average_weights(pair.models)
-    ends = [
-        fit_layers(
-            reduce_frames(
-                *(pair.average, pair.models, pair.symmetries, products, weights),
-                *(pair.readers() - whole, whole, lead),
-            ),
-            *(pair.models, shares, pair.observe, pair.symmetries, True, whole),
-        )
-        for lead in range(num_sources)
-    ]
-    assert len({pair.error(end) for end in ends}) == num_sources
     monkeypatch.setattr(matching, "symmetries_of", lambda _: pair.symmetries)
-    for best in ends:
+    whole = coordinatewise(pair.network)
+    weights = average_weights(pair.models)
+    for best in range(num_sources):
+        scores = [0.6 if lead == best else 0.5 for lead in range(num_sources)]
+        seen = []
 
-        def score(params, best=best):
-            return float(all(torch.equal(params[name], best[name]) for name in best))
+        def score(params, scores=scores, seen=seen):
+            seen.append(params)
+            return scores[len(seen) - 1]
 
-        found = matching.repaired(
+        found, own, lead = matching.repaired(
             *(SimpleNamespace(repair="reduce"), pair.average, pair.models, weights, ()),
             *(None, pair.observe, score),
         )
-        assert score(found) == 1
+        assert found is seen[best]
+        assert lead == {"source": best, "valid_auc": scores}
+        for k, params in enumerate(seen):
+            assert all(torch.equal(params[name], pair.models[k][name]) for name in whole)
+        shares = source_shares(own, pair.models)
+        alone = [float(k == best) for k in range(num_sources)]
+        assert all(shares[name] == alone for name in whole)
+        assert any(shares[name] != alone for name in shares)
