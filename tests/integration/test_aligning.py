@@ -33,8 +33,14 @@ def records(folder, pipeline):
     return [json.loads(path.read_text()) for path in paths]
 
 
-@pytest.mark.parametrize("by", ["weights", "activations"])
-@pytest.mark.parametrize("model", ["deepfm", "dcn", "dcnv2", "din"])
+@pytest.mark.parametrize(
+    ("by", "model"),
+    [
+        *(("weights", model) for model in ("deepfm", "dcn", "dcnv2", "din")),
+        *(("activations", model) for model in ("deepfm", "din")),
+        *(pytest.param("activations", m, marks=pytest.mark.slow) for m in ("dcn", "dcnv2")),
+    ],
+)
 def test_aligned_sources_agree_more(options, folder, by, model):
     histories = ["model.histories=true"] if model == "din" else []
     words = [f"model={model}", *histories, "suite=seeds", f"integrate=aligned_{by}"]
@@ -207,7 +213,7 @@ def test_candidates_that_a_sample_cannot_fit_are_left_out(options, folder, capsy
     assert "Traceback" not in told
 
 
-@pytest.mark.parametrize("suite", ["seeds", "seeds_5"])
+@pytest.mark.parametrize("suite", ["seeds", pytest.param("seeds_5", marks=pytest.mark.slow)])
 def test_the_source_that_leads_is_the_best_and_is_recorded(options, folder, suite):
     """DCNv2's cross network and its tables are one source's, and validation rows say whose."""
     words = ["model=dcnv2", f"suite={suite}", "integrate=evidence", "integrate.repair=reduce"]

@@ -305,7 +305,8 @@ def test_released_protocol_splices_the_mlp_and_trains_the_rest(options, tmp_path
 def test_fine_tuned_models_have_seen_all_rows(options, tmp_path):
     from cki_rec.engine import checkpoint
 
-    assert main(["finetune", *options, "suite=shards", "finetune=one_epoch"]) == 0
+    words = ["suite=shards", "integrate=evidence", "finetune=one_epoch"]
+    assert main(["finetune", *options, *words]) == 0
     (tuned,) = (tmp_path / "out").glob("finetune-*")
     parents = [checkpoint.load(p / "checkpoint") for p in (tmp_path / "out").glob("train-*")]
     seen = checkpoint.load(tuned / "checkpoint").counts
@@ -357,8 +358,9 @@ def test_parts_of_one_division_are_disjoint():
 
 
 def test_settings_that_share_a_row_of_the_table_are_named(options, capsys):
-    assert main(["evaluate", *options]) == 0
-    assert main(["evaluate", *options, "model.dropout=0.1"]) == 0
+    for dropout in (0.0, 0.1):
+        words = ["integrate=best_parent", f"model.dropout={dropout}"]
+        assert main(["evaluate", *options, *words]) == 0
     capsys.readouterr()
     assert main(["report", *options]) == 2
     assert "do not belong in one table" in capsys.readouterr().err
