@@ -1,4 +1,4 @@
-"""Integrate several trained click-through-rate models into one model of the same size."""
+"""Merge several trained click-through-rate models into one model of the same size."""
 
 from pathlib import Path
 

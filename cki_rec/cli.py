@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 PIPELINES = {
     "prepare": "encode a data set and print its summary",
     "train": "train one model",
-    "integrate": "make one model out of several; trains sources that are missing",
-    "finetune": "integrate, then train briefly on all rows",
+    "merge": "make one model out of several; trains sources that are missing",
+    "finetune": "merge, then train briefly on all rows",
     "evaluate": "all of the above as configured, then metrics and intervals on test rows",
     "export": "write a trained or integrated model as one file that serves without this package",
     "report": "tables, figures and an HTML page from the records of a name",
@@ -33,14 +33,14 @@ PIPELINES = {
 EXAMPLES = {
     "prepare": "data=movielens_1m data.raw=ml-1m.zip",
     "train": "model=deepfm seed=2 train.epochs=5",
-    "integrate": "integrate=evidence 'integrate.sources=[{seed: 1},{seed: 2}]'",
-    "finetune": "integrate=evidence finetune=one_epoch",
-    "evaluate": "-m suite=seeds,shards seed=1,2,3 integrate=average,evidence",
+    "merge": "merge=evidence 'merge.sources=[{seed: 1},{seed: 2}]'",
+    "finetune": "merge=evidence finetune=one_epoch",
+    "evaluate": "-m suite=seeds,shards seed=1,2,3 merge=average,evidence",
     "export": "run=train-0123456789abcdef format=onnx",
     "report": "name=quickstart",
     "bench": "select=import_seconds",
 }
-ON_SEVERAL_PROCESSES = ("train", "integrate")
+ON_SEVERAL_PROCESSES = ("train", "merge")
 SWEEP_VARIABLE = "CKI_REC_SWEEP"
 """Number of jobs and start time of the running sweep, for its jobs in other processes."""
 
@@ -77,7 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if {"-h", "--help"} & set(options):
         print(_pipeline_help(pipeline))
         return 0
-    if pipeline == "integrate" and "--list" in options:
+    if pipeline == "merge" and "--list" in options:
         from cki_rec.pipelines.listing import method_table
 
         print(method_table())
@@ -88,7 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(pipeline: str, options: list[str]) -> int:
     """Compose and run one pipeline, or a sweep of it; turn known errors into one line."""
-    from cki_rec.config import LostProcess, SaidElsewhere, Stopped, UserError
+    from cki_rec.config import RankLost, ReportedElsewhere, Stopped, UserError
     from cki_rec.environment import EnvironmentMismatchError, check_versions
 
     _start_log()
@@ -98,14 +98,14 @@ def _run(pipeline: str, options: list[str]) -> int:
             _sweep(pipeline, [o for o in options if o not in ("-m", "--multirun")])
         else:
             _run_job(pipeline, _compose(options))
-    except SaidElsewhere:
+    except ReportedElsewhere:
         return 2
     except (UserError, EnvironmentMismatchError) as error:
         return _fail(str(error))
     except Stopped as stop:
         print(f"cki-rec: {stop}", file=sys.stderr)
         return 0
-    except LostProcess as loss:
+    except RankLost as loss:
         print(f"cki-rec: {loss}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -322,16 +322,16 @@ def _help() -> str:
         "-m sweeps over comma-separated values; hydra/launcher=joblib runs jobs in parallel.",
     ]
     lines += ["cki-rec <pipeline> --help lists its options. Values and their meaning: conf/."]
-    lines += ["cki-rec integrate --list shows all methods: idea, options, needs, cost, reference."]
+    lines += ["cki-rec merge --list shows all methods: idea, options, needs, cost, reference."]
     return "\n".join(lines)
 
 
 READS = {
     "prepare": ["data"],
     "train": ["data", "model", "train"],
-    "integrate": ["data", "model", "train", "suite", "integrate"],
-    "finetune": ["data", "model", "train", "suite", "integrate", "finetune"],
-    "evaluate": ["data", "model", "train", "suite", "integrate", "finetune", "evaluate"],
+    "merge": ["data", "model", "train", "suite", "merge"],
+    "finetune": ["data", "model", "train", "suite", "merge", "finetune"],
+    "evaluate": ["data", "model", "train", "suite", "merge", "finetune", "evaluate"],
     "export": [],
     "report": [],
     "bench": [],

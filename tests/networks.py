@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from cki_rec.config import Attention, Cross, Model, Streams
 from cki_rec.data.schema import Batch, Feature, FeatureSchema
+from cki_rec.merging.symmetry import Symmetry
 from cki_rec.models import build_model, model_schema
 from cki_rec.models.embeddings import Embedded
-from cki_rec.symmetry import Symmetry
 
 
 def options(name: str = "deepfm", **changes) -> Model:

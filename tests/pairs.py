@@ -8,9 +8,9 @@ from networks import draw_batch, make_case
 from torch.func import functional_call
 from torch.nn import Linear
 
-from cki_rec.engine.moments import Observer
-from cki_rec.integration.baselines import average_weights
-from cki_rec.integration.splicing import splice
+from cki_rec.merging.methods.average import average_weights
+from cki_rec.merging.mixing import mix
+from cki_rec.merging.statistics import ActivationStatistics
 
 CASES = [
     "final_mlp batch norm",
@@ -35,7 +35,7 @@ class Pair:
         self.network = network.eval()
         self.symmetries = network.symmetries()
         self.batches = [draw_batch(self.schema, 256, seed) for seed in range(4)]
-        self.observe = Observer(self.network, self.batches)
+        self.observe = ActivationStatistics(self.network, self.batches)
         self.models = []
         for seed in range(num_sources):
             draw = torch.Generator().manual_seed(seed)
@@ -47,7 +47,7 @@ class Pair:
                     for n, t in network.state_dict().items()
                 }
             )
-        self.average = splice(self.models, average_weights(self.models))
+        self.average = mix(self.models, average_weights(self.models))
 
     @torch.no_grad()
     def logits(self, params):

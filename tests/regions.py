@@ -57,7 +57,7 @@ def call(regions, out, pipeline, *words, region="north", name="both", models=Non
     places += [f"runtime.encoded={home / 'encoded'}", "evaluate.bootstrap=100"]
     data = [f"data.raw={home / region}.zip", f"data.name={name}_{region}"]
     words = [f"suite.sources=[{named}]", *data, *places, *TINY, *words]
-    return main([pipeline, "integrate.vocabularies=[null,null]", *words])
+    return main([pipeline, "merge.vocabularies=[null,null]", *words])
 
 
 def record_of(out, kind):

@@ -13,9 +13,9 @@ import polars as pl
 import pytest
 
 from cki_rec.config import Data, Partition, Split, UserError, parse, register_resolvers
-from cki_rec.data.fields import resolve
-from cki_rec.data.formats import FORMATS
-from cki_rec.data.raw import Reading
+from cki_rec.data.encoding.fields import resolve
+from cki_rec.data.raw.formats import FORMATS
+from cki_rec.data.raw.reading import Reading
 
 ROOT = Path(__file__).resolve().parents[1]
 GOLDEN = ROOT / "tests" / "golden"

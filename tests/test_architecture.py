@@ -31,15 +31,15 @@ MAY_IMPORT = {
     "config": set(),
     "environment": set(),
     "progress": set(),
-    "symmetry": set(),
-    "integration": {"symmetry"},
-    "analysis": set(),
+    "merging": set(),
+    "evaluation": set(),
     "data": {"config", "progress"},
-    "models": {"config", "data.schema", "symmetry"},
-    "engine": {"config", "environment", "progress", "data", "models", "integration"},
+    "models": {"config", "data.schema", "merging.symmetry"},
+    "checkpoints": {"config", "data.schema", "data.provenance", "merging.params"},
+    "engine": {"config", "environment", "progress", "data", "models", "merging", "checkpoints"},
     "pipelines": {
-        *("config", "environment", "symmetry", "data", "models"),
-        *("integration", "engine", "analysis"),
+        *("config", "environment", "data", "models"),
+        *("merging", "checkpoints", "engine", "evaluation"),
     },
     "cli": {"config", "environment", "pipelines", "engine"},
     "__main__": {"cli"},
@@ -140,7 +140,7 @@ def test_only_evaluate_can_read_labels_of_test_rows(module):
         assert module == "cki_rec.pipelines.evaluate"
     text = MODULES[module].read_text()
     named = {n.attr for n in ast.walk(ast.parse(text)) if isinstance(n, ast.Attribute)}
-    assert "_label" not in named or module in ("cki_rec.data.dataset", "cki_rec.data.held_out")
+    assert "_label" not in named or module in ("cki_rec.data.dataset", "cki_rec.data.test_labels")
     if part_of(module) != "data":
         assert "_columns" not in named
         assert "label.npy" not in text
@@ -242,14 +242,14 @@ def test_values_are_explained(path):
 
 
 def test_labels_equal_file_names():
-    for path in (CONF / "integrate").glob("*.yaml"):
+    for path in (CONF / "merge").glob("*.yaml"):
         label = OmegaConf.load(path).label
         assert label == ("cki" if path.stem == "default" else path.stem)
 
 
 def test_every_table_row_has_a_file():
-    from cki_rec.data.formats import FORMATS
-    from cki_rec.integration.methods import METHODS
+    from cki_rec.data.raw.formats import FORMATS
+    from cki_rec.merging.registry import METHODS
     from cki_rec.models import MODELS
 
     def values(group, key):
@@ -257,17 +257,17 @@ def test_every_table_row_has_a_file():
         found = [tree for tree in trees if key in tree and not OmegaConf.is_missing(tree, key)]
         return {tree[key] for tree in found}  # others are variants of another file
 
-    assert values("integrate", "method") == set(METHODS)
+    assert values("merge", "method") == set(METHODS)
     assert values("model", "name") == set(MODELS)
     assert values("data", "format") == set(FORMATS)
 
 
 def test_gate_kinds_and_partitions_are_those_of_the_code():
     from cki_rec.config import CHOICES as WORDS
-    from cki_rec.data.partition import KINDS as PARTITIONS
-    from cki_rec.integration.gate import KINDS as GATES
+    from cki_rec.data.encoding.partition import KINDS as PARTITIONS
+    from cki_rec.merging.methods.cki.gate import KINDS as GATES
 
-    assert set(WORDS["integrate.gate.kind"]) == set(GATES)
+    assert set(WORDS["merge.gate.kind"]) == set(GATES)
     assert set(WORDS["data.partition.by"]) == set(PARTITIONS)
 
 

@@ -15,7 +15,7 @@ from cki_rec.data.schema import Batch, FeatureSchema
 from cki_rec.engine.embeddings import ShardedModel, build, initialize
 from cki_rec.engine.optimization import initialized_adam
 from cki_rec.engine.trainer import Stepper
-from cki_rec.integration.params import Params
+from cki_rec.merging.params import Params
 
 TINY = (
     *("model.embedding_dim=8", "model.hidden=[6]", "model.dropout=0.0", "model.init_std=0.1"),

@@ -5,7 +5,7 @@
 
 from cki_rec.config.checks import AT_LEAST, CHOICES, check
 from cki_rec.config.data_options import Data, Download, Partition, Split, Synthetic
-from cki_rec.config.errors import LostProcess, SaidElsewhere, Stopped, UserError, nearest
+from cki_rec.config.errors import RankLost, ReportedElsewhere, Stopped, UserError, nearest
 from cki_rec.config.options import (
     Align,
     Attention,
@@ -14,7 +14,7 @@ from cki_rec.config.options import (
     Evaluate,
     Finetune,
     Gate,
-    Integrate,
+    Merge,
     Model,
     Monitor,
     Runtime,
@@ -44,13 +44,13 @@ __all__ = [
     "Evaluate",
     "Finetune",
     "Gate",
-    "Integrate",
-    "LostProcess",
+    "Merge",
     "Model",
     "Monitor",
     "Partition",
+    "RankLost",
+    "ReportedElsewhere",
     "Runtime",
-    "SaidElsewhere",
     "Split",
     "Stopped",
     "Streams",

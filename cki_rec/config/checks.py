@@ -17,21 +17,21 @@ CHOICES = {
     "data.verify": ("fast", "full"),
     "data.synthetic.layout": ("criteo", "avazu", "movielens"),
     "data.partition.by": ("user", "item", "time", "random", "none"),
-    "integrate.align.by": ("none", "weights", "activations"),
-    "integrate.repair": ("none", "rescale", "fit", "choose", "reduce"),
-    "integrate.perspective": ("local", "global", "dual"),
-    "integrate.local": ("gate", "evidence"),
-    "integrate.splice": ("soft", "hard"),
-    "integrate.tables": ("same", "evidence", "base"),
-    "integrate.bias": ("splice", "base"),
-    "integrate.dual": ("released", "signed", "language"),
-    "integrate.scope": ("all", "head", "hidden", "output"),
-    "integrate.range": ("own", "shared", "quantile"),
-    "integrate.control": ("none", "permuted", "shuffled"),
-    "integrate.gate.kind": (
+    "merge.align.by": ("none", "weights", "activations"),
+    "merge.repair": ("none", "rescale", "least_squares", "select_units", "project"),
+    "merge.perspective": ("local", "global", "dual"),
+    "merge.local": ("gate", "evidence"),
+    "merge.splice": ("soft", "hard"),
+    "merge.tables": ("same", "evidence", "base"),
+    "merge.bias": ("splice", "base"),
+    "merge.dual": ("released", "signed", "language"),
+    "merge.scope": ("all", "head", "hidden", "output"),
+    "merge.range": ("own", "shared", "quantile"),
+    "merge.control": ("none", "permuted", "shuffled"),
+    "merge.gate.kind": (
         *("full", "affine", "diagonal", "low_rank", "scalar", "identity", "none"),
     ),
-    "integrate.gate.train": ("none", "frozen", "trunk"),
+    "merge.gate.train": ("none", "frozen", "trunk"),
     "evaluate.resample": ("user", "row"),
     "model.activation": ("relu", "dice", "prelu", "sigmoid", "tanh"),
     "model.cross.structure": ("parallel", "stacked"),
@@ -71,16 +71,16 @@ AT_LEAST = {
     "train.min_learning_rate": 0,
     "train.min_gain": 0,
     "model.init_std": 0,
-    "integrate.align.starts": 1,
-    "integrate.sample": 1,
-    "integrate.gate.learning_rate": 0,
+    "merge.align.starts": 1,
+    "merge.sample": 1,
+    "merge.gate.learning_rate": 0,
     "finetune.learning_rate": 0,
     "finetune.table_learning_rate": 0,
     "evaluate.seed": 0,
-    "integrate.bins": 2,
-    "integrate.gate.epochs": 1,
-    "integrate.gate.rank": 1,
-    "integrate.gate.scale": 0,
+    "merge.bins": 2,
+    "merge.gate.epochs": 1,
+    "merge.gate.rank": 1,
+    "merge.gate.scale": 0,
     "finetune.epochs": 0,
     "evaluate.bootstrap": 100,
     "runtime.threads": 0,
@@ -119,25 +119,25 @@ def check(config: Config) -> None:
             if partition.by != "none"
             else f"data.part={part}: needs data.partition.by=user, item, time or random"
         )
-    if not config.integrate.sources:
-        raise UserError("integrate.sources is empty: name at least one model, e.g. [{seed: 1}]")
+    if not config.merge.sources:
+        raise UserError("merge.sources is empty: name at least one model, e.g. [{seed: 1}]")
     _check_gate(config)
 
 
 def _check_gate(config: Config) -> None:
-    rule, gate = config.integrate, config.integrate.gate
+    rule, gate = config.merge, config.merge.gate
     if gate.train == "frozen" and gate.kind in ("identity", "none"):
         raise UserError(
-            f"integrate.gate.train=frozen: a gate of kind {gate.kind} has nothing to learn; use"
+            f"merge.gate.train=frozen: a gate of kind {gate.kind} has nothing to learn; use"
             " full, affine, diagonal, low_rank or scalar"
         )
     if gate.train == "frozen" and rule.method != "cki":
         raise UserError(
-            f"integrate.gate.train=frozen: integrate.method={rule.method} has no gate to learn"
+            f"merge.gate.train=frozen: merge.method={rule.method} has no gate to learn"
         )
     if gate.train == "trunk" and rule.scope == "all":
         raise UserError(
-            "integrate.gate.train=trunk: what is out of scope trains along; set integrate.scope to"
+            "merge.gate.train=trunk: what is out of scope trains along; set merge.scope to"
             " head, hidden or output"
         )
 

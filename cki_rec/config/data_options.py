@@ -72,7 +72,7 @@ class Data:
 
     name: str
     format: str
-    """A row of ``cki_rec.data.formats.FORMATS``."""
+    """A row of ``cki_rec.data.raw.formats.FORMATS``."""
     raw: Any
     """A path, a pattern (``day_*.gz``) or a list of them."""
     fetch: bool
@@ -82,7 +82,7 @@ class Data:
     """The entry of ``conf/published.yaml`` that the raw files should be; null: none."""
     fields: list[Any]
     """Features of the encoded set, in order: a name, or ``{name: ..., option: ...}`` with options
-    of ``cki_rec.data.fields.Field``."""
+    of ``cki_rec.data.encoding.fields.Field``."""
     label: str
     """csv: column that is 0 or 1."""
     label_threshold: float

@@ -13,7 +13,7 @@ class Stopped(BaseException):
     """
 
 
-class LostProcess(BaseException):
+class RankLost(BaseException):
     """Another process of this program has ended: shown as one line, exit code 1."""
 
 
@@ -21,7 +21,7 @@ class UserError(Exception):
     """A mistake of the user: shown as one line without a traceback, exit code 2."""
 
 
-class SaidElsewhere(UserError):
+class ReportedElsewhere(UserError):
     """A mistake of the user that another process tells: exit code 2, not a word."""
 
 

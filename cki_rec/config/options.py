@@ -159,24 +159,24 @@ class Align:
 
 
 @dataclass(slots=True, kw_only=True)
-class Integrate:
+class Merge:
     """How several models become one."""
 
     method: str
-    """A row of ``cki_rec.integration.methods.METHODS``."""
+    """A row of ``cki_rec.merging.registry.METHODS``."""
     label: str
-    """Name of this setting in tables; unique per file of ``conf/integrate``."""
+    """Name of this setting in tables; unique per file of ``conf/merge``."""
     sources: list[dict[str, Any]]
     """Parents as config deltas, ``[{seed: 1}, {seed: 2}]``, or checkpoints, ``[{path: a}]``."""
-    start: dict[str, Any] | None
+    base: dict[str, Any] | None
     """The model that all sources come from, named like one of them; null: there is none."""
     vocabularies: list[Any]
     """Folders of encoded data sets (null: look for it), one per source, then one of the start if
     the method needs it: models with different vocabularies are joined by token. Empty: they must
     agree. Rows are looked at if ``data.vocabularies`` joins the same."""
     options: dict[str, Any]
-    """Of the method, by name (``cki-rec integrate --list``)."""
-    candidates: list[dict[str, Any]]
+    """Of the method, by name (``cki-rec merge --list``)."""
+    recipes: list[dict[str, Any]]
     """Of ``best_of``: ways to integrate the sources, as deltas of this section."""
     align: Align
     repair: str
@@ -281,7 +281,7 @@ class Suite:
     name: str
     sources: list[dict[str, Any]]
     """The parents that every method of the suite is compared with, as config deltas."""
-    start: dict[str, Any] | None
+    base: dict[str, Any] | None
     """The model that all of them come from, as a config delta; null: there is none."""
 
 
@@ -295,7 +295,7 @@ class Config:
     seed: int
     """Of everything random but the split."""
     check_only: bool
-    """``integrate`` reports whether the sources fit together, and does nothing else."""
+    """``merge`` reports whether the sources fit together, and does nothing else."""
     select: str | None
     """The one measurement that ``bench`` makes; null: all."""
     run: str | None
@@ -306,7 +306,7 @@ class Config:
     data: Data
     model: Model
     train: Train
-    integrate: Integrate
+    merge: Merge
     finetune: Finetune
     evaluate: Evaluate
     runtime: Runtime

@@ -81,8 +81,8 @@ def _first_line(error: OmegaConfBaseException) -> str:
     return str(error).splitlines()[0]
 
 
-def with_delta(config: Config, delta: dict[str, Any], where: str = "integrate.sources") -> Config:
-    """Return ``config`` with dotted keys replaced, as ``integrate.sources`` names parents.
+def with_delta(config: Config, delta: dict[str, Any], where: str = "merge.sources") -> Config:
+    """Return ``config`` with dotted keys replaced, as ``merge.sources`` names parents.
 
     Args:
         config: Stays as it is.

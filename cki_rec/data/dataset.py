@@ -19,13 +19,13 @@ from filelock import FileLock
 from numpy.typing import NDArray
 
 from cki_rec.config import Partition, UserError
-from cki_rec.data import vocabulary
 from cki_rec.data.columns import RAGGED, ColumnFile, Ids, Ints, Ragged, add_counts, blocks
-from cki_rec.data.formats import FORMATS
-from cki_rec.data.origin import Origin, Rows
-from cki_rec.data.partition import MOST_PARTS, part_of_rows
+from cki_rec.data.encoding import vocabulary
+from cki_rec.data.encoding.partition import MOST_PARTS, part_of_rows
+from cki_rec.data.encoding.split import SPLITS, Blocks, sort_rows
+from cki_rec.data.provenance import Provenance, Rows
+from cki_rec.data.raw.formats import FORMATS
 from cki_rec.data.schema import FeatureSchema
-from cki_rec.data.split import SPLITS, Blocks, sort_rows
 
 MANIFEST = "manifest.json"
 FORMAT_VERSION = 2
@@ -110,9 +110,9 @@ class EncodedDataset:
         return len(self._label)
 
     @property
-    def origin(self) -> Origin:
+    def origin(self) -> Provenance:
         """Return the origin of a model that is trained on these rows."""
-        return Origin(self.hash, (self.source_rows,))
+        return Provenance(self.hash, (self.source_rows,))
 
     def labels(self, rows: Ints) -> NDArray[np.float32]:
         """Return the labels of ``rows``; NaN for test rows, which ``held_out`` alone gives."""
@@ -197,7 +197,7 @@ class EncodedDataset:
 
         A row counts once per feature that holds the id, so a table that two features share adds
         both up (pass ``schema.without_histories()`` to leave histories out), and a history counts
-        an item as often as it holds it. ``PADDING_ID`` is never held, ``UNSEEN_ID`` counts.
+        an item as often as it holds it. ``PADDING_ID`` is never held, ``OOV_ID`` counts.
 
         Args:
             schema: The features that count.

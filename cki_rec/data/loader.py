@@ -14,10 +14,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cki_rec.config import UserError
-from cki_rec.data.ahead import ahead
 from cki_rec.data.columns import Ints, Ragged
 from cki_rec.data.dataset import EncodedDataset
 from cki_rec.data.permutation import Permutation
+from cki_rec.data.prefetch import ahead
 from cki_rec.data.schema import Batch, FeatureSchema
 
 CPU = torch.device("cpu")

@@ -14,7 +14,7 @@ from torch import Tensor
 
 PADDING_ID = 0
 """Fills fixed-length sequences; never counted, never pooled."""
-UNSEEN_ID = 1
+OOV_ID = 1
 """Stands for every token that no (or too few) training rows hold."""
 FIRST_ID = 2
 """Id of the most frequent token; ids follow the order (-count, token)."""

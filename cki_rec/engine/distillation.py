@@ -11,11 +11,11 @@ from torch.func import functional_call
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from cki_rec.config import UserError
+from cki_rec.data.encoding.store import EncodedDataset
 from cki_rec.data.loader import Loader
 from cki_rec.data.schema import FeatureSchema
-from cki_rec.data.store import EncodedDataset
 from cki_rec.engine.trainer import step_seed
-from cki_rec.integration.params import Params
+from cki_rec.merging.params import Params
 from cki_rec.progress import progress
 
 
@@ -76,8 +76,7 @@ def imitate(
                 loss = binary_cross_entropy_with_logits(student(batch), target_B)
                 if not torch.isfinite(loss):
                     raise UserError(
-                        f"{title}: the loss is {loss.item()}; lower"
-                        " integrate.options.learning_rate"
+                        f"{title}: the loss is {loss.item()}; lower merge.options.learning_rate"
                     )
                 adam.zero_grad()
                 loss.backward()

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch._C._distributed_c10d import FakeProcessGroup
 from torch.distributed.nn.functional import all_reduce as differentiable_all_reduce
 
-from cki_rec.config import LostProcess, Runtime, SaidElsewhere, UserError
+from cki_rec.config import RankLost, ReportedElsewhere, Runtime, UserError
 
 Value = TypeVar("Value")
 
@@ -111,7 +111,7 @@ def barrier() -> None:
     """Wait until all processes are here.
 
     Raises:
-        SaidElsewhere: One has given up (``together``).
+        ReportedElsewhere: One has given up (``propagate_errors``).
     """
     exchange(None)
 
@@ -120,41 +120,41 @@ def exchange(value: Value) -> list[Value]:
     """Return what every process gives, in their order; plain Python values and small tensors.
 
     Raises:
-        SaidElsewhere: A process has given up instead (``together``).
+        ReportedElsewhere: A process has given up instead (``propagate_errors``).
     """
     if world_size() == 1:
         return [value]
     values = _gather(value)
     if any(isinstance(given, _Failed) for given in values):
-        raise SaidElsewhere("another process has failed")
+        raise ReportedElsewhere("another process has failed")
     return values
 
 
 @contextmanager
-def together() -> Iterator[None]:
+def propagate_errors() -> Iterator[None]:
     """Let all processes fail where one does: it says why, others leave at their next exchange.
 
     Within the block they may wait for each other by ``exchange`` and ``barrier`` alone, or where
     none can fail by itself. No process leaves a block that fails before all have tidied up.
 
     Raises:
-        SaidElsewhere: Another process has failed, and says why.
+        ReportedElsewhere: Another process has failed, and says why.
     """
     if world_size() == 1:
         yield
         return
-    with others():
+    with detect_lost_ranks():
         try:
             yield
             barrier()
-        except SaidElsewhere:
+        except ReportedElsewhere:
             _gather(None)
             raise
         except Exception:
             failed = [isinstance(given, _Failed) for given in _gather(_Failed())]
             _gather(None)
             if any(failed[: rank()]):
-                raise SaidElsewhere("another process has failed, too") from None
+                raise ReportedElsewhere("another process has failed, too") from None
             raise
 
 
@@ -169,7 +169,7 @@ def from_first(value: Value) -> Value:
     """Return the value that the first process has, on all of them; plain Python values.
 
     Raises:
-        SaidElsewhere: A process has given up (``together``).
+        ReportedElsewhere: A process has given up (``propagate_errors``).
     """
     barrier()
     if world_size() == 1:
@@ -190,11 +190,11 @@ def _gather(value: Any) -> list[Any]:
 
 
 @contextmanager
-def others() -> Iterator[None]:
+def detect_lost_ranks() -> Iterator[None]:
     """Say in a line that another process is gone, should talking to it fail within the block.
 
     Raises:
-        LostProcess: It is.
+        RankLost: It is.
     """
     try:
         yield
@@ -204,7 +204,7 @@ def others() -> Iterator[None]:
         )
         if world_size() == 1 or not is_loss:
             raise
-        raise LostProcess(
+        raise RankLost(
             "another process has ended; the same command goes on from the last checkpoint, or"
             " begins again where none is kept"
         ) from None

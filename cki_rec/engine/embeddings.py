@@ -21,7 +21,7 @@ from cki_rec.config import Model, Runtime, Train
 from cki_rec.data.schema import FeatureSchema
 from cki_rec.engine import distributed
 from cki_rec.engine.plans import Sharder, describe, make_plan
-from cki_rec.integration.params import generator
+from cki_rec.merging.params import generator
 from cki_rec.models import build_model
 from cki_rec.models.embeddings import FIRST_ORDER, NUMBERS, FieldEmbeddings
 

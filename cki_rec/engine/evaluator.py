@@ -7,9 +7,9 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from cki_rec.data.encoding.store import EncodedDataset
 from cki_rec.data.loader import Loader
 from cki_rec.data.schema import FeatureSchema
-from cki_rec.data.store import EncodedDataset
 from cki_rec.engine import distributed
 
 BATCH_SIZE = 16_384

@@ -24,7 +24,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
 from cki_rec.config import Model, UserError, section
-from cki_rec.data.schema import FIRST_ID, PADDING_ID, UNSEEN_ID, Batch, FeatureSchema
+from cki_rec.data.schema import FIRST_ID, OOV_ID, PADDING_ID, Batch, FeatureSchema
 from cki_rec.models.embeddings import Embedded, FieldEmbeddings
 
 IDS, NUMBERS = "ids", "numbers"
@@ -168,7 +168,7 @@ def draw_batch(
             sizes[0] = 0
             sizes[-1] = longest
         lengths.append(sizes)
-        of_table = (UNSEEN_ID, schema.table_sizes[feature.table])
+        of_table = (OOV_ID, schema.table_sizes[feature.table])
         values.append(torch.randint(*of_table, (int(sizes.sum()),), generator=generator))
     num = len(schema.numbers)
     return Batch(
@@ -311,7 +311,7 @@ def describe(servable: Servable, model: Model) -> dict[str, Any]:
         },
         "numbers": {f.name: schema.vocabulary_hashes.get(f.name) for f in schema.numbers},
         "padding_id": PADDING_ID,
-        "unseen_id": UNSEEN_ID,
+        "unseen_id": OOV_ID,
         "first_id": FIRST_ID,
         "model": section(model),
     }

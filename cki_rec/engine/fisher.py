@@ -14,7 +14,7 @@ from torch.func import functional_call, grad_and_value, vmap
 
 from cki_rec.data.schema import Batch
 from cki_rec.engine.embeddings import table_of
-from cki_rec.integration.params import Params
+from cki_rec.merging.params import Params
 from cki_rec.models.embeddings import FIRST_ORDER, NUMBERS, Embedded, FieldEmbeddings
 
 LARGEST = 1 << 25

@@ -13,19 +13,19 @@ from torch.func import functional_call
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from cki_rec.config import Gate, UserError
+from cki_rec.data.encoding.store import EncodedDataset
 from cki_rec.data.loader import Loader
 from cki_rec.data.schema import Batch, FeatureSchema
-from cki_rec.data.store import EncodedDataset
 from cki_rec.engine.embeddings import table_of
 from cki_rec.engine.evaluator import predict
-from cki_rec.integration.params import Params, Weights
-from cki_rec.integration.splicing import splice
-from cki_rec.integration.vocabulary import restrict_weights
+from cki_rec.merging.mixing import mix
+from cki_rec.merging.params import MixingWeights, Params
+from cki_rec.merging.vocabulary import restrict_weights
 from cki_rec.progress import progress
 
 Gates = dict[str, Tensor | None]
 Metric = Callable[[NDArray[np.float32], NDArray[np.float32]], float | None]
-Weigh = Callable[[Sequence[Params], Sequence[Params], Mapping[str, Tensor | None]], Weights]
+Weigh = Callable[[Sequence[Params], Sequence[Params], Mapping[str, Tensor | None]], MixingWeights]
 """``weigh(models, counts, gates)`` of some parameters; of a table, it may be some rows only."""
 
 
@@ -107,7 +107,7 @@ class SplicedAtLookup(nn.Module):
         if not parts[0]:
             return {}
         weights = self.weigh(parts, counts, {n: self.gates[n] for n in parts[0]})
-        return splice(parts, restrict_weights(weights, owners))
+        return mix(parts, restrict_weights(weights, owners))
 
 
 def at_rows(name: str, tensor: Tensor, rows: Mapping[str, Tensor]) -> Tensor:
@@ -164,7 +164,7 @@ def train_gates(
         network: A network with unsharded tables; its own parameters are not used.
         models: The sources.
         gates: Initial gate per parameter; None where there is none.
-        weigh: Sources, counts and gates -> splicing weights.
+        weigh: Sources, counts and gates -> mixing weights.
         trunk: Parameters that start from the first source and learn along; empty: none. Statistics
             of batch norms among them are those of the rows they see.
         dataset: Where rows are.
@@ -209,7 +209,7 @@ def train_gates(
                 loss = binary_cross_entropy_with_logits(module(batch), batch.label)
                 if not torch.isfinite(loss):
                     raise UserError(
-                        f"{title}: the loss is {loss.item()}; lower integrate.gate.learning_rate"
+                        f"{title}: the loss is {loss.item()}; lower merge.gate.learning_rate"
                     )
                 optimizer.zero_grad()
                 loss.backward()

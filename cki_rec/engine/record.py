@@ -23,8 +23,9 @@ from filelock import FileLock
 from numpy.typing import NDArray
 
 from cki_rec import COMMAND_VARIABLE, project_root
+from cki_rec.checkpoints import checkpoint
 from cki_rec.config import UserError
-from cki_rec.engine import checkpoint, distributed
+from cki_rec.engine import distributed
 from cki_rec.engine.resume import RESUME, kept
 from cki_rec.environment import installed_version
 
@@ -97,10 +98,10 @@ def open_run(out: Path, run_id: str, force: bool = False, resume: str = "never")
     first holds the directory for all.
 
     Raises:
-        LostProcess: One of these has ended.
+        RankLost: One of these has ended.
     """
     if distributed.rank() > 0:
-        with distributed.others():
+        with distributed.detect_lost_ranks():
             distributed.barrier()  # the first has it now
             yield Run(out / run_id)
             distributed.barrier()  # and its record is written
@@ -109,7 +110,7 @@ def open_run(out: Path, run_id: str, force: bool = False, resume: str = "never")
     locks = out / "locks"
     locks.mkdir(exist_ok=True)
     run = Run(out / run_id)
-    with FileLock(locks / f"{run_id}.lock"), distributed.others():
+    with FileLock(locks / f"{run_id}.lock"), distributed.detect_lost_ranks():
         is_unfinished = run.record is None
         if force or (is_unfinished and not (resume == "auto" and kept(run.path / RESUME))):
             shutil.rmtree(run.path, ignore_errors=True)

@@ -19,11 +19,12 @@ from typing import Any
 
 import torch
 
+from cki_rec.checkpoints import checkpoint
 from cki_rec.config import Model, Runtime, Stopped, Train, UserError
 from cki_rec.data.loader import Loader
-from cki_rec.data.origin import Origin
+from cki_rec.data.provenance import Provenance
 from cki_rec.data.schema import FeatureSchema
-from cki_rec.engine import checkpoint, distributed
+from cki_rec.engine import distributed
 from cki_rec.engine.embeddings import ShardedModel
 from cki_rec.engine.optimization import Average, moments
 
@@ -35,7 +36,7 @@ RESUME = "resume"
 
 
 @dataclass(slots=True)
-class Position:
+class LoopState:
     """Where a training stands; plain JSON values."""
 
     step: int = 0
@@ -100,7 +101,7 @@ class TrainingState:
         return groups if self.average is None else {**groups, "average": self.average.state}
 
 
-class Keeper:
+class Checkpointer:
     """Keeps checkpoints of an unfinished training, and stops it where the system asks to.
 
     Args:
@@ -117,7 +118,7 @@ class Keeper:
         runtime: Runtime | None,
         model: Model | None = None,
         schema: FeatureSchema | None = None,
-        origin: Origin | None = None,
+        origin: Provenance | None = None,
     ) -> None:
         self._folder = None if folder is None else folder / RESUME
         self._runtime, self._about = runtime, (model, schema, origin)
@@ -127,17 +128,17 @@ class Keeper:
         """Step that the training went on from."""
 
     @classmethod
-    def none(cls) -> Keeper:
+    def none(cls) -> Checkpointer:
         """Return one that keeps nothing."""
         return cls(None, None)
 
-    def restore(self, state: TrainingState) -> Position:
+    def restore(self, state: TrainingState) -> LoopState:
         """Go back to the last checkpoint that is whole, or to the start where there is none."""
         name, position = distributed.from_first(self._last_whole())
         if self._folder is None or position is None:
-            return Position()
+            return LoopState()
         checkpoint.load_into(state.tensors(), self._folder / name)
-        at = Position(**position)
+        at = LoopState(**position)
         assert at.loader is not None
         state.loader.load_state_dict(at.loader)
         self.resumed = at.step
@@ -153,7 +154,7 @@ class Keeper:
                     continue  # damaged; an older one will do
         return "", None
 
-    def keep_if_due(self, at: Position, state: TrainingState) -> None:
+    def keep_if_due(self, at: LoopState, state: TrainingState) -> None:
         """Write a checkpoint if it is time to, or if the system asks to stop.
 
         Raises:
@@ -197,7 +198,7 @@ class Keeper:
         if any_process(device, self._is_asked_to_stop)[0]:
             raise Stopped("stopped by the system; this training is finished")
 
-    def __enter__(self) -> Keeper:
+    def __enter__(self) -> Checkpointer:
         """Listen for the system's wish to stop (SIGTERM)."""
         if self._folder is not None and threading.current_thread() is threading.main_thread():
             self._previous = signal.signal(signal.SIGTERM, self._ask_to_stop)

@@ -22,12 +22,13 @@ from torch.distributed._shard.sharded_tensor import (
 )
 from torch.distributed._shard.sharding_spec import ShardMetadata
 
-from cki_rec.data.origin import Origin
+from cki_rec.checkpoints import checkpoint
+from cki_rec.checkpoints.checkpoint import TENSORS, Checkpoint
+from cki_rec.data.provenance import Provenance
 from cki_rec.data.schema import FeatureSchema
-from cki_rec.engine import checkpoint, distributed
-from cki_rec.engine.checkpoint import TENSORS, Checkpoint
+from cki_rec.engine import distributed
 from cki_rec.engine.embeddings import table_of
-from cki_rec.integration.params import Params
+from cki_rec.merging.params import Params
 
 Groups = dict[str, dict[str, Any]]
 """Tensors by group (``model``, ``accumulator``, ``counts``) and name."""
@@ -68,7 +69,7 @@ def load(folders: Sequence[Path], names: Sequence[str]) -> list[Checkpoint]:
     return [_filled(*pair) for pair in zip(outlines, folders, strict=True)]
 
 
-def save(folder: Path, tensors: Groups, saved: Checkpoint, origin: Origin) -> None:
+def save(folder: Path, tensors: Groups, saved: Checkpoint, origin: Provenance) -> None:
     """Write one checkpoint of what all processes hold, of the network of ``saved``."""
     sizes = saved.schema.table_sizes
     whole = {

@@ -18,15 +18,15 @@ from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from cki_rec.config import Train, UserError
+from cki_rec.data.encoding.store import EncodedDataset
 from cki_rec.data.loader import Loader
 from cki_rec.data.schema import Batch, FeatureSchema
-from cki_rec.data.store import EncodedDataset
 from cki_rec.engine import distributed
 from cki_rec.engine.embeddings import ShardedModel
 from cki_rec.engine.evaluator import predict
 from cki_rec.engine.optimization import Average, TableL2, clip, initialized_adam
 from cki_rec.engine.pipelining import Pipeline
-from cki_rec.engine.resume import Keeper, TrainingState
+from cki_rec.engine.resume import Checkpointer, TrainingState
 from cki_rec.engine.steps import StepLog
 from cki_rec.progress import progress
 
@@ -45,7 +45,7 @@ def fit(
     metrics: Metrics,
     save: Callable[[], None],
     title: str,
-    keeper: Keeper | None = None,
+    keeper: Checkpointer | None = None,
     log: StepLog | None = None,
 ) -> list[dict[str, Any]]:
     """Train until the monitored metric stops rising; ``save`` is called at every best epoch.
@@ -67,7 +67,7 @@ def fit(
         rank=distributed.rank(), world_size=distributed.world_size(), device=model.device,
     )  # fmt: skip
     label = dataset.labels(valid_rows)
-    keeper, log = keeper or Keeper.none(), log or StepLog.none()
+    keeper, log = keeper or Checkpointer.none(), log or StepLog.none()
     state = TrainingState(model, adam, average, loader)
     at = keeper.restore(state)
     log.start(at.step, at.epoch)

@@ -13,7 +13,7 @@ from cki_rec.models.dcn import DCN, DCNv2
 from cki_rec.models.deepfm import DeepFM
 from cki_rec.models.din import DIN
 from cki_rec.models.final_mlp import FinalMLP
-from cki_rec.models.references import DNN, FM, LR, WideDeep
+from cki_rec.models.shallow import DNN, FM, LR, WideDeep
 
 MODELS: dict[str, Callable[[FeatureSchema, Model, torch.device | None], nn.Module]] = {
     "lr": LR,

@@ -9,11 +9,11 @@ from torch import Tensor, nn
 
 from cki_rec.config import Model
 from cki_rec.data.schema import Batch, FeatureSchema
-from cki_rec.models.crossing import CrossNet, CrossNetMix, CrossNetV2
+from cki_rec.merging.symmetry import Kind, LogitScale, Slice, Symmetry
+from cki_rec.models.cross_network import CrossNet, CrossNetMix, CrossNetV2
 from cki_rec.models.embeddings import Embedded, FieldEmbeddings
 from cki_rec.models.layers import MLP
 from cki_rec.models.symmetries import Frame, frames, hidden_units
-from cki_rec.symmetry import Kind, LogitScale, Slice, Symmetry
 
 
 class DCN(nn.Module):

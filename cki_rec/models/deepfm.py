@@ -7,10 +7,10 @@ from torch import Tensor, nn
 
 from cki_rec.config import Model
 from cki_rec.data.schema import Batch, FeatureSchema
+from cki_rec.merging.symmetry import LogitScale, Symmetry
 from cki_rec.models.embeddings import Embedded, FieldEmbeddings
 from cki_rec.models.layers import MLP, fm_interaction
 from cki_rec.models.symmetries import common_frame, hidden_units, scale_with_products
-from cki_rec.symmetry import LogitScale, Symmetry
 
 
 class DeepFM(nn.Module):

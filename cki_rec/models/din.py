@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 from cki_rec.config import Model, UserError, nearest
 from cki_rec.data.schema import Batch, Feature, FeatureSchema
+from cki_rec.merging.symmetry import Kind, LogitScale, Symmetry
 from cki_rec.models.attention import ActivationUnit
 from cki_rec.models.embeddings import Embedded, FieldEmbeddings
 from cki_rec.models.layers import MLP
 from cki_rec.models.symmetries import frames, hidden_units, scale_of_sum
-from cki_rec.symmetry import Kind, LogitScale, Symmetry
 
 OPTION = "model.attention.pairs"
 

@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 from cki_rec.config import Model, UserError, nearest
 from cki_rec.data.schema import Batch, FeatureSchema
+from cki_rec.merging.symmetry import Kind, LogitScale, Slice, Symmetry
 from cki_rec.models.embeddings import Embedded, FieldEmbeddings
 from cki_rec.models.layers import MLP
 from cki_rec.models.symmetries import Frame, frames, hidden_kind, hidden_units, layer_outputs
-from cki_rec.symmetry import Kind, LogitScale, Slice, Symmetry
 
 STREAMS = ("mlp", "second")
 

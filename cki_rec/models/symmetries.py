@@ -1,4 +1,4 @@
-"""Symmetries of the blocks that models share (``cki_rec.symmetry`` says what a symmetry is)."""
+"""Symmetries of the blocks that models share; ``merging.symmetry`` defines a symmetry."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from cki_rec.merging.symmetry import Kind, LogitScale, Slice, Symmetry
 from cki_rec.models.embeddings import FIRST_ORDER, FieldEmbeddings
 from cki_rec.models.layers import MLP, Dice
-from cki_rec.symmetry import Kind, LogitScale, Slice, Symmetry
 
 
 @dataclass(frozen=True, slots=True)

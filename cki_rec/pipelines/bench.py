@@ -14,7 +14,7 @@ from pathlib import Path
 
 from cki_rec.config import Config, UserError, nearest
 from cki_rec.engine.record import hardware, write_atomically
-from cki_rec.pipelines import bench_data, bench_integrate, bench_train
+from cki_rec.pipelines import bench_data, bench_merge, bench_train
 
 COMMAND = [sys.executable, "-m", "cki_rec"]
 
@@ -111,11 +111,9 @@ BENCHMARKS: dict[str, Benchmark] = {
     ),
     "train_bf16": Benchmark(bench_train.train_bf16, "times", "above", 1.0),
     "train_compiled": Benchmark(bench_train.train_compiled, "times", "above", 1.0),
-    "integrate_seconds_100m": Benchmark(
-        bench_integrate.integrate_seconds_100m, "s", "below", 10.0
-    ),
+    "integrate_seconds_100m": Benchmark(bench_merge.integrate_seconds_100m, "s", "below", 10.0),
     "integrate_extra_memory_100m": Benchmark(
-        bench_integrate.integrate_extra_memory_100m, "times one model", "below", 2.5
+        bench_merge.integrate_extra_memory_100m, "times one model", "below", 2.5
     ),
     "reproduce_minutes": Benchmark(reproduce_minutes, "min", "below", 10.0),
 }

@@ -25,9 +25,9 @@ import torch
 
 from cki_rec.config import Config
 from cki_rec.data.dataset import EncodedDataset
-from cki_rec.data.formats import criteo
+from cki_rec.data.encoding.store import PREPARATION
 from cki_rec.data.loader import Loader
-from cki_rec.data.store import PREPARATION
+from cki_rec.data.raw.formats import criteo
 from cki_rec.engine.embeddings import build, initialize
 from cki_rec.engine.optimization import initialized_adam
 from cki_rec.engine.trainer import Stepper

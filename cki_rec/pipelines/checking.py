@@ -1,4 +1,4 @@
-"""``cki-rec integrate check_only=true``: would these sources merge, before any work is done."""
+"""``cki-rec merge check_only=true``: would these sources merge, before any work is done."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from pathlib import Path
 from typing import Any
 
 from cki_rec import COMMAND_VARIABLE
+from cki_rec.checkpoints import checkpoint
+from cki_rec.checkpoints.checkpoint import Checkpoint
 from cki_rec.config import Config, UserError, with_delta
-from cki_rec.data import store
-from cki_rec.engine import checkpoint
-from cki_rec.engine.checkpoint import Checkpoint
-from cki_rec.integration.methods import METHODS, needs_of
-from cki_rec.integration.options import in_yaml
+from cki_rec.data.encoding import store
+from cki_rec.merging.options import in_yaml
+from cki_rec.merging.registry import METHODS, needs_of
 from cki_rec.pipelines import compatibility, looking, train, vocabularies
 from cki_rec.pipelines.compatibility import Finding, State
 from cki_rec.pipelines.external import folder_of
 from cki_rec.pipelines.vocabularies import Joined
 
-NOT_OF_TRAINING = ("integrate", "suite.", "finetune", "evaluate", "check_only", "name", "-")
+NOT_OF_TRAINING = ("merge", "suite.", "finetune", "evaluate", "check_only", "name", "-")
 """Begin the words of a command that say nothing of how a source is trained."""
 
 log = logging.getLogger(__name__)
@@ -39,7 +39,7 @@ def check(
 
     Args:
         config: As configured.
-        ways: The integrations that it asks for: itself, or its candidates.
+        ways: The integrations that it asks for: itself, or its recipes.
         method_of: Raises what is wrong with the method's options.
 
     Raises:
@@ -48,16 +48,16 @@ def check(
     if config not in ways:
         method_of(config)
     for way in ways:
-        looks = any(looking.needs_rows(each.integrate) for each in (way, config))
+        looks = any(looking.needs_rows(each.merge) for each in (way, config))
         findings = _findings(way, method_of, looks)
-        log.info("integrate %s (%s):", way.integrate.label, way.integrate.method)
+        log.info("merge %s (%s):", way.merge.label, way.merge.method)
         for finding in findings:
             log.info("  %-20s %-10s %s", finding.check, finding.state, finding.reason)
         wrong = [f for f in findings if f.state == "impossible"]
         if wrong:
             more = f" (and {len(wrong) - 1} more, above)" if len(wrong) > 1 else ""
             raise UserError(
-                f"check_only: integrate.method={way.integrate.method} would not run:"
+                f"check_only: merge.method={way.merge.method} would not run:"
                 f" {wrong[0].check}: {wrong[0].reason}{more}"
             )
     log.info("it would run")
@@ -69,7 +69,7 @@ def _findings(
     looks_at_rows: bool,
 ) -> list[Finding]:
     """Return all that can be said; the rest needs what is found impossible before it."""
-    options, found = config.integrate, []
+    options, found = config.merge, []
     try:
         method_of(config)
     except UserError as error:
@@ -77,8 +77,8 @@ def _findings(
             raise
         found.append(Finding("method", "impossible", str(error)))
     deltas = [(str(delta), delta) for delta in options.sources]
-    if options.start and "start" in METHODS[options.method].needs:
-        deltas.append((f"start {options.start}", options.start))
+    if options.base and "base" in METHODS[options.method].needs:
+        deltas.append((f"start {options.base}", options.base))
     loaded: list[tuple[str, Path, Checkpoint]] = []
     for name, delta in deltas:
         try:
@@ -98,7 +98,7 @@ def _compared(
     config: Config, loaded: Sequence[tuple[str, Path, Checkpoint]], expected: int
 ) -> tuple[list[Finding], list[Checkpoint]]:
     """Return what sources differ in, and the sources, joined where they can be."""
-    options = config.integrate
+    options = config.merge
     names, saved = [name for name, _, _ in loaded], [c for _, _, c in loaded]
     found = [*compatibility.architecture(saved, names), *compatibility.features(saved, names)]
     is_joined = bool(options.vocabularies) and len(loaded) == expected
@@ -109,7 +109,7 @@ def _compared(
             nulls: list[Any] = [None] * len(loaded)
             look = options if is_joined else replace(options, vocabularies=nulls)
             pairs = [(folder, one) for _, folder, one in loaded]
-            homes = vocabularies.folders_of(replace(config, integrate=look), pairs)
+            homes = vocabularies.folders_of(replace(config, merge=look), pairs)
             joined = vocabularies.joined(saved, homes, min(len(saved), len(options.sources)))
         except UserError as error:
             state: State = "impossible" if is_joined else "differs"
@@ -118,11 +118,11 @@ def _compared(
     if is_joined or not joined.rows:
         saved = joined.checkpoints
         found += compatibility.tensors(saved, names)
-    is_rule = METHODS[options.method].is_rule
-    found += compatibility.finite(saved, names, is_rule)
+    merges_parameters = METHODS[options.method].merges_parameters
+    found += compatibility.finite(saved, names, merges_parameters)
     found += compatibility.evidence(saved, names, options)
     fits = all(f.state != "impossible" for f in found if f.check not in ("method", "checkpoint"))
-    if fits and is_rule:
+    if fits and merges_parameters:
         sources = saved[: len(options.sources)]
         found += compatibility.alignment(sources, names, options, config.seed, joined.owners)
     return [*found, compatibility.memory(saved, options)], saved[: len(options.sources)]
@@ -132,7 +132,7 @@ def _data(
     config: Config, sources: Sequence[Checkpoint], names: Sequence[str], looks_at_rows: bool
 ) -> list[Finding]:
     """Return whether the rows that are looked at are there, and fit the sources."""
-    options = config.integrate
+    options = config.merge
     needs = needs_of(options.method, options.options)
     if not looks_at_rows and not needs & {"fisher", "moments"}:
         return [Finding("needs", "ok", "no data set")]
@@ -158,7 +158,7 @@ def find(config: Config, delta: dict[str, Any]) -> Path:
         UserError: It is not; the command that makes it.
     """
     if "path" in delta:
-        return folder_of(delta, "integrate.sources")
+        return folder_of(delta, "merge.sources")
     changed = with_delta(config, delta)
     dataset = store.find(changed.data, changed.runtime.encoded)
     if dataset is not None:

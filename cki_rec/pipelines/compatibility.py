@@ -12,18 +12,18 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
-from cki_rec.config import Integrate, UserError
-from cki_rec.data import tokens
-from cki_rec.engine.checkpoint import Checkpoint
+from cki_rec.checkpoints.checkpoint import Checkpoint
+from cki_rec.config import Merge, UserError
+from cki_rec.data.encoding import tokens
 from cki_rec.engine.embeddings import table_of
-from cki_rec.engine.moments import random_batch
-from cki_rec.integration.alignment import agreement, random_element
-from cki_rec.integration.frames import table_products, transform
-from cki_rec.integration.params import Params, generator
+from cki_rec.merging.alignment import agreement, random_element
+from cki_rec.merging.params import Params, generator
+from cki_rec.merging.projection import table_products, transform
+from cki_rec.merging.statistics import random_batch
+from cki_rec.merging.symmetry import Symmetry
 from cki_rec.models import build_model
 from cki_rec.models.comparison import decides, differences
 from cki_rec.pipelines import matching, merging
-from cki_rec.symmetry import Symmetry
 
 State = Literal["ok", "differs", "impossible"]
 ROWS = 512
@@ -108,7 +108,7 @@ def vocabularies(
             yield Finding(check, "differs", f"{reason}; joined to {rows[table]['tokens']:,}")
         else:
             nulls = ",".join(["null"] * len(checkpoints))
-            mend = f"; join them: integrate.vocabularies=[{nulls}]" if table in rows else ""
+            mend = f"; join them: merge.vocabularies=[{nulls}]" if table in rows else ""
             yield Finding(check, "impossible", reason + mend)
 
 
@@ -143,14 +143,14 @@ def finite(checkpoints: Sequence[Checkpoint], names: Sequence[str], merges: bool
 
 
 def evidence(
-    checkpoints: Sequence[Checkpoint], names: Sequence[str], options: Integrate
+    checkpoints: Sequence[Checkpoint], names: Sequence[str], options: Merge
 ) -> list[Finding]:
     """Return whether all have row counts, and accumulators of which form."""
     lacking = [name for saved, name in zip(checkpoints, names, strict=True) if not saved.counts]
     is_needed = merging.uses_counts(options)
     if lacking:
         state: State = "impossible" if is_needed else "differs"
-        why = f"integrate.method={options.method} needs them" if is_needed else "not needed"
+        why = f"merge.method={options.method} needs them" if is_needed else "not needed"
         counts = Finding("row counts", state, f"none in {_listed(lacking)}; {why}")
     else:
         seen = [sum(int(c.sum()) for c in saved.counts.values()) for saved in checkpoints]
@@ -169,7 +169,7 @@ def evidence(
 def alignment(
     checkpoints: Sequence[Checkpoint],
     names: Sequence[str],
-    options: Integrate,
+    options: Merge,
     seed: int,
     owners: Mapping[str, Tensor],
 ) -> Iterator[Finding]:
@@ -207,7 +207,7 @@ def alignment(
         yield Finding("agreement", "ok", f"mean cosine {cosine:.3f} of what could be aligned, now")
 
 
-def memory(checkpoints: Sequence[Checkpoint], options: Integrate) -> Finding:
+def memory(checkpoints: Sequence[Checkpoint], options: Merge) -> Finding:
     """Return an estimate of what integration holds at once, beside what this machine has."""
     sources = sum(
         _bytes(c.params) + _bytes(c.accumulators) + _bytes(c.counts) for c in checkpoints

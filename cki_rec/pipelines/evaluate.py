@@ -12,9 +12,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cki_rec.analysis.metrics import log_loss, summarize
-from cki_rec.analysis.recalibration import Recalibration, recalibration
-from cki_rec.analysis.statistics import (
+from cki_rec.checkpoints import checkpoint
+from cki_rec.config import Config, Evaluate, UserError, run_id, section
+from cki_rec.data.encoding import store
+from cki_rec.data.encoding.store import EncodedDataset
+from cki_rec.data.test_labels import all_labels
+from cki_rec.engine.record import Run, add_to_sweep, open_run, save_arrays
+from cki_rec.evaluation.metrics import log_loss, summarize
+from cki_rec.evaluation.recalibration import Recalibration, recalibration
+from cki_rec.evaluation.statistics import (
     Interval,
     Resamples,
     bootstrap_auc,
@@ -23,14 +29,8 @@ from cki_rec.analysis.statistics import (
     paired_difference,
     resampling_weights,
 )
-from cki_rec.config import Config, Evaluate, UserError, run_id, section
-from cki_rec.data import store
-from cki_rec.data.held_out import all_labels
-from cki_rec.data.store import EncodedDataset
-from cki_rec.engine import checkpoint
-from cki_rec.engine.record import Run, add_to_sweep, open_run, save_arrays
-from cki_rec.pipelines import finetune, integrate, train
-from cki_rec.pipelines.integrate import Source
+from cki_rec.pipelines import finetune, merge, train
+from cki_rec.pipelines.merge import Source
 from cki_rec.pipelines.scores import check_rows, predictions
 
 log = logging.getLogger(__name__)
@@ -53,11 +53,11 @@ class Measured:
 
 def run(config: Config) -> float | None:
     """Train, integrate and fine-tune what is missing, then measure; return the validation AUC."""
-    label, tuned = config.integrate.label, config.finetune.epochs > 0
+    label, tuned = config.merge.label, config.finetune.epochs > 0
     why = None
-    if tuned and not integrate.method_of(config).single:
+    if tuned and not merge.method_of(config).single:
         why = "is no single model that could be fine-tuned"
-    elif config.integrate.method == "oracle_router" and not _has_one_source_a_part(config):
+    elif config.merge.method == "oracle_router" and not _has_one_source_a_part(config):
         why = "needs one source for each part of the data, as suite=shards has them"
     if why:
         add_to_sweep(Path(config.runtime.out), config.name, None)
@@ -86,20 +86,18 @@ def ensure(config: Config, force: bool = False) -> Run:
     rows for LogLoss after recalibration. DeLong's p value takes rows as independent, intervals
     resample what ``evaluate.resample`` says.
     """
-    integrate.method_of(config)
-    outside = [
-        any("path" in s for s in x) for x in (config.integrate.sources, config.suite.sources)
-    ]
+    merge.method_of(config)
+    outside = [any("path" in s for s in x) for x in (config.merge.sources, config.suite.sources)]
     if outside == [True, False]:
         raise UserError(
-            "integrate.sources names checkpoints, suite.sources does not: name them as"
-            " suite.sources=[{path: ...},{path: ...}], which integrate.sources follows"
+            "merge.sources names checkpoints, suite.sources does not: name them as"
+            " suite.sources=[{path: ...},{path: ...}], which merge.sources follows"
         )
-    parents = integrate.resolve(config, config.suite.sources)
+    parents = merge.resolve(config, config.suite.sources)
     dataset = store.prepare(config.data, config.runtime.encoded, config.runtime.chunk_mb)
     options = config.evaluate
-    start = integrate.start_of(config)
-    sources = [*parents, *integrate.resolve(config, config.integrate.sources)]
+    start = merge.start_of(config)
+    sources = [*parents, *merge.resolve(config, config.merge.sources)]
     _check_unseen(options, dataset, [*sources, *([start] if start else [])])  # before any merging
     members = _members(config)
     if dataset.group is None:  # rows have no users, and the record must not say they had
@@ -108,8 +106,8 @@ def ensure(config: Config, force: bool = False) -> Run:
     if not options.disjoint_files:
         del evaluated["disjoint_files"]
     reads = {
-        "name": [config.suite.name, config.integrate.label, config.finetune.epochs > 0],
-        "method": config.integrate.method,
+        "name": [config.suite.name, config.merge.label, config.finetune.epochs > 0],
+        "method": config.merge.method,
         "members": [source.identity for source in members],
         "parents": [source.identity for source in parents],
         "data": dataset.hash,
@@ -132,10 +130,10 @@ def _members(config: Config) -> list[Source]:
     """Return the models whose mean logit is evaluated: one, or those of an ensemble."""
     if config.finetune.epochs > 0:
         tuned = finetune.ensure(config)
-        return [Source(config.integrate.label, tuned.path.name, tuned.checkpoint)]
-    if integrate.method_of(config).single:
+        return [Source(config.merge.label, tuned.path.name, tuned.checkpoint)]
+    if merge.method_of(config).single:
         return [finetune.merged(config)]
-    return integrate.resolve(config, config.integrate.sources)
+    return merge.resolve(config, config.merge.sources)
 
 
 def _evaluate(
@@ -148,11 +146,11 @@ def _evaluate(
     """Return the result for the record, and the bootstrap replicates of its differences."""
     for name in _check_unseen(options, dataset, [*parents, *members]):
         log.info("  %s: taken as said, no test row is in its other raw files", name)
-    best = integrate.best_source(config, dataset, parents)
+    best = merge.best_source(config, dataset, parents)
     kinds = {"probability_ensemble": _mean_probabilities, "oracle_router": _routed}
-    logits = kinds.get(config.integrate.method, _mean_logits)(config, dataset, members)
+    logits = kinds.get(config.merge.method, _mean_logits)(config, dataset, members)
     references = {
-        "best_parent": _mean_logits(config, dataset, [best]),
+        "best_source": _mean_logits(config, dataset, [best]),
         "output_ensemble": _mean_logits(config, dataset, parents),
     }
     rows = dataset.rows("test")
@@ -165,7 +163,7 @@ def _evaluate(
     result: dict[str, Any] = {
         "suite": config.suite.name,
         "seed": config.seed,
-        "method": config.integrate.label,
+        "method": config.merge.label,
         "finetuned": config.finetune.epochs > 0,
         "inference_cost": len(members),
         "parameters": _num_parameters(members[0].folder) * len(members),
@@ -291,11 +289,11 @@ def _routed(config: Config, dataset: EncodedDataset, members: Sequence[Source]) 
     """
     if not _has_one_source_a_part(config):
         raise UserError(
-            "integrate.method=oracle_router: needs one source for each part of the data,"
+            "merge.method=oracle_router: needs one source for each part of the data,"
             " [{data.part: 0}, {data.part: 1}, ...], as suite=shards has them"
         )
     partition = config.data.partition
-    named = [source["data.part"] for source in config.integrate.sources]
+    named = [source["data.part"] for source in config.merge.sources]
     part = dataset.parts(partition).part
     scores = [predictions(config, dataset, s.identity, s.folder) for s in members]
     found = {}
@@ -307,7 +305,7 @@ def _routed(config: Config, dataset: EncodedDataset, members: Sequence[Source]) 
 
 
 def _has_one_source_a_part(config: Config) -> bool:
-    named = [source.get("data.part") for source in config.integrate.sources]
+    named = [source.get("data.part") for source in config.merge.sources]
     parts = config.data.partition.parts
     return len(named) == parts and set(named) == set(range(parts))
 
@@ -322,7 +320,7 @@ def _resamples(unit: bytes, dtype: str, num_resamples: int, seed: int) -> Resamp
 
 def _shares(config: Config) -> dict[str, list[float]] | None:
     """Return what was spliced from whom; None where nothing was."""
-    record = integrate.ensure(config).record
+    record = merge.ensure(config).record
     assert record is not None
     shares: dict[str, list[float]] | None = record["result"]["shares"]
     return shares

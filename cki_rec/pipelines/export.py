@@ -15,10 +15,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from cki_rec.checkpoints import checkpoint
+from cki_rec.checkpoints.checkpoint import DESCRIPTION, Checkpoint
 from cki_rec.config import Config, UserError, nearest
-from cki_rec.data.vocabulary import file_sha256
-from cki_rec.engine import checkpoint, distributed
-from cki_rec.engine.checkpoint import DESCRIPTION, Checkpoint
+from cki_rec.data.encoding.vocabulary import file_sha256
+from cki_rec.engine import distributed
 from cki_rec.engine.export import (
     FORMATS,
     TOLERANCE,

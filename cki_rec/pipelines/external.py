@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from cki_rec.checkpoints import checkpoint
 from cki_rec.config import UserError
-from cki_rec.engine import checkpoint
 
 EXTERNAL = "external-"
 """Begins the identity of a checkpoint named by path."""

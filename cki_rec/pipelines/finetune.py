@@ -1,4 +1,4 @@
-"""Integrate, then train briefly on all rows."""
+"""Merge, then train briefly on all rows."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from cki_rec.config import Config, Train, UserError, run_id, section
-from cki_rec.data import store
-from cki_rec.data.origin import together
-from cki_rec.data.store import EncodedDataset
+from cki_rec.data.encoding import store
+from cki_rec.data.encoding.store import EncodedDataset
+from cki_rec.data.provenance import union
 from cki_rec.engine import distributed
 from cki_rec.engine.record import Run, open_run
-from cki_rec.pipelines import integrate, train
-from cki_rec.pipelines.integrate import Source
+from cki_rec.pipelines import merge, train
+from cki_rec.pipelines.merge import Source
 from cki_rec.pipelines.scores import moved_start, restore
 
 log = logging.getLogger(__name__)
@@ -33,14 +33,14 @@ def run(config: Config) -> float:
 def ensure(config: Config, force: bool = False) -> Run:
     """Return the finished fine-tuning of ``config``; integrate first if that is not there.
 
-    The start may be a parent as it is (``integrate=best_parent``): the control that trains equally
+    The start may be a parent as it is (``merge=best_source``): the control that trains equally
     long.
 
     Raises:
         UserError: The method does not give one model.
     """
-    if not integrate.method_of(config).single:
-        raise UserError(f"integrate={config.integrate.label} gives no single model to fine-tune")
+    if not merge.method_of(config).single:
+        raise UserError(f"merge={config.merge.label} gives no single model to fine-tune")
     start = merged(config)
     dataset = store.prepare(config.data, config.runtime.encoded, config.runtime.chunk_mb)
     reads = {
@@ -59,13 +59,13 @@ def ensure(config: Config, force: bool = False) -> Run:
 
 def merged(config: Config) -> Source:
     """Return the one model that the configured integration gives."""
-    done = integrate.ensure(config)
+    done = merge.ensure(config)
     assert done.record is not None
-    integrate.warn_if_worse(config, done.record["result"])
+    merge.warn_if_worse(config, done.record["result"])
     kept = done.record["result"]["kept"]
     if kept is None:
-        return Source(config.integrate.label, done.path.name, done.checkpoint)
-    sources = integrate.sources_of(config)
+        return Source(config.merge.label, done.path.name, done.checkpoint)
+    sources = merge.sources_of(config)
     return next(source for source in sources if source.identity in kept)
 
 
@@ -83,8 +83,8 @@ def _finetune(
     shutil.rmtree(scratch, ignore_errors=True)
     rows = [dataset.rows(split) for split in ("train", "valid")]
     counts = dataset.row_counts(saved.schema)  # as after training on these rows alone
-    title = f"fine-tune {config.integrate.label}, {config.suite.name}, seed {config.seed}"
+    title = f"fine-tune {config.merge.label}, {config.suite.name}, seed {config.seed}"
     train.run_training(
         *(config, dataset, run, reads, model, saved.model, saved.schema),
-        *(rows, counts, schedule, title, together([saved.origin, dataset.origin])),
+        *(rows, counts, schedule, title, union([saved.origin, dataset.origin])),
     )

@@ -8,8 +8,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from cki_rec.integration.methods import METHODS, needs_of
-from cki_rec.integration.options import defaults, in_yaml
+from cki_rec.merging.options import defaults, in_yaml
+from cki_rec.merging.registry import METHODS, needs_of
 
 NARROWEST, WIDEST = 120, 180
 """Columns of a terminal that a readable table takes."""
@@ -18,7 +18,7 @@ NEEDS = {
     "fisher": "training rows",
     "moments": "training rows",
     "training": "training rows",
-    "start": "common start",
+    "base": "common start",
     "labels": "validation rows",
 }
 WHOLE = "whole tables"
@@ -45,7 +45,7 @@ def method_table(width: int | None = None) -> str:
         options = ", ".join(f"{option}={in_yaml(value)}" for option, value in known.items())
         idea = method.idea + (f"\n  {options}" if options else "")
         needs = dict.fromkeys(NEEDS[need] for need in sorted(needs_of(name, {})))
-        if method.is_rule and not method.rows_apart:
+        if method.merges_parameters and not method.row_wise:
             needs[WHOLE] = None
         table.add_row(
             *(name, idea, method.models, ", ".join(needs) or "-", method.cost, method.reference)
@@ -54,8 +54,8 @@ def method_table(width: int | None = None) -> str:
     with console.capture() as captured:
         console.print(table)
         console.print(
-            "Options: integrate.options.NAME=VALUE; null: chosen on validation rows. Common start:"
-            f" integrate.start. What needs no rows and no {WHOLE} runs on several processes, too.",
+            "Options: merge.options.NAME=VALUE; null: chosen on validation rows. Common start:"
+            f" merge.base. What needs no rows and no {WHOLE} runs on several processes, too.",
             soft_wrap=False,
         )
     return "\n".join(line.rstrip() for line in captured.get().strip("\n").splitlines())

@@ -8,16 +8,16 @@ from typing import Any
 
 import torch
 
-from cki_rec.config import Config, Integrate, UserError, with_delta
+from cki_rec.checkpoints.checkpoint import Checkpoint
+from cki_rec.config import Config, Merge, UserError, with_delta
+from cki_rec.data.encoding.store import EncodedDataset
 from cki_rec.data.schema import Batch
-from cki_rec.data.store import EncodedDataset
 from cki_rec.engine import distributed
-from cki_rec.engine.checkpoint import Checkpoint
 from cki_rec.engine.distillation import imitate
 from cki_rec.engine.fisher import fisher_diagonal
-from cki_rec.engine.moments import Observer, observer
-from cki_rec.integration.methods import METHODS, needs_of
-from cki_rec.integration.params import Params
+from cki_rec.merging.params import Params
+from cki_rec.merging.registry import METHODS, needs_of
+from cki_rec.merging.statistics import ActivationStatistics, observer
 from cki_rec.models import build_model
 from cki_rec.pipelines import matching
 from cki_rec.pipelines.scores import check_data, check_rows
@@ -33,19 +33,19 @@ class ScarceSample(UserError):
     """A sample has too few rows to fit a layer."""
 
 
-def looks_at_rows(options: Integrate) -> bool:
+def looks_at_rows(options: Merge) -> bool:
     """Return whether method, alignment or repair look at training rows."""
     needs = METHODS[options.method].needs
     is_matched = len(options.sources) > 1 and matching.looks_at_rows(options)
     return bool({"fisher", "moments", "training"} & needs) or is_matched
 
 
-def needs_rows(options: Integrate) -> bool:
+def needs_rows(options: Merge) -> bool:
     """Return whether the integration looks at rows of the data set."""
     return needs_labels(options) or looks_at_rows(options)
 
 
-def needs_labels(options: Integrate) -> bool:
+def needs_labels(options: Merge) -> bool:
     """Return whether the integration looks at validation rows, whatever its network."""
     if options.recalibrate or options.gate.train != "none":
         return True
@@ -58,11 +58,11 @@ def check_encoding(config: Config, source: Checkpoint) -> None:
     Raises:
         UserError: They are.
     """
-    is_joined = config.integrate.vocabularies and not config.data.vocabularies
-    if is_joined and matching.is_led(config.integrate, source):
+    is_joined = config.merge.vocabularies and not config.data.vocabularies
+    if is_joined and matching.is_led(config.merge, source):
         raise UserError(
-            "integrate.repair=reduce: chooses a source by validation rows, which are not encoded"
-            " with the joined vocabularies; use repair=choose, or data.vocabularies=[FOLDER,...],"
+            "merge.repair=project: chooses a source by validation rows, which are not encoded"
+            " with the joined vocabularies; use repair=select_units, or data.vocabularies=[FOLDER,...],"
             " the encoded data sets of the sources"
         )
 
@@ -78,10 +78,12 @@ def check_sources(
     Raises:
         UserError: By name, a source that was trained on other rows, or on other tokens.
     """
-    options = config.integrate
+    options = config.merge
     is_led = matching.is_led(options, sources[0])
     judged = sources if is_led or needs_labels(options) else sources[:1]
-    fits = check_data if METHODS[options.method].is_rule else check_rows  # kept, then moved
+    fits = (
+        check_data if METHODS[options.method].merges_parameters else check_rows
+    )  # kept, then moved
     for source, name in zip(judged, names, strict=False):
         fits(source, dataset, name)
 
@@ -91,22 +93,22 @@ def seen(
     models: Sequence[Params],
     saved: Checkpoint,
     dataset: EncodedDataset | None,
-    observe: Observer | None,
+    observe: ActivationStatistics | None,
 ) -> dict[str, Any]:
-    """Return the fields of ``Given`` that come of the network, and of rows where it needs them.
+    """Return the fields of ``MergeInputs`` that come of the network, and of rows where it needs them.
 
-    All sources are seen on the same sample of training rows (``integrate.sample``), but for the
+    All sources are seen on the same sample of training rows (``merge.sample``), but for the
     Fisher information: a source has it on the rows it was trained on where its part is known
     (``data.part``). A model that is trained sees all rows.
     """
-    needs = METHODS[config.integrate.method].needs
+    needs = METHODS[config.merge.method].needs
     found: dict[str, Any] = {"symmetries": matching.symmetries_of(saved)}
     if "fisher" in needs:
         assert observe is not None
         assert dataset is not None
         found["fisher"] = [
             fisher_diagonal(observe.network, m, _own(config, delta, saved, dataset, observe))
-            for m, delta in zip(models, config.integrate.sources, strict=True)
+            for m, delta in zip(models, config.merge.sources, strict=True)
         ]
     if "moments" in needs:
         assert observe is not None
@@ -115,7 +117,7 @@ def seen(
         assert dataset is not None
         distributed.start(config.runtime)
         rows, network = dataset, build_model(saved.schema, saved.model, torch.device("cpu"))
-        title = f"{config.integrate.label}, {config.suite.name}, seed {config.seed}"
+        title = f"{config.merge.label}, {config.suite.name}, seed {config.seed}"
         batch_size, seed = config.train.batch_size, config.seed
         found["imitate"] = lambda start, epochs, rate: imitate(
             *(network, models, start, rows, saved.schema),
@@ -124,8 +126,8 @@ def seen(
     return found
 
 
-def check_sample(options: Integrate, params: Params, observe: Observer) -> None:
-    """Check that a sample can tell what layers should be (``integrate.repair``); warn if barely.
+def check_sample(options: Merge, params: Params, observe: ActivationStatistics) -> None:
+    """Check that a sample can tell what layers should be (``merge.repair``); warn if barely.
 
     Args:
         options: How to repair.
@@ -135,7 +137,7 @@ def check_sample(options: Integrate, params: Params, observe: Observer) -> None:
     Raises:
         ScarceSample: A layer sees no more rows than it has inputs: anything fits there.
     """
-    kept = matching.coordinatewise(observe.network) if options.repair == "reduce" else set()
+    kept = matching.coordinatewise(observe.network) if options.repair == "project" else set()
     rows = {name: seen for name, seen in observe([params]).rows.items() if name not in kept}
     inputs = {name: params[name].shape[1] + 1 for name in rows}
     scarce = min(rows, key=lambda name: rows[name] / inputs[name], default=None)
@@ -144,7 +146,7 @@ def check_sample(options: Integrate, params: Params, observe: Observer) -> None:
     sample = sum(len(batch) for batch in observe.batches)
     needed = -(-ENOUGH * inputs[scarce] * sample // rows[scarce])
     says = (
-        f"integrate.sample: integrate.repair={options.repair} fits the {inputs[scarce]:,} inputs"
+        f"merge.sample: merge.repair={options.repair} fits the {inputs[scarce]:,} inputs"
         f" of {scarce} on {rows[scarce]:,} rows, noise and all; take {needed:,} or more, or"
         " repair=rescale"
     )
@@ -158,7 +160,7 @@ def _own(
     delta: dict[str, Any],
     saved: Checkpoint,
     dataset: EncodedDataset,
-    observe: Observer,
+    observe: ActivationStatistics,
 ) -> Sequence[Batch]:
     """Return a sample of the rows that a source was trained on; of all if that is not known."""
     if "path" in delta:
@@ -168,5 +170,5 @@ def _own(
         return observe.batches
     data = own.data
     rows = dataset.rows("train", data.partition, data.part)
-    size, seed = config.integrate.sample, config.seed
+    size, seed = config.merge.sample, config.seed
     return observer(observe.network, dataset, saved.schema, size, seed, rows).batches

@@ -9,22 +9,22 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from cki_rec.config import Integrate, UserError
+from cki_rec.checkpoints.checkpoint import Checkpoint
+from cki_rec.config import Merge, UserError
 from cki_rec.engine import distributed, sharded
-from cki_rec.engine.checkpoint import Checkpoint
 from cki_rec.engine.embeddings import table_of
-from cki_rec.engine.moments import Observer, random_batch
-from cki_rec.integration.alignment import align
-from cki_rec.integration.frames import reduce_frames, table_products, transform, whole_weights
-from cki_rec.integration.params import Params, Weights
-from cki_rec.integration.repair import fit_layers, rescale
-from cki_rec.integration.soups import Score
-from cki_rec.integration.splicing import splice
+from cki_rec.merging.alignment import align
+from cki_rec.merging.methods.soups import Score
+from cki_rec.merging.mixing import mix
+from cki_rec.merging.params import MixingWeights, Params
+from cki_rec.merging.projection import reduce_frames, table_products, transform, whole_weights
+from cki_rec.merging.repair import fit_layers, rescale
+from cki_rec.merging.statistics import ActivationStatistics, random_batch
+from cki_rec.merging.symmetry import Symmetry
 from cki_rec.models import build_model
 from cki_rec.models.attention import ActivationUnit
-from cki_rec.models.crossing import CrossNetMix, CrossNetV2
+from cki_rec.models.cross_network import CrossNetMix, CrossNetV2
 from cki_rec.models.final_mlp import FeatureGate
-from cki_rec.symmetry import Symmetry
 
 CHECKED_ROWS = 512
 TOLERANCE = 1e-5
@@ -32,24 +32,24 @@ COORDINATEWISE = (ActivationUnit, CrossNetV2, CrossNetMix, FeatureGate)
 """Modules that multiply coordinates of embeddings one by one."""
 
 
-def looks_at_rows(options: Integrate) -> bool:
+def looks_at_rows(options: Merge) -> bool:
     """Return whether alignment or repair run the sources on training rows."""
     return options.align.by == "activations" or options.repair != "none"
 
 
-def is_led(options: Integrate, saved: Checkpoint) -> bool:
+def is_led(options: Merge, saved: Checkpoint) -> bool:
     """Return whether repair takes a part of the network whole from one source, which leads."""
-    if options.repair != "reduce" or len(options.sources) == 1:
+    if options.repair != "project" or len(options.sources) == 1:
         return False
     return bool(coordinatewise(build_model(saved.schema, saved.model, torch.device("meta"))))
 
 
 def aligned(
-    options: Integrate,
+    options: Merge,
     models: Sequence[Params],
     counts: Sequence[Params],
     saved: Checkpoint,
-    observe: Observer | None,
+    observe: ActivationStatistics | None,
     seed: int,
 ) -> tuple[list[Params], dict[str, Any] | None]:
     """Return the sources in one frame, and how well they agree there and did before.
@@ -79,7 +79,7 @@ def aligned(
             own = functional_call(network, model, (batch,))
             moved.append(transform(model, symmetries, elements, in_place=True))
             scores = functional_call(network, moved[k], (batch,))
-        check_scores(scores, own, f"integrate.sources[{k}]")
+        check_scores(scores, own, f"merge.sources[{k}]")
     facts = {
         "by": options.align.by,
         "agreement": found.agreement,
@@ -99,16 +99,16 @@ def check_scores(scores: Tensor, own: Tensor, name: str) -> None:
     if not error <= TOLERANCE * max(1.0, float(own.abs().max())):
         raise UserError(
             f"{name}: alignment changed its scores by {error:.1e}; its network does not have the"
-            " symmetries that its model declares; use integrate.align.by=none"
+            " symmetries that its model declares; use merge.align.by=none"
         )
 
 
-def accumulators(merged: Params, options: Integrate) -> Params:
+def accumulators(merged: Params, options: Merge) -> Params:
     """Return Adagrad accumulators that fit moved tables.
 
     One a row is the same in every frame; of one a column, the mean over the row is.
     """
-    if options.align.by == "none" and options.repair != "reduce":
+    if options.align.by == "none" and options.repair != "project":
         return merged
     return {
         name: tensor
@@ -137,16 +137,16 @@ def moved_tables(symmetries: Sequence[Symmetry]) -> list[str]:
 
 
 def repaired(
-    options: Integrate,
+    options: Merge,
     merged: Params,
     models: Sequence[Params],
-    weights: Weights,
+    weights: MixingWeights,
     counts: Sequence[Params],
     saved: Checkpoint,
-    observe: Observer | None,
+    observe: ActivationStatistics | None,
     score: Score | None,
-) -> tuple[Params, Weights, dict[str, Any] | None]:
-    """Return the merged model after ``integrate.repair``, its splicing weights, and who leads.
+) -> tuple[Params, MixingWeights, dict[str, Any] | None]:
+    """Return the merged model after ``merge.repair``, its mixing weights, and who leads.
 
     All sources have equal shares in what layers are fitted to. Where a part comes whole from one
     source (``reduce``), each is tried, and the model with the best ``score`` is returned, the
@@ -158,10 +158,10 @@ def repaired(
     symmetries, shares = symmetries_of(saved), [1 / len(models)] * len(models)
     if options.repair == "rescale":
         return rescale(merged, models, shares, observe, symmetries), weights, None
-    if options.repair != "reduce":
+    if options.repair != "project":
         tables = {name: tensor for name, tensor in merged.items() if table_of(name)}
         on_merged_tables = [{**model, **tables} for model in models]
-        choosing = options.repair == "choose"
+        choosing = options.repair == "select_units"
         fitted = fit_layers(merged, on_merged_tables, shares, observe, symmetries, choosing)
         return fitted, weights, None
     products = table_products(models, moved_tables(rotations_of(symmetries)), counts)
@@ -174,7 +174,7 @@ def repaired(
     best, scores = reduced, list[float]()
     for lead in range(len(models)):
         own = whole_weights(weights, symmetries, readers, whole, lead)
-        led = splice([{name: model[name] for name in own} for model in models], own)
+        led = mix([{name: model[name] for name in own} for model in models], own)
         fitted = fit_layers(reduced | led, models, shares, observe, symmetries, True, whole)
         scores.append(score(fitted))
         if scores[-1] > max(scores[:-1], default=-1.0):

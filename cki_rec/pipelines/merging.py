@@ -9,21 +9,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cki_rec.analysis.metrics import auc
-from cki_rec.config import Config, Integrate, UserError
-from cki_rec.data.store import EncodedDataset
+from cki_rec.checkpoints.checkpoint import Checkpoint
+from cki_rec.config import Config, Merge, UserError
+from cki_rec.data.encoding.store import EncodedDataset
 from cki_rec.engine import distributed
-from cki_rec.engine.checkpoint import Checkpoint
 from cki_rec.engine.embeddings import table_of
 from cki_rec.engine.gating import Gates, train_gates
-from cki_rec.integration.assessment import compute_global_terms
-from cki_rec.integration.baselines import base_weights
-from cki_rec.integration.evidence import evidence_weights
-from cki_rec.integration.gate import initialize_gate
-from cki_rec.integration.methods import METHODS, Given
-from cki_rec.integration.params import STATISTICS, Params, Weights
-from cki_rec.integration.splicing import override_weights, splice
-from cki_rec.integration.vocabulary import from_owners, restrict_weights, shared_rows
+from cki_rec.evaluation.metrics import auc
+from cki_rec.merging.methods.average import base_weights
+from cki_rec.merging.methods.cki.assessment import compute_global_terms
+from cki_rec.merging.methods.cki.gate import initialize_gate
+from cki_rec.merging.methods.evidence import evidence_weights
+from cki_rec.merging.mixing import mix, override_weights
+from cki_rec.merging.params import STATISTICS, MixingWeights, Params
+from cki_rec.merging.registry import METHODS
+from cki_rec.merging.vocabulary import from_owners, restrict_weights, shared_rows
 from cki_rec.models import build_model
 from cki_rec.pipelines import rules
 
@@ -31,21 +31,21 @@ from cki_rec.pipelines import rules
 def merge(
     config: Config,
     models: Sequence[Params],
-    given: Given,
+    given: MergeInputs,
     dataset: EncodedDataset | None,
     saved: Checkpoint,
-) -> tuple[Params, Weights | None, dict[str, Any] | None]:
+) -> tuple[Params, MixingWeights | None, dict[str, Any] | None]:
     """Return the merged parameters, the weights that made them, and how gate training went.
 
     There are no weights where the method makes parameters itself.
     """
-    options = config.integrate
+    options = config.merge
     make = METHODS[options.method].merge
     if make is not None:
         params = make(models, given, **options.options)
         decided = overrides(options, models, given.counts)
         parts = [{name: model[name] for name in decided} for model in models]
-        params = {**params, **splice(parts, decided)}
+        params = {**params, **mix(parts, decided)}
         return from_owners(params, models, given.owners), None, None
     gates = initial_gates(options, models[0], config.seed)
     global_terms = (
@@ -61,7 +61,7 @@ def merge(
         counts: Sequence[Params],
         gates: Mapping[str, Tensor | None],
         splicing: str = "soft",  # hard weights pass no gradient
-    ) -> Weights:
+    ) -> MixingWeights:
         rule = replace(options, splice=splicing)
         terms = None if global_terms is None else {n: global_terms[n] for n in models[0]}
         return weights_of(rule, models, replace(given, counts=counts), gates, terms)
@@ -69,7 +69,7 @@ def merge(
     if options.gate.train == "none" or (options.gate.train == "frozen" and len(models) == 1):
         weights = weigh(models, given.counts, gates, options.splice)
         weights = restrict_weights(weights, given.owners)
-        return splice(models, weights), weights, None
+        return mix(models, weights), weights, None
 
     assert dataset is not None
     distributed.start(config.runtime)
@@ -94,18 +94,18 @@ def merge(
     with torch.no_grad():
         weights = weigh(models, given.counts, trained.gates, options.splice)
         weights = restrict_weights(weights, given.owners)
-        params = {**splice(models, weights), **trained.trunk}
+        params = {**mix(models, weights), **trained.trunk}
     return params, weights, {"best_epoch": trained.epoch, "valid_auc": trained.valid_metric}
 
 
 def weights_of(
-    options: Integrate,
+    options: Merge,
     models: Sequence[Params],
-    given: Given,
+    given: MergeInputs,
     gates: Mapping[str, Tensor | None],
     global_terms: Mapping[str, Tensor] | None,
-) -> Weights:
-    """Return splicing weights as ``conf/integrate`` describes them; of some parameters, too."""
+) -> MixingWeights:
+    """Return mixing weights as ``conf/merge`` describes them; of some parameters, too."""
     arguments: dict[str, Any] = dict(options.options)
     if options.method == "filter_grafting":
         arguments = {"global_terms": global_terms}
@@ -126,9 +126,9 @@ def weights_of(
     return override_weights(weights, decided, decided)
 
 
-def overrides(options: Integrate, models: Sequence[Params], counts: Sequence[Params]) -> Weights:
+def overrides(options: Merge, models: Sequence[Params], counts: Sequence[Params]) -> MixingWeights:
     """Return the weights of parameters that ``scope``, ``tables`` and ``bias`` decide."""
-    decided: Weights = {}
+    decided: MixingWeights = {}
     tables = [name for name in models[0] if table_of(name)]
     vectors = [name for name, tensor in models[0].items() if tensor.ndim == 1]
     if options.tables == "evidence":
@@ -143,7 +143,7 @@ def overrides(options: Integrate, models: Sequence[Params], counts: Sequence[Par
     return decided
 
 
-def uses_counts(options: Integrate) -> bool:
+def uses_counts(options: Merge) -> bool:
     """Return whether the rule asks how often each table row was seen."""
     return (
         "counts" in METHODS[options.method].needs
@@ -162,9 +162,7 @@ def counts_of(checkpoints: Sequence[Checkpoint], is_needed: bool) -> list[Params
         if not source.counts:
             if not is_needed:
                 return []
-            raise UserError(
-                f"integrate.sources[{k}]: its checkpoint holds no row counts (evidence)"
-            )
+            raise UserError(f"merge.sources[{k}]: its checkpoint holds no row counts (evidence)")
     return [
         {name: source.counts[table] for name in source.params if (table := table_of(name))}
         for source in checkpoints
@@ -191,7 +189,7 @@ def votes_of(
     ]
 
 
-def initial_gates(options: Integrate, params: Params, seed: int) -> Gates:
+def initial_gates(options: Merge, params: Params, seed: int) -> Gates:
     """Return an initial gate for every parameter whose weights the gate decides."""
     gates: Gates = {}
     outside = set(rules.outside_scope(options, params))
@@ -206,7 +204,7 @@ def initial_gates(options: Integrate, params: Params, seed: int) -> Gates:
     return gates
 
 
-def trunk_parameters(options: Integrate, params: Params) -> list[str]:
+def trunk_parameters(options: Merge, params: Params) -> list[str]:
     """Return what trains along with the gates: all that is out of scope, as released."""
     return rules.outside_scope(options, params) if options.gate.train == "trunk" else []
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from cki_rec.config import Config
-from cki_rec.data import store
-from cki_rec.data.summary import summary_lines
+from cki_rec.data.encoding import store
+from cki_rec.data.encoding.summary import summary_lines
 
 
 def run(config: Config) -> None:

@@ -12,12 +12,12 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
-from cki_rec.analysis.display import display_frame, markdown_table
-from cki_rec.analysis.html import report_page
-from cki_rec.analysis.plots import metric_plot, splice_plot
-from cki_rec.analysis.tables import runs_frame, summary_frame, write_csv
 from cki_rec.config import Config, UserError, first_comment
 from cki_rec.engine.record import Run, sweep_runs, write_atomically
+from cki_rec.evaluation.display import display_frame, markdown_table
+from cki_rec.evaluation.html import report_page
+from cki_rec.evaluation.plots import metric_plot, splice_plot
+from cki_rec.evaluation.tables import runs_frame, summary_frame, write_csv
 from cki_rec.pipelines.evaluate import REPLICATES
 
 TERMINAL_COLUMNS = ("method", "AUC", "LogLoss", "AUC vs best parent", "AUC vs output ensemble")
@@ -54,7 +54,7 @@ def run(config: Config) -> None:
     )
 
     suites = {name: first_comment("suite", name) for name in frame["suite"].unique()}
-    names = {name: first_comment("integrate", name) for name in methods}
+    names = {name: first_comment("merge", name) for name in methods}
     figures = {"AUC on test rows": metric_plot(summary, frame, "auc")}
     figures["LogLoss on test rows"] = metric_plot(summary, frame, "log_loss")
     for suite in frame["suite"].unique():

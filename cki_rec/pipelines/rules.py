@@ -1,4 +1,4 @@
-"""Which parameters a rule of ``conf/integrate`` merges, and what it is given."""
+"""Which parameters a rule of ``conf/merge`` merges, and what it is given."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from typing import Any
 
 import torch
 
-from cki_rec.config import Integrate, UserError
-from cki_rec.engine.checkpoint import Checkpoint
+from cki_rec.checkpoints.checkpoint import Checkpoint
+from cki_rec.config import Merge, UserError
 from cki_rec.engine.embeddings import table_of
-from cki_rec.integration.controls import permute, shuffle
-from cki_rec.integration.noise import entropy_differences
-from cki_rec.integration.params import Params
+from cki_rec.merging.ablations import permute, shuffle
+from cki_rec.merging.noise import entropy_differences
+from cki_rec.merging.params import Params
 from cki_rec.models import build_model
 
 HEAD = re.compile(r"mlp\.(?:layers\.(\d+)\.)?")
 """Begins the names of the MLP's parameters; the number of their layer."""
 
 
-def outside_scope(options: Integrate, params: Params) -> list[str]:
+def outside_scope(options: Merge, params: Params) -> list[str]:
     """Return the parameters that stay the first source's whatever the method says.
 
     Raises:
@@ -35,33 +35,33 @@ def outside_scope(options: Integrate, params: Params) -> list[str]:
     inside = {"head": set(head), "output": output, "hidden": set(head) - output}[options.scope]
     if not inside:
         raise UserError(
-            f"integrate.scope={options.scope}: the model has no such layers; integrate.scope=all"
+            f"merge.scope={options.scope}: the model has no such layers; merge.scope=all"
             " merges everything"
         )
     return [name for name in params if name not in inside]
 
 
-def is_decided_elsewhere(options: Integrate, name: str, params: Params) -> bool:
+def is_decided_elsewhere(options: Merge, name: str, params: Params) -> bool:
     """Return whether an option, not the method, decides about a parameter in scope."""
     return (bool(table_of(name)) and options.tables != "same") or (
         params[name].ndim == 1 and options.bias == "base"
     )
 
 
-def takes_all_alike(options: Integrate) -> bool:
+def takes_all_alike(options: Merge) -> bool:
     """Return whether dense parameters are the plain mean of all sources, which repair restores."""
     is_mean = options.method in ("average", "evidence", "best_of")
     return is_mean and options.scope == "all" and options.bias == "splice"
 
 
-def uses_entropy(options: Integrate) -> bool:
+def uses_entropy(options: Merge) -> bool:
     """Return whether the rule asks for the global term."""
     is_cki = options.method == "cki" and options.perspective != "local"
     return is_cki or options.method == "filter_grafting"
 
 
 def entropy_report(
-    options: Integrate, models: Sequence[Params], seed: int
+    options: Merge, models: Sequence[Params], seed: int
 ) -> dict[str, dict[str, list[float]]] | None:
     """Return what the global term saw of every parameter it decides about, and its noise."""
     if not uses_entropy(options):
@@ -76,7 +76,7 @@ def entropy_report(
     }
 
 
-def control(options: Integrate, source: Checkpoint, seed: int) -> Checkpoint:
+def control(options: Merge, source: Checkpoint, seed: int) -> Checkpoint:
     """Return a source after the first as the control wants it."""
     if options.control == "none":
         return source

@@ -14,22 +14,23 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from cki_rec.analysis.metrics import auc
-from cki_rec.analysis.recalibration import recalibration
+from cki_rec.checkpoints import checkpoint
+from cki_rec.checkpoints.checkpoint import Checkpoint, Description
 from cki_rec.config import Config, Runtime, Train, UserError
-from cki_rec.data.origin import SEVERAL
-from cki_rec.data.store import EncodedDataset
-from cki_rec.engine import checkpoint, distributed
-from cki_rec.engine.checkpoint import Checkpoint, Description
+from cki_rec.data.encoding.store import EncodedDataset
+from cki_rec.data.provenance import SEVERAL
+from cki_rec.engine import distributed
 from cki_rec.engine.embeddings import ShardedModel, build
 from cki_rec.engine.evaluator import predict
 from cki_rec.engine.record import save_arrays
-from cki_rec.integration.params import Params
-from cki_rec.integration.repair import recalibrate
+from cki_rec.evaluation.metrics import auc
+from cki_rec.evaluation.recalibration import recalibration
+from cki_rec.merging.params import Params
+from cki_rec.merging.repair import recalibrate
+from cki_rec.merging.symmetry import LogitScale
 from cki_rec.models import build_model
 from cki_rec.pipelines import vocabularies
 from cki_rec.pipelines.external import is_external
-from cki_rec.symmetry import LogitScale
 
 log = logging.getLogger(__name__)
 
@@ -115,7 +116,7 @@ def recalibrated(
     found = recalibration(dataset.labels(dataset.rows("valid")), logits)
     if found.scale is None or found.shift is None or found.scale <= 0:
         reason = found.reason or "the model ranks rows the wrong way round"
-        log.warning("  integrate.recalibrate: not done, %s (validation rows)", reason)
+        log.warning("  merge.recalibrate: not done, %s (validation rows)", reason)
         return params, asdict(replace(found, reason=reason))
     network = build_model(like.schema, like.model, torch.device("meta"))
     how: LogitScale = network.logit_scale()  # type: ignore[operator]
@@ -134,7 +135,7 @@ def check_data(saved: Checkpoint | Description, dataset: EncodedDataset, name: s
             f"{name}: trained on another data set, encoding or split than {dataset.folder.name}:"
             f" table '{other[0]}' has other tokens, or in another order; encode the rows with"
             " those of the model: data.vocabularies=[FOLDER,...], in the order of"
-            " integrate.sources"
+            " merge.sources"
         )
 
 

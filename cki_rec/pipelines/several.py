@@ -1,4 +1,4 @@
-"""``integrate`` on several processes, each with some rows of every table of every source."""
+"""``merge`` on several processes, each with some rows of every table of every source."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 
-from cki_rec.config import Config, Integrate, UserError
+from cki_rec.config import Config, Merge, UserError
 from cki_rec.engine import distributed
-from cki_rec.integration.methods import METHODS, Method
+from cki_rec.merging.registry import METHODS, Method
 
-INSTEAD = "use integrate=evidence or integrate=aligned_weights, or start it without torchrun"
+INSTEAD = "use merge=evidence or merge=aligned_weights, or start it without torchrun"
 
 
 @contextmanager
@@ -22,7 +22,7 @@ def processes(config: Config) -> Iterator[None]:
     """
     if distributed.world_size() > 1:
         distributed.start(replace(config.runtime, device="cpu"))
-    with distributed.together():
+    with distributed.propagate_errors():
         if config.check_only and distributed.world_size() > 1:
             raise UserError(
                 "check_only=true: takes one process; start it without torchrun (on several,"
@@ -31,7 +31,7 @@ def processes(config: Config) -> Iterator[None]:
         yield
 
 
-def check(options: Integrate, method: Method, looks_at_rows: bool) -> None:
+def check(options: Merge, method: Method, looks_at_rows: bool) -> None:
     """Check that an integration can be done on as many processes as there are.
 
     Raises:
@@ -39,11 +39,11 @@ def check(options: Integrate, method: Method, looks_at_rows: bool) -> None:
     """
     if distributed.world_size() == 1:
         return
-    if not method.rows_apart:
-        apart = ", ".join(name for name, known in METHODS.items() if known.rows_apart)
+    if not method.row_wise:
+        apart = ", ".join(name for name, known in METHODS.items() if known.row_wise)
         raise UserError(
-            f"integrate.method={options.method}: needs whole models in one process; on several,"
-            f" each with some rows of every table, integrate.method is one of {apart}; {INSTEAD}"
+            f"merge.method={options.method}: needs whole models in one process; on several,"
+            f" each with some rows of every table, merge.method is one of {apart}; {INSTEAD}"
         )
     whole = {
         f"align.by={options.align.by}": options.align.by == "activations",
@@ -53,8 +53,8 @@ def check(options: Integrate, method: Method, looks_at_rows: bool) -> None:
         f"control={options.control}": options.control != "none",
         "vocabularies": bool(options.vocabularies),
     }
-    wrong = [f"integrate.{option}" for option, is_so in whole.items() if is_so]
+    wrong = [f"merge.{option}" for option, is_so in whole.items() if is_so]
     if looks_at_rows and not wrong:
-        wrong = [f"integrate.options of {options.method} that validation rows decide (null)"]
+        wrong = [f"merge.options of {options.method} that validation rows decide (null)"]
     if wrong:
         raise UserError(f"{wrong[0]}: needs whole models in one process; {INSTEAD}")

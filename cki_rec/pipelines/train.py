@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from cki_rec.analysis.metrics import auc, grouped_auc, log_loss
+from cki_rec.checkpoints import checkpoint
 from cki_rec.config import (
     Config,
     Data,
@@ -26,17 +26,18 @@ from cki_rec.config import (
     section,
     with_delta,
 )
-from cki_rec.data import store
-from cki_rec.data.origin import Origin, together
+from cki_rec.data.encoding import store
+from cki_rec.data.encoding.store import EncodedDataset
+from cki_rec.data.provenance import Provenance, union
 from cki_rec.data.schema import FeatureSchema
-from cki_rec.data.store import EncodedDataset
-from cki_rec.engine import checkpoint, distributed, plans
+from cki_rec.engine import distributed, plans
 from cki_rec.engine.embeddings import ShardedModel, build, initialize
 from cki_rec.engine.evaluator import predict
 from cki_rec.engine.record import Run, open_run
-from cki_rec.engine.resume import RESUME, Keeper
+from cki_rec.engine.resume import RESUME, Checkpointer
 from cki_rec.engine.steps import StepLog
 from cki_rec.engine.trainer import Metrics, fit
+from cki_rec.evaluation.metrics import auc, grouped_auc, log_loss
 from cki_rec.models import model_schema
 from cki_rec.models.comparison import decides, differences
 from cki_rec.pipelines import external
@@ -139,7 +140,7 @@ def _train(config: Config, dataset: EncodedDataset, run: Run, reads: dict[str, A
     else:
         folder = _start_folder(config)
         model, before = _restored(config, dataset, schema, folder)
-        origin = together([before, origin])
+        origin = union([before, origin])
         seen = checkpoint.row_counts(folder)
         counts = {table: seen[table].numpy() + counts[table] for table in seen}
     run.facts["plan"] = model.plan
@@ -170,7 +171,7 @@ def _start_folder(config: Config) -> Path:
 
 def _restored(
     config: Config, dataset: EncodedDataset, schema: FeatureSchema, folder: Path
-) -> tuple[ShardedModel, Origin]:
+) -> tuple[ShardedModel, Provenance]:
     """Return the configured network with parameters and accumulators of the start; its origin.
 
     Raises:
@@ -205,7 +206,7 @@ def run_training(
     row_counts: Mapping[str, NDArray[np.int64]],
     schedule: Train,
     title: str,
-    origin: Origin,
+    origin: Provenance,
 ) -> None:
     """Train ``model`` on the first of ``rows``, choose on the second, and write the record.
 
@@ -236,7 +237,7 @@ def run_training(
         checkpoint.save(run.checkpoint, tensors, options, schema, origin)
 
     runtime, start = config.runtime, time.perf_counter()
-    keeper = Keeper(run.path, runtime, options, schema, origin)
+    keeper = Checkpointer(run.path, runtime, options, schema, origin)
     steps = StepLog(run.path, runtime.log_steps, runtime.tensorboard)
     metrics = monitored(schedule.monitor, dataset, rows[1])
     with run.phase("train"):

@@ -9,15 +9,15 @@ from typing import Any
 
 from torch import Tensor
 
+from cki_rec.checkpoints import checkpoint
+from cki_rec.checkpoints.checkpoint import Checkpoint
 from cki_rec.config import Config, UserError
-from cki_rec.data import tokens
-from cki_rec.data.schema import FIRST_ID, UNSEEN_ID
-from cki_rec.data.store import EncodedDataset
-from cki_rec.engine import checkpoint
-from cki_rec.engine.checkpoint import Checkpoint
+from cki_rec.data.encoding import tokens
+from cki_rec.data.encoding.store import EncodedDataset
+from cki_rec.data.schema import FIRST_ID, OOV_ID
 from cki_rec.engine.embeddings import table_of
-from cki_rec.integration.params import Params
-from cki_rec.integration.vocabulary import join_tokens, owned, to_union
+from cki_rec.merging.params import Params
+from cki_rec.merging.vocabulary import join_tokens, owned, to_union
 
 
 @dataclass(slots=True)
@@ -41,10 +41,10 @@ def folders_of(config: Config, checkpoints: Sequence[tuple[Path, Checkpoint]]) -
     Raises:
         UserError: Not as many as sources, or none found for one.
     """
-    named = config.integrate.vocabularies
+    named = config.merge.vocabularies
     if len(named) != len(checkpoints):
         raise UserError(
-            f"integrate.vocabularies: {len(named)} folders for {len(checkpoints)} models (sources,"
+            f"merge.vocabularies: {len(named)} folders for {len(checkpoints)} models (sources,"
             " then the start if the method needs one); null: look for it"
         )
     found = []
@@ -52,7 +52,7 @@ def folders_of(config: Config, checkpoints: Sequence[tuple[Path, Checkpoint]]) -
         if name is not None:
             found.append(Path(name))
             continue
-        found.append(_found(config, home, saved, f"integrate.vocabularies[{k}]"))
+        found.append(_found(config, home, saved, f"merge.vocabularies[{k}]"))
     return found
 
 
@@ -63,7 +63,7 @@ def _found(config: Config, home: Path, saved: Checkpoint, where: str) -> Path:
         UserError: There is none.
     """
     encoded = Path(config.runtime.encoded)
-    lists = [*config.integrate.vocabularies, *config.data.vocabularies]
+    lists = [*config.merge.vocabularies, *config.data.vocabularies]
     named = [Path(name) for name in lists if name is not None]
     beside = home.parent / tokens.FOLDER
     places = [beside, *named, *sorted(p.parent for p in encoded.glob("*/manifest.json"))]
@@ -71,7 +71,7 @@ def _found(config: Config, home: Path, saved: Checkpoint, where: str) -> Path:
     if folder is None:
         raise UserError(
             f"{where}: no encoded data set under {encoded} has the vocabularies of this model;"
-            " name its folder in integrate.vocabularies or data.vocabularies, or set"
+            " name its folder in merge.vocabularies or data.vocabularies, or set"
             " runtime.encoded"
         )
     return folder
@@ -195,7 +195,7 @@ def _moved(saved: Checkpoint, maps: Mapping[str, Tensor], sizes: Mapping[str, in
     try:
         return replace(
             saved,
-            params=on_union(saved.params, UNSEEN_ID),
+            params=on_union(saved.params, OOV_ID),
             accumulators=on_union(saved.accumulators, None),
             counts=on_union(saved.counts, None),
         )

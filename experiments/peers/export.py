@@ -21,12 +21,12 @@ from omegaconf import OmegaConf
 
 from cki_rec import project_root
 from cki_rec.config import Config, UserError, parse, register_resolvers
-from cki_rec.data import store
+from cki_rec.data.encoding import store
 from cki_rec.data.columns import Ragged
-from cki_rec.data.held_out import all_labels
+from cki_rec.data.test_labels import all_labels
 from cki_rec.data.schema import PADDING_ID
-from cki_rec.data.split import SPLITS
-from cki_rec.data.store import EncodedDataset
+from cki_rec.data.encoding.split import SPLITS
+from cki_rec.data.encoding.store import EncodedDataset
 from cki_rec.engine.record import save_arrays
 
 MODEL = ("embedding_dim", "hidden", "activation", "batch_norm", "dropout", "init_std", "histories")

@@ -16,9 +16,9 @@ from samples import GOLDEN, LATEST, make_data, read_rows
 from cki_rec import cli
 from cki_rec.config import Data, Split, UserError
 from cki_rec.data.columns import ColumnFile
-from cki_rec.data.formats import avazu, criteo
-from cki_rec.data.raw import LINE
-from cki_rec.data.store import EncodedDataset, prepare
+from cki_rec.data.encoding.store import EncodedDataset, prepare
+from cki_rec.data.raw.formats import avazu, criteo
+from cki_rec.data.raw.reading import LINE
 
 SPLIT = Split(by="random", fractions=[0.6, 0.2, 0.2], seed=0)
 
@@ -33,9 +33,9 @@ class Sample:
     rows: list[str]
     separator: str
     number: int | None
-    """Position of a field that is a number; None: there is none."""
+    """LoopState of a field that is a number; None: there is none."""
     label: int | None
-    """Position of the label; None: it is not a field."""
+    """LoopState of the label; None: it is not a field."""
     fields: list
     beside: Path | None = None
     """A folder of files that belong to it; ``data.raw`` is the folder then."""

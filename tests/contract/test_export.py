@@ -13,14 +13,15 @@ from functools import cache
 import pytest
 import torch
 
+from cki_rec.checkpoints import checkpoint
 from cki_rec.cli import main
 from cki_rec.config import CHOICES, UserError, parse
-from cki_rec.data import store
+from cki_rec.data.encoding import store
+from cki_rec.data.encoding.vocabulary import file_sha256
 from cki_rec.data.loader import Loader
-from cki_rec.data.origin import Origin
+from cki_rec.data.provenance import Provenance
 from cki_rec.data.schema import Feature, FeatureSchema
-from cki_rec.data.vocabulary import file_sha256
-from cki_rec.engine import checkpoint, export
+from cki_rec.engine import export
 from cki_rec.engine.export import FORMATS, Servable, draw_batch, example_inputs, inputs_of
 from cki_rec.models import MODELS, build_model, model_schema
 from cki_rec.pipelines import export as pipeline
@@ -247,7 +248,7 @@ def trained(options, tmp_path):
     folder, model = tmp_path / "out" / "train-1", options()
     params = build(model).state_dict()
     tensors = {"model": params, "accumulator": {}, "counts": {}}
-    checkpoint.save(folder / "checkpoint", tensors, model, MIXED, Origin("hash of the data"))
+    checkpoint.save(folder / "checkpoint", tensors, model, MIXED, Provenance("hash of the data"))
     (folder / "record.json").write_text(json.dumps({"run_id": "train-1", "result": {}}))
     return folder
 
@@ -384,10 +385,10 @@ def test_models_that_are_not_there_or_not_whole(command, trained, tmp_path):
     about["model"]["hidden"] = [8, 8]
     description.write_text(json.dumps(about))
     assert "its tensors do not fit its network" in command("run=train-1")[2]
-    kept = {"run_id": "integrate-1", "result": {"kept": ["train-1"]}}
-    (tmp_path / "out" / "integrate-1").mkdir()
-    (tmp_path / "out" / "integrate-1" / "record.json").write_text(json.dumps(kept))
-    code, _, error = command("run=integrate-1")
+    kept = {"run_id": "merge-1", "result": {"kept": ["train-1"]}}
+    (tmp_path / "out" / "merge-1").mkdir()
+    (tmp_path / "out" / "merge-1" / "record.json").write_text(json.dumps(kept))
+    code, _, error = command("run=merge-1")
     assert "made no model; it kept others as they are: run=train-1" in error
     assert code == 2
     assert files(trained) == []

@@ -11,7 +11,7 @@ import sys
 sys.path.insert(0, {tests!r})
 from samples import EMBEDDED, FIELDS, make_data
 from cki_rec.config import Partition, Split, UserError
-from cki_rec.data.store import prepare
+from cki_rec.data.encoding.store import prepare
 split = Split(by={by!r}, fractions=[0.8, 0.1, 0.1], seed=0)
 partition = Partition(by="user", parts=2, seed=0)
 data = make_data(raw=str(EMBEDDED), fields=FIELDS, split=split, partition=partition)

@@ -9,13 +9,9 @@ import torch
 from networks import draw_batch, make_case
 
 from cki_rec.engine.fisher import fisher_diagonal
-from cki_rec.engine.moments import linear_moments
-from cki_rec.integration.angles import combine, karcher, model_stock, slerp
-from cki_rec.integration.methods import METHODS, Given, check_options, needs_of
-from cki_rec.integration.options import defaults
-from cki_rec.integration.soups import greedy_soup, prune, simplex, weighted_average
-from cki_rec.integration.splicing import splice
-from cki_rec.integration.task_vectors import (
+from cki_rec.merging.methods.slerp import combine, karcher, model_stock, slerp
+from cki_rec.merging.methods.soups import greedy_soup, prune, simplex, weighted_average
+from cki_rec.merging.methods.task_vectors import (
     SCALES,
     breadcrumbs,
     dare,
@@ -23,6 +19,10 @@ from cki_rec.integration.task_vectors import (
     task_arithmetic,
     ties,
 )
+from cki_rec.merging.mixing import mix
+from cki_rec.merging.options import defaults
+from cki_rec.merging.registry import METHODS, MergeInputs, check_options, needs_of
+from cki_rec.merging.statistics import linear_moments
 
 SHAPES = {"table": (40, 8), "weight": (5, 3), "bias": (5,), "one": (1,), "zero": ()}
 STATISTICS = {"norm.running_mean": (5,), "norm.running_var": (5,)}
@@ -203,9 +203,9 @@ def test_pruning_and_soups_choose_by_score():
         return -float((params["table"] - models[2]["table"]).square().sum())
 
     assert_equal(prune(models, score, density=1.0), models[2])
-    assert_equal(splice(models, greedy_soup(models, score)), models[2])
-    assert_equal(splice(models, weighted_average(models, score)), models[2])
-    assert_equal(splice(models, weighted_average(models, score, [0.0, 1.0, 0.0])), models[1])
+    assert_equal(mix(models, greedy_soup(models, score)), models[2])
+    assert_equal(mix(models, weighted_average(models, score)), models[2])
+    assert_equal(mix(models, weighted_average(models, score, [0.0, 1.0, 0.0])), models[1])
 
 
 def test_greedy_soup_keeps_what_does_not_lose():
@@ -274,17 +274,17 @@ def test_entries_that_are_no_numbers_are_refused_by_name(name, value):
     options = {"scale": 1.0} if "scale" in defaults(METHODS[name].options) else {}
     options = {"source": 1} if name == "pruning" else options
     with pytest.raises(ValueError, match="weight: source 1 has NaN or infinite entries"):
-        METHODS[name].merge(models, Given(start=draw(0)), **options)
-    if "start" in METHODS[name].needs:
+        METHODS[name].merge(models, MergeInputs(start=draw(0)), **options)
+    if "base" in METHODS[name].needs:
         with pytest.raises(ValueError, match="weight: the start has NaN or infinite entries"):
-            METHODS[name].merge([draw(1), draw(2)], Given(start=models[1]), **options)
+            METHODS[name].merge([draw(1), draw(2)], MergeInputs(start=models[1]), **options)
 
 
 def test_what_is_not_used_may_be_anything():
     models = [draw(1), draw_like(draw(1))]
     assert_equal(slerp(models, 0.0), models[0])
     assert_equal(prune(models, None, density=1.0, source=0), models[0])
-    assert_equal(splice(models, weighted_average(models, None, [1.0, 0.0])), models[0])
+    assert_equal(mix(models, weighted_average(models, None, [1.0, 0.0])), models[0])
 
 
 def test_combine_of_coefficients_that_do_not_sum_to_1():
@@ -332,14 +332,14 @@ ON_NETWORKS = {
     name: dict.fromkeys(defaults(method.options).keys() & {"scale", "density"}, 1.0)
     | ({"temperature": 1e-3} if name == "ot_fusion" else {})
     for name, method in METHODS.items()
-    if method.is_rule
+    if method.merges_parameters
 }
 
 
 def run_on(name, network, batch, models, **changes):
     method = METHODS[name]
     own = {n: t.clone() for n, t in network.state_dict().items()}
-    given = Given(
+    given = MergeInputs(
         fisher=[fisher_diagonal(network, model, [batch]) for model in models],
         moments=linear_moments(network, models, [batch]).second,
         symmetries=network.symmetries(),
@@ -356,7 +356,7 @@ def run_on(name, network, batch, models, **changes):
         options = {"perspective": "dual", "splice": "soft", "gates": gates}
     if method.merge is not None:
         return method.merge(models, given, **options)
-    return splice(models, method.weigh(models, given, **options))
+    return mix(models, method.weigh(models, given, **options))
 
 
 @pytest.fixture(scope="module", params=NETWORKS)

@@ -8,12 +8,12 @@ from typing import get_args
 import pytest
 import torch
 
-from cki_rec.integration.assessment import compute_global_terms
-from cki_rec.integration.cki import cki_weights
-from cki_rec.integration.methods import METHODS, Given, Need
-from cki_rec.integration.params import check_weights
-from cki_rec.integration.splicing import source_shares, splice
-from cki_rec.symmetry import Slice, Symmetry
+from cki_rec.merging.methods.cki.assessment import compute_global_terms
+from cki_rec.merging.methods.cki.weights import cki_weights
+from cki_rec.merging.mixing import source_shares
+from cki_rec.merging.params import check_weights
+from cki_rec.merging.registry import METHODS, MergeInputs, Need
+from cki_rec.merging.symmetry import Slice, Symmetry
 
 SHAPES = {"table": (6, 4), "tower.weight": (3, 4), "tower.bias": (3,), "one": (1,), "zero": ()}
 SYMMETRIES = [
@@ -138,7 +138,7 @@ def score(params):
 def draw_given(models, **changes):
     start = draw_models(4)[3]
     start = {n: start[n].to(t.dtype) for m in models[:1] for n, t in m.items() if n in start}
-    return Given(
+    return MergeInputs(
         **{
             "seed": 3,
             "counts": draw_counts(len(models)),
@@ -180,7 +180,7 @@ def merge(case, models, **changes):
     method, given = METHODS[name], draw_given(models, **changes)
     if method.merge is not None:
         return method.merge(models, given, **options(len(models)))
-    return splice(models, method.weigh(models, given, **options(len(models))))
+    return mix(models, method.weigh(models, given, **options(len(models))))
 
 
 def skip_unfitting(case, num_sources):
@@ -197,7 +197,7 @@ def equal_bits(left, right):
 
 def test_every_method_with_a_function_is_tested():
     assert {name for name, _ in BOTH.values()} == {
-        name for name, method in METHODS.items() if method.is_rule
+        name for name, method in METHODS.items() if method.merges_parameters
     }
 
 
@@ -207,7 +207,7 @@ def test_method_row_is_complete(name):
     assert method.idea
     assert method.reference
     assert method.needs <= set(get_args(Need))
-    if not method.is_rule:
+    if not method.merges_parameters:
         assert "not a parameter method" in method.idea
     else:
         assert method.single
@@ -223,7 +223,7 @@ def test_weights_are_shares_and_result_is_finite(case, num_sources, kind):
     for weight in weights.values():
         assert bool((weight >= 0).all())
         torch.testing.assert_close(weight.sum(dim=0), torch.ones_like(weight[0]))
-    for name, tensor in splice(models, weights).items():
+    for name, tensor in mix(models, weights).items():
         assert tensor.shape == models[0][name].shape
         assert bool(tensor.isfinite().all())
     for shares in source_shares(weights, models).values():
@@ -286,7 +286,7 @@ def test_same_options_give_same_bits(case):
 APART = [
     c
     for c, (name, _) in BOTH.items()
-    if METHODS[name].rows_apart and c != "weighted_average"  # shares chosen by a score of models
+    if METHODS[name].row_wise and c != "weighted_average"  # shares chosen by a score of models
 ]
 
 
@@ -364,7 +364,7 @@ def test_no_models_are_refused(case):
     name, options = BOTH[case]
     method = METHODS[name]
     with pytest.raises(ValueError, match="no models"):
-        (method.weigh or method.merge)([], Given(start={}), **options(2))
+        (method.weigh or method.merge)([], MergeInputs(start={}), **options(2))
 
 
 @pytest.mark.parametrize("full", [True, False])
@@ -395,4 +395,4 @@ def test_two_sources_give_the_pair_formula_bit_for_bit(perspective, rule):
     alpha_b = torch.softmax(torch.stack([s_a, s_b]), 0)[1] if perspective == "dual" else s_b
     expected = a + alpha_b * (b - a) if rule == "soft" else torch.where(s_b > s_a, b, a)
     weights = weigh(f"cki_{perspective}_{rule}", models)
-    assert equal_bits(splice(models, weights)["table"], expected)
+    assert equal_bits(mix(models, weights)["table"], expected)

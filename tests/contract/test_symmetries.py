@@ -22,10 +22,10 @@ from networks import (
 
 from cki_rec.config import parse
 from cki_rec.engine.embeddings import build as build_sharded
-from cki_rec.integration.repair import recalibrate
+from cki_rec.merging.repair import recalibrate
+from cki_rec.merging.symmetry import Slice, Symmetry
 from cki_rec.models import model_schema
 from cki_rec.models.symmetries import own_frames
-from cki_rec.symmetry import Slice, Symmetry
 
 TITLES = [*CASES, *ON_MIXED]
 

@@ -22,12 +22,13 @@ if __name__ == "__main__":
 from networks import SCHEMAS, draw_batch, select  # noqa: E402
 from training import options  # noqa: E402
 
+from cki_rec.checkpoints import checkpoint  # noqa: E402
 from cki_rec.config import UserError  # noqa: E402
-from cki_rec.data import store  # noqa: E402
+from cki_rec.data.encoding import store  # noqa: E402
 from cki_rec.data.loader import Loader  # noqa: E402
-from cki_rec.data.origin import Origin  # noqa: E402
+from cki_rec.data.provenance import Provenance  # noqa: E402
 from cki_rec.data.schema import Batch, FeatureSchema  # noqa: E402
-from cki_rec.engine import checkpoint, distributed  # noqa: E402
+from cki_rec.engine import distributed  # noqa: E402
 from cki_rec.engine.embeddings import build, initialize, local_tensors  # noqa: E402
 from cki_rec.engine.evaluator import predict  # noqa: E402
 from cki_rec.engine.optimization import Average, initialized_adam  # noqa: E402
@@ -91,7 +92,7 @@ def train(case: str, plan: str, folder: Path) -> tuple[float, Tensor]:
         logits = model.module(share(draw_batch(SCHEMAS[key], ROWS, seed=99)))
     state = TrainingState(model, adam, average, None)
     checkpoint.save(
-        folder / case / plan, state.tensors(), config.model, SCHEMAS[key], Origin("hash")
+        folder / case / plan, state.tensors(), config.model, SCHEMAS[key], Provenance("hash")
     )
     return loss, logits
 

@@ -12,7 +12,7 @@ import pytest
 import steps
 import torch
 
-from cki_rec.engine import checkpoint
+from cki_rec.checkpoints import checkpoint
 
 pytestmark = pytest.mark.dist
 SCRIPT = Path(steps.__file__)
@@ -137,7 +137,7 @@ def test_batch_norm_sees_the_rows_of_all_processes(alone, worlds, num):
 
 @pytest.mark.parametrize(("case", "plan"), steps.MOVED)
 def test_checkpoint_of_two_processes_fits_one_and_three(worlds, folder, case, plan):
-    """Weights, accumulators, moments and average: bit for bit, under another plan."""
+    """MixingWeights, accumulators, moments and average: bit for bit, under another plan."""
     written = tensors_of(worlds[2] / case / plan)
     groups = {name.split(".")[0] for name in written}
     assert groups == {"model", "accumulator", "adam", "average"}

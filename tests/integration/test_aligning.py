@@ -7,12 +7,12 @@ import json
 import pytest
 import torch
 
+from cki_rec.checkpoints import checkpoint
 from cki_rec.cli import main
-from cki_rec.engine import checkpoint
 
 TINY = [
     *("runtime.threads=1", "train.epochs=2", "train.batch_size=256", "model.hidden=[16,8]"),
-    *("model.embedding_dim=8", "evaluate.bootstrap=100", "integrate.sample=500"),
+    *("model.embedding_dim=8", "evaluate.bootstrap=100", "merge.sample=500"),
 ]
 
 
@@ -43,9 +43,9 @@ def records(folder, pipeline):
 )
 def test_aligned_sources_agree_more(options, folder, by, model):
     histories = ["model.histories=true"] if model == "din" else []
-    words = [f"model={model}", *histories, "suite=seeds", f"integrate=aligned_{by}"]
+    words = [f"model={model}", *histories, "suite=seeds", f"merge=aligned_{by}"]
     assert main(["evaluate", *words, *options]) == 0
-    facts = records(folder, "integrate")[-1]["result"]["alignment"]
+    facts = records(folder, "merge")[-1]["result"]["alignment"]
     assert facts["by"] == by
     assert facts["agreement"] > facts["agreement_before"]
     assert records(folder, "evaluate")[-1]["result"]["test"]["auc"] > 0.5
@@ -54,82 +54,82 @@ def test_aligned_sources_agree_more(options, folder, by, model):
 @pytest.mark.parametrize("repair", ["rescale", "fit", "choose", "reduce"])
 @pytest.mark.parametrize("norm", ["model.batch_norm=true", "model.activation=dice"])
 def test_every_repair_gives_a_model_that_serves(options, folder, repair, norm):
-    words = ["suite=seeds", "integrate=aligned_activations", f"integrate.repair={repair}", norm]
+    words = ["suite=seeds", "merge=aligned_activations", f"merge.repair={repair}", norm]
     assert main(["evaluate", *words, *options]) == 0
-    merged = records(folder, "integrate")[-1]
+    merged = records(folder, "merge")[-1]
     params = checkpoint.load(folder / "out" / merged["run_id"] / "checkpoint").params
     assert all(bool(tensor.isfinite().all()) for tensor in params.values())
     assert all(bool((t >= 0).all()) for n, t in params.items() if n.endswith("running_var"))
 
 
 def test_the_best_candidate_is_kept_and_can_be_fine_tuned(options, folder):
-    words = ["suite=seeds", "integrate=aligned_evidence", "finetune=one_epoch"]
+    words = ["suite=seeds", "merge=auto", "finetune=one_epoch"]
     assert main(["evaluate", *words, *options]) == 0
     chosen = next(
-        r for r in records(folder, "integrate") if r["config"]["integrate"]["method"] == "best_of"
+        r for r in records(folder, "merge") if r["config"]["merge"]["method"] == "best_of"
     )
     (kept,) = chosen["result"]["kept"]
-    assert kept in [record["run_id"] for record in records(folder, "integrate")]
+    assert kept in [record["run_id"] for record in records(folder, "merge")]
     assert records(folder, "evaluate")[-1]["result"]["finetuned"]
 
 
 def test_the_same_command_gives_the_same_bits(options, folder):
-    words = ["suite=shards", "integrate=aligned_activations", "integrate.repair=choose"]
-    assert main(["integrate", *words, *options]) == 0
-    first = records(folder, "integrate")[-1]
-    assert main(["integrate", *words, *options, "runtime.force=true"]) == 0
-    again = records(folder, "integrate")[-1]
+    words = ["suite=shards", "merge=aligned_activations", "merge.repair=select_units"]
+    assert main(["merge", *words, *options]) == 0
+    first = records(folder, "merge")[-1]
+    assert main(["merge", *words, *options, "runtime.force=true"]) == 0
+    again = records(folder, "merge")[-1]
     assert first["fingerprint"] == again["fingerprint"]
 
 
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (["integrate=evidence", "integrate.method=best_of"], "integrate.candidates is empty"),
-        (["integrate.align.by=weight"], "did you mean 'weights'"),
-        (["integrate.repair=fix"], "integrate.repair=fix"),
+        (["merge=evidence", "merge.method=best_of"], "merge.recipes is empty"),
+        (["merge.align.by=weight"], "did you mean 'weights'"),
+        (["merge.repair=fix"], "merge.repair=fix"),
         (
-            ["integrate=slerp", "integrate.repair=reduce"],
+            ["merge=slerp", "merge.repair=project"],
             "makes layers compute the mean of all sources",
         ),
         (
-            ["integrate=aligned_evidence", "integrate.candidates=[{method: best_parent}]"],
-            "candidates[0]",
+            ["merge=auto", "merge.recipes=[{method: best_source}]"],
+            "recipes[0]",
         ),
-        (["integrate=aligned_evidence", "integrate.candidates=[{align.bye: weights}]"], "align"),
+        (["merge=auto", "merge.recipes=[{align.bye: weights}]"], "align"),
     ],
 )
 def test_mistakes_are_one_line(options, words, says, capsys):
-    assert main(["integrate", "suite=seeds", *words, *options]) == 2
+    assert main(["merge", "suite=seeds", *words, *options]) == 2
     shown = capsys.readouterr().err.strip().splitlines()[-1]
     assert says in shown
 
 
 def test_a_sample_that_is_small_against_a_layer_is_noticed(options, capsys):
-    words = ["suite=seeds", "integrate=average", "integrate.repair=fit"]
-    assert main(["integrate", *words, *options, "integrate.sample=40"]) == 2
+    words = ["suite=seeds", "merge=average", "merge.repair=least_squares"]
+    assert main(["merge", *words, *options, "merge.sample=40"]) == 2
     shown = capsys.readouterr().err.strip().splitlines()[-1]
     assert "fits the 41 inputs of mlp.layers.0.weight on 40 rows" in shown
     assert "take 410 or more" in shown
     for size, is_noticed in ((409, True), (410, False)):
-        assert main(["integrate", *words, *options, f"integrate.sample={size}"]) == 0
+        assert main(["merge", *words, *options, f"merge.sample={size}"]) == 0
         assert ("take 410 or more" in capsys.readouterr().out) == is_noticed
-    words[2] = "integrate.repair=rescale"
-    assert main(["integrate", *words, *options, "integrate.sample=40"]) == 0
+    words[2] = "merge.repair=rescale"
+    assert main(["merge", *words, *options, "merge.sample=40"]) == 0
 
 
 def test_the_router_takes_each_row_to_the_parent_that_knows_it(options, folder, capsys):
     found = {}
-    for method in ("oracle_router", "best_parent"):
-        assert main(["evaluate", "suite=shards", f"integrate={method}", *options]) == 0
+    for method in ("oracle_router", "best_source"):
+        assert main(["evaluate", "suite=shards", f"merge={method}", *options]) == 0
         found[method] = records(folder, "evaluate")[-1]["result"]
-    routed, single = (found[name]["test"] for name in ("oracle_router", "best_parent"))
+    routed, single = (found[name]["test"] for name in ("oracle_router", "best_source"))
     domains = zip(routed["domains"].values(), single["domains"].values(), strict=True)
     assert sum(a["auc"] == b["auc"] for a, b in domains) == 1  # on its own part the best is itself
     assert found["oracle_router"]["inference_cost"] == 2
     capsys.readouterr()
     before = len(records(folder, "evaluate"))
-    assert main(["evaluate", "suite=seeds", "integrate=oracle_router", *options]) == 0
+    assert main(["evaluate", "suite=seeds", "merge=oracle_router", *options]) == 0
     assert len(records(folder, "evaluate")) == before  # skipped, as in a sweep over suites
     assert "needs one source for each part" in "".join(capsys.readouterr())
 
@@ -137,7 +137,7 @@ def test_the_router_takes_each_row_to_the_parent_that_knows_it(options, folder, 
 def test_an_evaluation_is_of_its_method_whatever_its_label(options, folder):
     before = len(records(folder, "evaluate"))
     for method in ("output_ensemble", "probability_ensemble"):
-        words = ["suite=seeds", "integrate=output_ensemble", f"integrate.method={method}"]
+        words = ["suite=seeds", "merge=output_ensemble", f"merge.method={method}"]
         assert main(["evaluate", *words, *options]) == 0
     mean_logit, mean_probability = records(folder, "evaluate")[before:]
     losses = [r["result"]["test"]["log_loss"] for r in (mean_logit, mean_probability)]
@@ -148,16 +148,16 @@ def test_external_checkpoints_are_aligned_by_weights_without_data(options, folde
     parents = [r["run_id"] for r in records(folder, "train")][:1] * 2
     paths = ", ".join(f"{{path: {folder / 'out' / run_id}}}" for run_id in parents)
     words = [f"runtime.{key}={tmp_path / key}" for key in ("out", "reports", "encoded")]
-    words += [f"integrate.sources=[{paths}]", "integrate=aligned_weights", "runtime.threads=1"]
-    assert main(["integrate", *words, f"data.raw={tmp_path / 'nothing.zip'}"]) == 0
-    (record,) = records(tmp_path, "integrate")
+    words += [f"merge.sources=[{paths}]", "merge=aligned_weights", "runtime.threads=1"]
+    assert main(["merge", *words, f"data.raw={tmp_path / 'nothing.zip'}"]) == 0
+    (record,) = records(tmp_path, "merge")
     assert record["result"]["alignment"]["agreement"] == pytest.approx(1)
 
 
 def test_accumulators_of_moved_tables_are_means_over_the_row(options, folder):
-    words = ["suite=seeds", "integrate=aligned_weights", "train.table_optimizer=adagrad"]
-    assert main(["integrate", *words, *options]) == 0
-    run_id = records(folder, "integrate")[-1]["run_id"]
+    words = ["suite=seeds", "merge=aligned_weights", "train.table_optimizer=adagrad"]
+    assert main(["merge", *words, *options]) == 0
+    run_id = records(folder, "merge")[-1]["run_id"]
     found = checkpoint.load(folder / "out" / run_id / "checkpoint").accumulators
     assert found
     for tensor in found.values():
@@ -167,12 +167,12 @@ def test_accumulators_of_moved_tables_are_means_over_the_row(options, folder):
 
 @pytest.mark.parametrize("model", ["deepfm", "dcn"])
 def test_a_recalibrated_model_needs_no_recalibration(options, folder, model):
-    words = [f"model={model}", "suite=seeds", "integrate=average"]
+    words = [f"model={model}", "suite=seeds", "merge=average"]
     assert main(["evaluate", *words, *options]) == 0
     plain = records(folder, "evaluate")[-1]["result"]
-    assert main(["evaluate", *words, "integrate.recalibrate=true", *options]) == 0
+    assert main(["evaluate", *words, "merge.recalibrate=true", *options]) == 0
     found = records(folder, "evaluate")[-1]["result"]
-    facts = records(folder, "integrate")[-1]["result"]["recalibration"]
+    facts = records(folder, "merge")[-1]["result"]["recalibration"]
     for key in ("scale", "shift"):
         assert facts[key] == pytest.approx(plain["recalibration"][key], rel=1e-3)
     assert found["recalibration"]["scale"] == pytest.approx(1, abs=1e-3)
@@ -183,17 +183,17 @@ def test_a_recalibrated_model_needs_no_recalibration(options, folder, model):
 
 
 def test_what_is_kept_as_it_is_is_not_recalibrated(options, capsys):
-    words = ["integrate=best_parent", "integrate.recalibrate=true"]
-    assert main(["integrate", *words, *options]) == 2
+    words = ["merge=best_source", "merge.recalibrate=true"]
+    assert main(["merge", *words, *options]) == 2
     error = capsys.readouterr().err
-    assert "integrate.recalibrate=true" in error
+    assert "merge.recalibrate=true" in error
     assert "Traceback" not in error
 
 
 def test_a_merge_below_its_best_source_is_told(options, capsys):
-    sources = "integrate.sources=[{seed: 1},{seed: 2, train.epochs: 0}]"
-    candidates = "integrate.candidates=[{method: average}]"
-    words = ["integrate", "integrate=aligned_evidence", sources, candidates, *options]
+    sources = "merge.sources=[{seed: 1},{seed: 2, train.epochs: 0}]"
+    recipes = "merge.recipes=[{method: average}]"
+    words = ["merge", "merge=auto", sources, recipes, *options]
     for _ in range(2):  # made, and found again
         assert main(words) == 0
         told = "".join(capsys.readouterr())
@@ -202,12 +202,12 @@ def test_a_merge_below_its_best_source_is_told(options, capsys):
 
 
 def test_candidates_that_a_sample_cannot_fit_are_left_out(options, folder, capsys):
-    words = ["integrate", "suite=seeds", "integrate=aligned_evidence", *options]
-    assert main([*words, "integrate.sample=40"]) == 0
+    words = ["merge", "suite=seeds", "merge=auto", *options]
+    assert main([*words, "merge.sample=40"]) == 0
     told = "".join(capsys.readouterr())
-    assert "integrate.candidates[3] is left out: integrate.sample" in told
-    only = "integrate.candidates=[{align.by: activations, repair: choose}]"
-    assert main([*words, "integrate.sample=40", only]) == 2
+    assert "merge.recipes[3] is left out: merge.sample" in told
+    only = "merge.recipes=[{align.by: activations, repair: select_units}]"
+    assert main([*words, "merge.sample=40", only]) == 2
     told = "".join(capsys.readouterr())
     assert "none could be made" in told
     assert "Traceback" not in told
@@ -216,11 +216,11 @@ def test_candidates_that_a_sample_cannot_fit_are_left_out(options, folder, capsy
 @pytest.mark.parametrize("suite", ["seeds", pytest.param("seeds_5", marks=pytest.mark.slow)])
 def test_the_source_that_leads_is_the_best_and_is_recorded(options, folder, suite):
     """DCNv2's cross network and its tables are one source's, and validation rows say whose."""
-    words = ["model=dcnv2", f"suite={suite}", "integrate=evidence", "integrate.repair=reduce"]
-    assert main(["integrate", *words, "integrate.align.by=weights", *options]) == 0
+    words = ["model=dcnv2", f"suite={suite}", "merge=evidence", "merge.repair=project"]
+    assert main(["merge", *words, "merge.align.by=weights", *options]) == 0
     (record,) = (
         r
-        for r in records(folder, "integrate")
+        for r in records(folder, "merge")
         if r["result"]["lead"] and len(r["config"]["sources"]) == (2 if suite == "seeds" else 5)
     )
     scores, source = record["result"]["lead"]["valid_auc"], record["result"]["lead"]["source"]
@@ -256,15 +256,15 @@ def test_a_source_of_another_division_leads_nothing(options, folder, tmp_path, c
     )
     groups = {"model": saved.params, "accumulator": saved.accumulators, "counts": saved.counts}
     checkpoint.save(tmp_path / "other", groups, saved.model, saved.schema, other)
-    named = f"integrate.sources=[{{seed: 1}},{{path: {tmp_path / 'other'}}}]"
-    ways = ["integrate=evidence", named, "integrate.align.by=weights"]
-    assert main(["integrate", *words, *ways, "integrate.repair=choose"]) == 0
+    named = f"merge.sources=[{{seed: 1}},{{path: {tmp_path / 'other'}}}]"
+    ways = ["merge=evidence", named, "merge.align.by=weights"]
+    assert main(["merge", *words, *ways, "merge.repair=select_units"]) == 0
     capsys.readouterr()
     for more in ([], ["check_only=true"]):
-        assert main(["integrate", *words, *ways, "integrate.repair=reduce", *more]) == 2
+        assert main(["merge", *words, *ways, "merge.repair=project", *more]) == 2
         shown = capsys.readouterr()
         assert "divided otherwise" in shown.err + shown.out
 
 
 def test_final_mlp_has_the_default_too(options, folder):
-    assert main(["integrate", "model=final_mlp", "model.streams.hidden=[16,8]", *options]) == 0
+    assert main(["merge", "model=final_mlp", "model.streams.hidden=[16,8]", *options]) == 0

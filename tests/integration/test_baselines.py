@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 
+from cki_rec.checkpoints import checkpoint
 from cki_rec.cli import main
 from cki_rec.data.dataset import EncodedDataset
-from cki_rec.engine import checkpoint
-from cki_rec.integration.methods import METHODS
-from cki_rec.integration.options import defaults
+from cki_rec.merging.options import defaults
+from cki_rec.merging.registry import METHODS
 from cki_rec.pipelines.listing import method_table
 
 TINY = [
@@ -55,22 +55,22 @@ def one_line(capsys):
 @pytest.mark.parametrize("method", [*FROM_START, *ANYWHERE, *FROM_ROWS])
 def test_every_baseline_is_evaluated(options, folder, method):
     suite = "shards" if method in FROM_START else "seeds"
-    assert main(["evaluate", f"suite={suite}", f"integrate={method}", *options]) == 0
-    evaluated, merged = records(folder, "evaluate")[-1], records(folder, "integrate")[-1]
+    assert main(["evaluate", f"suite={suite}", f"merge={method}", *options]) == 0
+    evaluated, merged = records(folder, "evaluate")[-1], records(folder, "merge")[-1]
     result = evaluated["result"]
     assert result["method"] == method
     assert result["test"]["auc"] > 0.5
     assert (result["shares"] is None) == (METHODS[method].merge is not None)
-    assert (merged["config"]["integrate"]["start"] is not None) == (method in FROM_START)
+    assert (merged["config"]["merge"]["start"] is not None) == (method in FROM_START)
 
 
 @pytest.mark.parametrize("method", FROM_ROWS[:-1])  # dropout moves a model that trains
 def test_equal_sources_give_themselves_back(options, folder, method):
     """Through the pipeline: whatever rows say of one model twice, it stays that model."""
-    words = ["integrate.sources=[{seed: 1},{seed: 1}]", f"integrate={method}", *options]
-    words += ["integrate.options.temperature=0.0001"] * (method == "ot_fusion")
-    assert main(["integrate", *words]) == 0
-    merged = records(folder, "integrate")[-1]
+    words = ["merge.sources=[{seed: 1},{seed: 1}]", f"merge={method}", *options]
+    words += ["merge.options.temperature=0.0001"] * (method == "ot_fusion")
+    assert main(["merge", *words]) == 0
+    merged = records(folder, "merge")[-1]
     source = params_of(folder, merged["config"]["sources"][0])
     for name, tensor in params_of(folder, merged["run_id"]).items():
         assert torch.allclose(tensor, source[name], rtol=1e-5, atol=1e-6), name
@@ -78,9 +78,9 @@ def test_equal_sources_give_themselves_back(options, folder, method):
 
 def test_fisher_is_of_the_rows_that_a_source_was_trained_on(options, folder):
     """A row of the users' table that one parent alone was trained on is that parent's."""
-    words = ["integrate.options.floor=0.0", "integrate.sample=1000000", *options]
-    assert main(["integrate", "suite=shards", "integrate=fisher", *words]) == 0
-    merged = records(folder, "integrate")[-1]
+    words = ["merge.options.floor=0.0", "merge.sample=1000000", *options]
+    assert main(["merge", "suite=shards", "merge=fisher", *words]) == 0
+    merged = records(folder, "merge")[-1]
     found = params_of(folder, merged["run_id"])
     sources = [
         checkpoint.load(folder / "out" / run / "checkpoint") for run in merged["config"]["sources"]
@@ -95,11 +95,11 @@ def test_fisher_is_of_the_rows_that_a_source_was_trained_on(options, folder):
 
 @pytest.mark.parametrize("method", ["fisher", "zipit", "distillation"])
 def test_rows_give_the_same_result_twice(options, folder, method):
-    words = ["integrate", f"integrate={method}", *options, "runtime.force=true"]
+    words = ["merge", f"merge={method}", *options, "runtime.force=true"]
     assert main(words) == 0
-    first = params_of(folder, records(folder, "integrate")[-1]["run_id"])
+    first = params_of(folder, records(folder, "merge")[-1]["run_id"])
     assert main(words) == 0
-    again = params_of(folder, records(folder, "integrate")[-1]["run_id"])
+    again = params_of(folder, records(folder, "merge")[-1]["run_id"])
     for name, tensor in first.items():
         assert tensor.equal(again[name]), name
 
@@ -107,11 +107,11 @@ def test_rows_give_the_same_result_twice(options, folder, method):
 def test_distillation_comes_nearer_to_the_ensemble(options, folder):
     logits = {}
     for method, words in {
-        "distillation": ["integrate.options.epochs=3", "integrate.options.source=0"],
-        "start": ["integrate.options.epochs=0", "integrate.options.source=0"],
+        "distillation": ["merge.options.epochs=3", "merge.options.source=0"],
+        "start": ["merge.options.epochs=0", "merge.options.source=0"],
     }.items():
-        assert main(["evaluate", "integrate=distillation", *words, *options]) == 0
-        merged = records(folder, "integrate")[-1]
+        assert main(["evaluate", "merge=distillation", *words, *options]) == 0
+        merged = records(folder, "merge")[-1]
         logits[method] = valid_logits(folder, merged["run_id"])
     teachers = [valid_logits(folder, run) for run in merged["config"]["sources"]]
     error = {name: np.abs(own - np.mean(teachers, 0)).mean() for name, own in logits.items()}
@@ -120,11 +120,11 @@ def test_distillation_comes_nearer_to_the_ensemble(options, folder):
 
 
 def test_probability_ensemble_is_the_mean_of_probabilities(options, folder):
-    assert main(["evaluate", "integrate=probability_ensemble", *options]) == 0
+    assert main(["evaluate", "merge=probability_ensemble", *options]) == 0
     evaluated = records(folder, "evaluate")[-1]["result"]
     assert evaluated["inference_cost"] == 2
     assert evaluated["shares"] is None
-    kept = records(folder, "integrate")[-1]["config"]["sources"]
+    kept = records(folder, "merge")[-1]["config"]["sources"]
     probability = np.mean([1 / (1 + np.exp(-valid_logits(folder, run))) for run in kept], 0)
     label = labels_of(folder, options)
     expected = -np.mean(np.where(label > 0, np.log(probability), np.log1p(-probability)))
@@ -146,7 +146,7 @@ def labels_of(folder, options):
 def test_chosen_scale_is_no_worse_than_any_given_one(options, folder):
     found = {}
     for scale in ("null", "0.5", "1.0", "1.5"):
-        words = ["suite=shards", "integrate=task_arithmetic", f"integrate.options.scale={scale}"]
+        words = ["suite=shards", "merge=task_arithmetic", f"merge.options.scale={scale}"]
         assert main(["evaluate", *words, *options]) == 0
         found[scale] = records(folder, "evaluate")[-1]["result"]["valid"]["auc"]
     assert found["null"] >= max(found.values()) - 1e-6
@@ -154,7 +154,7 @@ def test_chosen_scale_is_no_worse_than_any_given_one(options, folder):
 
 def test_score_is_the_validation_auc_of_evaluation(options, folder, run_config):
     from cki_rec.config import with_delta
-    from cki_rec.data import store
+    from cki_rec.data.encoding import store
     from cki_rec.pipelines import train
     from cki_rec.pipelines.scores import scorer
 
@@ -170,12 +170,12 @@ def test_score_is_the_validation_auc_of_evaluation(options, folder, run_config):
 
 def test_tables_by_evidence_whatever_makes_the_rest(options, folder):
     words = ["suite=shards", *options]
-    assert main(["integrate", "integrate=evidence", *words]) == 0
-    evidence = params_of(folder, records(folder, "integrate")[-1]["run_id"])
-    assert main(["integrate", "integrate=karcher", "integrate.tables=evidence", *words]) == 0
-    merged = params_of(folder, records(folder, "integrate")[-1]["run_id"])
-    assert main(["integrate", "integrate=karcher", "integrate.bias=base", *words]) == 0
-    based = records(folder, "integrate")[-1]
+    assert main(["merge", "merge=evidence", *words]) == 0
+    evidence = params_of(folder, records(folder, "merge")[-1]["run_id"])
+    assert main(["merge", "merge=karcher", "merge.tables=evidence", *words]) == 0
+    merged = params_of(folder, records(folder, "merge")[-1]["run_id"])
+    assert main(["merge", "merge=karcher", "merge.bias=base", *words]) == 0
+    based = records(folder, "merge")[-1]
     first = params_of(folder, based["config"]["sources"][0])
     based = params_of(folder, based["run_id"])
     for name, tensor in merged.items():
@@ -200,10 +200,10 @@ def test_no_epochs_keep_the_initial_weights(options, folder, capsys):
 
 def test_rows_that_no_parent_saw_are_those_of_the_start(options, folder):
     """The untrained model is where both parents of suite shards began."""
-    assert main(["integrate", "suite=shards", "integrate=model_stock", *options]) == 0
-    reads = [r["config"] for r in records(folder, "integrate")]
-    reads = next(r for r in reads if r["integrate"]["method"] == "model_stock")
-    start = params_of(folder, reads["integrate"]["start"])
+    assert main(["merge", "suite=shards", "merge=model_stock", *options]) == 0
+    reads = [r["config"] for r in records(folder, "merge")]
+    reads = next(r for r in reads if r["merge"]["method"] == "model_stock")
+    start = params_of(folder, reads["merge"]["start"])
     for source in reads["sources"]:
         saved = checkpoint.load(folder / "out" / source / "checkpoint")
         for table, counts in saved.counts.items():
@@ -214,18 +214,18 @@ def test_rows_that_no_parent_saw_are_those_of_the_start(options, folder):
 
 
 def test_scale_0_of_external_checkpoints_is_the_start(options, folder):
-    assert main(["integrate", "suite=shards", "integrate=model_stock", *options]) == 0
-    reads = [r["config"] for r in records(folder, "integrate")]
-    reads = next(r for r in reads if r["integrate"]["method"] == "model_stock")
+    assert main(["merge", "suite=shards", "merge=model_stock", *options]) == 0
+    reads = [r["config"] for r in records(folder, "merge")]
+    reads = next(r for r in reads if r["merge"]["method"] == "model_stock")
     named = [f"{{path: {folder / 'out' / run}}}" for run in reads["sources"]]
-    start = reads["integrate"]["start"]
+    start = reads["merge"]["start"]
     words = [
-        *("integrate=task_arithmetic", "integrate.options.scale=0.0", "data.raw=/nowhere"),
-        *(f"integrate.sources=[{','.join(named)}]", f"runtime.out={folder / 'out'}"),
-        *(f"integrate.start={{path: {folder / 'out' / start}}}", "runtime.threads=1"),
+        *("merge=task_arithmetic", "merge.options.scale=0.0", "data.raw=/nowhere"),
+        *(f"merge.sources=[{','.join(named)}]", f"runtime.out={folder / 'out'}"),
+        *(f"merge.base={{path: {folder / 'out' / start}}}", "runtime.threads=1"),
     ]
-    assert main(["integrate", *words]) == 0
-    merged = params_of(folder, records(folder, "integrate")[-1]["run_id"])
+    assert main(["merge", *words]) == 0
+    merged = params_of(folder, records(folder, "merge")[-1]["run_id"])
     for name, tensor in params_of(folder, start).items():
         assert tensor.equal(merged[name]), name
 
@@ -233,35 +233,33 @@ def test_scale_0_of_external_checkpoints_is_the_start(options, folder):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["integrate=ties"], "integrate.method=ties: needs the model that all sources started"),
-        (["integrate=ties", "suite=shards", "integrate.options.density=2"], "density=2: must be"),
-        (["integrate=ties", "integrate.options.density=much"], "density=much: must be a number"),
-        (["integrate=ties", "+integrate.options.densty=1"], "no option 'densty': did you mean"),
-        (["integrate=average", "+integrate.options.weights=[1]"], "average takes none"),
-        (["integrate=weighted_average", "integrate.options.weights=[1,1]"], "of sum 1"),
+        (["merge=ties"], "merge.method=ties: needs the model that all sources started"),
+        (["merge=ties", "suite=shards", "merge.options.density=2"], "density=2: must be"),
+        (["merge=ties", "merge.options.density=much"], "density=much: must be a number"),
+        (["merge=ties", "+merge.options.densty=1"], "no option 'densty': did you mean"),
+        (["merge=average", "+merge.options.weights=[1]"], "average takes none"),
+        (["merge=weighted_average", "merge.options.weights=[1,1]"], "of sum 1"),
         (
-            ["integrate=slerp", "integrate.sources=[{seed: 1},{seed: 2},{seed: 3}]"],
+            ["merge=slerp", "merge.sources=[{seed: 1},{seed: 2},{seed: 3}]"],
             "takes 2 models, not 3",
         ),
         (
-            ["integrate=model_stock", "integrate.start={model.embedding_dim: 4, train.epochs: 0}"],
+            ["merge=model_stock", "merge.base={model.embedding_dim: 4, train.epochs: 0}"],
             "does not fit",
         ),
-        (["integrate=model_stock", "integrate.start={path: /nowhere}"], "/nowhere"),
-        (["integrate=model_stock", "integrate.start={train.epoch: 0}"], "train.epoch"),
+        (["merge=model_stock", "merge.base={path: /nowhere}"], "/nowhere"),
+        (["merge=model_stock", "merge.base={train.epoch: 0}"], "train.epoch"),
     ],
 )
 def test_mistakes_are_one_line(options, folder, capsys, words, message):
-    assert main(["integrate", *options, *words]) == 2
+    assert main(["merge", *options, *words]) == 2
     assert message in one_line(capsys)
 
 
-@pytest.mark.parametrize(
-    "words", [["integrate=ties"], ["integrate=dare", "+integrate.options.p=1"]]
-)
+@pytest.mark.parametrize("words", [["merge=ties"], ["merge=dare", "+merge.options.p=1"]])
 def test_wrong_options_stop_before_any_training(options, tmp_path, capsys, words):
     assert main(["evaluate", *options, f"runtime.out={tmp_path}", *words]) == 2
-    assert "integrate." in one_line(capsys)
+    assert "merge." in one_line(capsys)
     assert not list(tmp_path.glob("train-*"))
 
 
@@ -270,14 +268,14 @@ def test_nan_of_a_source_is_named(options, folder, capsys):
     saved.params["bias"][0] = float("nan")
     broken = folder / "broken"
     checkpoint.save(broken, {"model": saved.params}, saved.model, saved.schema, saved.origin)
-    sources = f"integrate.sources=[{{path: {broken}}},{{path: {broken}}}]"
+    sources = f"merge.sources=[{{path: {broken}}},{{path: {broken}}}]"
     for method, words in (("karcher", "bias: source 0 has"), ("average", "bias: the result has")):
-        assert main(["integrate", *options, f"integrate={method}", sources]) == 2
+        assert main(["merge", *options, f"merge={method}", sources]) == 2
         assert f"{words} NaN or infinite entries" in one_line(capsys)
 
 
 def test_list_shows_every_method_with_its_options(capsys):
-    assert main(["integrate", "--list"]) == 0
+    assert main(["merge", "--list"]) == 0
     shown = capsys.readouterr().out
     for name, method in METHODS.items():
         assert any(line.split()[:1] == [name] for line in shown.splitlines()), name
@@ -294,4 +292,4 @@ def test_list_fits_its_width(width):
     assert max(len(line) for line in lines) <= width
     assert not any("\N{HORIZONTAL ELLIPSIS}" in line for line in lines)
     text = " ".join(" ".join(lines).split())
-    assert "Options: integrate.options.NAME=VALUE" in text
+    assert "Options: merge.options.NAME=VALUE" in text

@@ -8,8 +8,8 @@ import pytest
 import torch
 from conftest import write_raw_zip
 
+from cki_rec.checkpoints import checkpoint
 from cki_rec.cli import main
-from cki_rec.engine import checkpoint
 
 TINY = [
     *("runtime.threads=1", "train.epochs=1", "train.batch_size=256", "model.hidden=[8,4]"),
@@ -63,8 +63,8 @@ def check(home, base, capsys):
         capsys.readouterr()
         before = sorted(home.rglob("*"))
         named = ",".join(f"{{path: {path}}}" for path in sources)
-        given = [f"integrate.sources=[{named}]"] if sources else []
-        code = main(["integrate", "check_only=true", *base, *given, *words])
+        given = [f"merge.sources=[{named}]"] if sources else []
+        code = main(["merge", "check_only=true", *base, *given, *words])
         shown = capsys.readouterr()
         assert sorted(home.rglob("*")) == before, "a check made something"
         assert shown.err.count("\n") == (code == 2)
@@ -90,7 +90,7 @@ def lines(out, name):
 
 
 def test_a_compatible_pair_would_run(trained, check):
-    code, out, error = check([trained("one"), trained("two")], "integrate=evidence")
+    code, out, error = check([trained("one"), trained("two")], "merge=evidence")
     assert (code, error) == (0, "")
     assert out.rstrip().endswith("it would run")
     assert "impossible" not in out
@@ -108,7 +108,7 @@ def test_a_compatible_pair_would_run(trained, check):
 
 
 def test_a_model_agrees_with_itself(trained, check):
-    _, out, _ = check([trained("one"), trained("one")], "integrate=average")
+    _, out, _ = check([trained("one"), trained("one")], "merge=average")
     assert "mean cosine 1.000" in out
 
 
@@ -120,25 +120,25 @@ def test_a_model_agrees_with_itself(trained, check):
         ("dcn", "architecture", "model.name: deepfm, in"),
         ("histories", "features", "has history"),
         ("adagrad", "accumulators", "one a value in"),
-        ("split", "vocabulary", "shared by all; join them: integrate.vocabularies=[null,null]"),
+        ("split", "vocabulary", "shared by all; join them: merge.vocabularies=[null,null]"),
     ],
 )
 def test_what_does_not_fit_is_named(trained, check, key, name, message):
-    code, out, error = check([trained("one"), trained(key)], "integrate=average")
+    code, out, error = check([trained("one"), trained(key)], "merge=average")
     assert code == 2
     assert any("impossible" in line and message in line for line in lines(out, name))
-    assert "integrate.method=average would not run" in error
+    assert "merge.method=average would not run" in error
 
 
 def test_what_only_trained_otherwise_is_no_obstacle(trained, check):
-    code, out, _ = check([trained("one"), trained("dropout")], "integrate=average")
+    code, out, _ = check([trained("one"), trained("dropout")], "merge=average")
     assert code == 0
     assert any("differs" in x and "model.dropout" in x for x in lines(out, "architecture"))
 
 
 def test_other_vocabularies_can_be_joined(trained, check):
-    joint = "integrate.vocabularies=[null,null]"
-    code, out, _ = check([trained("one"), trained("split")], "integrate=evidence", joint)
+    joint = "merge.vocabularies=[null,null]"
+    code, out, _ = check([trained("one"), trained("split")], "merge=evidence", joint)
     assert code == 0
     assert any("; joined to" in line for line in lines(out, "vocabulary"))
 
@@ -147,13 +147,13 @@ def test_tensors_of_another_dtype_or_without_value_are_named(trained, check, tmp
     one, params = trained("one"), params_of(trained("two"))
     doubled = {**params, "bias": params["bias"].double()}
     code, out, _ = check(
-        [one, changed(trained("two"), tmp_path / "a", params=doubled)], "integrate=average"
+        [one, changed(trained("two"), tmp_path / "a", params=doubled)], "merge=average"
     )
     assert code == 2
     assert any("bias: float32 (1,), in" in line for line in lines(out, "tensors"))
     harmed = {**params, "bias": torch.tensor([torch.nan])}
     bad = changed(trained("two"), tmp_path / "b", params=harmed)
-    code, out, error = check([one, bad], "integrate=average")
+    code, out, error = check([one, bad], "merge=average")
     assert code == 2
     assert "bias of" in error
     assert "1 of 1 entries are NaN or infinite" in error
@@ -164,13 +164,13 @@ def test_missing_sources_are_named_with_the_command_that_makes_them(
     trained, check, base, home, monkeypatch
 ):
     trained("one")
-    code, out, error = check([], "integrate=average", "suite.sources=[{seed: 1},{seed: 77}]")
+    code, out, error = check([], "merge=average", "suite.sources=[{seed: 1},{seed: 77}]")
     assert code == 2
     assert "{'seed': 77}: not trained yet; make it: cki-rec train" in error
     assert "seed=77" in error
-    assert "integrate" not in error.split("cki-rec train")[1]
+    assert "merge" not in error.split("cki-rec train")[1]
     assert any("ok" in line for line in lines(out, "checkpoint"))
-    code, _, error = check([trained("one"), "/nowhere"], "integrate=average")
+    code, _, error = check([trained("one"), "/nowhere"], "merge=average")
     assert code == 2
     assert "/nowhere: no checkpoint here" in error
 
@@ -178,45 +178,45 @@ def test_missing_sources_are_named_with_the_command_that_makes_them(
 def test_unmet_needs_are_named(trained, check, tmp_path):
     one, two = trained("one"), trained("two")
     without = changed(two, tmp_path / "counts", counts={})
-    code, out, _ = check([one, without], "integrate=average")
+    code, out, _ = check([one, without], "merge=average")
     assert code == 0
     assert any("differs" in line for line in lines(out, "row counts"))
-    code, _, error = check([one, without], "integrate=evidence")
+    code, _, error = check([one, without], "merge=evidence")
     assert code == 2
     assert "row counts: none in" in error
-    code, out, error = check([one, two], "integrate.method=ties")
+    code, out, error = check([one, two], "merge.method=ties")
     assert code == 2
     assert "needs the model that all sources started from" in error
     assert lines(out, "agreement")
-    code, out, _ = check([one, two], "integrate=greedy_soup")
+    code, out, _ = check([one, two], "merge=greedy_soup")
     assert code == 0
-    code, _, error = check([one, two], "integrate=greedy_soup", "data.split.seed=5")
+    code, _, error = check([one, two], "merge=greedy_soup", "data.split.seed=5")
     assert code == 2
     assert "rows of the data set" in error
 
 
 def test_every_candidate_of_best_of_is_checked(trained, check):
     trained("one")
-    words = ["integrate.method=best_of", "integrate.candidates=[{method: average},{method: ties}]"]
+    words = ["merge.method=best_of", "merge.recipes=[{method: average},{method: ties}]"]
     code, out, error = check([trained("one"), trained("two")], *words)
     assert code == 2
-    assert "integrate.candidates[1]: integrate.method=ties" in error
-    words[1] = "integrate.candidates=[{method: average},{align.by: weights}]"
+    assert "merge.recipes[1]: merge.method=ties" in error
+    words[1] = "merge.recipes=[{method: average},{align.by: weights}]"
     code, out, _ = check([trained("one"), trained("two")], *words)
     assert code == 0
-    assert out.count("integrate ") >= 2
+    assert out.count("merge ") >= 2
 
 
 def test_all_sources_must_fit_rows_whose_labels_are_read(trained, check, tmp_path):
     """Rows whose labels nobody reads may be training rows of any source."""
     origin = checkpoint.describe(trained("split") / "checkpoint").origin
     sources = [trained("one"), changed(trained("two"), tmp_path / "two", origin=origin)]
-    ways = ["integrate=evidence", "integrate.align.by=activations", "integrate.sample=500"]
-    for words in (ways, [*ways, "integrate.repair=reduce"]):  # nothing comes whole in DeepFM
+    ways = ["merge=evidence", "merge.align.by=activations", "merge.sample=500"]
+    for words in (ways, [*ways, "merge.repair=project"]):  # nothing comes whole in DeepFM
         code, out, _ = check(sources, *words)
         assert code == 0
         assert "rows of the data set" in lines(out, "needs")[0]
-    code, out, error = check(sources, *ways, "integrate.recalibrate=true")
+    code, out, error = check(sources, *ways, "merge.recalibrate=true")
     assert code == 2
     assert "divided otherwise" in lines(out, "needs")[0]
     assert "would not run" in error
@@ -226,9 +226,9 @@ def test_all_sources_must_fit_rows_whose_labels_are_read(trained, check, tmp_pat
 def test_a_check_is_no_part_of_a_run(trained, base, home):
     """The run made after a check is the one that is found without."""
     sources = ",".join(f"{{path: {trained(key)}}}" for key in ("one", "two"))
-    words = ["integrate", *base, f"integrate.sources=[{sources}]", "integrate=average"]
+    words = ["merge", *base, f"merge.sources=[{sources}]", "merge=average"]
     assert main(words) == 0
-    (run,) = (home / "out").glob("integrate-*")
+    (run,) = (home / "out").glob("merge-*")
     written = (run / "record.json").stat().st_mtime_ns
     assert main([*words, "check_only=true"]) == 0
     assert main(words) == 0
@@ -243,7 +243,7 @@ def test_integration_itself_refuses_what_is_cheap_to_see(trained, base, capsys, 
         changed(trained("two"), tmp_path / "a", params=doubled): "bias is torch.float64 against",
     }
     for other, message in others.items():
-        sources = f"integrate.sources=[{{path: {trained('one')}}},{{path: {other}}}]"
+        sources = f"merge.sources=[{{path: {trained('one')}}},{{path: {other}}}]"
         capsys.readouterr()
-        assert main(["integrate", *base, sources, "integrate=average"]) == 2
+        assert main(["merge", *base, sources, "merge=average"]) == 2
         assert message in capsys.readouterr().err

@@ -8,10 +8,10 @@ import shlex
 
 import pytest
 
+from cki_rec.checkpoints import checkpoint
 from cki_rec.cli import main
 from cki_rec.config import UserError, parse, run_id, section, with_delta
-from cki_rec.data import store
-from cki_rec.engine import checkpoint
+from cki_rec.data.encoding import store
 from cki_rec.pipelines import finetune, train
 
 TINY = [
@@ -114,8 +114,8 @@ def test_only_a_start_changes_the_identity(options, compose):
 
 
 def test_fine_tuning_asks_not_where_parents_started(options, compose):
-    words = ["integrate=average", "finetune=one_epoch", "train.start={seed: 2}"]
-    sources = "integrate.sources=[{seed: 2, train.start: null},{seed: 3, train.start: null}]"
+    words = ["merge=average", "finetune=one_epoch", "train.start={seed: 2}"]
+    sources = "merge.sources=[{seed: 2, train.start: null},{seed: 3, train.start: null}]"
     runs = [
         finetune.ensure(parse(compose(*options, *more, sources))) for more in (words, words[:2])
     ]
@@ -154,12 +154,12 @@ def test_another_data_set_is_noticed_by_its_checkpoint(options, trained):
 
 
 def test_drift_is_evaluated_end_to_end(options, folder, capsys):
-    methods = "best_parent,newest_parent,output_ensemble,joint,average,evidence,task_arithmetic"
-    sweep = ["evaluate", "-m", "suite=drift", f"integrate={methods}", "name=drift", *options]
+    methods = "best_source,newest_source,output_ensemble,joint,average,evidence,task_arithmetic"
+    sweep = ["evaluate", "-m", "suite=drift", f"merge={methods}", "name=drift", *options]
     assert main(sweep) == 0
     evaluated = {r["result"]["method"]: r for r in records(folder, "evaluate")}
     assert set(evaluated) == set(methods.split(","))
-    newest = evaluated["newest_parent"]
+    newest = evaluated["newest_source"]
     parents = newest["config"]["parents"]
     assert newest["config"]["members"] == parents[-1:]
     assert newest["result"]["inference_cost"] == 1
@@ -168,11 +168,11 @@ def test_drift_is_evaluated_end_to_end(options, folder, capsys):
     chain = [json.loads((folder / "out" / p / "record.json").read_text()) for p in parents]
     assert [record["config"].get("start") for record in chain] == [None, *parents[:2]]
     assert [record["config"]["data"]["part"] for record in chain] == [0, 1, 2]
-    merged = [r["config"] for r in records(folder, "integrate")]
-    (task,) = [c for c in merged if c["integrate"]["method"] == "task_arithmetic"]
-    assert task["integrate"]["start"] == parents[0]
+    merged = [r["config"] for r in records(folder, "merge")]
+    (task,) = [c for c in merged if c["merge"]["method"] == "task_arithmetic"]
+    assert task["merge"]["start"] == parents[0]
     assert main(["report", "name=drift", *options]) == 0
-    assert "newest_parent" in capsys.readouterr().out
+    assert "newest_source" in capsys.readouterr().out
 
 
 def test_windows_follow_each_other_and_evidence_adds_up(options, compose):
@@ -196,7 +196,7 @@ def test_windows_follow_each_other_and_evidence_adds_up(options, compose):
 
 def test_a_check_names_commands_that_make_the_chain(options, tmp_path, capsys, monkeypatch):
     fresh = [*options, f"runtime.out={tmp_path / 'out'}", "train.epochs=1"]
-    words = ["integrate", "suite=drift", "integrate=average", "check_only=true", *fresh]
+    words = ["merge", "suite=drift", "merge=average", "check_only=true", *fresh]
     monkeypatch.setattr("sys.argv", ["cki-rec", *words])
     assert main(words) == 2
     lines = capsys.readouterr().out.splitlines()

@@ -6,12 +6,12 @@ from dataclasses import asdict
 import numpy as np
 import pytest
 
-from cki_rec.analysis.metrics import log_loss
-from cki_rec.analysis.recalibration import recalibration
-from cki_rec.analysis.statistics import delong
 from cki_rec.cli import main
 from cki_rec.data.dataset import EncodedDataset
-from cki_rec.data.held_out import all_labels
+from cki_rec.data.test_labels import all_labels
+from cki_rec.evaluation.metrics import log_loss
+from cki_rec.evaluation.recalibration import recalibration
+from cki_rec.evaluation.statistics import delong
 
 TINY = ["runtime.threads=1", "train.epochs=2", "train.batch_size=256", "model.hidden=[16,8]"]
 
@@ -33,7 +33,7 @@ def opened(folder):
 
 
 def test_recalibration_and_delong_follow_from_logits(options, tmp_path):
-    assert main(["evaluate", "integrate=average", *options]) == 0
+    assert main(["evaluate", "merge=average", *options]) == 0
     dataset, found = opened(tmp_path / "encoded"), records(tmp_path / "out")
     (record,) = (r for r in found.values() if r["run_id"].startswith("evaluate"))
     result = record["result"]
@@ -62,12 +62,12 @@ def test_recalibration_and_delong_follow_from_logits(options, tmp_path):
     assert difference["auc"]["estimate"] == pytest.approx(expected.estimate, abs=1e-12)
     with np.load(tmp_path / "out" / record["run_id"] / "replicates.npz") as arrays:
         metrics = ("auc", "log_loss", "log_loss_recalibrated")
-        expected = {f"{b}/{m}" for b in ("best_parent", "output_ensemble") for m in metrics}
+        expected = {f"{b}/{m}" for b in ("best_source", "output_ensemble") for m in metrics}
         assert set(arrays.files) == expected
 
 
 def test_nothing_but_the_evaluation_depends_on_test_labels(options, tmp_path):
-    words = ["evaluate", "integrate=cki_gate", "integrate.gate.epochs=1", "finetune=one_epoch"]
+    words = ["evaluate", "merge=cki_gate", "merge.gate.epochs=1", "finetune=one_epoch"]
     assert main([*words, *options]) == 0
     dataset = opened(tmp_path / "encoded")
     path = dataset.folder / dataset.manifest["files"]["label"]["file"]

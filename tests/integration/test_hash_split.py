@@ -40,7 +40,7 @@ def test_a_row_is_in_the_same_split_in_every_file(regions, tmp_path):
 
 
 def test_rows_of_both_regions_need_no_word(regions, tmp_path):
-    both = [regions[2], BY_HASH, "integrate=evidence"]
+    both = [regions[2], BY_HASH, "merge=evidence"]
     for more in ([], ["finetune=one_epoch"]):
         assert (
             call(regions, tmp_path / str(len(more)), "evaluate", *both, *more, region="whole") == 0
@@ -52,7 +52,7 @@ def test_rows_of_both_regions_need_no_word(regions, tmp_path):
 
 @pytest.mark.parametrize("other", ["data.split.seed=1", "data.split.by=random"])
 def test_another_division_is_another_matter(regions, tmp_path, capsys, other):
-    words = [regions[2], BY_HASH, "integrate=evidence", other]
+    words = [regions[2], BY_HASH, "merge=evidence", other]
     assert call(regions, tmp_path, "evaluate", *words, region="whole") == 2
     assert SAID in capsys.readouterr().err
     assert call(regions, tmp_path, "evaluate", *words, SAID, region="north") == 2

@@ -39,7 +39,7 @@ def modified(folder: Path) -> dict[str, int]:
 
 
 def test_sweep_reports_every_method_once(options, tmp_path, capsys):
-    sweep = ["integrate=best_parent,output_ensemble,average,evidence", "finetune=none,one_epoch"]
+    sweep = ["merge=best_source,output_ensemble,average,evidence", "finetune=none,one_epoch"]
     assert main(["evaluate", "-m", "suite=seeds,shards", "seed=1,2", *sweep, *options]) == 0
     shown = capsys.readouterr().out
     assert "[32/32" in shown
@@ -53,7 +53,7 @@ def test_sweep_reports_every_method_once(options, tmp_path, capsys):
     assert {row["seed"] for row in rows} == {"1", "2"}
     assert all(row["disjoint"] == str(row["suite"] == "shards") for row in rows)
     by_method = {(r["suite"], r["method"], r["finetuned"], r["seed"]): r for r in rows}
-    best = by_method["shards", "best_parent", "False", "1"]
+    best = by_method["shards", "best_source", "False", "1"]
     assert best["auc_minus_best_parent"] == ""  # itself: undefined, not 0
     for suffix in ("table.md", "report.html"):
         assert (tmp_path / "reports" / "adhoc" / suffix).stat().st_size > 1000
@@ -66,7 +66,7 @@ def test_sweep_reports_every_method_once(options, tmp_path, capsys):
 
 def test_same_seed_gives_equal_records(options, tmp_path):
     first = tmp_path / "first"
-    arguments = ["evaluate", "suite=shards", "integrate=cki_gate", "integrate.gate.epochs=1"]
+    arguments = ["evaluate", "suite=shards", "merge=cki_gate", "merge.gate.epochs=1"]
     for out in (first, tmp_path / "second"):
         assert main([*arguments, *options, f"runtime.out={out / 'out'}"]) == 0
     one, two = records(first), records(tmp_path / "second")
@@ -88,7 +88,7 @@ def test_another_seed_gives_another_record(options, tmp_path):
 
 
 def test_killed_sweep_goes_on_with_equal_results(options, tmp_path, capsys):
-    sweep = ["evaluate", "-m", "suite=shards", "seed=1,2,3,4", "integrate=average", *options]
+    sweep = ["evaluate", "-m", "suite=shards", "seed=1,2,3,4", "merge=average", *options]
     unbroken, broken = tmp_path / "unbroken", tmp_path / "broken"
     places = [f"runtime.out={unbroken / 'out'}", f"runtime.reports={unbroken / 'reports'}"]
     assert main([*sweep, *places]) == 0
@@ -124,22 +124,22 @@ def test_external_checkpoints_need_no_data(options, tmp_path, capsys):
     assert main(["train", "seed=1", *options]) == 0
     assert main(["train", "seed=2", *options]) == 0
     runs = sorted(path for path in (tmp_path / "out").glob("train-*"))
-    sources = f"integrate.sources=[{{path: {runs[0]}}},{{path: {runs[1]}/checkpoint}}]"
+    sources = f"merge.sources=[{{path: {runs[0]}}},{{path: {runs[1]}/checkpoint}}]"
     moved = [o for o in options if not o.startswith("data.raw")] + ["data.raw=/nowhere"]
-    assert main(["integrate", "integrate=evidence", sources, *moved]) == 0
+    assert main(["merge", "merge=evidence", sources, *moved]) == 0
     shown = capsys.readouterr().out
     assert "embedding_bags.item.weight" in shown
     assert "model: " in shown
 
 
 def test_average_of_one_model_with_itself_is_that_model(options, tmp_path):
-    from cki_rec.engine import checkpoint
+    from cki_rec.checkpoints import checkpoint
 
     assert main(["train", *options]) == 0
     (run,) = (tmp_path / "out").glob("train-*")
-    sources = f"integrate.sources=[{{path: {run}}},{{path: {run}}}]"
-    assert main(["integrate", "integrate=average", sources, *options]) == 0
-    (merged,) = (tmp_path / "out").glob("integrate-*")
+    sources = f"merge.sources=[{{path: {run}}},{{path: {run}}}]"
+    assert main(["merge", "merge=average", sources, *options]) == 0
+    (merged,) = (tmp_path / "out").glob("merge-*")
     one, two = (checkpoint.load(path / "checkpoint").params for path in (run, merged))
     assert one.keys() == two.keys()
     for name, tensor in one.items():
@@ -161,28 +161,28 @@ def test_checkpoints_that_do_not_fit_are_refused(
     (first,) = (tmp_path / "out").glob("train-*")
     assert main(["train", *options, *train_options]) == 0
     (second,) = set((tmp_path / "out").glob("train-*")) - {first}
-    sources = f"integrate.sources=[{{path: {first}}},{{path: {second}}}]"
-    assert main(["integrate", "integrate=average", sources, *options]) == 2
+    sources = f"merge.sources=[{{path: {first}}},{{path: {second}}}]"
+    assert main(["merge", "merge=average", sources, *options]) == 2
     shown = capsys.readouterr().err
     assert message in shown
     assert str(second) in shown
     assert shown.count("\n") == 1
-    assert not list((tmp_path / "out").glob("integrate-*/checkpoint"))
+    assert not list((tmp_path / "out").glob("merge-*/checkpoint"))
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["train", "data.raw=/nowhere.zip"], "/nowhere.zip"),
-        (["integrate", "integrate.method=evidenc"], "did you mean 'evidence'"),
-        (["integrate", "integrate.sources=[{path: /nowhere}]"], "/nowhere"),
-        (["integrate", "integrate.sources=[{sed: 1}]"], "sed"),
+        (["merge", "merge.method=evidenc"], "did you mean 'evidence'"),
+        (["merge", "merge.sources=[{path: /nowhere}]"], "/nowhere"),
+        (["merge", "merge.sources=[{sed: 1}]"], "sed"),
         (["train", "data.split.fractions=[1.0,0.0,0.0]"], "valid"),
         (["train", "data.part=7", "data.partition.parts=2"], "data.part=7"),
         (["report", "name=never_run"], "never_run"),
         (["bench", "select=import_second"], "import_seconds"),
         (["finetune"], "finetune.epochs=0"),
-        (["finetune", "integrate=output_ensemble", "finetune=one_epoch"], "no single model"),
+        (["finetune", "merge=output_ensemble", "finetune=one_epoch"], "no single model"),
         (["train", "runtime.device=cuda"], "no CUDA device"),
     ],
 )
@@ -212,7 +212,7 @@ def test_unwritable_folder_is_one_line(options, tmp_path, capsys, key):
 def test_full_disk_leaves_nothing_half_written(options, tmp_path, capsys, monkeypatch):
     import errno
 
-    from cki_rec.engine import checkpoint
+    from cki_rec.checkpoints import checkpoint
 
     def full(*_, **__):
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -227,7 +227,7 @@ def test_full_disk_leaves_nothing_half_written(options, tmp_path, capsys, monkey
 
 
 def test_joblib_launcher_gives_the_same_records(options, tmp_path):
-    sweep = ["evaluate", "-m", "suite=shards", "integrate=average,evidence"]
+    sweep = ["evaluate", "-m", "suite=shards", "merge=average,evidence"]
     for name, launcher in (("basic", []), ("joblib", ["hydra/launcher=joblib"])):
         more = ["hydra.launcher.n_jobs=2"] if launcher else []
         out = f"runtime.out={tmp_path / name / 'out'}"
@@ -242,14 +242,14 @@ def test_joblib_launcher_gives_the_same_records(options, tmp_path):
 
 
 def test_sources_of_one_model(options, tmp_path):
-    assert main(["evaluate", "integrate=average", "integrate.sources=[{seed: 1}]", *options]) == 0
+    assert main(["evaluate", "merge=average", "merge.sources=[{seed: 1}]", *options]) == 0
     (record,) = records(tmp_path, "evaluate").values()
     assert record["result"]["shares"]["bias"] == [1.0]
 
 
-@pytest.mark.parametrize("pipeline", ["integrate", "finetune", "evaluate"])
+@pytest.mark.parametrize("pipeline", ["merge", "finetune", "evaluate"])
 def test_unknown_method_stops_before_any_training(options, tmp_path, capsys, pipeline):
-    words = ["integrate.method=evidenc", "finetune=one_epoch"]
+    words = ["merge.method=evidenc", "finetune=one_epoch"]
     assert main([pipeline, *options, *words]) == 2
     assert "did you mean 'evidence'" in capsys.readouterr().err
     assert not list((tmp_path / "out").glob("train-*"))
@@ -264,36 +264,36 @@ def test_models_of_another_split_are_refused(options, tmp_path, capsys, pipeline
     assert main(["train", *options, "data.split.seed=5"]) == 0
     (run,) = (tmp_path / "out").glob("train-*")
     sources = f"suite.sources=[{{path: {run}}},{{path: {run}}}]"
-    assert main([pipeline, *options, *words, "integrate=average", sources]) == 2
+    assert main([pipeline, *options, *words, "merge=average", sources]) == 2
     assert "another data set, encoding or split" in capsys.readouterr().err
     capsys.readouterr()
     same = [*options, "data.split.seed=5"]
-    assert main([pipeline, *same, *words, "integrate=average", sources]) == 0
+    assert main([pipeline, *same, *words, "merge=average", sources]) == 0
 
 
 def test_checkpoints_are_compared_with_themselves_only(options, tmp_path, capsys):
     assert main(["train", *options]) == 0
     (run,) = (tmp_path / "out").glob("train-*")
-    sources = f"integrate.sources=[{{path: {run}}}]"
-    assert main(["evaluate", *options, "integrate=average", sources]) == 2
+    sources = f"merge.sources=[{{path: {run}}}]"
+    assert main(["evaluate", *options, "merge=average", sources]) == 2
     assert "suite.sources=[{path: ...},{path: ...}]" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("words", [["integrate.splice=hard"], ["integrate.sources=[{seed: 1}]"]])
+@pytest.mark.parametrize("words", [["merge.splice=hard"], ["merge.sources=[{seed: 1}]"]])
 def test_learned_gates_go_with_every_splicing(options, tmp_path, words):
-    gate = ["integrate=cki_gate", "integrate.gate.epochs=1"]
-    assert main(["integrate", *options, *gate, *words]) == 0
-    (record,) = records(tmp_path, "integrate").values()
+    gate = ["merge=cki_gate", "merge.gate.epochs=1"]
+    assert main(["merge", *options, *gate, *words]) == 0
+    (record,) = records(tmp_path, "merge").values()
     for shares in record["result"]["shares"].values():
         assert sum(shares) == pytest.approx(1)
 
 
 def test_released_protocol_splices_the_mlp_and_trains_the_rest(options, tmp_path):
-    from cki_rec.engine import checkpoint
+    from cki_rec.checkpoints import checkpoint
 
-    gate = ["integrate=cki_released", "integrate.gate.epochs=1", "suite=shards"]
-    assert main(["integrate", *options, *gate]) == 0
-    (record,) = records(tmp_path, "integrate").values()
+    gate = ["merge=cki_released", "merge.gate.epochs=1", "suite=shards"]
+    assert main(["merge", *options, *gate]) == 0
+    (record,) = records(tmp_path, "merge").values()
     assert {name.split(".")[0] for name in record["result"]["shares"]} == {"mlp"}
     first = checkpoint.load(tmp_path / "out" / record["config"]["sources"][0] / "checkpoint")
     merged = checkpoint.load(tmp_path / "out" / record["run_id"] / "checkpoint")
@@ -303,9 +303,9 @@ def test_released_protocol_splices_the_mlp_and_trains_the_rest(options, tmp_path
 
 
 def test_fine_tuned_models_have_seen_all_rows(options, tmp_path):
-    from cki_rec.engine import checkpoint
+    from cki_rec.checkpoints import checkpoint
 
-    words = ["suite=shards", "integrate=evidence", "finetune=one_epoch"]
+    words = ["suite=shards", "merge=evidence", "finetune=one_epoch"]
     assert main(["finetune", *options, *words]) == 0
     (tuned,) = (tmp_path / "out").glob("finetune-*")
     parents = [checkpoint.load(p / "checkpoint") for p in (tmp_path / "out").glob("train-*")]
@@ -322,17 +322,17 @@ def test_rows_of_disjoint_parts_add_up_and_others_are_not_counted_twice(
     """That sources are disjoint is in the records beside their checkpoints."""
     import torch
 
-    from cki_rec.engine import checkpoint
+    from cki_rec.checkpoints import checkpoint
 
-    assert main(["integrate", *options, f"suite={suite}", "integrate=evidence"]) == 0
-    (record,) = records(tmp_path, "integrate").values()
+    assert main(["merge", *options, f"suite={suite}", "merge=evidence"]) == 0
+    (record,) = records(tmp_path, "merge").values()
     parents = [tmp_path / "out" / name for name in record["config"]["sources"]]
     if external:
         named = ",".join(f"{{path: {path}}}" for path in parents)
         other = f"runtime.out={tmp_path / 'other' / 'out'}"
-        words = [f"integrate.sources=[{named}]", "integrate=evidence", other]
-        assert main(["integrate", *options, *words]) == 0
-        (record,) = records(tmp_path / "other", "integrate").values()
+        words = [f"merge.sources=[{named}]", "merge=evidence", other]
+        assert main(["merge", *options, *words]) == 0
+        (record,) = records(tmp_path / "other", "merge").values()
     home = tmp_path / "other" if external else tmp_path
     merged = checkpoint.load(home / "out" / record["run_id"] / "checkpoint").counts
     seen = [checkpoint.load(path / "checkpoint").counts for path in parents]
@@ -359,7 +359,7 @@ def test_parts_of_one_division_are_disjoint():
 
 def test_settings_that_share_a_row_of_the_table_are_named(options, capsys):
     for dropout in (0.0, 0.1):
-        words = ["integrate=best_parent", f"model.dropout={dropout}"]
+        words = ["merge=best_source", f"model.dropout={dropout}"]
         assert main(["evaluate", *options, *words]) == 0
     capsys.readouterr()
     assert main(["report", *options]) == 2
@@ -368,10 +368,10 @@ def test_settings_that_share_a_row_of_the_table_are_named(options, capsys):
 
 def test_best_of_two_equal_parents_is_either(options, tmp_path):
     same = "suite.sources=[{seed: 1},{seed: 1}]"
-    assert main(["evaluate", *options, "integrate=best_parent", same]) == 0
+    assert main(["evaluate", *options, "merge=best_source", same]) == 0
     (record,) = records(tmp_path, "evaluate").values()
     assert record["result"]["inference_cost"] == 1
-    assert record["result"]["difference"]["best_parent"] is None
+    assert record["result"]["difference"]["best_source"] is None
 
 
 def test_a_merge_over_encodings_is_evaluated_on_each_but_on_no_other_split(
@@ -381,10 +381,10 @@ def test_a_merge_over_encodings_is_evaluated_on_each_but_on_no_other_split(
     assert main(["train", *options]) == 0
     assert main(["train", *options, other]) == 0
     one, two = sorted((tmp_path / "out").glob("train-*"))
-    sources = f"integrate.sources=[{{path: {one}}},{{path: {two}}}]"
-    assert main(["integrate", *options, "integrate=average", sources]) == 0
-    (merged,) = (tmp_path / "out").glob("integrate-*")
-    suite = [f"suite.sources=[{{path: {merged}}}]", "integrate=average"]
+    sources = f"merge.sources=[{{path: {one}}},{{path: {two}}}]"
+    assert main(["merge", *options, "merge=average", sources]) == 0
+    (merged,) = (tmp_path / "out").glob("merge-*")
+    suite = [f"suite.sources=[{{path: {merged}}}]", "merge=average"]
     for encoding in ([], [other]):
         assert main(["evaluate", *options, *encoding, *suite]) == 0
     capsys.readouterr()

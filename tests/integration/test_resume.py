@@ -15,11 +15,11 @@ import numpy as np
 import pytest
 import torch
 
+from cki_rec.checkpoints import checkpoint
 from cki_rec.cli import main
 from cki_rec.config import Config, Stopped, parse
-from cki_rec.engine import checkpoint
 from cki_rec.engine.record import Run
-from cki_rec.engine.resume import RESUME, Keeper, kept
+from cki_rec.engine.resume import RESUME, Checkpointer, kept
 from cki_rec.engine.steps import EVENTS, STEPS, StepLog
 from cki_rec.pipelines import finetune, train
 
@@ -252,7 +252,7 @@ def test_a_torn_line_and_lines_after_the_checkpoint_are_dropped(configured, unbr
 
 
 def test_fine_tuning_resumes_too(configured, unbroken):
-    more = ("suite=shards", "integrate=average", "finetune=one_epoch", "train.epochs=1")
+    more = ("suite=shards", "merge=average", "finetune=one_epoch", "train.epochs=1")
     want, config = unbroken(*more, pipeline=finetune), configured(*more)
     kill_at(config, 10, finetune)
     check_equal(finetune.ensure(config), want, 8)
@@ -307,7 +307,7 @@ def test_a_wish_to_stop_within_this_process(configured, words, capsys, monkeypat
 
 
 def test_stopping_needs_a_folder():
-    with Keeper.none() as keeper:
+    with Checkpointer.none() as keeper:
         assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
         keeper.keep_if_due(None, None)  # looks at neither
     assert not issubclass(Stopped, Exception)  # a sweep must not go on after it

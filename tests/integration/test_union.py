@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 from regions import SAID, TINY, call, logits_of, opened, record_of, train_regions, write_region
 
-from cki_rec.analysis.metrics import auc, log_loss
+from cki_rec.checkpoints import checkpoint
 from cki_rec.cli import main
-from cki_rec.data import tokens
-from cki_rec.data.held_out import all_labels
-from cki_rec.data.schema import UNSEEN_ID
-from cki_rec.engine import checkpoint
+from cki_rec.data.encoding import tokens
+from cki_rec.data.schema import OOV_ID
+from cki_rec.data.test_labels import all_labels
+from cki_rec.evaluation.metrics import auc, log_loss
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +26,7 @@ def regions(tmp_path_factory):
 @pytest.mark.parametrize("region", ["north", "south"])
 def test_figures_on_rows_of_each_region_follow_from_scores(regions, tmp_path, region):
     home, found, union = regions
-    words = [union, SAID, "integrate=average"]
+    words = [union, SAID, "merge=average"]
     assert call(regions, tmp_path, "evaluate", *words, region=region) == 0
     record, dataset = (
         record_of(tmp_path, "evaluate"),
@@ -56,7 +56,7 @@ def test_figures_on_rows_of_each_region_follow_from_scores(regions, tmp_path, re
 def test_token_lists_may_lie_anywhere(regions, tmp_path):
     """They are read where ``data.vocabularies`` says, not only beside the encoded rows."""
     elsewhere = f"runtime.encoded={tmp_path / 'encoded'}"
-    words = [regions[2], SAID, "integrate=evidence", elsewhere]
+    words = [regions[2], SAID, "merge=evidence", elsewhere]
     assert call(regions, tmp_path, "evaluate", *words) == 0
     (made,) = (tmp_path / "encoded").glob("*-[0-9a-f]*")
     assert made.name.startswith("both_north")
@@ -68,38 +68,38 @@ def call_alone(regions, out, region):
     one = f"suite.sources=[{{path: {found[region]}}}]"
     places = [f"runtime.{key}={out / key}" for key in ("out", "reports")]
     words = [f"data.raw={home / region}.zip", f"data.name={region}", "evaluate.bootstrap=100"]
-    words += [f"runtime.encoded={home / 'encoded'}", *places, *TINY, "integrate=best_parent"]
+    words += [f"runtime.encoded={home / 'encoded'}", *places, *TINY, "merge=best_source"]
     return main(["evaluate", one, *words])
 
 
-@pytest.mark.parametrize("method", ["output_ensemble", "best_parent", "ties", "cki_gate"])
+@pytest.mark.parametrize("method", ["output_ensemble", "best_source", "ties", "cki_gate"])
 def test_other_methods_run_on_the_union(regions, tmp_path, method):
-    words = [regions[2], SAID, f"integrate={method}"]
+    words = [regions[2], SAID, f"merge={method}"]
     if method == "ties":
-        start = f"integrate.start={{path: {regions[1]['north']}}}"
-        words += [start, "integrate.vocabularies=[null,null,null]"]
+        start = f"merge.base={{path: {regions[1]['north']}}}"
+        words += [start, "merge.vocabularies=[null,null,null]"]
     assert call(regions, tmp_path, "evaluate", *words) == 0
     assert record_of(tmp_path, "evaluate")["result"]["test"]["auc"] > 0.5
 
 
 def test_the_best_way_is_chosen_on_rows_of_the_union(regions, tmp_path):
-    ways = "integrate.candidates=[{align.by: activations},{repair: reduce},{recalibrate: true}]"
-    words = [regions[2], SAID, "integrate=aligned_evidence", ways, "integrate.sample=600"]
-    assert call(regions, tmp_path, "integrate", *words, "check_only=true") == 0
+    ways = "merge.recipes=[{align.by: activations},{repair: project},{recalibrate: true}]"
+    words = [regions[2], SAID, "merge=auto", ways, "merge.sample=600"]
+    assert call(regions, tmp_path, "merge", *words, "check_only=true") == 0
     assert call(regions, tmp_path, "evaluate", *words) == 0
     assert record_of(tmp_path, "evaluate")["result"]["inference_cost"] == 1
 
 
 def test_a_merged_model_is_trained_on(regions, tmp_path, capsys):
     _, found, union = regions
-    words = [union, "integrate=evidence", "finetune=one_epoch"]
+    words = [union, "merge=evidence", "finetune=one_epoch"]
     assert call(regions, tmp_path, "finetune", *words) == 0
     (run,) = (tmp_path / "out").glob("finetune-*")
     tuned = checkpoint.describe(run / "checkpoint")
     seen = [checkpoint.describe(f / "checkpoint").origin.rows[0] for f in found.values()]
     assert tuned.origin.rows == tuple(seen)
     assert tuned.origin.data_hash == "several"
-    (merged,) = (tmp_path / "out").glob("integrate-*")
+    (merged,) = (tmp_path / "out").glob("merge-*")
     hashes = checkpoint.describe(merged / "checkpoint").schema.vocabulary_hashes
     assert tuned.schema.vocabulary_hashes == hashes
     assert call(regions, tmp_path, "evaluate", *words) == 2
@@ -110,7 +110,7 @@ def test_a_merged_model_is_trained_on(regions, tmp_path, capsys):
 def test_tokens_of_new_rows_join_when_a_model_is_trained_on(regions, tmp_path):
     """The model of one region goes on to the other, whose users it does not know."""
     _, found, union = regions
-    words = [union, "integrate=best_parent", "finetune=one_epoch", "integrate.vocabularies=[]"]
+    words = [union, "merge=best_source", "finetune=one_epoch", "merge.vocabularies=[]"]
     words += ["finetune.table_learning_rate=0", "finetune.learning_rate=0"]
     alone = {"region": "south", "models": [found["north"]]}
     assert call(regions, tmp_path, "finetune", *words, **alone) == 0
@@ -120,13 +120,13 @@ def test_tokens_of_new_rows_join_when_a_model_is_trained_on(regions, tmp_path):
     for name, tensor in own.params.items():
         assert tensor.equal(tuned.params[name][: len(tensor)]), name
         for row in tuned.params[name][len(tensor) :]:
-            assert row.equal(tensor[UNSEEN_ID])
+            assert row.equal(tensor[OOV_ID])
 
 
 def test_a_merged_run_gives_the_same_data_set_as_its_sources(regions, tmp_path):
     home, _, union = regions
-    assert call(regions, tmp_path, "integrate", "integrate=evidence") == 0
-    (merged,) = (tmp_path / "out").glob("integrate-*")
+    assert call(regions, tmp_path, "merge", "merge=evidence") == 0
+    (merged,) = (tmp_path / "out").glob("merge-*")
     for lists in (union, f"data.vocabularies=[{merged}]"):
         assert call(regions, tmp_path, "prepare", lists, name="same") == 0
     dataset = opened(home / "encoded", "same_north")
@@ -145,14 +145,14 @@ def test_the_same_rows_encoded_twice_need_no_word(regions, tmp_path):
     models = [found["north"], *new]
     lists = [opened(home / "encoded", name).folder for name in ("north", "rare_north")]
     union = f"data.vocabularies=[{lists[0]},{lists[1]}]"
-    words = [union, "integrate=average"]
+    words = [union, "merge=average"]
     assert call(regions, tmp_path, "evaluate", *words, models=models, name="two") == 0
     assert "disjoint_files" not in record_of(tmp_path, "evaluate")["config"]["evaluate"]
 
 
 def refused(regions, tmp_path, capsys, *words, **others):
     capsys.readouterr()
-    assert call(regions, tmp_path, "evaluate", "integrate=evidence", *words, **others) == 2
+    assert call(regions, tmp_path, "evaluate", "merge=evidence", *words, **others) == 2
     shown = capsys.readouterr().err
     assert shown.count("\n") == 1
     assert not list((tmp_path / "out").glob("evaluate-*"))
@@ -167,7 +167,7 @@ def test_what_may_leak_or_does_not_fit_is_refused_in_one_line(regions, tmp_path,
     assert SAID in error(union, "finetune=one_epoch")
     one = f"suite.sources=[{{path: {found['north']}}}]"
     named = ",".join(f"{{path: {path}}}" for path in found.values())
-    ways = [one, f"integrate.sources=[{named}]"]
+    ways = [one, f"merge.sources=[{named}]"]
     assert SAID in error(union, *ways, "finetune=one_epoch")
     assert not (tmp_path / "out").exists()  # said before anything is merged
     leak = error(union, SAID, "data.split.seed=1")
@@ -179,8 +179,8 @@ def test_what_may_leak_or_does_not_fit_is_refused_in_one_line(regions, tmp_path,
     assert "data.vocabularies=[FOLDER,...]" in lacking
     assert "does not list" in error(SAID, name="north_alone")
     assert "not there" in error("data.vocabularies=[/nowhere]", SAID)
-    assert "looks at rows" in error(SAID, "integrate.recalibrate=true")
-    own = error(f"data.vocabularies=[{north}]", SAID, "integrate.recalibrate=true")
+    assert "looks at rows" in error(SAID, "merge.recalibrate=true")
+    own = error(f"data.vocabularies=[{north}]", SAID, "merge.recalibrate=true")
     assert "has other tokens" in own
 
 
@@ -189,12 +189,12 @@ def test_rows_that_a_merge_looked_at_are_rows_it_has_seen(regions, tmp_path, cap
     write_region(home / "west.zip", home / "whole.zip", range(10, 50))
     lists = [opened(home / "encoded", name).folder for name in found]
     union = f"data.vocabularies=[{lists[0]},{lists[1]}]"
-    words = [union, "integrate=average", "integrate.recalibrate=true"]
-    assert call(regions, tmp_path, "integrate", *words, region="west") == 0
-    (run,) = (tmp_path / "out").glob("integrate-*")
+    words = [union, "merge=average", "merge.recalibrate=true"]
+    assert call(regions, tmp_path, "merge", *words, region="west") == 0
+    (run,) = (tmp_path / "out").glob("merge-*")
     seen = checkpoint.describe(run / "checkpoint").origin.rows
     assert opened(home / "encoded", "both_west").source_rows in seen
-    again = [union, SAID, "integrate.vocabularies=[]", "data.split.seed=1"]
+    again = [union, SAID, "merge.vocabularies=[]", "data.split.seed=1"]
     shown = refused(regions, tmp_path, capsys, *again, region="west", models=[run])
     assert "divided otherwise" in shown
 
@@ -202,13 +202,13 @@ def test_rows_that_a_merge_looked_at_are_rows_it_has_seen(regions, tmp_path, cap
 def test_a_start_is_among_what_a_merge_has_seen(regions, tmp_path):
     home, _, union = regions
     other = train_regions(tmp_path, "data.split.seed=1")["north"]
-    words = [union, "integrate=task_arithmetic", "integrate.options.scale=0.5"]
+    words = [union, "merge=task_arithmetic", "merge.options.scale=0.5"]
     lists = [opened(home / "encoded", "north").folder, opened(home / "encoded", "south").folder]
-    start = f"integrate.start={{path: {other}}}"
+    start = f"merge.base={{path: {other}}}"
     home_of_start = opened(tmp_path / "encoded", "north").folder
-    named = f"integrate.vocabularies=[{lists[0]},{lists[1]},{home_of_start}]"
-    assert call(regions, tmp_path / "m", "integrate", *words, start, named) == 0
-    (run,) = (tmp_path / "m" / "out").glob("integrate-*")
+    named = f"merge.vocabularies=[{lists[0]},{lists[1]},{home_of_start}]"
+    assert call(regions, tmp_path / "m", "merge", *words, start, named) == 0
+    (run,) = (tmp_path / "m" / "out").glob("merge-*")
     seen = checkpoint.describe(run / "checkpoint").origin.rows
     assert opened(tmp_path / "encoded", "north").source_rows in seen
     assert len(seen) == 3

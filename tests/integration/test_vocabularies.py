@@ -8,9 +8,9 @@ import pytest
 import torch
 from regions import TINY, train_regions
 
+from cki_rec.checkpoints import checkpoint
 from cki_rec.cli import main
-from cki_rec.data import tokens
-from cki_rec.engine import checkpoint
+from cki_rec.data.encoding import tokens
 from cki_rec.engine.embeddings import table_of
 from cki_rec.pipelines import matching
 
@@ -22,19 +22,19 @@ def regions(tmp_path_factory):
     return home, train_regions(home)
 
 
-def integrate(home, sources, *words):
+def merge_sources(home, sources, *words):
     places = [f"runtime.{key}={home / key}" for key in ("reports", "encoded")]
     named = ",".join(f"{{path: {path}}}" for path in sources)
-    rule = [] if any(word.startswith("integrate=") for word in words) else ["integrate=evidence"]
-    return main(["integrate", f"integrate.sources=[{named}]", *places, *TINY, *rule, *words])
+    rule = [] if any(word.startswith("merge=") for word in words) else ["merge=evidence"]
+    return main(["merge", f"merge.sources=[{named}]", *places, *TINY, *rule, *words])
 
 
 def merge(regions, tmp_path, *words, order=("north", "south")):
     home, found = regions
     sources = [found[name] for name in order]
     out = f"runtime.out={tmp_path / 'out'}"
-    assert integrate(home, sources, out, "integrate.vocabularies=[null,null]", *words) == 0
-    (run,) = (tmp_path / "out").glob("integrate-*")
+    assert merge_sources(home, sources, out, "merge.vocabularies=[null,null]", *words) == 0
+    (run,) = (tmp_path / "out").glob("merge-*")
     return run
 
 
@@ -59,7 +59,7 @@ def rows_by_token(folder, home=None):
     "method", ["evidence", "average", "karcher", "cki_dual_hard", "filter_grafting"]
 )
 def test_lone_rows_are_their_owners_and_shared_rows_are_merged(regions, tmp_path, method):
-    run = merge(regions, tmp_path, f"integrate={method}")
+    run = merge(regions, tmp_path, f"merge={method}")
     home, found = regions
     merged, _ = rows_by_token(run)
     north, south = (rows_by_token(found[name], home)[0] for name in ("north", "south"))
@@ -101,7 +101,7 @@ def test_the_order_of_sources_changes_ids_only(regions, tmp_path):
 
 
 def test_aligned_sources_can_be_joined(regions, tmp_path):
-    run = merge(regions, tmp_path, "integrate.align.by=weights")
+    run = merge(regions, tmp_path, "merge.align.by=weights")
     record = json.loads((run / "record.json").read_text())
     assert record["result"]["alignment"]["agreement"] > 0
 
@@ -120,14 +120,14 @@ def test_rows_that_stand_in_have_no_say_in_alignment_without_counts(regions, tmp
             groups["counts"] = ones if kind == "ones" else {}
             sources.append(tmp_path / kind / name)
             checkpoint.save(sources[-1], groups, saved.model, saved.schema, saved.origin)
-        words = [f"runtime.out={tmp_path / kind}", "integrate.vocabularies=[null,null]"]
-        words += ["integrate=average", "integrate.align.by=weights", f"integrate.repair={repair}"]
+        words = [f"runtime.out={tmp_path / kind}", "merge.vocabularies=[null,null]"]
+        words += ["merge=average", "merge.align.by=weights", f"merge.repair={repair}"]
         words += [f"data.raw={home / 'north.zip'}", "data.name=north"]
-        assert integrate(home, sources, *words) == 0
-        (run,) = (tmp_path / kind).glob("integrate-*")
+        assert merge_sources(home, sources, *words) == 0
+        (run,) = (tmp_path / kind).glob("merge-*")
         facts.append(json.loads((run / "record.json").read_text())["result"]["alignment"])
         merged.append(checkpoint.load(run / "checkpoint").params)
-        assert integrate(home, sources, *words, "check_only=true") == 0
+        assert merge_sources(home, sources, *words, "check_only=true") == 0
     assert facts[0] == facts[1]
     assert all(torch.equal(tensor, merged[1][name]) for name, tensor in merged[0].items())
 
@@ -135,22 +135,20 @@ def test_rows_that_stand_in_have_no_say_in_alignment_without_counts(regions, tmp
 def test_no_source_is_chosen_on_rows_of_one_encoding(regions, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(matching, "coordinatewise", lambda _: {"tower.0.weight"})
     home, found = regions
-    words = [f"runtime.out={tmp_path}", "integrate.vocabularies=[null,null]"]
-    words += ["integrate.repair=reduce", f"data.raw={home / 'north.zip'}", "data.name=north"]
-    assert integrate(home, found.values(), *words) == 2
-    assert (
-        "integrate.repair=reduce: chooses a source by validation rows" in capsys.readouterr().err
-    )
-    assert not list(tmp_path.glob("integrate-*/checkpoint"))
+    words = [f"runtime.out={tmp_path}", "merge.vocabularies=[null,null]"]
+    words += ["merge.repair=project", f"data.raw={home / 'north.zip'}", "data.name=north"]
+    assert merge_sources(home, found.values(), *words) == 2
+    assert "merge.repair=project: chooses a source by validation rows" in capsys.readouterr().err
+    assert not list(tmp_path.glob("merge-*/checkpoint"))
 
 
 def test_a_merged_model_is_merged_again(regions, tmp_path):
     """Its token lists lie beside it, and an empty entry finds them."""
     home, found = regions
     run = merge(regions, tmp_path)
-    out, joint = f"runtime.out={tmp_path / 'again'}", "integrate.vocabularies=[null,null]"
-    assert integrate(home, [run, found["south"]], out, joint) == 0
-    (again,) = (tmp_path / "again").glob("integrate-*")
+    out, joint = f"runtime.out={tmp_path / 'again'}", "merge.vocabularies=[null,null]"
+    assert merge_sources(home, [run, found["south"]], out, joint) == 0
+    (again,) = (tmp_path / "again").glob("merge-*")
     sizes = [checkpoint.describe(r / "checkpoint").schema.table_sizes for r in (run, again)]
     assert sizes[0] == sizes[1]
 
@@ -158,9 +156,9 @@ def test_a_merged_model_is_merged_again(regions, tmp_path):
 def test_one_vocabulary_joined_with_itself_changes_nothing(regions, tmp_path):
     home, found = regions
     north = found["north"]
-    joint, out = "integrate.vocabularies=[null,null]", f"runtime.out={tmp_path / 'out'}"
-    assert integrate(home, [north, north], out, joint) == 0
-    (run,) = (tmp_path / "out").glob("integrate-*")
+    joint, out = "merge.vocabularies=[null,null]", f"runtime.out={tmp_path / 'out'}"
+    assert merge_sources(home, [north, north], out, joint) == 0
+    (run,) = (tmp_path / "out").glob("merge-*")
     one, two = (checkpoint.load(path / "checkpoint") for path in (north, run))
     assert one.schema == two.schema
     for name, tensor in one.params.items():
@@ -169,16 +167,16 @@ def test_one_vocabulary_joined_with_itself_changes_nothing(regions, tmp_path):
 
 def test_a_common_start_has_a_vocabulary_too(regions, tmp_path):
     home, found = regions
-    start = f"integrate.start={{path: {found['north']}}}"
+    start = f"merge.base={{path: {found['north']}}}"
     words = [
         f"runtime.out={tmp_path / 'out'}",
-        "integrate=ties",
+        "merge=ties",
         start,
-        "integrate.options.scale=1.0",
+        "merge.options.scale=1.0",
     ]
     both = [found["north"], found["south"]]
-    assert integrate(home, both, *words, "integrate.vocabularies=[null,null,null]") == 0
-    (run,) = (tmp_path / "out").glob("integrate-*")
+    assert merge_sources(home, both, *words, "merge.vocabularies=[null,null,null]") == 0
+    (run,) = (tmp_path / "out").glob("merge-*")
     merged, _ = rows_by_token(run)
     south, _ = rows_by_token(found["south"], home)
     for key, row in merged.items():
@@ -190,10 +188,10 @@ def refused(regions, tmp_path, capsys, *words):
     home, found = regions
     capsys.readouterr()
     out = f"runtime.out={tmp_path / 'out'}"
-    assert integrate(home, [found["north"], found["south"]], out, *words) == 2
+    assert merge_sources(home, [found["north"], found["south"]], out, *words) == 2
     shown = capsys.readouterr().err
     assert shown.count("\n") == 1
-    assert not list((tmp_path / "out").glob("integrate-*"))
+    assert not list((tmp_path / "out").glob("merge-*"))
     return shown
 
 
@@ -207,19 +205,19 @@ def test_what_cannot_be_joined_is_refused_in_one_line(regions, tmp_path, capsys)
         return refused(regions, tmp_path, capsys, *words)
 
     north, south = encoded(regions, "north"), encoded(regions, "south")
-    assert "integrate.vocabularies=[null,...]" in error()
-    assert "1 folders for 2 models" in error("integrate.vocabularies=[null]")
-    swapped = error(f"integrate.vocabularies=[{south},{north}]")
+    assert "merge.vocabularies=[null,...]" in error()
+    assert "1 folders for 2 models" in error("merge.vocabularies=[null]")
+    swapped = error(f"merge.vocabularies=[{south},{north}]")
     assert "vocabulary." in swapped
     assert "not what the model was trained with" in swapped
-    assert "not there" in error(f"integrate.vocabularies=[{north},/nowhere]")
-    nothing = error("integrate.vocabularies=[null,null]", f"runtime.encoded={tmp_path}")
-    assert "integrate.vocabularies[0]: no encoded data set" in nothing
-    both = f"integrate.vocabularies=[{north},{south}]"
-    assert "keeps its sources as they are" in error(both, "integrate.method=output_ensemble")
-    assert "looks at rows" in error(both, "integrate=cki_gate")
-    assert "looks at rows" in error(both, "integrate=aligned_evidence")
-    assert "looks at rows" in error(both, "integrate.recalibrate=true")
+    assert "not there" in error(f"merge.vocabularies=[{north},/nowhere]")
+    nothing = error("merge.vocabularies=[null,null]", f"runtime.encoded={tmp_path}")
+    assert "merge.vocabularies[0]: no encoded data set" in nothing
+    both = f"merge.vocabularies=[{north},{south}]"
+    assert "keeps its sources as they are" in error(both, "merge.method=output_ensemble")
+    assert "looks at rows" in error(both, "merge=cki_gate")
+    assert "looks at rows" in error(both, "merge=auto")
+    assert "looks at rows" in error(both, "merge.recalibrate=true")
 
 
 def test_a_truncated_token_list_is_refused(regions, tmp_path, capsys):
@@ -232,7 +230,7 @@ def test_a_truncated_token_list_is_refused(regions, tmp_path, capsys):
             regions,
             tmp_path,
             capsys,
-            f"integrate.vocabularies=[{encoded(regions, 'north')},{south}]",
+            f"merge.vocabularies=[{encoded(regions, 'north')},{south}]",
         )
     finally:
         path.write_bytes(content)

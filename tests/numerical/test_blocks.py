@@ -11,7 +11,7 @@ from networks import MIXED, build, draw_batch, embed, options, randomize
 
 from cki_rec.models import model_schema
 from cki_rec.models.attention import ActivationUnit
-from cki_rec.models.crossing import CrossNet, CrossNetMix, CrossNetV2
+from cki_rec.models.cross_network import CrossNet, CrossNetMix, CrossNetV2
 from cki_rec.models.final_mlp import BilinearFusion, FeatureGate
 from cki_rec.models.layers import ACTIVATIONS, MLP, Dice, fm_interaction
 

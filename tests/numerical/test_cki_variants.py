@@ -7,7 +7,7 @@ import pytest
 import torch
 from test_golden_cki import LAYERS, layer_tensors, reference_entropy
 
-from cki_rec.integration.assessment import (
+from cki_rec.merging.methods.cki.assessment import (
     RANGES,
     compare_entropies,
     compute_global_terms,
@@ -18,11 +18,16 @@ from cki_rec.integration.assessment import (
     local_compatibility,
     signed_compatibility,
 )
-from cki_rec.integration.cki import cki_weights
-from cki_rec.integration.gate import apply_gate, check_gate, initialize_gate, num_gate_parameters
-from cki_rec.integration.grafting import grafting_weights
-from cki_rec.integration.noise import entropy_differences
-from cki_rec.integration.splicing import splice
+from cki_rec.merging.methods.cki.gate import (
+    apply_gate,
+    check_gate,
+    initialize_gate,
+    num_gate_parameters,
+)
+from cki_rec.merging.methods.cki.weights import cki_weights
+from cki_rec.merging.methods.filter_grafting import grafting_weights
+from cki_rec.merging.mixing import mix
+from cki_rec.merging.noise import entropy_differences
 
 
 def noise(*shape, seed=0):
@@ -70,7 +75,7 @@ def merge(variant, models, gate, **more):
     else:
         options = {"perspective": "dual", "splice": "soft", **OPTIONS[variant], **more}
         weights = cki_weights(models, gates={"weight": gate}, **options)
-    return splice(models, weights)["weight"]
+    return mix(models, weights)["weight"]
 
 
 @pytest.mark.parametrize("variant", [*OPTIONS, "grafting"])
@@ -114,7 +119,7 @@ def test_two_sources_give_the_pair_formula_bit_for_bit(dual, rule, kind):
         second = 1 - first
     expected = a + second * (b - a) if rule == "soft" else torch.where(scores[1] > scores[0], b, a)
     options = {"perspective": "dual", "splice": rule, "dual": dual, "gates": {"weight": gate}}
-    merged = splice(models, cki_weights(models, **options))["weight"]
+    merged = mix(models, cki_weights(models, **options))["weight"]
     assert torch.equal(merged, expected)
 
 
@@ -237,7 +242,7 @@ def test_noise_is_that_of_a_plain_bootstrap_and_the_own_range_is_the_noisiest():
 def test_noise_of_large_tensors_comes_from_part_of_their_entries(monkeypatch):
     tensors = [noise(100, 64, seed=k) for k in range(2)]
     whole = entropy_differences(tensors, seed=1)
-    monkeypatch.setattr("cki_rec.integration.noise.MOST", 2000)
+    monkeypatch.setattr("cki_rec.merging.noise.MOST", 2000)
     part = entropy_differences(tensors, seed=1)
     assert part["difference"] == whole["difference"]
     assert part["noise"][0] == pytest.approx(whole["noise"][0], rel=0.3)

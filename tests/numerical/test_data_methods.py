@@ -9,15 +9,15 @@ import torch
 from networks import act, draw_batch, make_case, random_element
 from torch.func import functional_call
 
-from cki_rec.engine.moments import linear_moments
-from cki_rec.integration.distillation import distill
-from cki_rec.integration.fisher import fisher_weights
-from cki_rec.integration.hidden import hidden_layers, unit_covariance
-from cki_rec.integration.regmean import regmean
-from cki_rec.integration.splicing import splice
-from cki_rec.integration.transport import ot_fusion, sinkhorn
-from cki_rec.integration.zipping import pair_up, zip_units, zipit
-from cki_rec.symmetry import Slice, Symmetry
+from cki_rec.merging.hidden_units import hidden_layers, unit_covariance
+from cki_rec.merging.methods.distillation import distill
+from cki_rec.merging.methods.fisher import fisher_weights
+from cki_rec.merging.methods.ot_fusion import ot_fusion, sinkhorn
+from cki_rec.merging.methods.regmean import regmean
+from cki_rec.merging.methods.zipit import pair_up, zip_units, zipit
+from cki_rec.merging.mixing import mix
+from cki_rec.merging.statistics import linear_moments
+from cki_rec.merging.symmetry import Slice, Symmetry
 
 NETWORKS = [
     "deepfm",
@@ -70,7 +70,7 @@ class Planted:
 def test_fisher_weights_are_the_formula():
     models = [{"w": draw(3, 2, seed=k)} for k in range(3)]
     fisher = [{"w": draw(3, 2, seed=k).square()} for k in range(3)]
-    found = splice(models, fisher_weights(models, fisher, floor=0.0, normalize=False))["w"]
+    found = mix(models, fisher_weights(models, fisher, floor=0.0, normalize=False))["w"]
     above = sum(f["w"] * m["w"] for f, m in zip(fisher, models, strict=True))
     torch.testing.assert_close(found, above / sum(f["w"] for f in fisher))
 

@@ -15,15 +15,15 @@ from samples import composed, make_data, shared_data
 
 from cki_rec.config import Partition
 from cki_rec.data.dataset import EncodedDataset
-from cki_rec.data.held_out import all_labels
-from cki_rec.data.store import prepare
+from cki_rec.data.encoding.store import prepare
+from cki_rec.data.test_labels import all_labels
 
 FILES = {"criteo": "criteo/train_head10k.txt.gz", "avazu": "avazu/train_14077.csv.gz"}
 ROWS = {"criteo": 10_000, "avazu": 14_077}
 PUBLISHED_MIN_COUNT = {"criteo": 10, "avazu": 2}
 INTEGERS = [f"I{i}" for i in range(1, 14)]
 CRITEO_COLUMNS = ["label", *INTEGERS, *(f"C{i}" for i in range(1, 27))]
-UNSEEN, FIRST = 1, 2
+OOV, FIRST = 1, 2
 CASES = [(choice, count) for choice in FILES for count in (None, 1, 2, 10)]
 
 
@@ -81,7 +81,7 @@ def vocabulary_of(tokens: pd.Series, min_count: int) -> list[str]:
 
 def ids_of(tokens: pd.Series, vocabulary: list[str]) -> np.ndarray:
     id_of = {token: FIRST + place for place, token in enumerate(vocabulary)}
-    return tokens.map(id_of).fillna(UNSEEN).to_numpy(np.int64)
+    return tokens.map(id_of).fillna(OOV).to_numpy(np.int64)
 
 
 def counts_of(ids: np.ndarray, size: int) -> list[int]:
@@ -135,7 +135,7 @@ def test_vocabularies_ids_and_counts_equal_pandas(choice, min_count, encoded):
         np.testing.assert_array_equal(dataset.column(name), ids, err_msg=name)
         assert counts[name].tolist() == counts_of(ids[is_train], FIRST + len(want)), name
         for code, split in ((1, "valid"), (2, "test")):
-            share = float((ids[dataset.split == code] == UNSEEN).mean())
+            share = float((ids[dataset.split == code] == OOV).mean())
             assert dataset.manifest["unseen_share"][name][split] == pytest.approx(share), name
 
 

@@ -9,11 +9,11 @@ import torch
 from pairs import HALVES, Pair
 
 from cki_rec.engine.embeddings import table_of
-from cki_rec.integration.baselines import average_weights
-from cki_rec.integration.evidence import evidence_weights
-from cki_rec.integration.frames import reduce_frames, table_products, whole_weights
-from cki_rec.integration.repair import fit_layers
-from cki_rec.integration.splicing import source_shares, splice
+from cki_rec.merging.methods.average import average_weights
+from cki_rec.merging.methods.evidence import evidence_weights
+from cki_rec.merging.mixing import source_shares
+from cki_rec.merging.projection import reduce_frames, table_products, whole_weights
+from cki_rec.merging.repair import fit_layers
 from cki_rec.pipelines import matching
 from cki_rec.pipelines.matching import coordinatewise, moved_tables
 
@@ -55,7 +55,7 @@ def test_rows_of_one_owner_keep_their_length():
     weights = evidence_weights(pair.models, counts)
     products = table_products(pair.models, moved_tables(pair.symmetries), counts)
     reduced = reduce_frames(
-        splice(pair.models, weights), pair.models, pair.symmetries, products, weights, ()
+        mix(pair.models, weights), pair.models, pair.symmetries, products, weights, ()
     )
     assert all(bool(tensor.isfinite().all()) for tensor in reduced.values())
 
@@ -87,11 +87,11 @@ def test_what_multiplies_coordinates_comes_whole_from_one_source(case, prefix, l
     for table in read:
         counts[lead][table][-1] = 0  # a row that it never saw
     weights = average_weights(pair.models) | evidence_weights(pair.models, counts)
-    merged, readers = splice(pair.models, weights), pair.readers() - whole
+    merged, readers = mix(pair.models, weights), pair.readers() - whole
     reduced = reduce_frames(merged, pair.models, pair.symmetries, products, weights, readers)
     own = whole_weights(weights, pair.symmetries, readers, whole, lead)
     assert set(own) >= {*whole, *read}
-    reduced |= splice([{n: model[n] for n in own} for model in pair.models], own)
+    reduced |= mix([{n: model[n] for n in own} for model in pair.models], own)
     for table in read:
         assert torch.equal(reduced[table][:-1], pair.models[lead][table][:-1])
         assert torch.equal(reduced[table][-1], merged[table][-1])

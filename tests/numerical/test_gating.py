@@ -12,11 +12,11 @@ from cki_rec.data.schema import Batch
 from cki_rec.engine import gating
 from cki_rec.engine.embeddings import table_of
 from cki_rec.engine.gating import SplicedAtLookup, rows_read
-from cki_rec.integration.assessment import compute_global_terms
-from cki_rec.integration.cki import cki_weights
-from cki_rec.integration.evidence import evidence_weights
-from cki_rec.integration.gate import initialize_gate
-from cki_rec.integration.splicing import override_weights, splice
+from cki_rec.merging.methods.cki.assessment import compute_global_terms
+from cki_rec.merging.methods.cki.gate import initialize_gate
+from cki_rec.merging.methods.cki.weights import cki_weights
+from cki_rec.merging.methods.evidence import evidence_weights
+from cki_rec.merging.mixing import override_weights
 
 STATISTICS = ("running_mean", "running_var")
 
@@ -78,7 +78,7 @@ def compare(network, schema, models, gates, weigh, counts=()):
     module = SplicedAtLookup(network, models, counts, gates, weigh, {}, schema).train()
     logit_B = module(batch)
     torch.manual_seed(0)
-    merged = splice(models, weigh(models, counts, gates))
+    merged = mix(models, weigh(models, counts, gates))
     whole_B = functional_call(network, {n: t.clone() for n, t in merged.items()}, (batch,))
     torch.testing.assert_close(logit_B, whole_B, rtol=1e-6, atol=1e-6)
     found, wanted = (gradients(logit, batch, gates) for logit in (logit_B, whole_B))
@@ -104,7 +104,7 @@ def test_logits_are_those_of_the_merged_model(title, key):
     batch = draw_batch(schema, 12)
     with torch.no_grad():
         module = SplicedAtLookup(network, models, (), gates, weigh, {}, schema).eval()
-        whole_B = functional_call(network, splice(models, weigh(models, (), gates)), (batch,))
+        whole_B = functional_call(network, mix(models, weigh(models, (), gates)), (batch,))
         torch.testing.assert_close(module(batch), whole_B, rtol=1e-5, atol=1e-5)
 
 
@@ -122,7 +122,7 @@ def test_evidence_is_counted_on_the_rows_that_are_read():
     ):
         with torch.no_grad():
             module = SplicedAtLookup(network, models, counts, gates, weigh, {}, schema).eval()
-            merged = splice(models, weigh(models, counts, gates))
+            merged = mix(models, weigh(models, counts, gates))
             torch.testing.assert_close(
                 module(batch), functional_call(network, merged, (batch,)), rtol=1e-5, atol=1e-5
             )
@@ -139,7 +139,7 @@ def touched(monkeypatch, scale):
     seen = {}
 
     def counting(parts, weights):
-        merged = splice(parts, weights)
+        merged = mix(parts, weights)
         seen.update({n: (len(t), len(weights[n][0])) for n, t in merged.items() if table_of(n)})
         return merged
 
@@ -216,5 +216,5 @@ def test_a_trunk_is_looked_up_as_it_is_and_gets_gradients():
     assert constant
     for name in constant:
         assert torch.equal(
-            module.constant[name], splice(models, rule(models)(models, (), gates))[name]
+            module.constant[name], mix(models, rule(models)(models, (), gates))[name]
         )

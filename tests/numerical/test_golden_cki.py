@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 import torch
 
-from cki_rec.integration.assessment import entropy, global_compatibility
-from cki_rec.integration.baselines import base_weights
-from cki_rec.integration.cki import cki_weights
-from cki_rec.integration.splicing import override_weights, splice
+from cki_rec.merging.methods.average import base_weights
+from cki_rec.merging.methods.cki.assessment import entropy, global_compatibility
+from cki_rec.merging.methods.cki.weights import cki_weights
+from cki_rec.merging.mixing import override_weights
 
 PATH = os.environ.get("CKI_GOLDEN", Path(__file__).parents[1] / "golden" / "cki_reference.npz")
 with np.load(PATH) as archive:
@@ -45,7 +45,7 @@ def official(model_a, model_b, gates, global_terms=None):
     weights = cki_weights(
         models, perspective="dual", splice="soft", gates=gates, global_terms=global_terms
     )
-    return splice(models, override_weights(weights, biases, base_weights(models)))
+    return mix(models, override_weights(weights, biases, base_weights(models)))
 
 
 def reference_entropy(weight):

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from sklearn import metrics as sklearn_metrics
 
-from cki_rec.analysis import metrics
-from cki_rec.analysis.statistics import bootstrap_auc, bootstrap_log_loss, resampling_weights
+from cki_rec.evaluation import metrics
+from cki_rec.evaluation.statistics import bootstrap_auc, bootstrap_log_loss, resampling_weights
 
 
 @pytest.fixture(params=["continuous", "tied"])
@@ -73,7 +73,7 @@ def test_bootstrap_auc_equals_weighted_sklearn(rows, by):
 @pytest.mark.parametrize("by", ["row", "user"])
 def test_bootstrap_log_loss_equals_weighted_sklearn(rows, by, monkeypatch):
     label, logit, group = rows
-    monkeypatch.setattr("cki_rec.analysis.statistics.CHUNK", 1000)  # several blocks of resamples
+    monkeypatch.setattr("cki_rec.evaluation.statistics.CHUNK", 1000)  # several blocks of resamples
     unit = np.arange(len(label)) if by == "row" else group
     resamples = resampling_weights(unit, 40, np.random.default_rng(1))
     expected = [

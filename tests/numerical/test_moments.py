@@ -10,8 +10,8 @@ from pairs import HALVES, Pair, all_cases
 from torch.func import functional_call
 from torch.nn import Linear
 
-from cki_rec.engine.moments import Observer, linear_moments, output_gradients
-from cki_rec.integration.repair import fit_layers
+from cki_rec.merging.repair import fit_layers
+from cki_rec.merging.statistics import ActivationStatistics, linear_moments, output_gradients
 
 
 @all_cases
@@ -58,7 +58,7 @@ def test_empty_places_of_histories_have_no_say():
         changes = {**NETWORKS["din"][1], "attention__length": length}
         pair.network = build(SCHEMAS["mixed"], name="din", **changes).eval()
         pair.batches = [draw_batch(pair.schema, 64, seed, longest=4) for seed in range(4)]
-        observe = Observer(pair.network, pair.batches)
+        observe = ActivationStatistics(pair.network, pair.batches)
         found.append(observe(pair.models).second)
         fitted.append(fit_layers(pair.average, pair.models, HALVES, observe, pair.symmetries))
     for short, long in (found, fitted):
@@ -109,6 +109,6 @@ def test_layers_stay_in_order_when_histories_begin_late():
     names = list(linear_moments(pair.network, pair.models, pair.batches).second)
     batches = [draw_batch(pair.schema, 64, longest=0), *pair.batches]
     assert list(linear_moments(pair.network, pair.models, batches).second) == names
-    observe = Observer(pair.network, batches)
+    observe = ActivationStatistics(pair.network, batches)
     fitted = fit_layers(pair.average, pair.models, HALVES, observe, pair.symmetries, True)
     assert pair.error(fitted) < pair.error(pair.average)

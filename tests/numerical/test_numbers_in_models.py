@@ -28,7 +28,7 @@ def test_vectors_of_numbers_start_like_embeddings():
 def test_evaluation_without_users_resamples_rows_and_says_so(tmp_path, capsys):
     places = [f"runtime.{key}={tmp_path / key}" for key in ("out", "reports", "encoded")]
     words = ["data=synthetic_criteo", f"data.raw={tmp_path}", "data.numeric=log1p", *SMALL]
-    chosen = ["suite=shards", "integrate=evidence", "name=numbers"]
+    chosen = ["suite=shards", "merge=evidence", "name=numbers"]
     assert main(["evaluate", *words, *chosen, *places]) == 0
     (record,) = (
         json.loads(p.read_text()) for p in (tmp_path / "out").glob("evaluate-*/record.json")

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from cki_rec.config import parse
-from cki_rec.data import store
+from cki_rec.data.encoding import store
 from cki_rec.data.loader import Loader
 from cki_rec.engine.embeddings import build, initialize, local_tensors
 from cki_rec.engine.optimization import initialized_adam

@@ -5,8 +5,8 @@ import pytest
 from scipy.special import expit
 from sklearn.linear_model import LogisticRegression
 
-from cki_rec.analysis.metrics import log_loss
-from cki_rec.analysis.recalibration import Recalibration, recalibration
+from cki_rec.evaluation.metrics import log_loss
+from cki_rec.evaluation.recalibration import Recalibration, recalibration
 
 
 def draw(seed, num_rows, scale, shift):

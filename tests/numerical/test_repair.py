@@ -9,14 +9,14 @@ from pairs import HALVES, Pair, all_cases
 from torch.nn import BatchNorm1d
 
 from cki_rec.engine.embeddings import table_of
-from cki_rec.engine.moments import Observer
-from cki_rec.integration.repair import _regress, choose, fit_layers, rescale
+from cki_rec.merging.repair import _regress, choose, fit_layers, rescale
+from cki_rec.merging.statistics import ActivationStatistics
 
 
 def test_a_layer_that_sees_no_history_is_left_as_it_is():
     pair = Pair("din")
     batches = [draw_batch(pair.schema, 64, 0, longest=0)]
-    observe = Observer(pair.network, batches)
+    observe = ActivationStatistics(pair.network, batches)
     assert not any(name.startswith("attention.") for name in observe(pair.models).second)
     fitted = fit_layers(pair.average, pair.models, HALVES, observe, pair.symmetries)
     assert all(torch.equal(fitted[n], pair.average[n]) for n in fitted if n.startswith("attent"))

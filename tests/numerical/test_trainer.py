@@ -9,16 +9,16 @@ import pytest
 import torch
 from training import equal, plain, state_of
 
-from cki_rec.analysis.metrics import auc
 from cki_rec.config import Gate, UserError
-from cki_rec.data import store
+from cki_rec.data.encoding import store
 from cki_rec.engine.embeddings import build, initialize, table_of
 from cki_rec.engine.evaluator import predict
 from cki_rec.engine.gating import train_gates
 from cki_rec.engine.trainer import fit
-from cki_rec.integration.assessment import compute_global_terms
-from cki_rec.integration.cki import cki_weights
-from cki_rec.integration.gate import initialize_gate
+from cki_rec.evaluation.metrics import auc
+from cki_rec.merging.methods.cki.assessment import compute_global_terms
+from cki_rec.merging.methods.cki.gate import initialize_gate
+from cki_rec.merging.methods.cki.weights import cki_weights
 from cki_rec.models import build_model, model_schema
 
 SCHEDULE = (
@@ -284,5 +284,5 @@ def test_the_best_epoch_is_kept(config, dataset, read_schema, sources, values, e
 
 def test_a_gate_that_explodes_is_reported(config, dataset, read_schema, sources):
     gates = {name: torch.tensor(float("nan")) for name in sources[0]}
-    with pytest.raises(UserError, match=r"a title: the loss is nan; lower integrate\.gate\.lear"):
+    with pytest.raises(UserError, match=r"a title: the loss is nan; lower merge\.gate\.lear"):
         learn(config, dataset, read_schema, sources, gates=gates)

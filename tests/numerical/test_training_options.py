@@ -19,12 +19,12 @@ from training import (
     step,
 )
 
-from cki_rec.analysis.metrics import auc, grouped_auc, log_loss
 from cki_rec.config import UserError
-from cki_rec.data import store
+from cki_rec.data.encoding import store
 from cki_rec.engine.embeddings import build, initialize
 from cki_rec.engine.optimization import initialized_adam
 from cki_rec.engine.trainer import fit, set_learning_rates, step_seed
+from cki_rec.evaluation.metrics import auc, grouped_auc, log_loss
 from cki_rec.models import model_schema
 from cki_rec.pipelines.train import monitored
 

@@ -9,10 +9,10 @@ import pytest
 from samples import make_data, one_line_error, read_rows, shared_data
 
 from cki_rec.config import Data, Split, UserError
-from cki_rec.data.formats import avazu
-from cki_rec.data.raw import LABEL, LINE, TIME
+from cki_rec.data.encoding.store import prepare
+from cki_rec.data.raw.formats import avazu
+from cki_rec.data.raw.reading import LABEL, LINE, TIME
 from cki_rec.data.schema import FIRST_ID
-from cki_rec.data.store import prepare
 
 HOURS = ["14102100", "14102123", "14102212", "14102505", "14102600", "14103023", "14022823"]
 HOURS += ["16022900", "00010100", "14123123"]

@@ -15,12 +15,12 @@ from omegaconf import OmegaConf
 from samples import ROOT, make_data, one_line_error, read_rows
 
 from cki_rec.config import Data, Split, UserError
-from cki_rec.data import store
 from cki_rec.data.columns import Ragged
-from cki_rec.data.held_out import all_labels
-from cki_rec.data.raw import LABEL, LINE, SPLIT, TIME
-from cki_rec.data.schema import FIRST_ID, UNSEEN_ID
-from cki_rec.data.store import EncodedDataset, prepare
+from cki_rec.data.encoding import store
+from cki_rec.data.encoding.store import EncodedDataset, prepare
+from cki_rec.data.raw.reading import LABEL, LINE, SPLIT, TIME
+from cki_rec.data.schema import FIRST_ID, OOV_ID
+from cki_rec.data.test_labels import all_labels
 
 HEADER = "label,user,item,city"
 ROWS = [f"{n % 2},u{n % 5},i{n % 7},c{n % 3}" for n in range(30)]
@@ -70,7 +70,7 @@ def tokens_of(dataset: EncodedDataset, name: str) -> list:
     if isinstance(column, Ragged):
         found = [column.ids(np.array([row]))[0].tolist() for row in range(len(dataset))]
         return [[known[i - FIRST_ID] for i in ids] for ids in found]
-    return [None if i == UNSEEN_ID else known[i - FIRST_ID] for i in column]
+    return [None if i == OOV_ID else known[i - FIRST_ID] for i in column]
 
 
 def test_rows_of_three_files(tmp_path):

@@ -13,10 +13,10 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.nn.functional import binary_cross_entropy_with_logits
 from training import load_params, options, plain, state_of, step
 
+from cki_rec.checkpoints import checkpoint
 from cki_rec.config import UserError
-from cki_rec.data.origin import Origin
+from cki_rec.data.provenance import Provenance
 from cki_rec.data.schema import Feature
-from cki_rec.engine import checkpoint
 from cki_rec.engine.embeddings import table_of
 from cki_rec.engine.optimization import initialized_adam
 
@@ -46,13 +46,13 @@ def tensors(trained, schema):
 @pytest.fixture
 def saved(tmp_path, tensors, schema):
     folder = tmp_path / "run" / "checkpoint"
-    checkpoint.save(folder, tensors, MODEL, schema, Origin("data hash"))
+    checkpoint.save(folder, tensors, MODEL, schema, Provenance("data hash"))
     return folder
 
 
 def test_everything_comes_back_bit_for_bit(saved, tensors, schema):
     loaded = checkpoint.load(saved)
-    assert (loaded.model, loaded.schema, loaded.origin) == (MODEL, schema, Origin("data hash"))
+    assert (loaded.model, loaded.schema, loaded.origin) == (MODEL, schema, Provenance("data hash"))
     for group, found in (
         ("model", loaded.params),
         ("accumulator", loaded.accumulators),
@@ -96,7 +96,7 @@ def test_training_goes_on_bit_for_bit(saved, trained, sharded, make_batch):
 def test_plain_tensors_are_written_too(saved, tmp_path, schema):
     loaded = checkpoint.load(saved)
     groups = {"model": loaded.params, "accumulator": loaded.accumulators, "counts": {}}
-    checkpoint.save(tmp_path / "other", groups, MODEL, schema, Origin("h"))
+    checkpoint.save(tmp_path / "other", groups, MODEL, schema, Provenance("h"))
     again = checkpoint.load(tmp_path / "other")
     assert again.counts == {}
     assert all(torch.equal(again.params[name], t) for name, t in loaded.params.items())
@@ -105,7 +105,7 @@ def test_plain_tensors_are_written_too(saved, tmp_path, schema):
 def test_saving_again_replaces_the_whole_checkpoint(saved, tensors, schema):
     (saved / "leftover").touch()
     tensors["model"]["bias"].data.fill_(3.0)
-    checkpoint.save(saved, tensors, MODEL, schema, Origin("other hash"))
+    checkpoint.save(saved, tensors, MODEL, schema, Provenance("other hash"))
     loaded = checkpoint.load(saved)
     assert loaded.params["bias"].item() == 3.0
     assert loaded.origin.data_hash == "other hash"
@@ -191,7 +191,7 @@ def test_a_failing_save_leaves_the_old_checkpoint_and_nothing_else(
     monkeypatch.setattr(checkpoint.dcp, "save", fail)
     tensors["model"]["bias"].data.fill_(3.0)
     with pytest.raises(OSError, match="No space left") as caught:
-        checkpoint.save(saved, tensors, MODEL, schema, Origin("h"))
+        checkpoint.save(saved, tensors, MODEL, schema, Provenance("h"))
     assert caught.value.errno == errno.ENOSPC
     assert [path.name for path in saved.parent.iterdir()] == ["checkpoint"]
     assert torch.equal(checkpoint.load(saved).params["bias"], before.params["bias"])
@@ -203,7 +203,7 @@ def test_an_unknown_failure_to_write_is_an_ordinary_exception(saved, tensors, sc
 
     monkeypatch.setattr(checkpoint.dcp, "save", fail)
     with pytest.raises(OSError, match="odd"):
-        checkpoint.save(saved, tensors, MODEL, schema, Origin("h"))
+        checkpoint.save(saved, tensors, MODEL, schema, Provenance("h"))
 
 
 def test_equal_checkpoints_are_compatible(saved):
@@ -297,7 +297,7 @@ def test_what_torch_says_of_a_full_disk_is_an_os_error(saved, tensors, schema, m
 
     monkeypatch.setattr(checkpoint.dcp, "save", full)
     with pytest.raises(OSError, match="unexpected pos") as caught:
-        checkpoint.save(saved, tensors, MODEL, schema, Origin("data hash"))
+        checkpoint.save(saved, tensors, MODEL, schema, Provenance("data hash"))
     assert caught.value.errno == errno.ENOSPC
     assert caught.value.filename == str(saved)
 

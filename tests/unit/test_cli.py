@@ -11,7 +11,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from cki_rec import __version__, cli
-from cki_rec.config import LostProcess, Stopped, UserError
+from cki_rec.config import RankLost, Stopped, UserError
 from cki_rec.environment import EnvironmentMismatchError
 
 
@@ -91,7 +91,7 @@ def test_version(command):
             ["train", "model=depfm"],
             "did you mean 'deepfm'? one of dcn, dcnv2, deepfm",
         ),
-        (["train", "integrate=zzz"], "integrate=zzz: one of aligned_activations"),
+        (["train", "merge=zzz"], "merge=zzz: one of aligned_activations"),
         (["evaluate", "experiment=quickstrat"], "did you mean 'quickstart'?"),
         (["train", "foo"], "'foo': options are written key=value"),
         (["train", "seed"], "'seed': options are written key=value"),
@@ -99,11 +99,11 @@ def test_version(command):
         (["train", "seed=one"], "seed"),
         (["train", "+train.momentum=1"], "train.momentum"),
         (["train", "model.dropout=2"], "model.dropout=2"),
-        (["train", "integrate.splice=sofd"], "did you mean 'soft'?"),
+        (["train", "merge.splice=sofd"], "did you mean 'soft'?"),
         (["train", "seed=[1"], ""),
         (["train", "-m", "sed=1,2"], "no option 'sed': did you mean 'seed'?"),
         (["train", "-m", "model=deepfm,depfm"], "model=depfm: did you mean 'deepfm'?"),
-        (["train", "-m", "integrate=averge,evidence"], "did you mean 'average'?"),
+        (["train", "-m", "merge=averge,evidence"], "did you mean 'average'?"),
         (["train", "-m", "foo", "seed=1,2"], "'foo': options are written key=value"),
         (["train", "--multirun", "train.epochs=many,some"], "train.epochs: Value 'many'"),
         (["train", "data.raw=/nowhere.zip"], "/nowhere.zip"),
@@ -161,7 +161,7 @@ def test_a_sweep_of_training_begins_no_list_of_evaluations(command, tmp_path, mo
     [
         (UserError("the reason"), 2, "cki-rec: the reason"),
         (EnvironmentMismatchError("install it"), 2, "cki-rec: install it"),
-        (LostProcess("another is gone"), 1, "cki-rec: another is gone"),
+        (RankLost("another is gone"), 1, "cki-rec: another is gone"),
         (Stopped("stopped after step 3"), 0, "cki-rec: stopped after step 3"),
         (KeyboardInterrupt(), 130, "interrupted; finished runs are kept"),
         (OSError(errno.ENOSPC, "No space left on device", "/x"), 2, "cannot write /x: No space"),
@@ -198,8 +198,8 @@ def test_versions_are_checked_before_anything_runs(command, monkeypatch):
 
 def test_command_line_is_kept_for_the_record(command, monkeypatch):
     monkeypatch.setattr("cki_rec.pipelines.train.run", lambda c: None)
-    command("train", "integrate.sources=[{seed: 1}]")
-    assert os.environ["CKI_REC_COMMAND"] == "cki-rec train 'integrate.sources=[{seed: 1}]'"
+    command("train", "merge.sources=[{seed: 1}]")
+    assert os.environ["CKI_REC_COMMAND"] == "cki-rec train 'merge.sources=[{seed: 1}]'"
 
 
 @pytest.mark.parametrize(
@@ -221,7 +221,7 @@ def test_sweep_position(monkeypatch, number, total, ago, text):
     ("params", "task", "jobs"),
     [
         ({}, ["seed=1"], 1),
-        ({}, ["seed=1,2,3", "integrate=average,evidence"], 6),
+        ({}, ["seed=1,2,3", "merge=average,evidence"], 6),
         ({"seed": "1,2", "suite": "seeds,shards"}, [], 4),
         ({"seed": "1,2", "suite": "seeds,shards"}, ["seed=5", "model=deepfm"], 2),
         ({"seed": "range(1,5)"}, ["model.dropout=choice(0,0.1,0.2)"], 12),

@@ -11,7 +11,7 @@ import pytest
 from sklearn.metrics import log_loss, roc_auc_score
 
 from cki_rec.config import Synthetic, UserError
-from cki_rec.data.click_model import (
+from cki_rec.data.raw.click_model import (
     BLOCK,
     LAYOUTS,
     _draw_tokens,

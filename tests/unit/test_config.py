@@ -47,7 +47,7 @@ def test_values_arrive_typed(compose):
     assert config.model.hidden == [7, 5]
     assert (config.data.part, config.train.table_l2, config.seed) == (1, 1e-4, 9)
     assert config.data.partition.seed == 9
-    assert config.integrate.sources == [{"seed": 9}, {"seed": 1009}]
+    assert config.merge.sources == [{"seed": 9}, {"seed": 1009}]
 
 
 @pytest.mark.parametrize(
@@ -71,10 +71,10 @@ def test_unknown_keys_and_wrong_types(tree, key, value, part):
 @pytest.mark.parametrize(
     ("key", "value", "part"),
     [
-        ("integrate.splice", "sofd", "integrate.splice=sofd: did you mean 'soft'? one of soft, h"),
+        ("merge.splice", "sofd", "merge.splice=sofd: did you mean 'soft'? one of soft, h"),
         ("data.split.by", "tim", "data.split.by=tim: did you mean 'time'?"),
         ("runtime.device", "tpu", "one of auto, cpu, cuda"),
-        ("integrate.gate.kind", "diag", "did you mean 'diagonal'?"),
+        ("merge.gate.kind", "diag", "did you mean 'diagonal'?"),
         ("model.embedding_dim", 0, "model.embedding_dim=0: must be at least 1"),
         ("model.activation", "gelu", "model.activation=gelu: did you mean 'relu'?"),
         ("train.embeddings", "sparse", "train.embeddings=sparse: one of fused, dense"),
@@ -95,7 +95,7 @@ def test_unknown_keys_and_wrong_types(tree, key, value, part):
         ("evaluate.confidence", 0.0, "must be in (0, 1)"),
         ("data.part", 2, "data.part=2: data.partition has parts 0 to 1"),
         ("data.part", -1, "data.part=-1: data.partition has parts 0 to 1"),
-        ("integrate.sources", [], "integrate.sources is empty"),
+        ("merge.sources", [], "merge.sources is empty"),
     ],
 )
 def test_impossible_values(tree, key, value, part):
@@ -130,7 +130,7 @@ def test_part_without_partition(tree):
 
 @pytest.mark.parametrize("kind", ["identity", "none"])
 def test_gate_with_nothing_to_learn(tree, kind):
-    tree = changed(tree, **{"integrate.gate.kind": kind, "integrate.gate.train": "frozen"})
+    tree = changed(tree, **{"merge.gate.kind": kind, "merge.gate.train": "frozen"})
     assert f"a gate of kind {kind} has nothing to learn" in error_of(parse, tree)
 
 
@@ -162,9 +162,9 @@ def test_delta_replaces_a_start_whole(tree):
 @pytest.mark.parametrize(
     ("delta", "part"),
     [
-        ({"model.hiden": [4]}, "integrate.sources, model.hiden: "),
-        ({"sede": 4}, "integrate.sources, sede: "),
-        ({"seed": "four"}, "integrate.sources, seed: Value 'four'"),
+        ({"model.hiden": [4]}, "merge.sources, model.hiden: "),
+        ({"sede": 4}, "merge.sources, sede: "),
+        ({"seed": "four"}, "merge.sources, seed: Value 'four'"),
         ({"data.part": 5}, "data.part=5"),
         ({"runtime.device": "tpu"}, "runtime.device=tpu"),
     ],
@@ -243,7 +243,7 @@ def test_resolvers():
 
 
 def test_first_comment():
-    assert first_comment("integrate", "average") == "Plain average of all parameters."
+    assert first_comment("merge", "average") == "Plain average of all parameters."
     assert first_comment("suite", "seeds").startswith("Independent seeds")
     assert first_comment("suite", "not_there") == ""
 

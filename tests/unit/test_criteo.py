@@ -10,10 +10,10 @@ import pytest
 from samples import make_data, one_line_error, read_rows, shared_data
 
 from cki_rec.config import Data, Split
-from cki_rec.data.formats import criteo
-from cki_rec.data.raw import LABEL, LINE
+from cki_rec.data.encoding.store import prepare
+from cki_rec.data.raw.formats import criteo
+from cki_rec.data.raw.reading import LABEL, LINE
 from cki_rec.data.schema import FIRST_ID
-from cki_rec.data.store import prepare
 
 NAMES = [*criteo.INTEGERS, *criteo.CATEGORIES]
 

@@ -9,8 +9,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from cki_rec.config import UserError
-from cki_rec.data.delimited import Known, Layout, read_rows
-from cki_rec.data.raw import LINE, Reading, Text
+from cki_rec.data.raw.delimited import Known, Layout, read_rows
+from cki_rec.data.raw.reading import LINE, Reading, Text
 
 SEPARATORS = [",", "\t", "|", ";", "::"]
 LETTERS = string.ascii_letters + string.digits + " .-+_#'\\éß漢\u2028\ufffd\x0b\x85"

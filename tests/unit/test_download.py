@@ -16,8 +16,8 @@ from unittest.mock import Mock
 import pytest
 
 from cki_rec.config import UserError
-from cki_rec.data import download
-from cki_rec.data.download import fetch
+from cki_rec.data.raw import download
+from cki_rec.data.raw.download import fetch
 
 CONTENT = random.Random(0).randbytes(300_000)
 CUT = 100_000

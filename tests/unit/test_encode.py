@@ -17,12 +17,12 @@ from samples import EMBEDDED, FIELDS, LATEST, make_data, read_rows
 from cki_rec.config import Data, Split, UserError
 from cki_rec.data.columns import Ragged
 from cki_rec.data.dataset import EncodedDataset
-from cki_rec.data.formats import FORMATS
-from cki_rec.data.held_out import all_labels
-from cki_rec.data.raw import LABEL, TIME
-from cki_rec.data.schema import FIRST_ID, PADDING_ID, UNSEEN_ID
-from cki_rec.data.split import split_codes
-from cki_rec.data.store import prepare
+from cki_rec.data.encoding.split import split_codes
+from cki_rec.data.encoding.store import prepare
+from cki_rec.data.raw.formats import FORMATS
+from cki_rec.data.raw.reading import LABEL, TIME
+from cki_rec.data.schema import FIRST_ID, OOV_ID, PADDING_ID
+from cki_rec.data.test_labels import all_labels
 
 
 @pytest.fixture
@@ -69,7 +69,7 @@ def decoded(encoded: EncodedDataset, name: str, row: int) -> list[str | None]:
     table = next(f.table for f in encoded.schema.features if f.name == name)
     tokens = encoded.vocabulary(table)
     ids = ids_of(encoded, name, row)
-    return [None if i == UNSEEN_ID else tokens[i - FIRST_ID] for i in ids]
+    return [None if i == OOV_ID else tokens[i - FIRST_ID] for i in ids]
 
 
 def pandas_rows(folder: Path) -> pd.DataFrame:
@@ -119,7 +119,7 @@ def test_ids_follow_count_then_token_of_training_rows(encode_files):
         want = sorted(counts, key=lambda token: (-counts[token], token))
         assert encoded.vocabulary(name) == want
         assert encoded.schema.table_sizes[name] == len(want) + 2
-    assert (PADDING_ID, UNSEEN_ID, FIRST_ID) == (0, 1, 2)
+    assert (PADDING_ID, OOV_ID, FIRST_ID) == (0, 1, 2)
 
 
 def test_no_vocabulary_token_comes_from_held_out_rows_alone(encode_frame):
@@ -135,7 +135,7 @@ def test_no_vocabulary_token_comes_from_held_out_rows_alone(encode_frame):
     encoded = encode_frame(frame, split=split, fields=["user", "item"])
     assert encoded.vocabulary("user") == ["a"]
     assert encoded.vocabulary("item") == ["x", "y"]
-    assert encoded.column("item").tolist() == [2, 3, UNSEEN_ID, UNSEEN_ID]
+    assert encoded.column("item").tolist() == [2, 3, OOV_ID, OOV_ID]
     assert encoded.group.tolist() == [0, 0, 1, 2]
 
 
@@ -147,7 +147,7 @@ def test_rare_tokens_share_the_unseen_id(encode_files):
     assert 0 < len(kept) < len(counts)
     assert set(encoded.vocabulary("item")) == kept
     for row, item in enumerate(rows["item"]):
-        assert (ids_of(encoded, "item", row) == [UNSEEN_ID]) == (item not in kept)
+        assert (ids_of(encoded, "item", row) == [OOV_ID]) == (item not in kept)
 
 
 def test_unseen_tokens_of_a_row_are_one_id(encode_frame):
@@ -163,7 +163,7 @@ def test_unseen_tokens_of_a_row_are_one_id(encode_frame):
     split = Split(by="time", fractions=[0.5, 0.25, 0.25], seed=0)
     encoded = encode_frame(frame, split=split, fields=["genres"])
     found = [ids_of(encoded, "genres", row) for row in range(4)]
-    assert found == [[2], [3], [UNSEEN_ID, 2], [UNSEEN_ID]]
+    assert found == [[2], [3], [OOV_ID, 2], [OOV_ID]]
 
 
 def test_history_without_item_field_uses_table_item(encode_files):

@@ -211,8 +211,8 @@ def test_boards_share_their_semantics(configure, name):
     assert (train.embeddings, train.gradient_clip, train.precision) == ("dense", 10.0, "fp32")
     assert (train.plateau_factor, train.min_learning_rate, train.min_gain) == (0.1, 1e-6, 1e-6)
     assert (config.model.init_std, train.ema, train.compile) == (1e-4, None, False)
-    assert config.integrate.sources == config.suite.sources == [{"seed": config.seed}]
-    assert (config.integrate.method, config.finetune.epochs) == ("best_parent", 0)
+    assert config.merge.sources == config.suite.sources == [{"seed": config.seed}]
+    assert (config.merge.method, config.finetune.epochs) == ("best_source", 0)
     assert (config.data.partition.by, config.data.part) == ("none", None)
     assert (config.data.split.by, config.data.format) == ("files", "bars")
     has_histories = any(

@@ -10,10 +10,10 @@ from omegaconf import OmegaConf
 from samples import ROOT, make_data, one_line_error
 
 from cki_rec.config import Data, Partition, Split, UserError
-from cki_rec.data.fields import resolve
-from cki_rec.data.formats import FORMATS
-from cki_rec.data.store import prepare
-from cki_rec.data.vocabulary import Dictionary
+from cki_rec.data.encoding.fields import resolve
+from cki_rec.data.encoding.store import prepare
+from cki_rec.data.encoding.vocabulary import Dictionary
+from cki_rec.data.raw.formats import FORMATS
 
 HEADER = "label,c,n,at,weekday,user,item,a.b,type,@label"
 ROWS = [
@@ -146,7 +146,7 @@ def test_scale_and_edges_are_part_of_what_a_schema_means(csv, tmp_path):
 
 
 def test_more_tokens_than_ids_are_refused(monkeypatch):
-    monkeypatch.setattr("cki_rec.data.vocabulary.LARGEST_TABLE", 5)
+    monkeypatch.setattr("cki_rec.data.encoding.vocabulary.LARGEST_TABLE", 5)
     dictionary = Dictionary()
     dictionary.grow(4)
     with pytest.raises(UserError, match="more than 5 different tokens; hash it"):

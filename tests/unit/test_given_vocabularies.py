@@ -12,13 +12,13 @@ import pytest
 from samples import FIELDS, LATEST, make_data, one_line_error
 
 from cki_rec.config import Split
-from cki_rec.data import tokens
 from cki_rec.data.dataset import EncodedDataset
-from cki_rec.data.origin import Origin, Rows, together
-from cki_rec.data.raw import TIME
-from cki_rec.data.schema import FIRST_ID, UNSEEN_ID
-from cki_rec.data.split import codes_by_key, row_keys
-from cki_rec.data.store import prepare
+from cki_rec.data.encoding import tokens
+from cki_rec.data.encoding.split import codes_by_key, row_keys
+from cki_rec.data.encoding.store import prepare
+from cki_rec.data.provenance import Provenance, Rows, together
+from cki_rec.data.raw.reading import TIME
+from cki_rec.data.schema import FIRST_ID, OOV_ID
 
 TABLES = ("user", "item", "genres", "year", "hour")
 
@@ -53,7 +53,7 @@ def test_ids_are_places_in_the_lists_and_other_tokens_are_unseen(encode, tmp_pat
     gone = own.vocabulary("user")[0]
     users = decoded(own, "user")
     assert decoded(found, "user") == [None if user == gone else user for user in users]
-    assert (found.column("user")[np.array(users) == gone] == UNSEEN_ID).all()
+    assert (found.column("user")[np.array(users) == gone] == OOV_ID).all()
     size = FIRST_ID + len(own.vocabulary("hour"))
     hours, before = found.column("hour"), own.column("hour")
     is_known = before >= FIRST_ID
@@ -73,7 +73,7 @@ def test_lists_are_joined_in_order_and_named_by_content(encode, tmp_path):
     for table in TABLES:
         assert found.vocabulary(table) == [*own.vocabulary(table), "new"]
     for name in ("user", "item", "hour"):
-        known = own.column(name) != UNSEEN_ID
+        known = own.column(name) != OOV_ID
         assert (found.column(name)[known] == own.column(name)[known]).all()
     again = encode(vocabularies=[str(found.folder)])
     assert again.folder == found.folder
@@ -185,26 +185,26 @@ ONE, OTHER = Rows(("a", "b"), "1"), Rows(("b", "c"), "1")
     ],
 )
 def test_a_file_in_two_divisions_may_leak_and_other_files_are_told(seen, is_leak, has_others):
-    origin = Origin("several", seen)
+    origin = Provenance("several", seen)
     assert origin.may_have_seen(ONE) is is_leak
     assert origin.has_other_files(ONE) is has_others
-    assert Origin.from_json(origin.to_json()) == origin
+    assert Provenance.from_json(origin.to_json()) == origin
 
 
 def test_one_rule_for_every_row_agrees_with_itself_in_any_file():
     one, other = Rows(("a",), "1", "seed 0"), Rows(("a", "b"), "2", "seed 0")
     assert not one.agree(Rows(("a",), "3", "seed 0"))  # the same file
-    assert not Origin("h", (one,)).may_have_seen(other)
-    assert not Origin("h", (one,)).has_other_files(Rows(("c",), "3", "seed 0"))
-    assert Origin("h", (one,)).has_other_files(Rows(("c",), "3", "seed 1"))
-    assert Origin("h", (one,)).may_have_seen(Rows(("a",), "4"))
-    assert Origin("h", (Rows(("a",), "4"),)).may_have_seen(one)
-    assert Origin.from_json(Origin("h", (one,)).to_json()) == Origin("h", (one,))
+    assert not Provenance("h", (one,)).may_have_seen(other)
+    assert not Provenance("h", (one,)).has_other_files(Rows(("c",), "3", "seed 0"))
+    assert Provenance("h", (one,)).has_other_files(Rows(("c",), "3", "seed 1"))
+    assert Provenance("h", (one,)).may_have_seen(Rows(("a",), "4"))
+    assert Provenance("h", (Rows(("a",), "4"),)).may_have_seen(one)
+    assert Provenance.from_json(Provenance("h", (one,)).to_json()) == Provenance("h", (one,))
 
 
 def test_a_merged_model_has_seen_what_its_sources_have():
-    one, other = Origin("h", (ONE,)), Origin("i", (ONE, OTHER))
+    one, other = Provenance("h", (ONE,)), Provenance("i", (ONE, OTHER))
     assert together([one, one]) == one
-    assert together([one, other]) == Origin("several", (ONE, OTHER))
-    assert together([one, Origin("h")]) == Origin("h", None)
-    assert Origin.from_json({"data_hash": "h"}) == Origin("h", None)
+    assert together([one, other]) == Provenance("several", (ONE, OTHER))
+    assert together([one, Provenance("h")]) == Provenance("h", None)
+    assert Provenance.from_json({"data_hash": "h"}) == Provenance("h", None)

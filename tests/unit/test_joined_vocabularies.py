@@ -14,13 +14,13 @@ from networks import MIXED, draw_batch, make_case
 from torch.func import functional_call
 
 from cki_rec.config import UserError
-from cki_rec.data import tokens as token_lists
-from cki_rec.data.schema import FIRST_ID, UNSEEN_ID
+from cki_rec.data.encoding import tokens as token_lists
+from cki_rec.data.schema import FIRST_ID, OOV_ID
 from cki_rec.engine.embeddings import table_of
-from cki_rec.integration.evidence import evidence_weights
-from cki_rec.integration.params import equal_weights
-from cki_rec.integration.splicing import splice
-from cki_rec.integration.vocabulary import (
+from cki_rec.merging.methods.evidence import evidence_weights
+from cki_rec.merging.mixing import mix
+from cki_rec.merging.params import equal_weights
+from cki_rec.merging.vocabulary import (
     from_owners,
     join_tokens,
     owned,
@@ -58,7 +58,7 @@ def two_sources():
     union, maps = join_tokens(lists, FIRST_ID)
     tables = [{"t": torch.randn(5, 4, generator=noise)} for _ in lists]
     moved = [
-        to_union(table, {"t": rows}, {"t": 6}, UNSEEN_ID)
+        to_union(table, {"t": rows}, {"t": 6}, OOV_ID)
         for table, rows in zip(tables, maps, strict=True)
     ]
     return tables, moved, union, {"t": owned(maps, 6)}
@@ -80,8 +80,8 @@ def test_lone_rows_are_taken_whole_and_shared_rows_as_the_method_says(shape):
     _, moved, _, owners = two_sources()
     weight = torch.rand(shape, generator=draws(2))
     weights = {"t": weight / weight.sum(0)}
-    merged = splice(moved, restrict_weights(weights, owners))["t"]
-    assert torch.equal(merged[:4], splice(moved, weights)["t"][:4])
+    merged = mix(moved, restrict_weights(weights, owners))["t"]
+    assert torch.equal(merged[:4], mix(moved, weights)["t"][:4])
     assert torch.equal(merged[4], moved[0]["t"][4])
     assert torch.equal(merged[5], moved[1]["t"][5])
 
@@ -101,7 +101,7 @@ def test_weight_of_sources_without_a_row_goes_to_those_that_have_it():
 def test_a_lone_row_that_its_owner_never_saw_is_still_its_own():
     _, moved, _, owners = two_sources()
     weights = evidence_weights(moved, [{"t": torch.zeros(6)}] * 2)
-    merged = splice(moved, restrict_weights(weights, owners))["t"]
+    merged = mix(moved, restrict_weights(weights, owners))["t"]
     assert torch.equal(merged[5], moved[1]["t"][5])
 
 
@@ -138,10 +138,10 @@ def test_a_model_and_itself_under_a_permuted_vocabulary_give_its_scores(order):
         for k, rows in zip(order, found, strict=True):
             maps[k][name] = rows
     sizes = {name: len(rows) for name, rows in maps[0].items()}
-    moved = [to_union(sources[k], maps[k], sizes, UNSEEN_ID) for k in order]
+    moved = [to_union(sources[k], maps[k], sizes, OOV_ID) for k in order]
     owners = {name: owned([maps[k][name] for k in order], sizes[name]) for name in sizes}
     weights = {name: equal_weights(tensor, 2) for name, tensor in params.items()}
-    merged = splice(moved, restrict_weights(weights, owners))
+    merged = mix(moved, restrict_weights(weights, owners))
     tables = {table_of(name): rows for name, rows in maps[0].items()}
     ids, start = batch.values.clone(), 0
     for feature, length in zip(MIXED.lookups, batch.lengths.reshape(-1, 40).sum(1), strict=True):
@@ -198,4 +198,4 @@ def test_ranges_of_numbers_are_not_joined(folder):
 
 def test_rows_must_be_those_of_the_vocabulary():
     with pytest.raises(ValueError, match=r"t: \(4, 2\) does not fit a vocabulary of 5 rows"):
-        to_union({"t": torch.zeros(4, 2)}, {"t": torch.arange(5)}, {"t": 5}, UNSEEN_ID)
+        to_union({"t": torch.zeros(4, 2)}, {"t": torch.arange(5)}, {"t": 5}, OOV_ID)

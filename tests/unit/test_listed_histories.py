@@ -6,10 +6,10 @@ from samples import make_data, one_line_error, read_rows
 
 from cki_rec.config import Split, UserError
 from cki_rec.data.columns import Ragged
-from cki_rec.data.fields import resolve, to_json
-from cki_rec.data.formats import FORMATS
-from cki_rec.data.schema import FIRST_ID, UNSEEN_ID
-from cki_rec.data.store import prepare
+from cki_rec.data.encoding.fields import resolve, to_json
+from cki_rec.data.encoding.store import prepare
+from cki_rec.data.raw.formats import FORMATS
+from cki_rec.data.schema import FIRST_ID, OOV_ID
 
 HEADER = "label,user,item,past"
 FILES = Split(by="files", fractions=[0.9, 0.1, 0.0], seed=0)
@@ -41,7 +41,7 @@ def tokens(dataset, name: str = "past", split: int = 0) -> list[list[str | None]
     column, known = dataset.column(name), dataset.vocabulary("item")
     assert isinstance(column, Ragged)
     return [
-        [None if i == UNSEEN_ID else known[i - FIRST_ID] for i in column.ids(np.array([row]))[0]]
+        [None if i == OOV_ID else known[i - FIRST_ID] for i in column.ids(np.array([row]))[0]]
         for row in np.flatnonzero(dataset.split == split)
     ]
 

@@ -5,14 +5,14 @@ import pytest
 import torch
 from samples import EMBEDDED, make_data
 
-from cki_rec.analysis.metrics import auc
 from cki_rec.config import Split, UserError
 from cki_rec.data.columns import Ragged
-from cki_rec.data.held_out import all_labels
+from cki_rec.data.encoding.store import EncodedDataset, prepare
 from cki_rec.data.loader import SHUFFLE_STREAM, Loader
 from cki_rec.data.permutation import Permutation
 from cki_rec.data.schema import Batch, Feature, FeatureSchema
-from cki_rec.data.store import EncodedDataset, prepare
+from cki_rec.data.test_labels import all_labels
+from cki_rec.evaluation.metrics import auc
 
 FIELDS = ["genres", "user", "history", "item", "year"]
 

@@ -18,10 +18,10 @@ from samples import make_data
 from cki_rec.config import Split, UserError
 from cki_rec.data.columns import Ragged
 from cki_rec.data.dataset import EncodedDataset
-from cki_rec.data.held_out import all_labels
+from cki_rec.data.encoding.store import prepare
 from cki_rec.data.loader import SMALLEST_SHARE, Loader
 from cki_rec.data.schema import Batch, FeatureSchema
-from cki_rec.data.store import prepare
+from cki_rec.data.test_labels import all_labels
 
 ROWS = 400
 FIELDS = [

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from cki_rec.analysis.metrics import auc, calibration, grouped_auc, log_loss, summarize
+from cki_rec.evaluation.metrics import auc, calibration, grouped_auc, log_loss, summarize
 
 
 @pytest.mark.parametrize("label", [[], [0, 0, 0], [1, 1]])

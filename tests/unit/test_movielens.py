@@ -9,8 +9,8 @@ import pytest
 from samples import EMBEDDED, GOLDEN, make_data, read_rows, shared_data
 
 from cki_rec.config import UserError
-from cki_rec.data.formats.movielens import RATING_FIELDS, USER_FIELDS
-from cki_rec.data.raw import LABEL, LINE, TIME, Reading
+from cki_rec.data.raw.formats.movielens import RATING_FIELDS, USER_FIELDS
+from cki_rec.data.raw.reading import LABEL, LINE, TIME, Reading
 
 
 def read(path: Path, fields=("user", "item"), on_bad_row: str = "error") -> pl.DataFrame:

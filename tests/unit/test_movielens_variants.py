@@ -10,11 +10,11 @@ import pytest
 from samples import make_data, read_rows
 
 from cki_rec.config import Data, Split, UserError
-from cki_rec.data.formats import movielens
-from cki_rec.data.formats.movielens import RATING_FIELDS, USER_FIELDS
-from cki_rec.data.raw import LABEL, LINE, TIME
+from cki_rec.data.encoding.store import prepare
+from cki_rec.data.raw.formats import movielens
+from cki_rec.data.raw.formats.movielens import RATING_FIELDS, USER_FIELDS
+from cki_rec.data.raw.reading import LABEL, LINE, TIME
 from cki_rec.data.schema import FIRST_ID
-from cki_rec.data.store import prepare
 
 GENRES = ["unknown", "Action", "Children's", "Film-Noir"]
 MOVIES_100K = [

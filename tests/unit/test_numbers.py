@@ -16,9 +16,9 @@ from samples import make_data
 from cki_rec.config import Split, UserError
 from cki_rec.data.columns import blocks
 from cki_rec.data.dataset import EncodedDataset
-from cki_rec.data.fields import Field
-from cki_rec.data.history import histories
-from cki_rec.data.numbers import (
+from cki_rec.data.encoding.fields import Field
+from cki_rec.data.encoding.history import histories
+from cki_rec.data.encoding.numbers import (
     MISSING_KEY,
     as_number,
     as_token,
@@ -26,9 +26,9 @@ from cki_rec.data.numbers import (
     bucket_tokens,
     ordered_keys,
 )
+from cki_rec.data.encoding.split import Blocks, order_statistics, rows_by_user, sort_rows, windows
+from cki_rec.data.encoding.store import prepare
 from cki_rec.data.schema import FIRST_ID
-from cki_rec.data.split import Blocks, order_statistics, rows_by_user, sort_rows, windows
-from cki_rec.data.store import prepare
 
 INT64 = np.iinfo(np.int64)
 SPLIT = Split(by="random", fractions=[0.6, 0.2, 0.2], seed=0)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from cki_rec.config import Partition, UserError
-from cki_rec.data.partition import KINDS, part_of_rows
+from cki_rec.data.encoding.partition import KINDS, part_of_rows
 
 GENERATOR = np.random.default_rng(0)
 GROUP = GENERATOR.permutation(np.repeat(np.arange(11), 10)).astype(np.int32)

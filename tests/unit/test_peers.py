@@ -11,8 +11,8 @@ import pytest
 from cki_rec import environment, project_root
 from cki_rec.config import UserError
 from cki_rec.data.columns import Ragged
-from cki_rec.data.held_out import all_labels
 from cki_rec.data.loader import Gather
+from cki_rec.data.test_labels import all_labels
 from cki_rec.engine.record import Run, add_to_sweep
 
 PEERS = project_root() / "experiments" / "peers"

@@ -8,9 +8,9 @@ import matplotlib
 import pytest
 from test_tables import experiment, record
 
-from cki_rec.analysis.html import report_page
-from cki_rec.analysis.plots import metric_plot, splice_plot, tensor_names
-from cki_rec.analysis.tables import runs_frame, summary_frame
+from cki_rec.evaluation.html import report_page
+from cki_rec.evaluation.plots import metric_plot, splice_plot, tensor_names
+from cki_rec.evaluation.tables import runs_frame, summary_frame
 
 TEXT = "{http://www.w3.org/2000/svg}text"
 VOID = {"meta", "br", "wbr", "hr", "img"}
@@ -86,7 +86,7 @@ def test_splice_plot_shows_one_repetition_of_direct_models():
         spliced("average", 1, {layer: [0.5, 0.5], table: [0.27, 0.73]}),
         spliced("cki", 1, {layer: [0.1, 0.9]}),
         spliced("tuned", 1, {table: [0.5, 0.5]}, finetuned=True),
-        record("best_parent", 1),
+        record("best_source", 1),
     ]
     shown = texts(splice_plot(records))
     assert [shown.count(text) for text in ("average", "cki", "later", "tuned")] == [1, 1, 0, 0]

@@ -1,4 +1,4 @@
-"""What is merged, what is a control, and that every choice of conf/integrate says so."""
+"""What is merged, what is a control, and that every choice of conf/merge says so."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from samples import ROOT
 from torch.func import functional_call
 
 from cki_rec.config import CHOICES, UserError, parse
-from cki_rec.integration.assessment import RANGES
-from cki_rec.integration.cki import DUAL
-from cki_rec.integration.controls import permute, shuffle
-from cki_rec.integration.methods import METHODS
+from cki_rec.merging.ablations import permute, shuffle
+from cki_rec.merging.methods.cki.assessment import RANGES
+from cki_rec.merging.methods.cki.weights import DUAL
+from cki_rec.merging.registry import METHODS
 from cki_rec.pipelines import rules
 from cki_rec.pipelines.merging import initial_gates, trunk_parameters
 
-PRESETS = sorted(path.stem for path in (ROOT / "conf" / "integrate").glob("*.yaml"))
+PRESETS = sorted(path.stem for path in (ROOT / "conf" / "merge").glob("*.yaml"))
 CONTROLS = ("frozen", "uniform", "random", "permuted", "shuffled")
 
 
 @pytest.mark.parametrize("name", [name for name in PRESETS if name != "default"])
 def test_every_preset_parses_and_is_labelled_as_its_file(compose, name):
-    options = parse(compose(f"integrate={name}")).integrate
+    options = parse(compose(f"merge={name}")).merge
     assert options.label == name
     assert options.method in METHODS
 
@@ -40,16 +40,16 @@ def test_the_released_protocol_comes_with_all_its_controls(compose, experiment, 
     config = parse(compose(f"experiment={experiment}"))
     assert (config.name, config.data.name, config.model.name) == (experiment, data, "din")
     assert config.suite.name == "seeds"
-    assert config.train.epochs == config.integrate.gate.epochs == 10
+    assert config.train.epochs == config.merge.gate.epochs == 10
     tree = OmegaConf.load(ROOT / "conf" / "experiment" / f"{experiment}.yaml")
-    swept = tree.hydra.sweeper.params.integrate.split(",")
+    swept = tree.hydra.sweeper.params.merge.split(",")
     assert {f"control_{name}" for name in CONTROLS} < set(swept) <= set(PRESETS)
 
 
 @pytest.mark.parametrize("name", CONTROLS)
 def test_controls_train_as_long_and_as_much_as_the_released_protocol(compose, name):
-    released = parse(compose("integrate=cki_released")).integrate
-    own = parse(compose(f"integrate=control_{name}")).integrate
+    released = parse(compose("merge=cki_released")).merge
+    own = parse(compose(f"merge=ablation_{name}")).merge
     assert (own.gate, own.scope, own.bias) == (released.gate, released.scope, released.bias)
 
 
@@ -60,7 +60,7 @@ def params():
 
 
 def configured(compose, *words):
-    return parse(compose(*words)).integrate
+    return parse(compose(*words)).merge
 
 
 @pytest.mark.parametrize(
@@ -73,52 +73,52 @@ def configured(compose, *words):
     ],
 )
 def test_scopes_hold_what_they_say(compose, params, scope, inside):
-    options = configured(compose, f"integrate.scope={scope}", "integrate=evidence")
+    options = configured(compose, f"merge.scope={scope}", "merge=evidence")
     outside = rules.outside_scope(options, params)
     assert set(params) - set(outside) == {n for n in params if n.startswith(tuple(inside))}
 
 
 def test_a_scope_of_nothing_is_refused(compose, params):
-    options = configured(compose, "integrate=cki_released")
+    options = configured(compose, "merge=cki_released")
     headless = {n: t for n, t in params.items() if not n.startswith("mlp.")}
-    with pytest.raises(UserError, match=r"integrate\.scope=head: the model has no such layers"):
+    with pytest.raises(UserError, match=r"merge\.scope=head: the model has no such layers"):
         rules.outside_scope(options, headless)
 
 
 def test_gates_act_in_scope_and_the_trunk_is_the_rest(compose, params):
-    options = configured(compose, "integrate=cki_released")
+    options = configured(compose, "merge=cki_released")
     gates = initial_gates(options, params, 1)
     gated = {name for name, gate in gates.items() if gate is not None}
     assert gated == {n for n in params if n.startswith("mlp.") and params[n].ndim > 1}
     assert trunk_parameters(options, params) == [n for n in params if not n.startswith("mlp.")]
-    low_rank = configured(compose, "integrate=cki_gate_low_rank", "integrate.gate.rank=2")
+    low_rank = configured(compose, "merge=cki_gate_low_rank", "merge.gate.rank=2")
     gate = initial_gates(low_rank, params, 1)["mlp.layers.0.weight"]
     assert gate.shape == (2, params["mlp.layers.0.weight"].shape[1], 2)
 
 
 def test_entropies_are_reported_where_they_decide(compose, params):
     models = [params, shuffle(params, 1)]
-    report = rules.entropy_report(configured(compose, "integrate=cki_released"), models, 1)
+    report = rules.entropy_report(configured(compose, "merge=cki_released"), models, 1)
     assert set(report) == {n for n in params if n.startswith("mlp.") and params[n].ndim > 1}
     for row in report.values():
         assert row["difference"] == [0.0, 0.0]
         assert row["noise"][0] > 0
-    assert rules.entropy_report(configured(compose, "integrate=cki_local"), models, 1) is None
-    assert rules.entropy_report(configured(compose, "integrate=average"), models, 1) is None
-    everywhere = rules.entropy_report(configured(compose, "integrate=cki_global"), models, 1)
+    assert rules.entropy_report(configured(compose, "merge=cki_local"), models, 1) is None
+    assert rules.entropy_report(configured(compose, "merge=average"), models, 1) is None
+    everywhere = rules.entropy_report(configured(compose, "merge=cki_global"), models, 1)
     assert set(everywhere) == set(params)
 
 
 def test_words_are_those_of_the_code():
-    assert CHOICES["integrate.range"] == RANGES
-    assert CHOICES["integrate.dual"] == DUAL
+    assert CHOICES["merge.range"] == RANGES
+    assert CHOICES["merge.dual"] == DUAL
 
 
 @pytest.mark.parametrize(
     ("words", "match"),
     [
-        (["integrate.gate.train=trunk"], "what is out of scope trains along"),
-        (["integrate=average", "integrate.gate.train=frozen"], "average has no gate to learn"),
+        (["merge.gate.train=trunk"], "what is out of scope trains along"),
+        (["merge=average", "merge.gate.train=frozen"], "average has no gate to learn"),
     ],
 )
 def test_trainings_of_nothing_are_refused(compose, words, match):

@@ -11,10 +11,10 @@ import pytest
 from samples import make_data, one_line_error, read_rows, shared_data
 
 from cki_rec.config import Data, Split, UserError
-from cki_rec.data.held_out import all_labels
-from cki_rec.data.raw import LABEL, LINE, TIME
+from cki_rec.data.encoding.store import EncodedDataset, prepare
+from cki_rec.data.raw.reading import LABEL, LINE, TIME
 from cki_rec.data.schema import FIRST_ID
-from cki_rec.data.store import EncodedDataset, prepare
+from cki_rec.data.test_labels import all_labels
 
 SEQUENCES = {
     "u1": ["5", "3", "9", "1"],

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cki_rec.integration.sparsification import (
+from cki_rec.merging.sparsification import (
     keep_largest,
     keep_random,
     keep_random_by_rank,
@@ -31,7 +31,7 @@ def test_kth_largest_is_the_sorted_one(values, dtype, data):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_kth_largest_in_blocks(monkeypatch, dtype):
-    monkeypatch.setattr("cki_rec.integration.sparsification.BLOCK", 1000)
+    monkeypatch.setattr("cki_rec.merging.sparsification.BLOCK", 1000)
     tensor = torch.randn(123, 57, dtype=dtype, generator=torch.Generator().manual_seed(0))
     ordered = tensor.abs().flatten().sort(descending=True).values
     for k in (1, 2, 700, 3505, 7010, 7011):
@@ -56,7 +56,7 @@ def test_entries_that_tie_stay():
 
 
 def test_draws_depend_on_the_row_only(monkeypatch):
-    monkeypatch.setattr("cki_rec.integration.sparsification.ROWS", 16)
+    monkeypatch.setattr("cki_rec.merging.sparsification.ROWS", 16)
     whole = uniform(torch.empty(40, 6), 3, "table")
     assert torch.equal(uniform(torch.empty(23, 6), 3, "table"), whole[:23])
     assert not torch.equal(whole[:16], whole[16:32])

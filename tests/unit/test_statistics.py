@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from cki_rec.analysis.metrics import auc
-from cki_rec.analysis.statistics import (
+from cki_rec.evaluation.metrics import auc
+from cki_rec.evaluation.statistics import (
     Interval,
     bootstrap_auc,
     bootstrap_log_loss,

@@ -17,11 +17,11 @@ from samples import EMBEDDED, FIELDS, LATEST, ROOT
 from samples import make_data as options
 
 from cki_rec.config import Data, Partition, Split, UserError
-from cki_rec.data import store
 from cki_rec.data.columns import ColumnFile, Ragged
-from cki_rec.data.held_out import all_labels
-from cki_rec.data.store import EncodedDataset, prepare
-from cki_rec.data.summary import summary_lines
+from cki_rec.data.encoding import store
+from cki_rec.data.encoding.store import EncodedDataset, prepare
+from cki_rec.data.encoding.summary import summary_lines
+from cki_rec.data.test_labels import all_labels
 
 
 def make_data(raw: Path = LATEST, **changes) -> Data:
@@ -262,7 +262,7 @@ CHILD = """
 import os, pathlib, signal, sys, time
 sys.path[:0] = {tests!r}
 import test_store
-from cki_rec.data import store
+from cki_rec.data.encoding import store
 write = store._write_manifest
 def stopped_write(*args):
     pathlib.Path({reached!r}).touch()

@@ -15,7 +15,7 @@ from samples import FIELDS, LATEST, ROOT, make_data
 
 from cki_rec.config import Data, Partition, Split, UserError
 from cki_rec.data.dataset import EncodedDataset
-from cki_rec.data.store import PREPARATION, prepare
+from cki_rec.data.encoding.store import PREPARATION, prepare
 
 BY_USER = Partition(by="user", parts=2, seed=3)
 VERIFIED = [
@@ -85,7 +85,7 @@ def test_fast_verification_reads_no_content(folder, monkeypatch):
     def fail(path: Path) -> None:
         raise ZeroDivisionError
 
-    monkeypatch.setattr("cki_rec.data.vocabulary.file_sha256", fail)
+    monkeypatch.setattr("cki_rec.data.encoding.vocabulary.file_sha256", fail)
     assert len(EncodedDataset(folder)) == 20
     with pytest.raises(ZeroDivisionError):
         EncodedDataset(folder, "full")

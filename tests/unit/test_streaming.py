@@ -15,10 +15,10 @@ import pytest
 from samples import ROOT, make_data
 
 from cki_rec.config import Data, Partition, Split
-from cki_rec.data import store
-from cki_rec.data.formats import FORMATS
-from cki_rec.data.raw import Reading
-from cki_rec.data.store import prepare
+from cki_rec.data.encoding import store
+from cki_rec.data.encoding.store import prepare
+from cki_rec.data.raw.formats import FORMATS
+from cki_rec.data.raw.reading import Reading
 
 TESTS = ROOT / "tests"
 CRITEO_FIELDS = [
@@ -56,7 +56,7 @@ import sys
 sys.path[:0] = [{str(TESTS / "unit")!r}, {str(TESTS)!r}]
 import pathlib
 import test_streaming
-from cki_rec.data.store import prepare
+from cki_rec.data.encoding.store import prepare
 def make(choice, encoded, **options):
     return prepare(test_streaming.CHOICES[choice](pathlib.Path(RAW), ROWS), encoded, **options)
 """

@@ -7,8 +7,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from cki_rec.analysis.display import display_frame, markdown_table, number
-from cki_rec.analysis.tables import recovered_share, runs_frame, summary_frame, write_csv
+from cki_rec.evaluation.display import display_frame, markdown_table, number
+from cki_rec.evaluation.tables import recovered_share, runs_frame, summary_frame, write_csv
 
 
 def record(method="cki", seed=1, auc=0.75, suite="shards", finetuned=False, **changes):
@@ -16,14 +16,14 @@ def record(method="cki", seed=1, auc=0.75, suite="shards", finetuned=False, **ch
     best, log_loss = changes.pop("best", 0.7), None if auc is None else 1.25 - auc
     is_old, parents = changes.pop("is_old", False), changes.pop("parents", ["a", "b"])
     differences = None
-    if method != "best_parent" and auc is not None:
+    if method != "best_source" and auc is not None:
         shift = auc - best
         bounds = {"low": shift - 0.01, "high": shift + 0.01}
         same = {"auc": {"estimate": shift, **bounds}, "log_loss": {"estimate": -shift, **bounds}}
         if not is_old:
             same["auc"]["delong_p"] = 0.04
             same["log_loss_recalibrated"] = {"estimate": -shift / 2, **bounds}
-        differences = {"best_parent": same, "output_ensemble": None}
+        differences = {"best_source": same, "output_ensemble": None}
     test = {"rows": 100, "positive_rate": 0.5, "auc": auc, "log_loss": log_loss, "gauc": None}
     test |= {"calibration_ratio": 1.02, "calibration_error": 0.01}
     test["domains"] = {"east": {"rows": 60, "auc": auc, "log_loss": 0.5}}
@@ -55,7 +55,7 @@ def experiment():
     records = []
     for suite in ("seeds", "shards"):
         for seed, luck in ((1, -0.01), (2, 0.0), (3, 0.01)):
-            levels = {"best_parent": 0.7, "cki": 0.75, "output_ensemble": 0.76, "joint": 0.8}
+            levels = {"best_source": 0.7, "cki": 0.75, "output_ensemble": 0.76, "joint": 0.8}
             for method, level in levels.items():
                 records.append(record(method, seed, level + luck, suite, best=0.7 + luck))
             records.append(record("cki", seed, 0.78 + luck, suite, True, best=0.7 + luck))
@@ -168,7 +168,7 @@ def test_summary_of_mixed_data_is_rejected():
 
 @pytest.mark.parametrize("is_disjoint", [True, False])
 def test_recovered_share_is_of_disjoint_parents_whatever_the_suite_is_called(is_disjoint):
-    levels = {"best_parent": 0.7, "joint": 0.8, "cki": 0.75}
+    levels = {"best_source": 0.7, "joint": 0.8, "cki": 0.75}
     records = [
         record(method, 1, auc, suite, disjoint=is_disjoint)
         for suite in ("shards", "my_regions")
@@ -185,13 +185,13 @@ def test_recovered_share_is_for_shards_only_and_against_direct_references():
     share = shards["recovered_share"]
     assert share["cki", False] == pytest.approx(0.5)
     assert share["cki", True] == pytest.approx(0.8)
-    assert share[["joint", "best_parent"]].isna().all()
+    assert share[["joint", "best_source"]].isna().all()
     assert summary[summary["suite"] == "seeds"]["recovered_share"].isna().all()
     assert recovered_share(0.75, 0.8, 0.8) is None
 
 
 def test_recovered_share_uses_seeds_that_all_three_have():
-    records = [record("best_parent", 1, 0.7), record("joint", 1, 0.8), record("cki", 1, 0.75)]
+    records = [record("best_source", 1, 0.7), record("joint", 1, 0.8), record("cki", 1, 0.75)]
     records += [record("cki", 2, 0.9)]
     share = summary_frame(runs_frame(records), {})["recovered_share"].dropna()
     assert list(share) == pytest.approx([0.5])
@@ -220,7 +220,7 @@ def test_display_marks_differences_that_exclude_zero():
     runs = runs_frame([record(auc=0.75), record("worse", auc=0.6), record("same", auc=0.705)])
     noise = np.linspace(-0.01, 0.01, 401)
     replicates = {
-        run: {"best_parent": replicates_of(shift, noise)}
+        run: {"best_source": replicates_of(shift, noise)}
         for run, shift in zip(runs["run_id"], runs["auc_minus_best_parent"], strict=True)
     }
     shown = display_frame(summary_frame(runs, replicates)).set_index("method")
@@ -240,7 +240,7 @@ def test_marks_say_what_is_left_after_holm():
     runs = runs_frame([record(method, auc=0.724) for method in methods])
     noise = np.random.default_rng(0).normal(size=4000)
     noise = 0.01 * (noise - noise.mean()) / noise.std(ddof=1)
-    many = {run: {"best_parent": replicates_of(0.024, noise)} for run in runs["run_id"]}
+    many = {run: {"best_source": replicates_of(0.024, noise)} for run in runs["run_id"]}
     summary = summary_frame(runs, many)
     assert summary["auc_minus_best_parent_p"].to_numpy() == pytest.approx(0.0164, abs=1e-4)
     assert summary["auc_minus_best_parent_holm"].to_numpy() == pytest.approx(0.164, abs=1e-3)
@@ -287,7 +287,7 @@ def test_records_without_the_newer_keys_are_blank_there():
     runs = runs_frame([record(seed=1, is_old=True), record(seed=2, is_old=True)])
     noise = np.linspace(-0.01, 0.01, 401)
     part = {metric: replicates_of(0.05, noise)[metric] for metric in ("auc", "log_loss")}
-    summary = summary_frame(runs, {run: {"best_parent": part} for run in runs["run_id"]})
+    summary = summary_frame(runs, {run: {"best_source": part} for run in runs["run_id"]})
     shown = display_frame(summary)
     assert shown["AUC vs best parent"][0].endswith(" (++)")
     assert not [column for column in shown if "recal." in column]
@@ -302,9 +302,9 @@ def test_records_without_the_newer_keys_are_blank_there():
 
 def test_one_parent_has_no_ensemble_to_be_compared_with():
     zero = {m: {"estimate": 0.0, "low": 0.0, "high": 0.0} for m in ("auc", "log_loss")}
-    both = {"best_parent": None, "output_ensemble": zero}
+    both = {"best_source": None, "output_ensemble": zero}
     for parents, is_shown in ((["a"], False), (["a", "a"], False), (["a", "b"], True)):
-        one = record("best_parent", suite="single", parents=parents, difference=both)
+        one = record("best_source", suite="single", parents=parents, difference=both)
         shown = display_frame(summary_frame(runs_frame([one]), {}))
         assert ("AUC vs output ensemble" in shown) == is_shown
 

@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from samples import make_data
 
 from cki_rec.config import Data, Split, UserError
-from cki_rec.data import vocabulary
 from cki_rec.data.columns import Ragged
-from cki_rec.data.schema import FIRST_ID, UNSEEN_ID
-from cki_rec.data.store import EncodedDataset, prepare
-from cki_rec.data.vocabulary import Dictionary, build, file_sha256, hash_tokens, read
+from cki_rec.data.encoding import vocabulary
+from cki_rec.data.encoding.store import EncodedDataset, prepare
+from cki_rec.data.encoding.vocabulary import Dictionary, build, file_sha256, hash_tokens, read
+from cki_rec.data.schema import FIRST_ID, OOV_ID
 
 SPLIT = Split(by="random", fractions=[0.6, 0.2, 0.2], seed=0)
 UNICODE = ["", "a", "A", "z", "é", "ÿ", "Ā", "日本", "日", "￿", "𐀀", "😀", " ", "a ", "10", "9"]
@@ -123,12 +123,12 @@ def test_order_is_count_then_token(tmp_path_factory, counts, min_count):
     want = sorted(kept, key=lambda token: (-counts[token], token))
     assert read(path) == want
     for token, i in zip(counts, found.id_of_code, strict=True):
-        assert i == (FIRST_ID + want.index(token) if token in want else UNSEEN_ID)
+        assert i == (FIRST_ID + want.index(token) if token in want else OOV_ID)
 
 
 def test_table_without_a_frequent_token(tmp_path):
     found = build("t", pl.Series(["a", "b"]), np.array([1, 0]), 2, tmp_path / "v.txt")
-    assert (found.size, found.id_of_code.tolist()) == (FIRST_ID, [UNSEEN_ID] * 2)
+    assert (found.size, found.id_of_code.tolist()) == (FIRST_ID, [OOV_ID] * 2)
     assert read(tmp_path / "v.txt") == []
 
 

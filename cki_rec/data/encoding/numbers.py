@@ -1,0 +1,150 @@
+"""Numeric fields -> categories or standardized floats.
+
+Shape legend: N rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+from numpy.typing import NDArray
+
+from cki_rec.data.columns import ColumnFile, Ints, blocks
+from cki_rec.data.encoding.fields import Field
+from cki_rec.data.encoding.split import order_statistics
+
+LARGEST_FLOAT = float(np.finfo(np.float32).max)
+"""Larger numbers are taken for this."""
+LARGEST_INTEGER = 2.0**53
+MISSING_KEY = np.iinfo(np.int64).min
+"""Stands for a missing value among ``ordered_keys``."""
+
+
+def as_token(field: Field, missing: float | None) -> pl.Expr:
+    r"""Return the token of a number; a missing one is null.
+
+    ``ln_squared`` is :math:`\lfloor \ln(x)^2 \rfloor` above 2, and the number without its
+    fraction otherwise.
+
+    Reference:
+        The preprocessing of Criteo_x4 in BARS (Zhu et al., SIGIR 2022): its code; its text says
+        log2.
+    """
+    value = _filled(field, missing)
+    if field.transform == "ln_squared":
+        value = value.cast(pl.Float64).clip(lower_bound=-LARGEST_INTEGER)
+        logarithm = value.log()
+        squared = (logarithm * logarithm).floor()
+        return pl.when(value > 2).then(squared).otherwise(value).cast(pl.Int64).cast(pl.String)
+    if field.transform == "edges":
+        assert field.edges is not None
+        first, *others = field.edges
+        above = ((value > edge).cast(pl.Int64) for edge in others[:-1])
+        bucket = pl.sum_horizontal(pl.lit(0, dtype=pl.Int64), *above)
+        is_inside = (value > first) & (value <= others[-1])
+        return pl.when(is_inside).then(bucket).cast(pl.String)
+    assert field.transform == "token"
+    return value.cast(pl.String)
+
+
+def as_number(field: Field, missing: float | None) -> pl.Expr:
+    """Return the number before standardization; a missing one is NaN.
+
+    ``log1p`` keeps the sign: log(1 + abs(x)) with the sign of x.
+    """
+    value = _filled(field, missing).cast(pl.Float64).clip(-LARGEST_FLOAT, LARGEST_FLOAT)
+    if field.transform == "log1p":
+        value = value.sign() * value.abs().log1p()
+    return value.fill_null(float("nan"))
+
+
+def _filled(field: Field, missing: float | None) -> pl.Expr:
+    """Return the raw number, or what an empty one stands for."""
+    value = pl.col(field.column)
+    if missing is None:
+        return value
+    return value.fill_null(int(missing) if missing == int(missing) else missing)
+
+
+def ordered_keys(values: NDArray[np.float64]) -> Ints:
+    """Return int64 keys in the order of the values; NaN becomes ``MISSING_KEY``."""
+    bits = (values + 0.0).view(np.int64)  # + 0.0: no negative zero
+    keys: Ints = bits ^ ((bits >> 63) & np.iinfo(np.int64).max)
+    keys[np.isnan(values)] = MISSING_KEY
+    return keys
+
+
+def key_values(keys: Ints) -> NDArray[np.float64]:
+    """Return the values that ``ordered_keys`` took."""
+    bits = keys ^ ((keys >> 63) & np.iinfo(np.int64).max)
+    return bits.view(np.float64)
+
+
+def quantile_edges(keys: Iterator[Ints], buckets: int, scratch: Path) -> Ints:
+    """Return the distinct keys that end the first ``buckets - 1`` of equally filled buckets.
+
+    Args:
+        keys: Those of training rows, block by block.
+        buckets: How many.
+        scratch: A folder for a temporary file.
+    """
+    known = ColumnFile(scratch / "keys.tmp", np.int64)
+    for block in keys:
+        known.append(block[block != MISSING_KEY])
+    ranks = [max(0, -(-known.rows * part // buckets) - 1) for part in range(1, buckets)]
+    edges = np.empty(0, dtype=np.int64)
+    if known.rows:
+        edges = np.unique(order_statistics(known.mapped(), ranks))
+    known.delete()
+    return edges
+
+
+def bucket_codes(keys: Ints, edges: Ints) -> NDArray[np.int64]:
+    """Return the code of each key: 0 for a missing one, else 1 + the number of smaller edges."""
+    codes = 1 + np.searchsorted(edges, keys, side="left")
+    return np.where(keys == MISSING_KEY, 0, codes)
+
+
+def bucket_tokens(buckets: int) -> list[str]:
+    """Return the token of every code."""
+    return ["", *(str(number) for number in range(buckets))]
+
+
+def standardize(
+    numbers: ColumnFile, split: ColumnFile, is_scaled: NDArray[np.bool_]
+) -> NDArray[np.float64]:
+    """Standardize columns in place by training rows; missing values become the mean.
+
+    Sums are of float64 and taken block by block in a fixed order, so that the result depends on
+    nothing but the rows.
+
+    Args:
+        numbers: ``(N, columns)`` float32 with NaN for missing.
+        split: ``(N,)`` split codes.
+        is_scaled: ``(columns,)``: others keep their scale; only their missing values are filled.
+
+    Returns:
+        ``(2, columns)`` float64: what was subtracted, and then divided by.
+    """
+    width = len(is_scaled)
+    total, squares, known = np.zeros(width), np.zeros(width), np.zeros(width)
+    for start, stop in blocks(numbers.rows):
+        block = numbers.read(start, stop)[split.read(start, stop) == 0].astype(np.float64)
+        known += (~np.isnan(block)).sum(0)
+        total += np.nansum(block, 0)
+    mean = total / np.maximum(known, 1)
+    for start, stop in blocks(numbers.rows):
+        block = numbers.read(start, stop)[split.read(start, stop) == 0].astype(np.float64)
+        squares += np.nansum((block - mean) ** 2, 0)
+    deviation = np.sqrt(squares / np.maximum(known, 1))
+    scale = np.where(deviation > 0, deviation, 1.0)
+    shift = np.where(is_scaled, mean, 0.0)
+    scale = np.where(is_scaled, scale, 1.0)
+    for start, stop in blocks(numbers.rows):
+        block = numbers.read(start, stop).astype(np.float64)
+        filled = np.where(np.isnan(block), mean, block)
+        numbers.write(start, ((filled - shift) / scale).astype(np.float32))
+    return np.stack([shift, scale])

@@ -1,0 +1,164 @@
+"""Tokens -> ids: dictionaries that grow chunk by chunk, vocabularies of training rows, hashes.
+
+Shape legend: T tokens of a dictionary, V ids of a table.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+
+from cki_rec.config import UserError
+from cki_rec.data.columns import Ids, Ints
+from cki_rec.data.schema import FIRST_ID, OOV_ID
+
+LARGEST_TABLE = 2**31 - 1
+"""Ids are int32."""
+
+
+class Dictionary:
+    """All tokens met so far, each with a code; codes go by no particular order.
+
+    Args:
+        tokens: Fixed tokens, codes in this order; None: whatever comes.
+    """
+
+    def __init__(self, tokens: list[str] | None = None) -> None:
+        self._fixed = tokens
+        self.size = 1 if tokens is None else len(tokens)
+        """T."""
+        self._categories = pl.Categories.random()
+        # polars drops the mapping when no series uses it; the missing token has code 0
+        self._keep = pl.Series([""], dtype=self.dtype)
+
+    @property
+    def dtype(self) -> pl.Categorical:
+        """Return the polars type whose physical values are the codes."""
+        return pl.Categorical(self._categories)
+
+    def grow(self, code: int) -> None:
+        """Remember that there is ``code``, and every one below.
+
+        Raises:
+            UserError: More tokens than ids.
+        """
+        if code >= LARGEST_TABLE:
+            raise UserError(
+                f"data.fields: a field has more than {LARGEST_TABLE:,} different tokens; hash it: "
+                "{name: ..., hash_size: 100000000}"
+            )
+        self.size = max(self.size, code + 1)
+
+    def tokens(self) -> pl.Series:
+        """Return ``(T,)`` the tokens, in the order of codes."""
+        if self._fixed is not None:
+            return pl.Series(self._fixed, dtype=pl.String)
+        codes = pl.Series(np.arange(self.size, dtype=np.uint32))
+        return codes.cat.to(self.dtype).cast(pl.String).fill_null("")
+
+
+@dataclass(frozen=True, slots=True)
+class Vocabulary:
+    """The tokens of a table, and the id of every code."""
+
+    size: int
+    """V, reserved ids included."""
+    hash: str
+    """sha256 over the tokens in id order."""
+    id_of_code: Ids
+    """``(T,)``."""
+
+
+def build(
+    table: str,
+    tokens: pl.Series,
+    counts: Ints,
+    min_count: int,
+    path: Path,
+    deciding: Ints | None = None,
+) -> Vocabulary:
+    """Write the vocabulary, one token a line in the order of ids, and return it.
+
+    Args:
+        table: For messages.
+        tokens: ``(T,)`` in the order of codes.
+        counts: ``(T,)`` training rows that hold each token.
+        min_count: Tokens with fewer share ``OOV_ID``; tokens of no training row always do.
+        path: Where.
+        deciding: ``(T,)`` what ``min_count`` is compared with; None: ``counts``.
+
+    Raises:
+        UserError: More tokens than ids.
+    """
+    codes = pl.Series("code", np.arange(len(tokens), dtype=np.uint32))
+    frame = pl.DataFrame({"code": codes, "token": tokens, "count": counts})
+    is_kept = (counts if deciding is None else deciding) >= min_count
+    kept = frame.filter(pl.Series(is_kept))
+    kept = kept.sort(["count", "token"], descending=[True, False])
+    size = FIRST_ID + len(kept)
+    if size > LARGEST_TABLE:
+        raise UserError(
+            f"data.fields: table {table} has {size:,} ids, expected at most {LARGEST_TABLE:,}; "
+            f"raise data.min_count or hash the field: {{name: {table}, hash_size: 100000000}}"
+        )
+    ids = np.full(len(tokens), OOV_ID, dtype=np.int32)
+    ids[kept["code"].to_numpy()] = np.arange(FIRST_ID, size, dtype=np.int32)
+    kept.select("token").write_csv(path, include_header=False, quote_style="never")
+    return Vocabulary(size, file_sha256(path), ids)
+
+
+def given(tokens: pl.Series, listed: pl.Series, path: Path) -> Vocabulary:
+    """Write a vocabulary that is given, as ``build`` does, and return it.
+
+    Args:
+        tokens: ``(T,)`` in the order of codes; those that are not listed share ``OOV_ID``.
+        listed: All tokens of the vocabulary, in the order of ids.
+        path: Where.
+    """
+    size = FIRST_ID + len(listed)
+    ids = pl.DataFrame({"token": listed, "id": np.arange(FIRST_ID, size, dtype=np.int32)})
+    found = pl.DataFrame({"token": tokens}).join(
+        ids, on="token", how="left", maintain_order="left"
+    )
+    listed.to_frame().write_csv(path, include_header=False, quote_style="never")
+    id_of_code = found["id"].fill_null(OOV_ID).to_numpy()
+    return Vocabulary(size, file_sha256(path), id_of_code)
+
+
+def read(path: Path) -> list[str]:
+    """Return the tokens that ``build`` wrote; the first has id ``FIRST_ID``."""
+    lines = path.read_bytes().split(b"\n")[:-1]
+    return [line.decode() for line in lines]
+
+
+def hash_tokens(tokens: pl.Series, size: int) -> pl.Series:
+    """Return (UInt32) the id of every token in a table of ``size`` hashes, equal everywhere.
+
+    Reference:
+        Weinberger et al., Feature Hashing for Large Scale Multitask Learning, ICML 2009; the hash
+        is CRC-32.
+    """
+    distinct = Dictionary()
+    codes = tokens.cast(distinct.dtype).to_physical().to_numpy()
+    distinct.grow(int(codes.max(initial=0)))
+    ids = [FIRST_ID + zlib.crc32(token.encode()) % size for token in distinct.tokens()]
+    return pl.Series(np.array(ids, dtype=np.uint32)[codes])
+
+
+def hashed(size: int) -> Vocabulary:
+    """Return the vocabulary of a table whose ids are hashes."""
+    return Vocabulary(FIRST_ID + size, f"crc32 modulo {size}", np.empty(0, np.int32))
+
+
+def file_sha256(path: Path) -> str:
+    """Return the sha256 of a file."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,57 @@
+"""Criteo: ``train.txt`` of the Kaggle/DAC set, and the day files of the 1TB set.
+
+Tab separated, no header: label, 13 integers ``I1`` to ``I13``, 26 hashed categories ``C1`` to
+``C26``; empty is missing. Rows stand in the order of time.
+Source: https://ailab.criteo.com/ressources/ (Kaggle Display Advertising Challenge; Terabyte Click
+Logs).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import polars as pl
+
+from cki_rec.config import Data, UserError
+from cki_rec.data.raw.delimited import Layout, read_rows
+from cki_rec.data.raw.reading import LABEL, Reading, Text, no_column, text_paths, texts
+
+INTEGERS = tuple(f"I{number}" for number in range(1, 14))
+CATEGORIES = tuple(f"C{number}" for number in range(1, 27))
+LAYOUT = Layout(
+    columns={
+        "label": "click",
+        **dict.fromkeys(INTEGERS, "integer"),
+        **dict.fromkeys(CATEGORIES, "text"),
+    },
+    separator="\t",
+)
+
+files = text_paths
+user = item = no_column
+
+
+def kinds(_: Data) -> dict[str, str]:
+    """Return the kind of every field."""
+    return {**dict.fromkeys(INTEGERS, "numeric"), **dict.fromkeys(CATEGORIES, "categorical")}
+
+
+def read(data: Data, reading: Reading) -> Iterator[pl.DataFrame]:
+    """Yield the rows of all files, in the order of ``data.raw``.
+
+    Raises:
+        UserError: A bad row or file; a file without labels.
+    """
+    for text in texts(data):
+        _check_labeled(text)
+        for frame in read_rows(text, LAYOUT, reading):
+            yield frame.with_columns(pl.col("label").cast(pl.UInt8).alias(LABEL))
+
+
+def _check_labeled(text: Text) -> None:
+    found = text.first_line().count("\t") + 1
+    if found == len(LAYOUT.columns) - 1:
+        raise UserError(
+            f"{text}, line 1: {found} columns, expected {len(LAYOUT.columns)}: this looks like "
+            "Criteo's test file, which has no labels; use train.txt (data.split divides it)"
+        )

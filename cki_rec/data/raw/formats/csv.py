@@ -1,0 +1,164 @@
+"""Csv with a header: the published splits of the BARS benchmark, or any other set of that form.
+
+``data.raw`` is a folder or zip with ``train.csv``, ``valid.csv`` and ``test.csv`` (each may be
+``.csv.gz``; choose ``data.split.by=files``), or files to be divided by another ``data.split.by``.
+Where a benchmark publishes no ``valid.csv``, ``data.split.fractions=[0.9,0.1,0]`` draws validation
+rows from the training rows: nothing is ever chosen on test rows.
+Source: https://github.com/reczoo/Datasets (Zhu et al., BARS, SIGIR 2022).
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterator
+from pathlib import Path
+
+import polars as pl
+
+from cki_rec.config import Data, UserError, nearest
+from cki_rec.data.encoding.split import draws_validation
+from cki_rec.data.raw.delimited import Layout, check_header, hours, read_rows
+from cki_rec.data.raw.reading import (
+    LABEL,
+    SPLIT,
+    TIME,
+    TIME_FIELDS,
+    RawFiles,
+    Reading,
+    Text,
+    paths,
+    texts,
+)
+
+SPLIT_FILES = ("train", "valid", "test")
+
+
+def files(data: Data) -> list[Path]:
+    """Return the files on disk whose bytes decide the content."""
+    return list(dict.fromkeys(text.path for text, _ in _texts(data)))
+
+
+def kinds(data: Data) -> dict[str, str]:
+    """Return the kind of every field: all are categories, unless ``data.fields`` says otherwise.
+
+    Raises:
+        UserError: The header lacks a column that an option names, or names one twice.
+    """
+    (text, _), *_others = _texts(data)
+    names = _header(text, data)
+    found = dict.fromkeys((n for n in names if n != data.label), "categorical")
+    if data.time is not None:
+        derived = [n for n in TIME_FIELDS if n not in names or n == data.time]
+        found.update(dict.fromkeys(derived, "time"))
+    if data.time is not None and data.user is not None and data.item is not None:
+        found.setdefault("history", "history")
+    return found
+
+
+def user(data: Data) -> str | None:
+    """Return the column of users."""
+    return data.user
+
+
+def item(data: Data) -> str | None:
+    """Return the column of items."""
+    return data.item
+
+
+def read(data: Data, reading: Reading) -> Iterator[pl.DataFrame]:
+    """Yield the rows of all files, training rows first.
+
+    Raises:
+        UserError: A bad row or file, or files with different headers.
+    """
+    from cki_rec.data.encoding.fields import (
+        columns_of,  # fields know formats' kinds, not the reverse
+    )
+
+    (first, _), *_others = found = _texts(data)
+    header = first.first_line()
+    types = {name: "text" for name in _header(first, data)}
+    types.update(dict.fromkeys(columns_of(data, "numeric"), "number"))
+    types[data.label] = "click"
+    if data.time is not None:
+        types[data.time] = data.time_form
+    layout = Layout(
+        columns=types,
+        separator=",",
+        header=header,
+        required=() if data.time is None else (data.time,),
+        is_quoted=True,
+    )
+    for text, split in found:
+        check_header(text, text.first_line(), header)
+        for frame in read_rows(text, layout, reading):
+            rows = frame.with_columns(pl.col(data.label).cast(pl.UInt8).alias(LABEL))
+            if split is not None:
+                rows = rows.with_columns(pl.lit(split, dtype=pl.UInt8).alias(SPLIT))
+            if data.time is not None:
+                rows = rows.with_columns(seconds(data.time, data.time_form))
+            yield rows
+
+
+def seconds(column: str, form: str) -> pl.Expr:
+    """Return ``TIME``, in seconds, of a column of times that were checked when they were read."""
+    if form == "seconds":
+        return pl.col(column).alias(TIME)
+    return hours(column).dt.epoch("s").alias(TIME)
+
+
+def _texts(data: Data) -> list[tuple[Text, int | None]]:
+    """Return the files, and the split that each holds if the data set comes divided."""
+    if data.split.by != "files":
+        return [(text, None) for text in texts(data)]
+    found = paths(data)
+    if len(found) == 1:
+        raw = RawFiles(found[0])
+        members = {n: raw.find(f"{n}.csv") or raw.find(f"{n}.csv.gz") for n in SPLIT_FILES}
+        by_name = {name: raw.text(member) for name, member in members.items() if member}
+    else:
+        by_name = {Text(path).name.removesuffix(".csv"): Text(path) for path in found}
+    codes = {name: code for code, name in enumerate(SPLIT_FILES)}
+    if draws_validation(data.split) and "valid" not in by_name:
+        del codes["valid"]
+    missing = [f"{name}.csv" for name in codes if name not in by_name]
+    if not missing and len(by_name) == len(codes):
+        return [(by_name[name], code) for name, code in codes.items()]
+    if isinstance(data.raw, list) and len(found) == 3:
+        return [(Text(path), code) for code, path in enumerate(found)]
+    raise UserError(
+        f"{', '.join(map(str, found))}: {'no ' + ', '.join(missing) if missing else 'other files'}"
+        ", expected train.csv, valid.csv and test.csv; name their folder in data.raw, or a list "
+        "of three files in this order, or divide the rows yourself with data.split.by=random, or "
+        "draw validation rows from train.csv with data.split.fractions=[0.9,0.1,0]"
+    )
+
+
+def _header(text: Text, data: Data) -> list[str]:
+    """Return the names of the columns."""
+    line = text.first_line()
+    if not line.isprintable():
+        raise UserError(
+            f"{text}, line 1: found {line[:40]!r}, expected a header of printable text in UTF-8; "
+            "convert the file"
+        )
+    names = next(csv.reader(io.StringIO(line)), [])
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise UserError(
+            f"{text}, line 1: names {', '.join(twice)} twice, expected every column once; mend "
+            "the header"
+        )
+    for option, name in (
+        ("label", data.label),
+        ("user", data.user),
+        ("item", data.item),
+        ("time", data.time),
+    ):
+        if name is not None and name not in names:
+            raise UserError(
+                f"{text}, line 1: no column {name!r} in the header ({', '.join(names[:8])}), "
+                f"expected data.{option}; {nearest(name, names)}set data.{option}"
+            )
+    return names

@@ -1,0 +1,248 @@
+"""MovieLens: 100K (tabs), 1M and 10M (``::``), 20M, 25M, 32M, latest and latest-small (csv).
+
+Zipped as published, or in a folder. The csv form holds ``ratings.csv`` and ``movies.csv`` with a
+header each; 1M and 10M ``ratings.dat``, ``movies.dat`` and (1M only) ``users.dat``; 100K
+``u.data``, ``u.item``, ``u.user`` and ``u.genre``. The last two forms are in latin-1.
+Source: https://grouplens.org/datasets/movielens/ (Harper and Konstan, doi 10.1145/2827872).
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import polars as pl
+
+from cki_rec.config import Data, UserError
+from cki_rec.data.raw.delimited import Known, Layout, check_header, read_rows
+from cki_rec.data.raw.reading import LABEL, TIME, TIME_FIELDS, RawFiles, Reading, Text, paths
+
+RATING_FIELDS = {"user": "categorical", "item": "categorical", "genres": "multi",
+                 "year": "categorical", **dict.fromkeys(TIME_FIELDS, "time"),
+                 "history": "history"}  # fmt: skip
+"""What every variant gives."""
+USER_FIELDS = ("gender", "age", "occupation", "zip")
+"""What a file of users adds."""
+MOVIES_HEADER = "movieId,title,genres"
+_YEAR = re.compile(r"\((\d{4})\)\s*$")
+_RELEASED = re.compile(r"-(\d{4})$")
+_NO_GENRES = ("", "(no genres listed)")
+_COLUMNS = {"user": "integer", "item": "text", "rating": "number", "timestamp": "seconds"}
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """Names and separators of one form of publication."""
+
+    ratings: str
+    movies: str
+    users: str | None
+    separator: str
+    header: str | None
+    user_order: tuple[str, ...]
+    """Columns of the users' file after the id."""
+
+
+VARIANTS = (
+    Variant("ratings.csv", "movies.csv", None, ",", "userId,movieId,rating,timestamp", ()),
+    Variant("ratings.dat", "movies.dat", "users.dat", "::", None,
+            ("gender", "age", "occupation", "zip")),
+    Variant("u.data", "u.item", "u.user", "\t", None, ("age", "gender", "occupation", "zip")),
+)  # fmt: skip
+DESCRIBES = frozenset(
+    {"u.genre"}
+    | {name for variant in VARIANTS for name in (variant.movies, variant.users) if name}
+)
+
+
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """The files of a data set."""
+
+    raw: RawFiles
+    variant: Variant
+    ratings: str
+    movies: str
+    users: str | None
+
+
+def files(data: Data) -> list[Path]:
+    """Return the files on disk whose bytes decide the content."""
+    found = _find(data)
+    others = [found.users] if found.users else []
+    if found.variant.movies == "u.item":
+        others.append(_genres_member(found))
+    return found.raw.on_disk([found.ratings, found.movies, *others])
+
+
+def kinds(data: Data) -> dict[str, str]:
+    """Return the kind of every field."""
+    users = USER_FIELDS if _find(data).users else ()
+    return {**RATING_FIELDS, **dict.fromkeys(users, "categorical")}
+
+
+def user(_: Data) -> str:
+    """Return the column of users."""
+    return "user"
+
+
+def item(_: Data) -> str:
+    """Return the column of items."""
+    return "item"
+
+
+def read(data: Data, reading: Reading) -> Iterator[pl.DataFrame]:
+    """Yield the ratings, with what is known of their movies and users.
+
+    Raises:
+        UserError: A file is missing or damaged, or a row is bad.
+    """
+    found = _find(data)
+    movies = _read_movies(found, reading)
+    users = _read_users(found, reading) if found.users else None
+    known = {"item": Known(movies["item"], "unknown movie", "a movie of the movies file")}
+    if users is not None:
+        known["user"] = Known(users["user"], "unknown user", "a user of the users file")
+    layout = Layout(
+        columns=_COLUMNS,
+        separator=found.variant.separator,
+        header=found.variant.header,
+        required=tuple(_COLUMNS),
+        known=known,
+    )
+    for frame in read_rows(found.raw.text(found.ratings), layout, reading):
+        rows = frame.join(movies, on="item", how="left", maintain_order="left")
+        if users is not None:
+            rows = rows.join(users, on="user", how="left", maintain_order="left")
+        yield rows.with_columns(
+            (pl.col("rating") >= data.label_threshold).cast(pl.UInt8).alias(LABEL),
+            pl.col("timestamp").alias(TIME),
+            pl.col("user").cast(pl.String),
+        )
+
+
+def _find(data: Data) -> _Found:
+    """Return the files that hold ratings, movies and, if there are any, users."""
+    found = paths(data)
+    if len(found) != 1:
+        raise UserError(f"data.raw={data.raw}: {len(found)} paths, expected one zip or folder")
+    raw = RawFiles(found[0])
+    for variant in VARIANTS:
+        ratings = raw.find(variant.ratings)
+        if ratings is None:
+            continue
+        folder = ratings.rpartition("/")[0]
+        movies, users = (
+            name and f"{folder}/{name}".lstrip("/") for name in (variant.movies, variant.users)
+        )
+        if movies not in raw.members():
+            raise UserError(
+                f"{raw.path}: holds {ratings} but no {movies}, expected both; "
+                "fetch the whole MovieLens data set again"
+            )
+        assert movies is not None
+        return _Found(raw, variant, ratings, movies, users if users in raw.members() else None)
+    listed = ", ".join(raw.members()[:5]) or "nothing"
+    raise UserError(
+        f"{raw.path}: holds no ratings.csv, ratings.dat or u.data (found {listed}), expected "
+        "MovieLens data as published; set data.raw or data.format"
+    )
+
+
+def _read_movies(found: _Found, reading: Reading) -> pl.DataFrame:
+    """Return item, genres (joined by ``|``; null: none) and year of every movie."""
+    text = found.raw.text(found.movies)
+    items: dict[str, tuple[str | None, str | None]] = {}
+    for line, shown, parts in _movie_lines(found, text):
+        if len(parts) < 3 or not parts[0] or parts[0] in items:
+            problem = "repeated movie id" if parts and parts[0] in items else "missing field"
+            expected = f"movie id (each once), title, genres ({problem})"
+            reading.skip("bad movies line", f"{text}, line {line}", str(shown), expected)
+            continue
+        year = _YEAR.search("::".join(parts[1:-1]))
+        genres = None if parts[-1] in _NO_GENRES else parts[-1]
+        items[parts[0]] = (genres, year.group(1) if year else None)
+    rows = [(item, *values) for item, values in items.items()]
+    return pl.DataFrame(rows, schema=dict.fromkeys(["item", "genres", "year"], pl.String),
+                        orient="row")  # fmt: skip
+
+
+def _movie_lines(found: _Found, text: Text) -> Iterator[tuple[int, list[str], list[str]]]:
+    """Yield line number, fields as they are, and id, title, ..., genres (none: bad) of a movie."""
+    content = found.raw.read(found.movies)
+    if found.variant.movies != "u.item":
+        separator = found.variant.separator
+        header = MOVIES_HEADER if separator == "," else None
+        for line, parts in _lines(text, content, separator, header):
+            yield line, parts, parts
+        return
+    member = _genres_member(found)
+    names = [parts[0] for _, parts in _lines(found.raw.text(member), found.raw.read(member), "|")]
+    for line, parts in _lines(text, content, "|"):
+        # id, title, release date, video date, address, then one flag a genre
+        flags = parts[5:]
+        if len(flags) != len(names) or not set(flags) <= {"0", "1"}:
+            yield line, parts, []
+            continue
+        genres = [name for name, flag in zip(names, flags, strict=True) if flag == "1"]
+        title, released = parts[1], _RELEASED.search(parts[2])
+        if released:
+            title = f"{title} ({released.group(1)})"
+        yield line, parts, [parts[0], title, "|".join(genres)]
+
+
+def _genres_member(found: _Found) -> str:
+    """Return the file that names the flags of ``u.item``."""
+    member = found.movies.removesuffix("u.item") + "u.genre"
+    if member not in found.raw.members():
+        raise UserError(
+            f"{found.raw.path}: holds {found.movies} but no {member}, expected both; "
+            "fetch the whole MovieLens data set again"
+        )
+    return member
+
+
+def _read_users(found: _Found, reading: Reading) -> pl.DataFrame:
+    """Return user (Int64), gender, age, occupation and the first two digits of the zip code."""
+    assert found.users is not None
+    text, order = found.raw.text(found.users), found.variant.user_order
+    separator = "|" if found.variant.users == "u.user" else found.variant.separator
+    users: dict[str, dict[str, str]] = {}
+    for line, parts in _lines(text, found.raw.read(found.users), separator):
+        if len(parts) != 5 or not all(parts) or parts[0] in users or not parts[0].isdecimal():
+            expected = f"user id (each once), {', '.join(order)}"
+            reading.skip("bad users line", f"{text}, line {line}", str(parts), expected)
+            continue
+        users[parts[0]] = dict(zip(order, parts[1:], strict=True))
+        users[parts[0]]["zip"] = users[parts[0]]["zip"][:2]
+    rows = [(int(user), *(values[name] for name in USER_FIELDS)) for user, values in users.items()]
+    schema = {"user": pl.Int64, **dict.fromkeys(USER_FIELDS, pl.String)}
+    return pl.DataFrame(rows, schema=schema, orient="row")
+
+
+def _lines(
+    text: Text, content: bytes, separator: str, header: str | None = None
+) -> Iterator[tuple[int, list[str]]]:
+    """Yield line number and fields of a small file; blank lines are passed over."""
+    if not content.strip():
+        raise UserError(f"{text}: empty, expected one entry a line; fetch the data set again")
+    if header is not None:
+        decoded = content.decode("utf-8-sig", errors="replace")
+        check_header(text, decoded.split("\n", 1)[0].rstrip("\r"), header)
+        reader = csv.reader(io.StringIO(decoded, newline=""))
+        next(reader)
+        try:
+            yield from ((reader.line_num, parts) for parts in reader if parts)
+        except csv.Error as error:
+            raise UserError(
+                f"{text}, after line {reader.line_num}: {error}, expected quotes that close; "
+                "mend the line or fetch the data set again"
+            ) from None
+        return
+    for number, line in enumerate(content.decode("latin-1").split("\n"), start=1):
+        if line.strip():
+            yield number, line.rstrip("\r").split(separator)

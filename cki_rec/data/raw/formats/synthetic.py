@@ -1,0 +1,105 @@
+"""Synthetic data: raw files in a published format, written from a known click model on first use.
+
+``data.raw`` is the folder that the files go into, one folder for each set of options; what reads
+them is the format of ``data.synthetic.layout``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+from filelock import FileLock
+
+from cki_rec.config import Data, UserError
+from cki_rec.data.raw.click_model import write_raw
+from cki_rec.data.raw.formats import avazu, criteo, movielens
+from cki_rec.data.raw.reading import Reading
+
+LAYOUTS: dict[str, tuple[Any, str]] = {
+    "criteo": (criteo, "train.txt"),
+    "avazu": (avazu, "train.csv"),
+    "movielens": (movielens, ""),
+}
+"""Layout -> module that reads it, and the file in the folder; empty: the folder itself."""
+logger = logging.getLogger(__name__)
+
+
+def as_published(data: Data) -> Data:
+    """Return the data set of published form that this one is; writes it if it is not there.
+
+    Raises:
+        UserError: An impossible option, or a folder that cannot be written.
+    """
+    options = asdict(data.synthetic)
+    key = hashlib.sha256(json.dumps(options, sort_keys=True).encode()).hexdigest()[:12]
+    if not isinstance(data.raw, str):
+        raise UserError(f"data.raw={data.raw}: expected the folder that synthetic files go into")
+    folder = Path(data.raw) / f"synthetic-{data.synthetic.layout}-{key}"
+    try:
+        if not folder.exists():
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            with FileLock(folder.with_name(f"{folder.name}.lock")):
+                if not folder.exists():
+                    _write(data, folder)
+    except OSError as error:
+        raise UserError(
+            f"{folder}: cannot be written: {error.strerror or error}; free space or set data.raw "
+            "to a folder that can be written"
+        ) from None
+    name = LAYOUTS[data.synthetic.layout][1]
+    return replace(data, format=data.synthetic.layout, raw=str(folder / name))
+
+
+def files(data: Data) -> list[Path]:
+    """Return the files on disk whose bytes decide the content."""
+    found: list[Path] = LAYOUTS[data.synthetic.layout][0].files(as_published(data))
+    return found
+
+
+def kinds(data: Data) -> dict[str, str]:
+    """Return the kind of every field."""
+    found: dict[str, str] = LAYOUTS[data.synthetic.layout][0].kinds(as_published(data))
+    return found
+
+
+def user(data: Data) -> str | None:
+    """Return the column of users."""
+    return "user" if data.synthetic.layout == "movielens" else None
+
+
+def item(data: Data) -> str | None:
+    """Return the column of items."""
+    return "item" if data.synthetic.layout == "movielens" else None
+
+
+def read(data: Data, reading: Reading) -> Iterator[pl.DataFrame]:
+    """Yield the rows."""
+    yield from LAYOUTS[data.synthetic.layout][0].read(as_published(data), reading)
+
+
+def true_logits(data: Data) -> Path:
+    """Return the file of the true logits, one per row."""
+    return files(data)[0].parent / "logit.npy"
+
+
+def _write(data: Data, folder: Path) -> None:
+    """Write ``folder``, whole or not at all; the lock is held."""
+    for left in folder.parent.glob(f"{folder.name}.tmp-*"):
+        shutil.rmtree(left, ignore_errors=True)
+    temporary = folder.with_name(f"{folder.name}.tmp-{os.getpid()}")
+    logger.info("writing %s synthetic rows to %s", f"{data.synthetic.rows:,}", folder)
+    try:
+        temporary.mkdir()
+        write_raw(data.synthetic, temporary)
+        temporary.rename(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

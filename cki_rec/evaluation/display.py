@@ -1,0 +1,270 @@
+"""Summaries as text, shared by the terminal, table.md and the report."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import pandas as pd
+
+from .tables import (
+    BASELINES,
+    BEST_PARENT,
+    DIFFERENCES,
+    DOMAIN,
+    ENSEMBLE,
+    JOINT,
+    WINS,
+    difference_column,
+    domain_columns,
+)
+
+METRIC_NAMES = {
+    "auc": "AUC",
+    "log_loss": "LogLoss",
+    "log_loss_recalibrated": "LogLoss recal.",
+    "gauc": "gAUC",
+}
+METHOD_NAMES = {
+    BEST_PARENT: "best parent",
+    "newest_source": "newest parent",
+    ENSEMBLE: "output ensemble",
+    JOINT: "joint",
+}
+LOWER_IS_BETTER = frozenset({"log_loss", "log_loss_recalibrated"})
+METHOD_NOTES = {
+    BEST_PARENT: "The one parent with the best validation AUC, as it was trained.",
+    "newest_source": "The last of the parents, as it was trained.",
+    ENSEMBLE: "The mean of the parents' logits; every prediction runs all parents.",
+    JOINT: "One model trained on all rows of all parents; an upper reference, not an integration.",
+}
+MAX_COMMANDS = 3
+"""Commands shown before the reader is sent to runs.csv."""
+
+
+def number(value: Any, digits: int = 4, sign: bool = False) -> str:
+    """Return ``.7995`` for 0.7995 and ``+.0056`` with ``sign``; blank for an undefined value."""
+    if is_undefined(value):
+        return ""
+    text = f"{float(value) + 0.0:{'+' if sign else ''}.{digits}f}"
+    return text.replace("0.", ".", 1) if text.lstrip("+-").startswith("0.") else text
+
+
+def bounded(
+    value: Any, low: Any, high: Any, digits: int = 4, sign: bool = False, separator: str = " "
+) -> str:
+    """Return ``.7995 [.7990, .8001]``; without brackets when there is no interval."""
+    text = number(value, digits, sign)
+    if not text or is_undefined(low) or is_undefined(high):
+        return text
+    return f"{text}{separator}[{number(low, digits, sign)}, {number(high, digits, sign)}]"
+
+
+def p_value(value: Any) -> str:
+    """Return ``.0312``, ``<.0001`` below that; blank for an undefined value."""
+    return "<.0001" if not is_undefined(value) and value < 0.0001 else number(value)
+
+
+def is_undefined(value: Any) -> bool:
+    """Return whether a cell holds None, NaN or ``<NA>``."""
+    return value is None or value is pd.NA or (isinstance(value, float) and math.isnan(value))
+
+
+def method_name(method: str, finetuned: bool) -> str:
+    """Return the name shown to readers."""
+    return METHOD_NAMES.get(method, method) + (" + fine-tuned" if finetuned else "")
+
+
+def display_frame(summary: pd.DataFrame) -> pd.DataFrame:
+    """Return the summary as text cells, same rows; columns without any value are left out.
+
+    A difference whose interval excludes 0 ends with ``(+)`` if it is better and ``(-)`` if it is
+    worse than the baseline, whichever direction of the metric that is; with ``(++)`` or ``(--)``
+    if that also holds after Holm's correction.
+    """
+    rows = []
+    for row in summary.to_dict("records"):
+        cells = {
+            "suite": row["suite"],
+            "method": method_name(row["method"], row["finetuned"]),
+            "seeds": str(row["num_seeds"]),
+            "cost": number(row["inference_cost"], digits=0),
+        }
+        for metric in ("auc", "log_loss"):
+            bounds = (row[f"{metric}_low"], row[f"{metric}_high"])
+            cells[METRIC_NAMES[metric]] = bounded(row[metric], *bounds)
+        for metric in ("log_loss_recalibrated", "gauc"):
+            cells[METRIC_NAMES[metric]] = number(row[metric])
+        for baseline in BASELINES:
+            for metric in DIFFERENCES:
+                column = f"{METRIC_NAMES[metric]} vs {METHOD_NAMES[baseline]}"
+                cells[column] = _difference(row, metric, baseline)
+            column = f"W/T/L vs {METHOD_NAMES[baseline]}"
+            is_one = is_undefined(row[f"{WINS}{baseline}"]) or row["num_seeds"] == 1
+            cells[column] = "" if is_one else row[f"{WINS}{baseline}"]
+        cells["recovered"] = number(row["recovered_share"], digits=2)
+        for column in domain_columns(summary):
+            cells[f"AUC {column.removeprefix(DOMAIN)}"] = number(row[column])
+        cells["pred./clicks"] = number(row["calibration_ratio"], digits=3)
+        rows.append(cells)
+    frame = pd.DataFrame(rows, dtype=object)
+    return frame[[column for column in frame.columns if (frame[column] != "").any()]]
+
+
+def notes(summary: pd.DataFrame, runs: pd.DataFrame) -> list[str]:
+    """Return how to read the columns and how intervals were made, from the records' settings."""
+    level = "".join(f"{(1 - value) * 100:g} %" for value in summary["confidence"].unique())
+    percent = "".join(f"{value * 100:g} %" for value in summary["confidence"].unique())
+    settings = runs[["bootstrap", "resample"]].drop_duplicates().dropna()
+    drawn = " and ".join(f"{count} resamples of {unit}s" for count, unit in settings.to_numpy())
+    lines = [
+        "Each row is the mean over its repetitions (seeds). Brackets after AUC and LogLoss: "
+        f"{percent} Student t interval over repetitions; none with one repetition.",
+        "Differences are paired: same repetition, same test rows. Their brackets: "
+        f"{percent} percentile bootstrap interval of the mean over repetitions"
+        + (f", {drawn} of the test rows" if drawn else "")
+        + ", the same resamples for every model and repetition. They cover the choice of test "
+        "rows, not the luck of training.",
+        "(+) better and (-) worse than the baseline: the interval excludes 0. (++) and (--): also "
+        f"after Holm's correction at {level}, over all single models of the suite in this table, "
+        "for each column; its p values are normal, with the standard error of the same resamples.",
+    ]
+    if (summary["num_seeds"] > 1).any():
+        lines.append(
+            "W/T/L: repetitions whose own interval of the AUC difference lies above, around, "
+            "below 0."
+        )
+    if delong_columns(runs):
+        lines.append(
+            "DeLong p (runs.csv, and per run in the report): of no difference in AUC, taking test "
+            "rows as independent. Where users have several rows it is too small; brackets, marks "
+            "and W/T/L resample what is named above."
+        )
+    if summary["finetuned"].any():
+        lines.append(
+            "Fine-tuned rows are compared with the best parent and the ensemble as they are, "
+            "without fine-tuning."
+        )
+    lines.append("LogLoss: lower is better, so a negative difference is an improvement.")
+    if summary["log_loss_recalibrated"].notna().any():
+        lines.append(
+            "LogLoss recal.: after logits are scaled and shifted by the two numbers that fit "
+            "validation rows best, those of the baseline by its own two. A gain in LogLoss by "
+            "milder logits alone is not counted here."
+        )
+    lines += [
+        "gAUC: AUC within each user, weighted by the user's rows; users with one class are left "
+        "out.",
+        "pred./clicks: mean predicted probability / observed click rate; 1 is calibrated.",
+        "cost: forward passes per prediction, in models.",
+    ]
+    if summary["recovered_share"].notna().any():
+        lines.append(
+            "recovered: (AUC - best parent) / (joint - best parent), a ratio of means over "
+            "repetitions; 1 equals training on all rows. Blank if joint is not the better one."
+        )
+    lines.append("A blank cell is undefined or was not measured; it is never a zero.")
+    return lines
+
+
+def delong_columns(runs: pd.DataFrame) -> dict[str, str]:
+    """Return column -> name of the DeLong p values that some run has."""
+    columns = {
+        f"{difference_column('auc', baseline)}_delong_p": f"DeLong p vs {METHOD_NAMES[baseline]}"
+        for baseline in BASELINES
+    }
+    return {column: name for column, name in columns.items() if runs[column].notna().any()}
+
+
+def facts(runs: pd.DataFrame) -> dict[str, str]:
+    """Return what the runs have in common: data, rows, seeds, hardware, commands.
+
+    Args:
+        runs: Rows of ``runs_frame``, usually those of one suite.
+    """
+    rows = []
+    for split in ("train", "valid", "test"):
+        counts = [f"{count:,}" for count in runs[f"rows_{split}"].dropna().unique()]
+        if counts:
+            rows.append(f"{' or '.join(counts)} {split}")
+    if skipped := [f"{n:,}" for n in runs["rows_skipped"].dropna().unique() if n]:
+        rows.append(f"{' or '.join(skipped)} bad rows skipped")
+    kinds = {True: "synthetic data", False: "real data"}
+    said = "no test row is in raw files that only the models were trained on; nothing checks it"
+    commands = list(dict.fromkeys(runs["command"]))
+    shown = commands[:MAX_COMMANDS]
+    if len(commands) > len(shown):
+        shown.append(f"({len(commands) - len(shown)} more in runs.csv)")
+    return {
+        "Data": _joined(runs["data_name"])
+        + f" ({' and '.join(kinds[bool(flag)] for flag in runs['synthetic'].unique())})",
+        "Data hash": _joined(runs["data_hash"]),
+        "Rows": ", ".join(rows),
+        **({"Taken as said": said} if runs["disjoint_files"].any() else {}),
+        "Seeds": ", ".join(str(seed) for seed in sorted(runs["seed"].unique())),
+        "Hardware": _joined(runs["hardware"]),
+        "Command": "\n".join(shown),
+    }
+
+
+def markdown_table(
+    summary: pd.DataFrame,
+    runs: pd.DataFrame,
+    title: str = "Results",
+    suites: Mapping[str, str] = {},
+    methods: Mapping[str, str] = {},
+) -> str:
+    """Return a Markdown file: per suite its facts and its table, the methods, how to read it.
+
+    Args:
+        summary: Of ``summary_frame``.
+        runs: Of ``runs_frame``, the same runs.
+        title: First heading.
+        suites: Suite -> one sentence on what its parents differ in.
+        methods: Method -> one sentence on what it is.
+    """
+    shown = display_frame(summary)
+    lines = [f"# {title}", ""]
+    for suite in summary["suite"].unique():
+        lines += [f"## {suite}", ""]
+        if suite in suites:
+            lines += [suites[suite], ""]
+        for name, value in facts(runs[runs["suite"] == suite]).items():
+            if name == "Command":
+                commands = [f"  {command}" for command in value.split("\n")]
+                lines += [f"- {name}:", "", "  ```sh", *commands, "  ```"]
+            else:
+                lines.append(f"- {name}: {value}")
+        part = shown[shown["suite"] == suite].drop(columns="suite")
+        part = part[[column for column in part.columns if (part[column] != "").any()]]
+        lines += ["", _markdown_row(part.columns)]
+        lines.append(_markdown_row(["---", *["---:"] * (len(part.columns) - 1)]))
+        lines += [_markdown_row(cells) for cells in part.to_numpy()]
+        lines.append("")
+    if methods:
+        lines += ["## Methods", ""]
+        lines += [f"- {method_name(name, False)}: {text}" for name, text in methods.items()]
+        lines.append("")
+    lines += ["## How to read the tables", "", *(f"- {note}" for note in notes(summary, runs))]
+    return "\n".join(lines) + "\n"
+
+
+def _difference(row: Mapping[Any, Any], metric: str, baseline: str) -> str:
+    column = difference_column(metric, baseline)
+    low, high = row[f"{column}_low"], row[f"{column}_high"]
+    text = bounded(row[column], low, high, sign=True)
+    if is_undefined(low) or is_undefined(high) or low <= 0 <= high:
+        return text
+    adjusted = row[f"{column}_holm"]
+    is_sure = not is_undefined(adjusted) and adjusted < 1 - row["confidence"]
+    mark = "+" if (low > 0) != (metric in LOWER_IS_BETTER) else "-"
+    return f"{text} ({mark * (2 if is_sure else 1)})"
+
+
+def _joined(values: pd.Series[Any]) -> str:
+    return ", ".join(dict.fromkeys(str(value) for value in values))
+
+
+def _markdown_row(cells: Any) -> str:
+    return "| " + " | ".join(str(cell).replace("|", "\\|") for cell in cells) + " |"

@@ -1,0 +1,342 @@
+"""Records of evaluated models -> one frame of runs -> one frame of summaries.
+
+A record is the content of one ``record.json`` of the evaluate pipeline. No number of a table comes
+from anywhere else. ``display`` turns summaries into text.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+
+from .statistics import (
+    Interval,
+    bootstrap_p_value,
+    holm,
+    mean_interval,
+    mean_of_paired,
+    win_tie_loss,
+)
+
+JOINT, BEST_PARENT, ENSEMBLE = "joint", "best_source", "output_ensemble"
+"""Methods that are references: trained on all data; one parent; mean of all parents' outputs."""
+BASELINES = (BEST_PARENT, ENSEMBLE)
+METRICS = ("auc", "log_loss", "log_loss_recalibrated", "gauc")
+"""Metrics that get an interval over repetitions."""
+DIFFERENCES = ("auc", "log_loss", "log_loss_recalibrated")
+"""Metrics that are compared with each baseline."""
+
+DOMAIN = "auc_domain_"
+"""Begins the columns of one domain's AUC."""
+WINS = "auc_win_tie_loss_"
+"""Begins the columns of wins/ties/losses against one baseline over repetitions, in AUC."""
+
+Replicates = Mapping[str, Mapping[str, Mapping[str, npt.NDArray[np.float64]] | None]]
+"""run_id -> baseline -> metric -> ``(R,)``: this run minus the baseline, in each resample."""
+
+_TEXT = (
+    *("suite", "method", "seeds", "data_name", "data_hash"),
+    *("resample", "hardware", "command", "run_id", "fingerprint"),
+    *(f"{WINS}{baseline}" for baseline in BASELINES),
+)
+_WHOLE = (
+    *("seed", "num_seeds", "rows_train", "rows_valid", "rows_test", "rows_skipped"),
+    *("bootstrap", "inference_cost", "parameters"),
+)
+_FLAGS = ("finetuned", "disjoint", "synthetic", "disjoint_files")
+
+
+def difference_column(metric: str, baseline: str) -> str:
+    """Return the column that holds ``metric`` minus the baseline's."""
+    return f"{metric}_minus_{baseline}"
+
+
+def runs_frame(
+    records: Sequence[Mapping[str, Any]], methods: Sequence[str] | None = None
+) -> pd.DataFrame:
+    """Return one row per record, without anything that differs between two equal runs.
+
+    Rows are sorted by suite, method, direct before fine-tuned, and seed.
+
+    A suite of one parent has no ensemble: differences to it are left undefined. So is what older
+    records do not hold.
+
+    Args:
+        records: Of evaluated models, in any order.
+        methods: Order of methods; others follow by name. By default best parent, integrated
+            models by name, output ensemble, joint.
+
+    Returns:
+        Undefined numbers are NaN (``<NA>`` in columns of whole numbers).
+
+    Raises:
+        ValueError: There is no record, or two describe the same suite, method, stage and seed.
+    """
+    if not records:
+        raise ValueError("no records to report")
+    if methods is None:
+        names = {record["result"]["method"] for record in records}
+        references = {BEST_PARENT, ENSEMBLE, JOINT}
+        methods = [BEST_PARENT, *sorted(names - references), ENSEMBLE, JOINT]
+    place = {method: index for index, method in enumerate(methods)}
+    domains = sorted({name for record in records for name in record["result"]["test"]["domains"]})
+    rows = [_run_row(record, domains) for record in records]
+
+    def key(row: dict[str, Any]) -> tuple[Any, ...]:
+        method = row["method"]
+        position = place.get(method, len(place))
+        return (row["suite"], position, method, row["finetuned"], row["seed"])
+
+    rows.sort(key=key)
+    for first, second in itertools.pairwise(rows):
+        if key(first) == key(second):
+            raise ValueError(
+                f"runs {first['run_id']} and {second['run_id']} are both suite={first['suite']} "
+                f"method={first['method']} finetuned={first['finetuned']} seed={first['seed']}"
+            )
+    return _typed(pd.DataFrame(rows))
+
+
+def write_csv(frame: pd.DataFrame, path: Path) -> None:
+    """Write a frame as CSV: shortest text that reads back to the same float, blank if undefined.
+
+    The same frame gives the same bytes. The file appears whole or not at all.
+    """
+    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    try:
+        temporary.write_bytes(frame.to_csv(index=False, lineterminator="\n", na_rep="").encode())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def summary_frame(
+    runs: pd.DataFrame, replicates: Replicates, confidence: float = 0.95
+) -> pd.DataFrame:
+    """Return one row per suite, method and stage: means over repetitions with intervals.
+
+    Metrics get a Student t interval over repetitions. Differences get a percentile bootstrap
+    interval of their mean over repetitions, which needs the replicates of every run of the row
+    that has the difference. A mean over repetitions is undefined if one of its values is.
+    Differences of fine-tuned rows are, as recorded, to the direct best parent and ensemble.
+
+    Holm's correction is over the single models of a suite, direct and fine-tuned, for each metric
+    and baseline; their p values are of the same resamples as the intervals.
+
+    Args:
+        runs: Of ``runs_frame``.
+        replicates: By run; runs without them have no bootstrap interval.
+        confidence: Of all intervals.
+
+    Returns:
+        Columns ``suite, method, finetuned, num_seeds, seeds``, each metric with ``_low`` and
+        ``_high``, calibration, each difference with ``_low``, ``_high``, ``_p`` and ``_holm``,
+        wins/ties/losses in AUC per baseline (repetitions whose interval lies above, around, below
+        0), ``recovered_share``, ``inference_cost``, ``parameters``, ``confidence``, and the mean
+        AUC per domain.
+
+    Raises:
+        ValueError: The runs of a suite were not evaluated on the same data, or the repetitions of
+            a row have different numbers of resamples.
+    """
+    for suite, part in runs.groupby("suite"):
+        if part["data_hash"].nunique(dropna=False) > 1:
+            raise ValueError(f"suite {suite} mixes data sets: {sorted(set(part['data_hash']))}")
+    groups = runs.groupby(["suite", "method", "finetuned"], sort=False)
+    rows = [_summary_row(group, replicates, confidence) for _, group in groups]
+    frame = pd.DataFrame(rows)
+    for baseline in BASELINES:
+        for metric in DIFFERENCES:
+            _add_holm(frame, difference_column(metric, baseline))
+    frame["recovered_share"] = _recovered_shares(runs, frame)
+    return _typed(frame[[*_SUMMARY_COLUMNS, *domain_columns(runs)]])
+
+
+def domain_columns(frame: pd.DataFrame) -> list[str]:
+    """Return the columns that hold the AUC of one domain each."""
+    return [column for column in frame.columns if column.startswith(DOMAIN)]
+
+
+def recovered_share(auc: float, best_source: float, joint: float) -> float | None:
+    """Return how much of the way from the best parent to the joint model was made, in AUC.
+
+    Returns:
+        (auc - best_source) / (joint - best_source); 1 equals training on all data. None when the
+        joint model is not better than the best parent.
+    """
+    return (auc - best_source) / (joint - best_source) if joint > best_source else None
+
+
+def _run_row(record: Mapping[str, Any], domains: Sequence[str]) -> dict[str, Any]:
+    result, data, provenance = record["result"], record["data"], record["provenance"]
+    test, evaluate = result["test"], record["config"].get("evaluate", {})
+    row: dict[str, Any] = {
+        "suite": result["suite"],
+        "seed": result["seed"],
+        "method": result["method"],
+        "finetuned": bool(result["finetuned"]),
+        "disjoint": bool(record["config"].get("disjoint")),
+    }
+    for name in (*METRICS, "calibration_ratio", "calibration_error"):
+        row[name] = test.get(name)
+    row["valid_auc"] = result.get("valid", {}).get("auc")
+    for name in ("scale", "shift"):
+        row[f"recalibration_{name}"] = result.get("recalibration", {}).get(name)
+    for domain in domains:
+        row[f"{DOMAIN}{domain}"] = test["domains"].get(domain, {}).get("auc")
+    for baseline in BASELINES:
+        of_baseline = (result["difference"] or {}).get(baseline) or {}
+        if baseline == ENSEMBLE and len(set(record["config"].get("parents", ()))) == 1:
+            of_baseline = {}  # of one model: it is the best parent
+        for metric in DIFFERENCES:
+            interval = of_baseline.get(metric) or {}
+            column = difference_column(metric, baseline)
+            row[column] = interval.get("estimate")
+            row[f"{column}_low"] = interval.get("low")
+            row[f"{column}_high"] = interval.get("high")
+        of_auc = of_baseline.get("auc") or {}
+        row[f"{difference_column('auc', baseline)}_delong_p"] = of_auc.get("delong_p")
+    row["inference_cost"] = result["inference_cost"]
+    row["parameters"] = result["parameters"]
+    for split in ("train", "valid", "test"):
+        row[f"rows_{split}"] = data["rows"].get(split)
+    row["rows_skipped"] = data.get("skipped", 0)
+    row["data_name"] = data["name"]
+    row["data_hash"] = data["hash"]
+    row["synthetic"] = bool(data["synthetic"])
+    for name in ("bootstrap", "resample", "confidence"):
+        row[name] = evaluate.get(name)
+    row["disjoint_files"] = bool(evaluate.get("disjoint_files"))
+    row["hardware"] = provenance["hardware"]
+    row["command"] = provenance["command"]
+    row["run_id"] = record["run_id"]
+    row["fingerprint"] = record["fingerprint"]
+    return row
+
+
+def _typed(frame: pd.DataFrame) -> pd.DataFrame:
+    types = {}
+    for column in frame.columns:
+        if column in _FLAGS:
+            types[column] = "bool"
+        elif column in _WHOLE:
+            types[column] = "Int64"
+        else:
+            types[column] = "object" if column in _TEXT else "float64"
+    return frame.astype(types)
+
+
+def _summary_row(group: pd.DataFrame, replicates: Replicates, confidence: float) -> dict[str, Any]:
+    first = group.iloc[0]
+    row: dict[str, Any] = {
+        "suite": first["suite"],
+        "method": first["method"],
+        "finetuned": first["finetuned"],
+        "num_seeds": len(group),
+        "seeds": " ".join(str(seed) for seed in group["seed"]),
+    }
+    for metric in METRICS:
+        values = group[metric].to_numpy(dtype=np.float64)
+        interval = mean_interval(values, confidence)
+        row[metric], row[f"{metric}_low"] = interval.estimate, interval.low
+        row[f"{metric}_high"] = interval.high
+    for name in ("calibration_ratio", "calibration_error", *domain_columns(group)):
+        row[name] = group[name].mean(skipna=False)
+    for baseline in BASELINES:
+        for metric in DIFFERENCES:
+            column = difference_column(metric, baseline)
+            estimates = group[column].to_numpy(dtype=np.float64)
+            row |= dict.fromkeys(_with_bounds(column)) | {f"{column}_p": None}
+            if np.isnan(estimates).any():
+                continue
+            row[column] = estimates.mean()
+            of_runs = [(replicates.get(run) or {}).get(baseline) for run in group["run_id"]]
+            found = [of_run[metric] for of_run in of_runs if of_run is not None]
+            if len(found) < len(group):
+                continue
+            if len({len(values) for values in found}) > 1:
+                raise ValueError(f"method {first['method']}: repetitions differ in resamples")
+            stacked = np.stack(found)
+            interval = mean_of_paired(stacked, estimates, confidence)
+            row[f"{column}_low"], row[f"{column}_high"] = interval.low, interval.high
+            row[f"{column}_p"] = bootstrap_p_value(stacked.mean(axis=0), interval.estimate)
+        row[f"{WINS}{baseline}"] = _wins(group, difference_column("auc", baseline))
+    for name in ("inference_cost", "parameters"):
+        row[name] = first[name] if group[name].nunique(dropna=False) == 1 else None
+    row["confidence"] = confidence
+    return row
+
+
+def _wins(group: pd.DataFrame, column: str) -> str | None:
+    bounds = group[[column, f"{column}_low", f"{column}_high"]].to_numpy(dtype=np.float64)
+    intervals = [Interval(*(None if np.isnan(x) else float(x) for x in run)) for run in bounds]
+    counts = win_tie_loss(intervals)
+    return None if counts is None else "/".join(map(str, counts))
+
+
+def _add_holm(summary: pd.DataFrame, column: str) -> None:
+    """Add the adjusted p values of a difference, over the single models of each suite."""
+    name = f"{column}_holm"
+    summary[name] = np.nan
+    for _, family in summary[summary["inference_cost"] == 1].groupby("suite"):
+        p_values = [None if pd.isna(p) else float(p) for p in family[f"{column}_p"]]
+        summary.loc[family.index, name] = [np.nan if p is None else p for p in holm(p_values)]
+
+
+def _recovered_shares(runs: pd.DataFrame, summary: pd.DataFrame) -> list[float | None]:
+    """Return the share per summary row: a ratio of means over the seeds that have all three.
+
+    It is of suites whose parents saw disjoint rows: there a joint model knows more than they do.
+    """
+    disjoint = runs.groupby("suite")["disjoint"].all()
+    auc_of: dict[tuple[str, str, bool], dict[int, float]] = {}
+    for run in runs[["suite", "method", "finetuned", "seed", "auc"]].itertuples(index=False):
+        suite, method, finetuned, seed, auc = run
+        if not np.isnan(auc):
+            auc_of.setdefault((suite, method, finetuned), {})[seed] = auc
+    shares: list[float | None] = []
+    for suite, method, finetuned in zip(
+        summary["suite"], summary["method"], summary["finetuned"], strict=True
+    ):
+        parts = [
+            auc_of.get(key, {})
+            for key in (
+                (suite, method, finetuned),
+                (suite, BEST_PARENT, False),
+                (suite, JOINT, False),
+            )
+        ]
+        seeds = sorted(set.intersection(*(set(part) for part in parts)))
+        is_reference = method in (BEST_PARENT, JOINT) and not finetuned
+        if not disjoint[suite] or is_reference or not seeds:
+            shares.append(None)
+        else:
+            means = [float(np.mean([part[seed] for seed in seeds])) for part in parts]
+            shares.append(recovered_share(*means))
+    return shares
+
+
+def _with_bounds(*columns: str) -> list[str]:
+    return [f"{column}{end}" for column in columns for end in ("", "_low", "_high")]
+
+
+_SUMMARY_COLUMNS = [
+    *("suite", "method", "finetuned", "num_seeds", "seeds"),
+    *_with_bounds(*METRICS),
+    *("calibration_ratio", "calibration_error"),
+    *(
+        f"{difference_column(metric, baseline)}{end}"
+        for baseline in BASELINES
+        for metric in DIFFERENCES
+        for end in ("", "_low", "_high", "_p", "_holm")
+    ),
+    *(f"{WINS}{baseline}" for baseline in BASELINES),
+    *("recovered_share", "inference_cost", "parameters", "confidence"),
+]

@@ -1,0 +1,48 @@
+"""Sources that know nothing, or cannot be understood: what a gain has to disappear with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from cki_rec.merging.alignment import random_element
+from cki_rec.merging.params import Params, generator
+from cki_rec.merging.projection import transform
+from cki_rec.merging.symmetry import Symmetry
+
+
+def permute(params: Params, symmetries: Sequence[Symmetry], seed: int) -> Params:
+    """Return the same function with its units in other places: a permutation of every symmetry.
+
+    Hidden units, and coordinates of embeddings, stand where they would in a model with which the
+    source has nothing in common. If merging entry by entry gains as much with it, the gain is not
+    from what the source knows. No number changes, so entropies do not either: of rotations and
+    signed permutations, too, only those that permute are drawn.
+
+    Reference:
+        Ours, for the released protocol of CKI (arXiv 2501.07596).
+    """
+    draw = generator(seed, "permute")
+    elements = [random_element(replace(s, kind="permutation"), draw) for s in symmetries]
+    return transform(params, symmetries, elements)
+
+
+def shuffle(params: Params, seed: int) -> Params:
+    """Return a random model of equal moments: every tensor's entries, in random order.
+
+    Entries of a table stay in their column, so that unused columns stay zero. Everything that an
+    assessment by distribution sees (moments, range, entropy) is as before, all knowledge is gone.
+
+    Reference:
+        Ours, for the released protocol of CKI (arXiv 2501.07596).
+    """
+    return {name: _shuffled(tensor, generator(seed, name)) for name, tensor in params.items()}
+
+
+def _shuffled(tensor: Tensor, draw: torch.Generator) -> Tensor:
+    matrix = tensor if tensor.ndim == 2 else tensor.reshape(-1, 1)
+    columns = [column[torch.randperm(len(column), generator=draw)] for column in matrix.unbind(1)]
+    return torch.stack(columns, dim=1).reshape(tensor.shape)

@@ -1,0 +1,292 @@
+"""How much of each source is worth keeping: the global, the local and the dual perspective.
+
+Shapes: K sources of one parameter ``*shape``; results are per source, ``(K, ...)``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from cki_rec.merging.methods.cki.gate import apply_gate
+from cki_rec.merging.params import Params, check_same, compute_dtype
+
+RANGES = ("own", "shared", "quantile")
+"""What a histogram covers: the range of its own tensor (as released), that of all sources, or from
+the smallest of their 0.1 % quantiles to the largest of their 99.9 % quantiles."""
+TAIL = 0.001
+
+_CHUNK = 1 << 22
+"""Entries of a table binned at once: bounds the temporaries."""
+
+
+def entropy(weight: Tensor, bins: int = 10, bounds: tuple[Tensor, Tensor] | None = None) -> float:
+    r"""Return the entropy of a tensor's histogram, in nats.
+
+    .. math:: H(W) = -\sum_{h_i > 0} h_i \ln h_i
+
+    :math:`h_i` is the share of entries in ``[min + i s, min + (i + 1) s)``. Entries equal to the
+    maximum fall in no bin (unless rounding, in float32 or wider, puts the last edge above it, as
+    in the released code), nor do those outside of given ``bounds``, so shares may sum to less
+    than 1; constant tensors give 0.
+
+    Args:
+        weight: Of any shape.
+        bins: Of the histogram.
+        bounds: Where it starts and ends, scalars; None: smallest and largest entry.
+
+    Raises:
+        ValueError: ``bins`` is not positive, or an entry is NaN or infinite.
+
+    Reference:
+        CKI (arXiv 2501.07596), global assessment, as in the released recommendation code, which
+        has it from Filter Grafting (CVPR 2020).
+    """
+    if bins < 1:
+        raise ValueError(f"bins must be positive, not {bins}")
+    if weight.numel() == 0:
+        return 0.0
+    flat = weight.detach().reshape(-1)
+    dtype = compute_dtype(flat)
+    ends = torch.aminmax(flat) if bounds is None else bounds
+    low, high = (bound.cpu().to(dtype) for bound in ends)
+    if not bool(torch.isfinite(high - low)):
+        raise ValueError("entropy of NaN or infinite entries")
+    step = (high - low) / bins  # on the CPU: a GPU multiplies by the rounded reciprocal
+    edges = (low + torch.arange(bins + 1) * step).to(flat.device)
+    counts = torch.zeros(bins + 2, dtype=torch.int64, device=flat.device)
+    for start in range(0, flat.numel(), _CHUNK):
+        chunk = flat[start : start + _CHUNK].to(dtype)
+        counts += torch.bincount(torch.bucketize(chunk, edges, right=True), minlength=bins + 2)
+    shares = [count / flat.numel() for count in counts[1:-1].tolist()]
+    return math.fsum(-share * math.log(share) for share in shares if share > 0)
+
+
+def histogram_bounds(tensors: Sequence[Tensor], over: str = "own") -> list[tuple[Tensor, Tensor]]:
+    """Return where the histogram of each source of one parameter starts and ends (``RANGES``).
+
+    Raises:
+        ValueError: ``over`` is unknown, or an entry is NaN or infinite.
+    """
+    if over not in RANGES:
+        raise ValueError(f"range: {over!r} is none of {', '.join(RANGES)}")
+    if tensors[0].numel() == 0:
+        return [(torch.zeros(()), torch.zeros(()))] * len(tensors)
+    ends = [torch.aminmax(tensor.detach()) for tensor in tensors]
+    bounds = [(low, high) for low, high in ends]
+    if over == "own":
+        return bounds
+    if not all(bool(torch.isfinite(high - low)) for low, high in bounds):
+        raise ValueError("entropy of NaN or infinite entries")
+    if over == "quantile":
+        bounds = [_tails(tensor.detach()) for tensor in tensors]
+    low = torch.stack([low for low, _ in bounds]).amin()
+    high = torch.stack([high for _, high in bounds]).amax()
+    return [(low, high)] * len(tensors)
+
+
+def compare_entropies(entropies: Sequence[float]) -> list[float]:
+    """Return how far each source's entropy is above the mean of the others'."""
+    total, num_others = math.fsum(entropies), len(entropies) - 1
+    if num_others == 0:
+        return [0.0]
+    if num_others == 1:
+        difference = entropies[0] - entropies[1]
+        return [difference, -difference]
+    return [own - (total - own) / num_others for own in entropies]
+
+
+def global_compatibility(
+    tensors: Sequence[Tensor],
+    a: float = 0.4,
+    c: float = 500.0,
+    bins: int = 10,
+    over: str = "own",
+) -> Tensor:
+    r"""Compare the information content of the sources of one parameter.
+
+    .. math:: G = \tfrac{a}{\pi} \arctan\big(c\,(H(W_A) - H(W_B))\big) + \tfrac12
+
+    Two sources get (G, 1 - G). More than two is our extension: each is compared with the mean
+    entropy of the others, and the terms need not sum to 1. One source gets 1/2.
+
+    Returns:
+        ``(K,)`` float64, between ``(1 - a) / 2`` and ``(1 + a) / 2``.
+
+    Raises:
+        ValueError: ``a`` is not in [0, 1], ``over`` is unknown, or ``entropy`` refuses a tensor.
+
+    Reference:
+        CKI (arXiv 2501.07596), global assessment, as in the released recommendation code.
+
+    Differs:
+        The form for more than two sources is ours; the paper only names the case. So are ranges
+        other than ``own``: the released histogram mostly measures the two extreme entries.
+    """
+    if not 0 <= a <= 1:
+        raise ValueError(f"a must be between 0 and 1, not {a}")
+    bounds = histogram_bounds(tensors, over)
+    entropies = [entropy(w, bins, ends) for w, ends in zip(tensors, bounds, strict=True)]
+    terms = [_global_term(difference, a, c) for difference in compare_entropies(entropies)]
+    if len(terms) == 2:
+        terms[1] = 1 - terms[0]
+    return torch.tensor(terms, dtype=torch.float64, device=tensors[0].device)
+
+
+def compute_global_terms(
+    models: Sequence[Params],
+    a: float = 0.4,
+    c: float = 500.0,
+    bins: int = 10,
+    over: str = "own",
+) -> dict[str, Tensor]:
+    """Return ``global_compatibility`` of every parameter; it does not depend on gates.
+
+    Raises:
+        ValueError: Models differ, or a tensor has NaN or infinite entries, by name.
+    """
+    check_same(models)
+    terms = {}
+    for name in models[0]:
+        try:
+            tensors = [model[name] for model in models]
+            terms[name] = global_compatibility(tensors, a, c, bins, over)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
+    return terms
+
+
+def local_compatibility(
+    tensors: Sequence[Tensor], gate: Tensor | None, signed: bool = False, scale: float = 1.0
+) -> Tensor:
+    r"""Score every entry of one parameter by how the sources differ around it.
+
+    .. math:: L_A = \sigma\big(s\,|W_A - W_B| P^T\big), \quad L_B = 1 - L_A
+
+    More than two sources is our extension: each is compared with the mean of the others through
+    the same gate, ``L_k = sigmoid(|W_k - mean of others| P^T)``.
+
+    Args:
+        tensors: One tensor per source; fewer than 2 axes count as ``(n, 1)``.
+        gate: P, as ``initialize_gate`` makes it, or None for L = 1/2.
+        signed: Compare without taking absolute values.
+        scale: s.
+
+    Returns:
+        ``(K, *shape)`` in (0, 1), or ``(K, 1, ..., 1)`` of 1/2 without a gate or with K = 1.
+
+    Reference:
+        CKI (arXiv 2501.07596), local assessment, as in the released recommendation code;
+        ``signed`` as its ``load_param``, ``scale`` as its language code (5 and 10 in v2 and v4).
+
+    Differs:
+        Gates of low rank, diagonal and scalar, and the form for more than two sources are ours.
+    """
+    first, num_sources = tensors[0], len(tensors)
+    dtype = compute_dtype(first)
+    if gate is None or num_sources == 1:
+        shape = (num_sources, *[1] * first.ndim)
+        return torch.full(shape, 0.5, dtype=dtype, device=first.device)
+    wide = [tensor.to(dtype) for tensor in tensors]
+
+    def score(difference: Tensor) -> Tensor:
+        difference = difference if signed else difference.abs()
+        return torch.sigmoid(scale * apply_gate(difference, gate))
+
+    if num_sources == 2:
+        local = score(wide[0] - wide[1])
+        return torch.stack([local, 1 - local])
+    scores = []
+    for k, own in enumerate(wide):
+        others = sum(wide[:k] + wide[k + 1 :], torch.zeros_like(own)) / (num_sources - 1)
+        scores.append(score(own - others))
+    return torch.stack(scores)
+
+
+def dual_compatibility(global_K: Tensor, local_K: Tensor) -> Tensor:
+    r"""Join both perspectives into one score per source and entry.
+
+    .. math:: K_k = G_k \big(1 - \exp(-G_k L_k)\big)
+
+    Args:
+        global_K: ``(K,)``.
+        local_K: ``(K, *s)``.
+
+    Returns:
+        ``(K, *s)`` in the dtype of ``local_K``.
+
+    Reference:
+        CKI (arXiv 2501.07596), dual-perspective assessment, as in the released recommendation
+        code.
+    """
+    terms = global_K.to(local_K).reshape(-1, *[1] * (local_K.ndim - 1))
+    return terms * (1 - torch.exp(-terms * local_K))
+
+
+def signed_compatibility(global_K: Tensor, local_K: Tensor) -> Tensor:
+    r"""Join both perspectives by the other rule of the released recommendation code.
+
+    .. math:: K_A = 1 - G \exp(-G L), \quad K_B = 1 - G \exp(G L - 1)
+
+    G and L are those of the first source, L of signed differences. More than two sources is our
+    extension: ``K_k = 1 - G_k exp(-G_k L_k)``, the form of the first.
+
+    Args:
+        global_K: ``(K,)``.
+        local_K: ``(K, *s)``.
+
+    Returns:
+        ``(K, *s)`` in the dtype of ``local_K``.
+
+    Reference:
+        CKI (arXiv 2501.07596), ``load_param`` of the released recommendation code, which nothing
+        there calls.
+    """
+    terms = global_K.to(local_K).reshape(-1, *[1] * (local_K.ndim - 1))
+    if len(terms) != 2:
+        return 1 - terms * torch.exp(-terms * local_K)
+    both = terms[0] * local_K[0]
+    return torch.stack([1 - terms[0] * torch.exp(-both), 1 - terms[0] * torch.exp(both - 1)])
+
+
+def language_shares(global_K: Tensor, local_K: Tensor) -> Tensor:
+    r"""Return the weights of the released language code, which join both perspectives.
+
+    .. math:: \alpha_A = G L + (1 - G), \quad \alpha_B = 1 - \alpha_A
+
+    More information in A lowers its weight, other than in the recommendation code. More than two
+    sources is our extension: :math:`\alpha_k = (1 - G_k) L_k / (K - 1)` for all but the first
+    source, which gets the rest; for two that is the rule above.
+
+    Args:
+        global_K: ``(K,)``.
+        local_K: ``(K, *s)``.
+
+    Returns:
+        ``(K, *s)``, non-negative, sum 1 over K.
+
+    Reference:
+        CKI (arXiv 2501.07596), released language code, v1; v6 takes the larger one whole.
+    """
+    terms = global_K.to(local_K).reshape(-1, *[1] * (local_K.ndim - 1))
+    if len(terms) == 1:
+        return torch.ones_like(local_K)
+    if len(terms) == 2:
+        first = terms[0] * local_K[0] + (1 - terms[0])
+        return torch.stack([first, 1 - first])
+    others = (1 - terms[1:]) * local_K[1:] / (len(terms) - 1)
+    return torch.cat([1 - others.sum(dim=0, keepdim=True), others])
+
+
+def _tails(tensor: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the entries below and above which a share of ``TAIL`` lies."""
+    flat = tensor.reshape(-1).to(compute_dtype(tensor))
+    place = round(TAIL * (len(flat) - 1))
+    return flat.kthvalue(place + 1).values, flat.kthvalue(len(flat) - place).values
+
+
+def _global_term(difference: float, a: float, c: float) -> float:
+    return a / math.pi * math.atan(c * difference) + 0.5

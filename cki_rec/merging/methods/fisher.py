@@ -1,0 +1,81 @@
+"""Mixing weights from how much each entry of each source matters to its own outputs.
+
+Shapes: weights are ``(K, *shape)`` per parameter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from cki_rec.merging.params import MixingWeights, Params, check_same, compute_dtype, equal_weights
+
+
+def fisher_weights(
+    models: Sequence[Params],
+    fisher: Sequence[Params],
+    floor: float = 1e-6,
+    normalize: bool = True,
+) -> MixingWeights:
+    r"""Weigh entries by the diagonal of the Fisher information.
+
+    .. math:: \alpha_k = F_k \big/ \textstyle\sum_j F_j
+
+    What no source has an F of is averaged: buffers, such as statistics of norms.
+
+    Args:
+        models: One per source; a subset of the names of ``fisher`` will do.
+        fisher: Per source, entries not negative (``engine.fisher``).
+        floor: Least F, after normalization: entries that matter to nobody are averaged.
+        normalize: Divide each source's F by its L2 norm over all parameters, so that none has a
+            larger say for being less sure of itself.
+
+    Raises:
+        ValueError: Models differ; an F is missing, does not fit, or has entries that are negative,
+            NaN or infinite; names the tensor.
+
+    Reference:
+        Matena and Raffel, Merging Models with Fisher-Weighted Averaging, NeurIPS 2022, sections 3
+        and 4.
+
+    Differs:
+        F is exact for one logit.
+    """
+    check_same(models)
+    if floor < 0:
+        raise ValueError(f"floor={floor}: must not be negative")
+    if len(fisher) != len(models):
+        raise ValueError(f"Fisher information of {len(fisher)} sources for {len(models)} models")
+    for k, source in enumerate(fisher):
+        for name, value in source.items():
+            if not bool((value.isfinite() & (value >= 0)).all()):
+                raise ValueError(f"{name}: the F of source {k} must be finite and not negative")
+    scales = [1 / _norm(source) if normalize else 1.0 for source in fisher]
+    weights = {}
+    for name, tensor in models[0].items():
+        if not any(name in source for source in fisher):
+            weights[name] = equal_weights(tensor, len(models))
+            continue
+        for k, source in enumerate(fisher):
+            if name not in source or source[name].shape != tensor.shape:
+                found = tuple(source[name].shape) if name in source else "none"
+                raise ValueError(f"{name}: F of source {k} is {found}, not {tuple(tensor.shape)}")
+        each = [
+            (source[name].double() * scale).clamp_min(floor)
+            for source, scale in zip(fisher, scales, strict=True)
+        ]
+        weights[name] = _shares(torch.stack(each)).to(tensor.device, compute_dtype(tensor))
+    return weights
+
+
+def _shares(fisher_K: Tensor) -> Tensor:
+    total = fisher_K.sum(0)
+    known = total > 0
+    return torch.where(known, fisher_K / torch.where(known, total, 1), 1 / len(fisher_K))
+
+
+def _norm(fisher: Params) -> float:
+    total = sum(float(fisher[name].double().square().sum()) for name in sorted(fisher))
+    return total**0.5 or 1.0

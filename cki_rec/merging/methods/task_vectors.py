@@ -1,0 +1,254 @@
+r"""Merges of models with a common base: arithmetic on task vectors.
+
+All are one formula, with W_0 the base and :math:`\tau_k = W_k - W_0`:
+
+.. math:: W = W_0 + \lambda \, m\big(s(\tau_1), \dots, s(\tau_K)\big)
+
+They differ in s, which keeps some entries of a task vector, and in m, the sum or the mean of those
+that agree in sign. Statistics of batch norms are no directions, and a sum may make a variance
+negative: they move from the base to the mean of the sources, and no further.
+
+Thresholds and ranks are per parameter, exact, and found in blocks; random draws depend on (seed,
+name, source, block of rows).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import reduce
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from cki_rec.merging.methods.soups import Score, best_of, check_share
+from cki_rec.merging.params import (
+    STATISTICS,
+    Params,
+    check_base,
+    check_finite,
+    compute_dtype,
+)
+from cki_rec.merging.sparsification import (
+    keep_largest,
+    keep_random,
+    keep_random_by_rank,
+)
+
+SCALES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0, 1.25, 1.5)
+"""What ``scale: null`` chooses from, by validation AUC."""
+Sparsify: TypeAlias = Callable[[Tensor, str], Tensor]
+"""(task vector of one parameter, name of its draws) -> the same with entries left out."""
+
+
+def task_arithmetic(
+    models: Sequence[Params], base: Params, score: Score | None, scale: float | None = None
+) -> Params:
+    r"""Add the task vectors to the base: :math:`W_0 + \lambda \sum_k \tau_k`.
+
+    Args:
+        models: One per source.
+        base: What they come from.
+        score: Where ``scale`` is None.
+        scale: :math:`\lambda`; 0: the base; 1/K: the mean. None: the one of ``SCALES`` with the
+            best score.
+
+    Raises:
+        ValueError: Models or base differ or have NaN or infinite entries; an option is out of
+            range; or there is no score to choose by.
+
+    Reference:
+        Ilharco et al., Editing models with task arithmetic, ICLR 2023, section 2.
+    """
+    return _merge(models, base, score, scale, lambda tau, _: tau, elect=False)
+
+
+def ties(
+    models: Sequence[Params],
+    base: Params,
+    score: Score | None,
+    density: float = 0.2,
+    scale: float | None = None,
+) -> Params:
+    r"""Keep the largest entries, elect a sign per entry, and take the mean of those that agree.
+
+    Args:
+        models: One per source.
+        base: What they come from.
+        score: Where ``scale`` is None.
+        density: Share of the entries of every task vector and parameter that is kept.
+        scale: :math:`\lambda`, as in ``task_arithmetic``.
+
+    Raises:
+        ValueError: As ``task_arithmetic``.
+
+    Reference:
+        Yadav et al., TIES-Merging, NeurIPS 2023, algorithm 1.
+
+    Differs:
+        Thresholds are per parameter, not over the whole vector, where tables would outvote the
+        rest; entries equal to the threshold stay.
+    """
+    check_share("density", density)
+    return _merge(
+        *(models, base, score, scale),
+        lambda tau, _: torch.where(keep_largest(tau, density), tau, 0),
+        elect=True,
+    )
+
+
+def dare(
+    models: Sequence[Params],
+    base: Params,
+    score: Score | None,
+    seed: int,
+    density: float = 0.5,
+    elect: bool = False,
+    scale: float | None = None,
+) -> Params:
+    r"""Drop entries at random, divide the others by ``density``, then add the task vectors.
+
+    Args:
+        models: One per source.
+        base: What they come from.
+        score: Where ``scale`` is None.
+        seed: Of the draws.
+        density: Chance of an entry to stay: 1 minus the paper's drop rate p.
+        elect: Join by sign election as TIES does, instead of the sum.
+        scale: :math:`\lambda`, as in ``task_arithmetic``.
+
+    Raises:
+        ValueError: As ``task_arithmetic``.
+
+    Reference:
+        Yu et al., Language models are super Mario, ICML 2024, section 3.
+    """
+    check_share("density", density)
+    return _merge(
+        *(models, base, score, scale),
+        lambda tau, name: keep_random(tau, density, seed, name),
+        elect,
+    )
+
+
+def della(
+    models: Sequence[Params],
+    base: Params,
+    score: Score | None,
+    seed: int,
+    density: float = 0.5,
+    window: float = 0.4,
+    scale: float | None = None,
+) -> Params:
+    r"""Drop entries at random, small ones more likely, then join by sign election.
+
+    Args:
+        models: One per source.
+        base: What they come from.
+        score: Where ``scale`` is None.
+        seed: Of the draws.
+        density: Mean chance of an entry to stay.
+        window: Chance of the largest entry of a row minus that of the smallest (the paper's
+            epsilon); narrowed where chances would leave [0, 1].
+        scale: :math:`\lambda`, as in ``task_arithmetic``.
+
+    Raises:
+        ValueError: As ``task_arithmetic``.
+
+    Reference:
+        Deep et al., DELLA-Merging, arXiv 2406.11617, section 3 (MagPrune, elect, fuse).
+
+    Differs:
+        Ranks are centered, so that the mean chance in a row is ``density``.
+    """
+    check_share("density", density)
+    check_share("window", window)
+    return _merge(
+        *(models, base, score, scale),
+        lambda tau, name: keep_random_by_rank(tau, density, window, seed, name),
+        elect=True,
+    )
+
+
+def breadcrumbs(
+    models: Sequence[Params],
+    base: Params,
+    score: Score | None,
+    density: float = 0.85,
+    skipped: float = 0.01,
+    scale: float | None = None,
+) -> Params:
+    r"""Drop the smallest and the very largest entries, then add the task vectors.
+
+    Args:
+        models: One per source.
+        base: What they come from.
+        score: Where ``scale`` is None.
+        density: Share of the entries of every task vector and parameter that is kept.
+        skipped: Share of the largest entries that is dropped, rounded down.
+        scale: :math:`\lambda`, as in ``task_arithmetic``.
+
+    Raises:
+        ValueError: As ``task_arithmetic``.
+
+    Reference:
+        Davari and Belilovsky, Model Breadcrumbs, ECCV 2024, section 3.
+    """
+    check_share("density", density)
+    check_share("skipped", skipped)
+    return _merge(
+        *(models, base, score, scale),
+        lambda tau, _: torch.where(keep_largest(tau, density, skipped), tau, 0),
+        elect=False,
+    )
+
+
+def _merge(
+    models: Sequence[Params],
+    base: Params,
+    score: Score | None,
+    scale: float | None,
+    sparsify: Sparsify,
+    elect: bool,
+) -> Params:
+    check_base(models, base)
+    check_finite(models)
+    check_finite([base], "the base")
+    if scale is not None and scale < 0:
+        raise ValueError(f"scale={scale}: must be at least 0")
+    moves = {}
+    for name, origin in base.items():
+        dtype = compute_dtype(origin)
+        taus = [model[name].to(dtype) - origin.to(dtype) for model in models]
+        if name.endswith(STATISTICS):
+            moves[name] = torch.stack(taus).mean(0)
+            continue
+        taus = [sparsify(tau, f"{name}/{k}") for k, tau in enumerate(taus)]
+        moves[name] = _elect(taus) if elect else reduce(torch.add, taus)  # in order, of any shape
+    num_added = 1 if elect else len(models)
+    if scale is None:
+        recipes = (_move(base, moves, value, num_added) for value in SCALES)
+        scale = SCALES[best_of(recipes, score, "scale")]
+    return _move(base, moves, scale, num_added)
+
+
+def _elect(taus: Sequence[Tensor]) -> Tensor:
+    """Return the mean of the entries whose sign is that of the sum; 0 where none is."""
+    sign = torch.stack(list(taus)).sum(0).sign()
+    total, voters = torch.zeros_like(taus[0]), torch.zeros_like(taus[0])
+    for tau in taus:
+        agrees = (tau.sign() == sign) & (sign != 0)
+        total = total + torch.where(agrees, tau, 0)
+        voters = voters + agrees
+    return total / voters.clamp(min=1)
+
+
+def _move(base: Params, moves: Params, scale: float, num_added: int) -> Params:
+    """Return base + scale * move; statistics get no further than to the sources' mean."""
+    result = {}
+    for name, origin in base.items():
+        factor = min(1.0, scale * num_added) if name.endswith(STATISTICS) else scale
+        move = factor * moves[name]
+        moved = torch.where(move == 0, origin.to(move.dtype), origin.to(move.dtype) + move)
+        result[name] = moved.to(origin.dtype)
+    return result

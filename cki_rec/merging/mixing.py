@@ -1,0 +1,135 @@
+"""From scores to weights, and from weights to one model.
+
+Shapes: scores and weights are ``(K, *s)``, ``*s`` broadcastable to the parameter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from cki_rec.merging.params import (
+    BLOCK,
+    MixingWeights,
+    Params,
+    check_same,
+    check_weights,
+    compute_dtype,
+)
+
+
+def soften(scores_K: Tensor) -> Tensor:
+    """Return soft mixing weights, the softmax of the scores over the sources.
+
+    Reference:
+        CKI (arXiv 2501.07596), soft splicing, as in the released recommendation code.
+    """
+    return torch.softmax(scores_K, dim=0)
+
+
+def harden(scores_K: Tensor) -> Tensor:
+    """Return hard mixing weights: exactly 1 for the source with the largest score, else 0.
+
+    Reference:
+        CKI (arXiv 2501.07596), hard splicing.
+
+    Differs:
+        Ties go to the first source. Neither text nor recommendation code gives a rule; the
+        natural pair form, A where its score is larger, would give them to B.
+    """
+    best, winner = scores_K[0], torch.zeros_like(scores_K[0], dtype=torch.int64)
+    for k, scores in enumerate(scores_K):
+        larger = scores > best
+        best = torch.where(larger, scores, best)
+        winner = torch.where(larger, k, winner)
+    return torch.stack([(winner == k).to(scores_K.dtype) for k in range(len(scores_K))])
+
+
+def mix(models: Sequence[Params], weights: MixingWeights) -> Params:
+    r"""Join models into one of the same size.
+
+    .. math:: W = W_0 + \sum_{k \ge 1} \alpha_k (W_k - W_0)
+
+    Where a weight is exactly 1 that source's value comes back bit for bit, where it is exactly 0
+    nothing of that source does (NaN included), and equal sources give their common value back
+    bit for bit. Differentiable with respect to weights strictly between 0 and 1.
+
+    Args:
+        models: One per source.
+        weights: What to take from whom, for every parameter.
+
+    Returns:
+        New tensors, in the dtype of the models; computed in float32 or wider.
+
+    Raises:
+        ValueError: Models differ or weights do not fit them, by name.
+
+    Reference:
+        CKI (arXiv 2501.07596), splicing, as in the released recommendation code.
+
+    Differs:
+        The released form is the plain sum of weighted sources, equal up to rounding.
+    """
+    check_same(models)
+    check_weights(weights, models)
+    return {name: _splice_one([m[name] for m in models], weights[name]) for name in models[0]}
+
+
+def source_shares(weights: MixingWeights, models: Sequence[Params]) -> dict[str, list[float]]:
+    """Return per parameter the mean weight of each source over the parameter's entries.
+
+    Raises:
+        ValueError: MixingWeights do not fit the models, by name.
+    """
+    check_weights(weights, models)
+    return {
+        name: weight.detach().reshape(len(models), -1).mean(dim=1, dtype=torch.float64).tolist()
+        for name, weight in weights.items()
+    }
+
+
+def override_weights(
+    weights: MixingWeights, names: Iterable[str], replacement: MixingWeights
+) -> MixingWeights:
+    """Return the weights with those of ``names`` taken from ``replacement``.
+
+    Raises:
+        ValueError: A name is in one of the two only.
+    """
+    result = dict(weights)
+    for name in names:
+        if name not in weights or name not in replacement:
+            raise ValueError(f"{name}: has no weights to override")
+        result[name] = replacement[name]
+    return result
+
+
+def _splice_one(tensors: Sequence[Tensor], weight: Tensor) -> Tensor:
+    first = tensors[0]
+    is_learned = weight.requires_grad or any(tensor.requires_grad for tensor in tensors)
+    if is_learned or first.ndim < 2 or len(first) <= BLOCK:
+        return _splice_block(tensors, weight)
+    result = torch.empty_like(first)
+    for start in range(0, len(first), BLOCK):
+        rows = slice(start, start + BLOCK)
+        share = weight if weight.shape[1] == 1 else weight[:, rows]
+        result[rows] = _splice_block([tensor[rows] for tensor in tensors], share)
+    return result
+
+
+def _splice_block(tensors: Sequence[Tensor], weight: Tensor) -> Tensor:
+    dtype = compute_dtype(tensors[0])
+    weight = weight.to(dtype)
+    base, unused = tensors[0].to(dtype), weight[0] == 0
+    for tensor, share in zip(tensors[1:], weight[1:], strict=True):
+        base = torch.where(unused, tensor.to(dtype), base)  # the first source that has a say
+        unused = unused & (share == 0)
+    result = base
+    for tensor, share in zip(tensors[1:], weight[1:], strict=True):
+        moves = (share != 0) & (tensor != base)
+        result = torch.where(moves, result + share * (tensor.to(dtype) - base), result)
+    for tensor, share in zip(tensors, weight, strict=True):
+        result = torch.where(share == 1, tensor.to(dtype), result)
+    return result.to(tensors[0].dtype)

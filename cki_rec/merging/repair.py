@@ -1,0 +1,356 @@
+"""Make a merged model compute what its sources compute, layer by layer, in closed form.
+
+Rows of the training data are looked at, their labels are not.
+
+Shape legend: K sources, I inputs of a layer and the constant 1, O outputs, S units of a layer, C
+recipes, T targets.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from cki_rec.merging.params import Params
+from cki_rec.merging.symmetry import LogitScale, Symmetry
+
+RIDGE = 1e-6
+"""Of a regression, as a share of the mean square of each input."""
+BATCH_NORM_EPS = 1e-5
+
+
+@dataclass(slots=True)
+class Moments:
+    """Means over rows of products; layers by the name of their weight, in order of execution."""
+
+    second: dict[str, Tensor]
+    """``(K, I, K, I)`` float64: inputs with inputs, of every two models; the last input is 1."""
+    logit: dict[str, Tensor]
+    """``(K, I, K)`` float64: inputs with logits; only of layers that see one input a row."""
+    rows: dict[str, int]
+    """How many inputs of a layer these are the means of."""
+
+
+class Observe(Protocol):
+    """Runs models on one sample of rows."""
+
+    def __call__(self, models: Sequence[Params], layers: Sequence[str] | None = None) -> Moments:
+        """Return moments of the named Linear layers, of all without names."""
+
+    def gradients(self, models: Sequence[Params], layers: Collection[str]) -> Mapping[str, Tensor]:
+        r"""Return per layer :math:`E[g g^T]` ``(K, O, K, O)``, g the logits' gradients there."""
+
+
+def rescale(
+    merged: Params,
+    sources: Sequence[Params],
+    shares: Sequence[float],
+    observe: Observe,
+    symmetries: Sequence[Symmetry],
+) -> Params:
+    r"""Return the merged model with mean and deviation of its hidden units as in its sources.
+
+    .. math:: z' = (z - \mu) / \sigma \cdot \textstyle\sum_k \alpha_k \sigma_k
+        + \sum_k \alpha_k \mu_k
+
+    z is what a unit gets before its activation; averages of units that are no copies of each other
+    vary less than either, layer after layer. Running statistics of norms are set to the result.
+
+    Args:
+        merged: The merge of ``sources``.
+        sources: Aligned models.
+        shares: :math:`\alpha`, sum 1.
+        observe: What models compute on a sample of rows.
+        symmetries: Of the network; they say what belongs to a unit.
+
+    Reference:
+        Jordan et al., REPAIR, ICLR 2023, section 3.
+    """
+    fitted = dict(merged)
+    names = list(observe([merged]).second)
+    for name in names:
+        symmetry = _units(symmetries, names, merged).get(name)
+        if symmetry is None:
+            continue
+        second = observe([fitted, *sources], [name]).second[name]
+        mean, deviation = _statistics(_map(fitted, name), second[0, :, 0])
+        each = [
+            _statistics(_map(source, name), second[k, :, k])
+            for k, source in enumerate(sources, start=1)
+        ]
+        wanted_mean = _mixed([m for m, _ in each], shares)
+        wanted = _mixed([d for _, d in each], shares)
+        is_alive = deviation > 1e-6 * deviation.max().clamp_min(1e-12)
+        scale = torch.where(is_alive, wanted / deviation.clamp_min(1e-30), 1.0)
+        weights = _map(fitted, name) * scale[:, None]
+        weights[:, -1] += wanted_mean - mean * scale
+        _set(fitted, name, weights)
+        _set_running(fitted, name, symmetry, second[0, :, 0])
+    return fitted
+
+
+def fit_layers(
+    merged: Params,
+    sources: Sequence[Params],
+    shares: Sequence[float],
+    observe: Observe,
+    symmetries: Sequence[Symmetry],
+    choosing: bool = False,
+    fixed: Collection[str] = (),
+) -> Params:
+    r"""Return the merged model with each Linear refitted to the mean of the sources' outputs.
+
+    .. math:: W = \arg\min_W E \| W x - \textstyle\sum_k \alpha_k W_k x_k \|^2
+
+    x is the input of the layer in the merged model as fitted so far, :math:`x_k` that in source k;
+    where the rows leave W free it stays near :math:`\sum_k \alpha_k W_k`. The last layer gets what
+    is missing to the mean logit. Running statistics of norms are set to the result.
+
+    Args:
+        merged: Where to start from: all that no Linear holds stays as it is.
+        sources: Aligned models.
+        shares: :math:`\alpha`, sum 1.
+        observe: What models compute on a sample of rows.
+        symmetries: Of the network; they say what belongs to a hidden unit.
+        choosing: Hidden units are not averages of matched ones, but those of all sources from
+            which the next layers of all sources can best be told (``choose``); errors there
+            count as much as they move the mean logit, to first order.
+        fixed: MixingWeights of layers to leave as they are.
+
+    Reference:
+        Singh and Jaggi, PLeaS (arXiv 2407.02447) for least squares after matching; Jin et al.,
+        RegMean, ICLR 2023, Eq. 2.
+
+    Differs:
+        Inputs are those of the merged model, so errors of earlier layers are made up for; units
+        may be chosen from the union of sources.
+    """
+    fitted = dict(merged)
+    names = [name for name in observe([merged]).second if name not in fixed]
+    units = _units(symmetries, names, merged)
+    readers = {name: next(p for p in units[name].slices if p.axis == 1) for name in units}
+    gradients: Mapping[str, Tensor] = {}
+    if choosing and readers:
+        gradients = observe.gradients(sources, {part.parameter for part in readers.values()})
+    for name in names:
+        seen = observe([fitted, *sources], [name])
+        if name == names[-1]:
+            _set(fitted, name, _last(fitted, name, seen, shares))
+            continue
+        second = seen.second[name]
+        each = []
+        for k, source in enumerate(sources, start=1):
+            own = _map(source, name)
+            missing = own @ (second[k, :, 0] - second[0, :, 0])
+            each.append(own + _regress(second[0, :, 0], missing, _bias(name) in fitted))
+        mean = _mixed(each, shares)
+        reader = readers[name].parameter if name in units else ""
+        if reader in gradients:
+            share = torch.tensor(shares, dtype=torch.float64)
+            metric = torch.einsum("k,kojp,j->kojp", share, gradients[reader], share)
+            _choose_units(fitted, sources, metric, units[name], name, each, observe)
+        else:
+            _set(fitted, name, mean)
+        if name in units:
+            _set_running(fitted, name, units[name], second[0, :, 0])
+    return fitted
+
+
+def recalibrate(params: Params, how: LogitScale, scale: float, shift: float) -> Params:
+    """Return parameters with which a network's logit is ``scale * logit + shift``.
+
+    Args:
+        params: One model; what does not change is shared with the result.
+        how: What its network declares.
+        scale: Positive.
+        shift: In logits.
+
+    Raises:
+        ValueError: The scale is not positive.
+
+    Reference:
+        Platt, Probabilistic Outputs for Support Vector Machines, 1999.
+    """
+    if not scale > 0:
+        raise ValueError(f"scale is {scale}, not positive")
+    found = dict(params)
+    for name, degree in how.degrees.items():
+        found[name] = params[name] * scale**degree
+    found[how.shift] = found[how.shift] + shift
+    return found
+
+
+def choose(gram_CC: Tensor, targets_CT: Tensor, size: int) -> list[int]:
+    """Return the ``size`` recipes that are left when the least useful goes, one by one.
+
+    The least useful is the one without which all targets can still be told best, by least squares
+    from the recipes that are left.
+
+    Args:
+        gram_CC: Covariance of the recipes.
+        targets_CT: Their covariance with the targets.
+        size: How many, of C a multiple of it.
+
+    Returns:
+        Indices, by their place modulo ``size``, so that equal sources keep their order.
+
+    Reference:
+        Couvreur and Bresler, On the Optimality of the Backward Greedy Algorithm for the Subset
+        Selection Problem, SIAM J. Matrix Anal. Appl. 2000.
+    """
+    num = len(gram_CC)
+    deviation = gram_CC.diagonal().clamp_min(0).sqrt()
+    unit = torch.where(deviation > 0, 1 / deviation.clamp_min(1e-150), 0.0)
+    gram = unit[:, None] * gram_CC * unit + RIDGE * torch.eye(num, dtype=gram_CC.dtype)
+    inverse = torch.linalg.inv(gram)
+    coefficients = inverse @ (unit[:, None] * targets_CT)
+    left = torch.ones(num, dtype=torch.bool)
+    for _ in range(num - size):
+        loss = coefficients.square().sum(1) / inverse.diagonal()
+        worst = int(torch.where(left, loss, torch.inf).argmin())
+        left[worst] = False
+        column = inverse[:, worst] / inverse[worst, worst]
+        coefficients = coefficients - torch.outer(column, coefficients[worst])
+        inverse = inverse - torch.outer(column, inverse[worst])
+    return sorted(left.nonzero().flatten().tolist(), key=lambda index: index % size)
+
+
+def _units(
+    symmetries: Sequence[Symmetry], names: Sequence[str], params: Params
+) -> dict[str, Symmetry]:
+    """Return by the Linear that makes them, and nothing else, hidden units one Linear reads."""
+    found = {}
+    for symmetry in symmetries:
+        made = [p for p in symmetry.slices if p.axis == 0]
+        read = [p for p in symmetry.slices if p.axis != 0]
+        layers = [p.parameter for p in made if p.parameter in names]
+        is_plain = all(
+            len(params[p.parameter]) == symmetry.size and p.width == 1 and not p.within
+            for p in made
+        )
+        is_known = all(
+            p.parameter in names and p.axis == 1 and p.width == 1 and not p.within for p in read
+        )
+        if len(layers) == 1 and len(read) == 1 and is_plain and is_known:
+            found[layers[0]] = symmetry
+    return found
+
+
+def _statistics(weights: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+    """Return mean and standard deviation of the outputs of ``(O, I)``, given its inputs."""
+    mean = weights @ second[:, -1]
+    square = torch.einsum("oi,ij,oj->o", weights, second, weights)
+    return mean, (square - mean.square()).clamp_min(0).sqrt()
+
+
+def _set_running(params: Params, name: str, symmetry: Symmetry, second: Tensor) -> None:
+    """Set running statistics of the norms behind a layer: a batch norm, Dice, or both."""
+    mean, deviation = _statistics(_map(params, name), second)
+    variance = deviation.square()
+    running = [
+        p.parameter
+        for p in symmetry.slices
+        if p.parameter.endswith(("running_mean", "running_var"))
+    ]
+    norms = {n.rpartition(".")[0] for n in running if ".norms." in n}
+    for parameter in sorted(running, key=lambda n: n.rpartition(".")[0] not in norms):
+        prefix, _, last_word = parameter.rpartition(".")
+        value = mean if last_word == "running_mean" else variance
+        if norms and prefix not in norms:
+            (norm,) = norms
+            scale, shift = params[f"{norm}.weight"].double(), params[f"{norm}.bias"].double()
+            after = scale.square() * variance / (variance + BATCH_NORM_EPS)
+            value = shift if last_word == "running_mean" else after
+        params[parameter] = value.to(params[parameter].dtype)
+
+
+def _mixed(values: Sequence[Tensor], shares: Sequence[float]) -> Tensor:
+    total = torch.zeros_like(values[0])
+    for share, value in zip(shares, values, strict=True):
+        total = total + share * value
+    return total
+
+
+def _choose_units(
+    fitted: Params,
+    sources: Sequence[Params],
+    metric: Tensor,
+    symmetry: Symmetry,
+    name: str,
+    maps: Sequence[Tensor],
+    observe: Observe,
+) -> None:
+    """Set a layer's units to chosen ones of ``maps``, the sources' own on the merged inputs.
+
+    ``metric`` ``(K, O, K, O)`` says what errors of the sources' outputs of the next layer cost.
+    """
+    reader = next(p for p in symmetry.slices if p.axis == 1)
+    made = [p.parameter for p in symmetry.slices if p.axis == 0 and p.parameter != name]
+    recipes = []
+    for source, weights in zip(sources, maps, strict=True):
+        model = fitted | {parameter: source[parameter] for parameter in made}
+        _set(model, name, weights)
+        recipes.append(model)
+    second = observe([*recipes, *sources], [reader.parameter]).second[reader.parameter]
+    num, span = len(recipes), slice(reader.start, reader.start + symmetry.size)
+    mean_KI = second[:, :, 0, -1]
+    covariance = second - torch.einsum("ki,jm->kijm", mean_KI, mean_KI)
+    units = covariance[:num, span].flatten(0, 1)
+    outputs = [
+        units[:, num + k] @ _map(source, reader.parameter).T for k, source in enumerate(sources)
+    ]
+    targets = torch.cat(outputs, 1) @ _root(metric.flatten(2).flatten(0, 1))
+    gram = units[:, :num, span].flatten(1)
+    chosen = choose(gram, targets, symmetry.size)
+    for parameter in [name, *made]:
+        union = torch.stack([candidate[parameter] for candidate in recipes])
+        fitted[parameter] = union[
+            [index // symmetry.size for index in chosen],
+            [index % symmetry.size for index in chosen],
+        ]
+
+
+def _root(metric: Tensor) -> Tensor:
+    """Return R with ``R R^T`` the metric."""
+    values, vectors = torch.linalg.eigh(metric)
+    found: Tensor = vectors * values.clamp_min(0).sqrt()
+    return found
+
+
+def _last(fitted: Params, name: str, seen: Moments, shares: Sequence[float]) -> Tensor:
+    logit = seen.logit[name][0]
+    missing = _mixed([logit[:, k] for k in range(1, len(shares) + 1)], shares) - logit[:, 0]
+    has_bias = _bias(name) in fitted
+    return _map(fitted, name) + _regress(seen.second[name][0, :, 0], missing[None], has_bias)
+
+
+def _regress(gram_II: Tensor, product_OI: Tensor, has_bias: bool) -> Tensor:
+    """Return the least-squares map ``(O, I)``; without a bias its last column is zero."""
+    size = len(gram_II) if has_bias else len(gram_II) - 1
+    gram, product = gram_II[:size, :size], product_OI[:, :size]
+    ridge = RIDGE * gram.diagonal().clamp_min(RIDGE * float(gram.diagonal().mean()))
+    found = torch.zeros_like(product_OI)
+    found[:, :size] = torch.linalg.solve(gram + ridge.diag(), product.T).T
+    return found
+
+
+def _bias(name: str) -> str:
+    return name.removesuffix("weight") + "bias"
+
+
+def _map(params: Params, name: str) -> Tensor:
+    """Return weight and bias as ``(O, I)`` float64."""
+    weight = params[name].double()
+    bias = params.get(_bias(name))
+    column = torch.zeros(len(weight), dtype=torch.float64) if bias is None else bias.double()
+    return torch.cat([weight, column[:, None]], 1)
+
+
+def _set(params: Params, name: str, weights: Tensor) -> None:
+    params[name] = weights[:, :-1].to(params[name].dtype)
+    if _bias(name) in params:
+        params[_bias(name)] = weights[:, -1].to(params[name].dtype)
