@@ -22,7 +22,7 @@ from cki_rec.merging.methods.cki.gate import initialize_gate
 from cki_rec.merging.methods.evidence import evidence_weights
 from cki_rec.merging.mixing import mix, override_weights
 from cki_rec.merging.params import STATISTICS, MixingWeights, Params
-from cki_rec.merging.registry import METHODS
+from cki_rec.merging.registry import METHODS, MergeInputs
 from cki_rec.merging.vocabulary import from_owners, restrict_weights, shared_rows
 from cki_rec.models import build_model
 from cki_rec.pipelines import rules
