@@ -28,6 +28,7 @@ from cki_rec.config import UserError
 from cki_rec.engine import distributed
 from cki_rec.engine.resume import RESUME, kept
 from cki_rec.environment import installed_version
+from cki_rec.files import write_atomically
 
 PACKAGES = (
     *("cki-rec", "torch", "torchrec", "fbgemm-gpu", "fbgemm-gpu-cpu"),
@@ -126,20 +127,6 @@ def open_run(out: Path, run_id: str, force: bool = False, resume: str = "never")
             if run.record is None and not kept(run.path / RESUME):
                 shutil.rmtree(run.path, ignore_errors=True)
         distributed.barrier()
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
-    try:
-        temporary.write_bytes(content)
-        temporary.replace(path)
-    except OSError as error:
-        error.filename = error.filename or str(path)
-        raise
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def save_arrays(path: Path, arrays: dict[str, NDArray[Any]]) -> None:

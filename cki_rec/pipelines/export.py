@@ -18,7 +18,6 @@ from torch import nn
 from cki_rec.checkpoints import checkpoint
 from cki_rec.checkpoints.checkpoint import DESCRIPTION, Checkpoint
 from cki_rec.config import Config, UserError, nearest
-from cki_rec.data.encoding.vocabulary import file_sha256
 from cki_rec.engine import distributed
 from cki_rec.engine.export import (
     FORMATS,
@@ -31,6 +30,7 @@ from cki_rec.engine.export import (
 )
 from cki_rec.engine.record import CHECKPOINT, RECORD, Run
 from cki_rec.environment import installed_version
+from cki_rec.files import file_digest
 from cki_rec.models import build_model
 
 FORMAT = 1
@@ -84,7 +84,7 @@ def run(config: Config) -> None:
     about = {
         "source": {
             "run_id": found.run_id,
-            "checkpoint_sha256": file_sha256(found.checkpoint / DESCRIPTION),
+            "checkpoint_sha256": file_digest(found.checkpoint / DESCRIPTION),
             "data_hash": saved.origin.data_hash,
             "data_set": _data_set(Path(config.runtime.encoded), saved.origin.data_hash),
         },
@@ -180,7 +180,7 @@ def write(
         parts = sorted(temporary.iterdir())
         description = {
             "format": FORMAT,
-            "files": {part.name: file_sha256(part) for part in parts},
+            "files": {part.name: file_digest(part) for part in parts},
             "largest_difference": difference,
             **about,
             **describe(servable, saved.model),

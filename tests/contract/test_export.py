@@ -17,12 +17,12 @@ from cki_rec.checkpoints import checkpoint
 from cki_rec.cli import main
 from cki_rec.config import CHOICES, UserError, parse
 from cki_rec.data.encoding import store
-from cki_rec.data.encoding.vocabulary import file_sha256
 from cki_rec.data.loader import Loader
 from cki_rec.data.provenance import Provenance
 from cki_rec.data.schema import Feature, FeatureSchema
 from cki_rec.engine import export
 from cki_rec.engine.export import FORMATS, Servable, draw_batch, example_inputs, inputs_of
+from cki_rec.files import file_digest
 from cki_rec.models import MODELS, build_model, model_schema
 from cki_rec.pipelines import export as pipeline
 from cki_rec.pipelines import train
@@ -296,10 +296,10 @@ def test_a_run_is_named_by_id_by_folder_or_by_checkpoint(command, trained, quick
     assert "largest difference from the model's own scores: " in out
     assert files(trained) == ["model.pt2", "model.pt2.json"]
     about = json.loads((trained / "export" / "model.pt2.json").read_text())
-    assert about["files"] == {"model.pt2": file_sha256(trained / "export" / "model.pt2")}
+    assert about["files"] == {"model.pt2": file_digest(trained / "export" / "model.pt2")}
     assert about["source"] == {
         "run_id": "train-1",
-        "checkpoint_sha256": file_sha256(trained / "checkpoint" / "checkpoint.json"),
+        "checkpoint_sha256": file_digest(trained / "checkpoint" / "checkpoint.json"),
         "data_hash": "hash of the data",
         "data_set": "mine-1",
     }

@@ -85,7 +85,7 @@ def test_fast_verification_reads_no_content(folder, monkeypatch):
     def fail(path: Path) -> None:
         raise ZeroDivisionError
 
-    monkeypatch.setattr("cki_rec.data.encoding.vocabulary.file_sha256", fail)
+    monkeypatch.setattr("cki_rec.data.dataset.file_digest", fail)
     assert len(EncodedDataset(folder)) == 20
     with pytest.raises(ZeroDivisionError):
         EncodedDataset(folder, "full")

@@ -16,8 +16,9 @@ from cki_rec.config import Data, Split, UserError
 from cki_rec.data.columns import Ragged
 from cki_rec.data.encoding import vocabulary
 from cki_rec.data.encoding.store import EncodedDataset, prepare
-from cki_rec.data.encoding.vocabulary import Dictionary, build, file_sha256, hash_tokens, read
+from cki_rec.data.encoding.vocabulary import Dictionary, build, hash_tokens, read
 from cki_rec.data.schema import FIRST_ID, OOV_ID
+from cki_rec.files import file_digest
 
 SPLIT = Split(by="random", fractions=[0.6, 0.2, 0.2], seed=0)
 UNICODE = ["", "a", "A", "z", "é", "ÿ", "Ā", "日本", "日", "￿", "𐀀", "😀", " ", "a ", "10", "9"]
@@ -102,7 +103,7 @@ def test_equal_counts_go_by_code_points(tmp_path):
     assert sorted(UNICODE) == sorted(UNICODE, key=lambda token: token.encode())
     assert found.size == FIRST_ID + len(UNICODE)
     assert [sorted(UNICODE)[i - FIRST_ID] for i in found.id_of_code] == tokens.to_list()
-    assert found.hash == file_sha256(tmp_path / "v.txt")
+    assert found.hash == file_digest(tmp_path / "v.txt")
 
 
 counted = st.dictionaries(

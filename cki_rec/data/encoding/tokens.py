@@ -16,6 +16,7 @@ import polars as pl
 from cki_rec.config import UserError
 from cki_rec.data.dataset import MANIFEST
 from cki_rec.data.encoding import vocabulary
+from cki_rec.files import file_digest
 
 FOLDER = "vocabulary"
 """In the run directory of a merged model: the token lists of its tables."""
@@ -39,7 +40,7 @@ def read(folder: Path, table: str, digest: str) -> list[str]:
     path = path_of(folder, table)
     if not path.is_file():
         raise UserError(f"{path}: not there, but the model has such a table; {WHICH}")
-    found = vocabulary.file_sha256(path)
+    found = file_digest(path)
     if found == digest:
         return vocabulary.read(path)
     kept = _manifest(folder) or {"files": {}, "hashes": {}}
@@ -83,7 +84,7 @@ def _listed(folder: Path, table: str) -> pl.Series:
             " encoded data sets or merged runs that have it"
         )
     kept = (_manifest(path.parent) or {"files": {}})["files"].get(path.stem, {})
-    if kept.get("sha256", found := vocabulary.file_sha256(path)) != found:
+    if kept.get("sha256", found := file_digest(path)) != found:
         raise UserError(f"{path}: damaged: its hash differs from {MANIFEST}; encode it again")
     try:
         return pl.Series(table, vocabulary.read(path), dtype=pl.String)
@@ -120,7 +121,7 @@ def find(folders: Iterable[Path], hashes: Mapping[str, str]) -> Path | None:
 
 
 def _has(path: Path, digest: str) -> bool:
-    return path.is_file() and vocabulary.file_sha256(path) == digest
+    return path.is_file() and file_digest(path) == digest
 
 
 def _manifest(folder: Path) -> dict[str, Any] | None:
