@@ -40,6 +40,9 @@ class ActivationUnit(nn.Module):
         all L places, empty ones too.
     """
 
+    multiplies_coordinates = True
+    """It cannot read projected embeddings (``cki_rec.merging.traits``)."""
+
     def __init__(
         self,
         width: int,
@@ -51,6 +54,10 @@ class ActivationUnit(nn.Module):
         super().__init__()
         self.softmax = softmax
         self.mlp = MLP(4 * width, hidden, dropout, activation)
+
+    def valid_positions(self, query_BW: Tensor, keys_BLW: Tensor, mask_BL: Tensor) -> Tensor:
+        """Return ``(B * L,)``: the rows of the MLP's inputs that hold a key."""
+        return mask_BL.flatten()
 
     def forward(self, query_BW: Tensor, keys_BLW: Tensor, mask_BL: Tensor) -> Tensor:
         """Return ``(B, W)``; ``mask_BL`` is true where there is a key."""

@@ -58,6 +58,9 @@ class CrossNetV2(nn.Module):
         Wang et al., DCN V2, WWW 2021, equation 1.
     """
 
+    multiplies_coordinates = True
+    """It cannot read projected embeddings (``cki_rec.merging.traits``)."""
+
     def __init__(self, width: int, layers: int) -> None:
         super().__init__()
         self.layers = nn.ModuleList(nn.Linear(width, width) for _ in range(layers))
@@ -88,6 +91,9 @@ class CrossNetMix(nn.Module):
     Reference:
         Wang et al., DCN V2, WWW 2021, equations 3 and 4.
     """
+
+    multiplies_coordinates = True
+    """It cannot read projected embeddings (``cki_rec.merging.traits``)."""
 
     def __init__(self, width: int, layers: int, rank: int, experts: int) -> None:
         super().__init__()

@@ -12,7 +12,7 @@ from cki_rec.data.schema import Batch, FeatureSchema
 from cki_rec.merging.symmetry import Kind, LogitScale, Slice, Symmetry
 from cki_rec.models.cross_network import CrossNet, CrossNetMix, CrossNetV2
 from cki_rec.models.embeddings import Embedded, FieldEmbeddings
-from cki_rec.models.layers import MLP
+from cki_rec.models.layers import MLP, MLP_OPTIONS
 from cki_rec.models.symmetries import Frame, frames, hidden_units
 
 
@@ -29,6 +29,7 @@ class DCN(nn.Module):
     """
 
     frame_kind: Kind = "rotation"
+    reads = (*MLP_OPTIONS, "cross")
 
     def __init__(
         self, schema: FeatureSchema, model: Model, device: torch.device | None = None

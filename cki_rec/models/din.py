@@ -13,7 +13,7 @@ from cki_rec.data.schema import Batch, Feature, FeatureSchema
 from cki_rec.merging.symmetry import Kind, LogitScale, Symmetry
 from cki_rec.models.attention import ActivationUnit
 from cki_rec.models.embeddings import Embedded, FieldEmbeddings
-from cki_rec.models.layers import MLP
+from cki_rec.models.layers import MLP, MLP_OPTIONS
 from cki_rec.models.symmetries import frames, hidden_units, scale_of_sum
 
 OPTION = "model.attention.pairs"
@@ -36,6 +36,8 @@ class DIN(nn.Module):
     Differs:
         Histories that no pair names are pooled by mean.
     """
+
+    reads = (*MLP_OPTIONS, "attention")
 
     def __init__(
         self, schema: FeatureSchema, model: Model, device: torch.device | None = None

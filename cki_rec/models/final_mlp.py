@@ -11,7 +11,7 @@ from cki_rec.config import Model, UserError, nearest
 from cki_rec.data.schema import Batch, FeatureSchema
 from cki_rec.merging.symmetry import Kind, LogitScale, Slice, Symmetry
 from cki_rec.models.embeddings import Embedded, FieldEmbeddings
-from cki_rec.models.layers import MLP
+from cki_rec.models.layers import MLP, MLP_OPTIONS
 from cki_rec.models.symmetries import Frame, frames, hidden_kind, hidden_units, layer_outputs
 
 STREAMS = ("mlp", "second")
@@ -31,6 +31,9 @@ class FeatureGate(nn.Module):
     Reference:
         Mao et al., FinalMLP, AAAI 2023, stream-specific feature selection.
     """
+
+    multiplies_coordinates = True
+    """It cannot read projected embeddings (``cki_rec.merging.traits``)."""
 
     def __init__(self, context: int, hidden: Sequence[int], width: int, is_learned: bool) -> None:
         super().__init__()
@@ -88,6 +91,8 @@ class FinalMLP(nn.Module):
     Differs:
         Gates read the embeddings that the streams read, not embeddings of their own.
     """
+
+    reads = (*MLP_OPTIONS, "streams")
 
     def __init__(
         self, schema: FeatureSchema, model: Model, device: torch.device | None = None

@@ -67,6 +67,8 @@ class Dice(nn.Module):
         return x_BH * (above_BH + (1 - above_BH) * self.alpha)
 
 
+MLP_OPTIONS = ("hidden", "activation", "batch_norm")
+"""Options that shape the MLP of a network; the default of the trait ``reads``."""
 ACTIVATIONS: dict[str, Callable[[int], nn.Module]] = {
     "relu": lambda _: nn.ReLU(),
     "dice": Dice,

@@ -30,6 +30,8 @@ class LR(nn.Module):
         embeddings. Weights of several ids of a field are averaged.
     """
 
+    reads: tuple[str, ...] = ()
+
     def __init__(
         self, schema: FeatureSchema, model: Model, device: torch.device | None = None
     ) -> None:
@@ -64,6 +66,8 @@ class FM(nn.Module):
     Differs:
         Several ids of a field are pooled by mean and do not meet each other.
     """
+
+    reads: tuple[str, ...] = ()
 
     def __init__(
         self, schema: FeatureSchema, model: Model, device: torch.device | None = None
