@@ -61,29 +61,6 @@ def observer(
     return ActivationStatistics(network, list(Loader(dataset, schema, rows, BATCH)))
 
 
-def random_batch(schema: FeatureSchema, rows: int, seed: int) -> Batch:
-    """Return a batch of ids drawn from the whole vocabularies: rows that need no data set.
-
-    Sets and histories of a row hold equally many, 1 to 5.
-    """
-    draw = torch.Generator().manual_seed(seed)
-    several = torch.randint(1, 6, (rows,), generator=draw)
-    values, lengths = [], []
-    for feature in schema.lookups:
-        length = torch.ones_like(several) if feature.kind == "categorical" else several
-        size = schema.table_sizes[feature.table]
-        lowest = min(1, size - 1)  # 0 is padding, but in a table of one row
-        values.append(torch.randint(lowest, size, (int(length.sum()),), generator=draw))
-        lengths.append(length)
-    numbers = torch.randn(rows, len(schema.numbers), generator=draw) if schema.numbers else None
-    return Batch(
-        torch.cat(values) if values else torch.zeros(0, dtype=torch.int64),
-        torch.cat(lengths).to(torch.int32) if lengths else None,
-        torch.zeros(rows),
-        numbers,
-    )
-
-
 @torch.no_grad()
 def linear_moments(
     network: nn.Module,

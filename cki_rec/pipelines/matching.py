@@ -11,6 +11,7 @@ from torch.func import functional_call
 
 from cki_rec.checkpoints.checkpoint import Checkpoint
 from cki_rec.config import Merge, UserError
+from cki_rec.data.schema import random_batch
 from cki_rec.engine import distributed, sharded
 from cki_rec.engine.embeddings import table_of
 from cki_rec.merging.alignment import align
@@ -19,7 +20,7 @@ from cki_rec.merging.mixing import mix
 from cki_rec.merging.params import MixingWeights, Params
 from cki_rec.merging.projection import reduce_frames, table_products, transform, whole_weights
 from cki_rec.merging.repair import fit_layers, rescale
-from cki_rec.merging.statistics import ActivationStatistics, random_batch
+from cki_rec.merging.statistics import ActivationStatistics
 from cki_rec.merging.symmetry import Symmetry
 from cki_rec.models import build_model
 from cki_rec.models.attention import ActivationUnit

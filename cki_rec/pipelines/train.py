@@ -28,7 +28,7 @@ from cki_rec.config import (
 )
 from cki_rec.data.encoding import store
 from cki_rec.data.encoding.store import EncodedDataset
-from cki_rec.data.provenance import Provenance, union
+from cki_rec.data.provenance import Provenance
 from cki_rec.data.schema import FeatureSchema
 from cki_rec.engine import distributed, plans
 from cki_rec.engine.embeddings import ShardedModel, build, initialize
@@ -140,7 +140,7 @@ def _train(config: Config, dataset: EncodedDataset, run: Run, reads: dict[str, A
     else:
         folder = _start_folder(config)
         model, before = _restored(config, dataset, schema, folder)
-        origin = union([before, origin])
+        origin = Provenance.union([before, origin])
         seen = checkpoint.row_counts(folder)
         counts = {table: seen[table].numpy() + counts[table] for table in seen}
     run.facts["plan"] = model.plan

@@ -49,8 +49,8 @@ def rows_by_token(folder, home=None):
             rest[name] = tensor
             continue
         digest = saved.schema.vocabulary_hashes[table]
-        place = tokens.find(places, {table: digest})
-        listed = ["", "?", *tokens.read(place, table, digest)]
+        place = tokens.find_tokens(places, {table: digest})
+        listed = ["", "?", *tokens.read_tokens(place, table, digest)]
         rows |= {(name, t): tensor[i] for i, t in enumerate(listed)}
     return rows, rest
 

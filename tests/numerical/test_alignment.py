@@ -16,7 +16,8 @@ from cki_rec.merging.methods.average import average_weights
 from cki_rec.merging.mixing import mix
 from cki_rec.merging.params import generator
 from cki_rec.merging.projection import table_products, transform
-from cki_rec.merging.statistics import linear_moments, random_batch
+from cki_rec.merging.statistics import linear_moments
+from cki_rec.data.schema import random_batch
 from cki_rec.merging.symmetry import Slice, Symmetry
 from cki_rec.pipelines.matching import check_scores, moved_tables
 
