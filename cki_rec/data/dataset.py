@@ -22,7 +22,7 @@ from cki_rec.data.encoding import vocabulary
 from cki_rec.data.encoding.partition import MOST_PARTS, part_of_rows
 from cki_rec.data.encoding.split import SPLITS, Blocks, sort_rows
 from cki_rec.data.provenance import Provenance, Rows
-from cki_rec.data.raw.formats import FORMATS
+from cki_rec.data.raw.formats import recorded_format
 from cki_rec.data.schema import FeatureSchema
 from cki_rec.files import file_digest, new_folder
 
@@ -138,7 +138,7 @@ class EncodedDataset:
             raise UserError(f"{self.folder}: ids of table {table} are hashes, it has no tokens")
         if file_digest(path) != self.manifest["files"][f"vocabulary.{table}"]["sha256"]:
             raise damaged(path, "its hash differs from the manifest")
-        return vocabulary.read(path)
+        return vocabulary.read_vocabulary(path)
 
     def parts(self, partition: Partition) -> Parts:
         """Return which rows belong to which part, and how often each part holds each id.
@@ -285,7 +285,7 @@ def _source_rows(manifest: dict[str, Any]) -> Rows:
     if options["split"]["by"] == "hash":
         named = {name: options[name] for name in ("format", "user", "item", "time", "time_form")}
         rule = json.dumps([options["split"], named, "timestamp" in stored], sort_keys=True)
-    about = FORMATS[options["format"]].describes
+    about = recorded_format(options["format"]).describes
     files = [file["sha256"] for file in manifest["source"] if file["name"] not in about]
     return Rows(tuple(files), division, rule)
 

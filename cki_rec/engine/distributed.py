@@ -107,6 +107,11 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def share() -> tuple[int, int]:
+    """Return ``(first, step)``: the places of a list that this process works on."""
+    return rank(), world_size()
+
+
 def barrier() -> None:
     """Wait until all processes are here.
 

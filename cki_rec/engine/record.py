@@ -23,9 +23,8 @@ from filelock import FileLock
 from numpy.typing import NDArray
 
 from cki_rec import COMMAND_VARIABLE, project_root
-from cki_rec.checkpoints import checkpoint
 from cki_rec.config import UserError
-from cki_rec.engine import distributed
+from cki_rec.engine import checkpoint_io, distributed
 from cki_rec.engine.resume import RESUME, kept
 from cki_rec.environment import installed_version
 from cki_rec.files import write_atomically
@@ -116,7 +115,7 @@ def open_run(out: Path, run_id: str, force: bool = False, resume: str = "never")
         if force or (is_unfinished and not (resume == "auto" and kept(run.path / RESUME))):
             shutil.rmtree(run.path, ignore_errors=True)
             run.path.mkdir()
-        checkpoint.tidy(run.path)
+        checkpoint_io.tidy(run.path)
         distributed.barrier()
         try:
             yield run

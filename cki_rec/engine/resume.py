@@ -19,12 +19,12 @@ from typing import Any
 
 import torch
 
-from cki_rec.checkpoints import checkpoint
+from cki_rec import checkpoints
 from cki_rec.config import Model, Runtime, Stopped, Train, UserError
 from cki_rec.data.loader import Loader
 from cki_rec.data.provenance import Provenance
 from cki_rec.data.schema import FeatureSchema
-from cki_rec.engine import distributed
+from cki_rec.engine import checkpoint_io, distributed
 from cki_rec.engine.embeddings import ShardedModel
 from cki_rec.engine.optimization import Average, moments
 
@@ -137,7 +137,7 @@ class Checkpointer:
         name, position = distributed.from_first(self._last_whole())
         if self._folder is None or position is None:
             return LoopState()
-        checkpoint.load_into(state.tensors(), self._folder / name)
+        checkpoint_io.load_into(state.tensors(), self._folder / name)
         at = LoopState(**position)
         assert at.loader is not None
         state.loader.load_state_dict(at.loader)
@@ -149,7 +149,7 @@ class Checkpointer:
         if distributed.rank() == 0:
             for folder in reversed(kept(self._folder)):
                 try:
-                    return folder.name, checkpoint.describe(folder).position
+                    return folder.name, checkpoints.describe(folder).position
                 except UserError:
                     continue  # damaged; an older one will do
         return "", None
@@ -176,7 +176,7 @@ class Checkpointer:
             assert model is not None
             assert schema is not None
             assert origin is not None
-            checkpoint.save(folder, state.tensors(), model, schema, origin, asdict(at))
+            checkpoint_io.save(folder, state.tensors(), model, schema, origin, asdict(at))
             if distributed.rank() == 0:
                 found = kept(self._folder)
                 now = found.index(folder) + 1  # what lies after it was damaged when we resumed
@@ -217,7 +217,7 @@ def kept(folder: Path | None) -> list[Path]:
     """Return the checkpoints of an unfinished training, the oldest first."""
     if folder is None:
         return []
-    names = f"step-{'[0-9]' * STEP_DIGITS}/{checkpoint.DESCRIPTION}"
+    names = f"step-{'[0-9]' * STEP_DIGITS}/{checkpoints.DESCRIPTION}"
     return sorted(path.parent for path in folder.glob(names))
 
 

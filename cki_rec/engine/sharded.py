@@ -22,11 +22,12 @@ from torch.distributed._shard.sharded_tensor import (
 )
 from torch.distributed._shard.sharding_spec import ShardMetadata
 
-from cki_rec.checkpoints import checkpoint
-from cki_rec.checkpoints.checkpoint import TENSORS, Checkpoint
+from cki_rec import checkpoints
+from cki_rec.checkpoints import TENSORS, Checkpoint
+from cki_rec.checkpoints.checkpoint import check_compatible
 from cki_rec.data.provenance import Provenance
 from cki_rec.data.schema import FeatureSchema
-from cki_rec.engine import distributed
+from cki_rec.engine import checkpoint_io, distributed
 from cki_rec.engine.embeddings import table_of
 from cki_rec.merging.params import Params
 
@@ -59,12 +60,12 @@ def load(folders: Sequence[Path], names: Sequence[str]) -> list[Checkpoint]:
     Of several processes each reads its own rows, and nothing before it is known to fit.
 
     Raises:
-        UserError: As ``checkpoint.load``; on several processes as ``checkpoint.check_compatible``.
+        UserError: As ``checkpoints.load``; on several processes as ``check_compatible``.
     """
     if distributed.world_size() == 1:
-        return [checkpoint.load(folder) for folder in folders]
-    outlines = [checkpoint.outline(folder) for folder in folders]
-    checkpoint.check_compatible(outlines, list(names))
+        return [checkpoints.load(folder) for folder in folders]
+    outlines = [checkpoints.outline(folder, distributed.share()) for folder in folders]
+    check_compatible(outlines, list(names))
     distributed.barrier()  # the files are whole, each process has looked at some
     return [_filled(*pair) for pair in zip(outlines, folders, strict=True)]
 
@@ -76,7 +77,7 @@ def save(folder: Path, tensors: Groups, saved: Checkpoint, origin: Provenance) -
         group: {n: _whole(t, _rows(_table(group, n), sizes)) for n, t in entries.items()}
         for group, entries in tensors.items()
     }
-    checkpoint.save(folder, whole, saved.model, saved.schema, origin)
+    checkpoint_io.save(folder, whole, saved.model, saved.schema, origin)
 
 
 def total(products: Mapping[str, Tensor], schema: FeatureSchema) -> dict[str, Tensor]:
@@ -129,7 +130,7 @@ def _filled(outline: Checkpoint, folder: Path) -> Checkpoint:
             part = torch.empty_like(tensor[rows_of(size)] if size else tensor, device="cpu")
             found[group, name] = part
             state[f"{group}.{name}"] = _whole(part, size)
-    checkpoint.fill(state, folder / TENSORS)
+    checkpoints.fill(state, folder / TENSORS)
     filled = [{name: found[group, name] for name in entries} for group, entries in groups.items()]
     params, accumulators, counts = filled
     return replace(outline, params=params, accumulators=accumulators, counts=counts)

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from cki_rec.checkpoints import checkpoint
-from cki_rec.checkpoints.checkpoint import DESCRIPTION, Checkpoint
+from cki_rec import checkpoints
+from cki_rec.checkpoints import DESCRIPTION, Checkpoint
 from cki_rec.config import Config, UserError, nearest
 from cki_rec.engine import distributed
 from cki_rec.engine.export import (
@@ -78,7 +78,7 @@ def run(config: Config) -> None:
         raise UserError("export runs in one process; start it without torchrun")
     found = find(config)
     distributed.start(replace(config.runtime, device="cpu"))
-    saved = checkpoint.load(found.checkpoint)
+    saved = checkpoints.load(found.checkpoint)
     network = restore(saved, found.checkpoint)
     target = found.home / FOLDER / f"model.{config.format}"
     about = {

@@ -16,7 +16,7 @@ from cki_rec.checkpoints.checkpoint import Checkpoint
 from cki_rec.config import Config, UserError, nearest, run_id, section, with_delta
 from cki_rec.data.encoding import store, tokens
 from cki_rec.data.encoding.store import EncodedDataset
-from cki_rec.data.provenance import union
+from cki_rec.data.provenance import Provenance
 from cki_rec.engine import distributed, sharded
 from cki_rec.engine.record import Run, open_run
 from cki_rec.engine.sampling import sample_statistics
@@ -297,7 +297,7 @@ def _integrate(
             except ValueError as error:
                 raise UserError(f"merge.method={options.method}: {error}") from None
             looked_at = [] if dataset is None else [dataset.origin]
-            origin = union([*(c.origin for c in joined.checkpoints), *looked_at])
+            origin = Provenance.union([*(c.origin for c in joined.checkpoints), *looked_at])
             sharded.save(run.checkpoint, tensors, first, origin)
             if homes:
                 vocabularies.write(run.path / tokens.FOLDER, joined, homes)

@@ -20,7 +20,7 @@ from cki_rec.data.encoding import store
 from cki_rec.data.loader import Loader
 from cki_rec.data.provenance import Provenance
 from cki_rec.data.schema import Feature, FeatureSchema
-from cki_rec.engine import export
+from cki_rec.engine import checkpoint_io, export
 from cki_rec.engine.export import FORMATS, Servable, draw_batch, example_inputs, inputs_of
 from cki_rec.files import file_digest
 from cki_rec.models import MODELS, build_model, model_schema
@@ -248,7 +248,9 @@ def trained(options, tmp_path):
     folder, model = tmp_path / "out" / "train-1", options()
     params = build(model).state_dict()
     tensors = {"model": params, "accumulator": {}, "counts": {}}
-    checkpoint.save(folder / "checkpoint", tensors, model, MIXED, Provenance("hash of the data"))
+    checkpoint_io.save(
+        folder / "checkpoint", tensors, model, MIXED, Provenance("hash of the data")
+    )
     (folder / "record.json").write_text(json.dumps({"run_id": "train-1", "result": {}}))
     return folder
 

@@ -194,7 +194,7 @@ def test_more_parts_than_their_type_holds(tmp_path):
     raw = tmp_path / "raw.csv"
     raw.write_text("label,x\n" + "".join(f"{row % 2},{row % 7}\n" for row in range(80_000)))
     split = Split(by="random", fractions=[0.8, 0.1, 0.1], seed=0)
-    data = make_data("default", format="bars", raw=str(raw), fields=["x"], split=split)
+    data = make_data("default", format="csv", raw=str(raw), fields=["x"], split=split)
     dataset = prepare(data, tmp_path / "encoded")
     partition = Partition(by="random", parts=70_000, seed=0)
     try:

@@ -36,13 +36,13 @@ from cki_rec.data.dataset import (
     file_facts,
 )
 from cki_rec.data.encoding.encode import Encoded, encode
-from cki_rec.data.encoding.fields import Field, resolve, to_json
+from cki_rec.data.encoding.fields import Field, fields_to_json, resolve_fields
 from cki_rec.data.encoding.split import SPLITS, check_split
-from cki_rec.data.encoding.tokens import hash_of, union
+from cki_rec.data.encoding.tokens import hash_of, join_tokens_of
 from cki_rec.data.prefetch import prefetch
 from cki_rec.data.raw.click_model import best_possible
 from cki_rec.data.raw.download import fetch
-from cki_rec.data.raw.formats import FORMATS, Format, synthetic
+from cki_rec.data.raw.formats import FORMATS, Format, recorded_name, synthetic
 from cki_rec.data.raw.reading import Reading
 from cki_rec.files import file_digest, new_folder, write_atomically
 from cki_rec.progress import progress
@@ -76,7 +76,7 @@ def prepare(data: Data, encoded_dir: str | Path, chunk_mb: int = 16) -> EncodedD
     reader = _reader(data)
     if data.fetch:
         _fetch(data)
-    fields = resolve(data, reader.kinds(data))
+    fields = resolve_fields(data, reader.kinds(data))
     _check_entities(data, reader, fields)
     encoded_dir = Path(encoded_dir)
     start = time.perf_counter()
@@ -107,7 +107,7 @@ def find(data: Data, encoded_dir: str | Path) -> EncodedDataset | None:
     Raises:
         UserError: As ``prepare``.
     """
-    fields = resolve(data, _reader(data).kinds(data))
+    fields = resolve_fields(data, _reader(data).kinds(data))
     encoded_dir = Path(encoded_dir)
     options = _options(data, fields, _listed(data, fields))
     folder = encoded_dir / _name(data, options, _source(data, encoded_dir))
@@ -344,7 +344,7 @@ def _listed(data: Data, fields: tuple[Field, ...]) -> dict[str, pl.Series] | Non
                 " transform: as_is, ln_squared, edges or token"
             )
     tables = dict.fromkeys(f.table for f in fields if not f.is_number and f.hash_size is None)
-    return union(data.vocabularies, tables)
+    return join_tokens_of(data.vocabularies, tables)
 
 
 def _options(
@@ -352,11 +352,12 @@ def _options(
 ) -> dict[str, Any]:
     """Return the options that decide the encoded content, and no other."""
     options: dict[str, Any] = {name: getattr(data, name) for name in _CONTENT_OPTIONS}
+    options["format"] = recorded_name(data.format)
     if data.format == "synthetic":
         options["synthetic"] = asdict(data.synthetic)
     if listed is not None:  # where the lists are does not matter
         options["vocabularies"] = {table: hash_of(tokens) for table, tokens in listed.items()}
-    return {**options, "fields": to_json(fields), "split": asdict(data.split)}
+    return {**options, "fields": fields_to_json(fields), "split": asdict(data.split)}
 
 
 def _source(data: Data, encoded_dir: Path) -> list[dict[str, Any]]:

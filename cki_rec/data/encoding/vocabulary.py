@@ -74,7 +74,7 @@ class Vocabulary:
     """``(T,)``."""
 
 
-def build(
+def learn_vocabulary(
     table: str,
     tokens: pl.Series,
     counts: Ints,
@@ -112,8 +112,8 @@ def build(
     return Vocabulary(size, file_digest(path), ids)
 
 
-def given(tokens: pl.Series, listed: pl.Series, path: Path) -> Vocabulary:
-    """Write a vocabulary that is given, as ``build`` does, and return it.
+def write_listed_vocabulary(tokens: pl.Series, listed: pl.Series, path: Path) -> Vocabulary:
+    """Write a vocabulary that is given, as ``learn_vocabulary`` does, and return it.
 
     Args:
         tokens: ``(T,)`` in the order of codes; those that are not listed share ``OOV_ID``.
@@ -130,8 +130,8 @@ def given(tokens: pl.Series, listed: pl.Series, path: Path) -> Vocabulary:
     return Vocabulary(size, file_digest(path), id_of_code)
 
 
-def read(path: Path) -> list[str]:
-    """Return the tokens that ``build`` wrote; the first has id ``FIRST_ID``."""
+def read_vocabulary(path: Path) -> list[str]:
+    """Return the tokens that ``learn_vocabulary`` wrote; the first has id ``FIRST_ID``."""
     lines = path.read_bytes().split(b"\n")[:-1]
     return [line.decode() for line in lines]
 
@@ -150,6 +150,6 @@ def hash_tokens(tokens: pl.Series, size: int) -> pl.Series:
     return pl.Series(np.array(ids, dtype=np.uint32)[codes])
 
 
-def hashed(size: int) -> Vocabulary:
+def hashed_vocabulary(size: int) -> Vocabulary:
     """Return the vocabulary of a table whose ids are hashes."""
     return Vocabulary(FIRST_ID + size, f"crc32 modulo {size}", np.empty(0, np.int32))
