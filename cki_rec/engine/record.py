@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 from filelock import FileLock
 from numpy.typing import NDArray
+from torch.backends import cpu
 
 from cki_rec import COMMAND_VARIABLE, project_root
 from cki_rec.config import UserError
@@ -150,7 +151,7 @@ def provenance(seconds: dict[str, float]) -> dict[str, Any]:
 
 
 def hardware() -> str:
-    """Return processor, cores and memory in words."""
+    """Return the processor, its vector instructions, its cores and the memory as text."""
     name = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
@@ -159,7 +160,8 @@ def hardware() -> str:
         ]
         name = models[0] if models else name
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    return f"{name}, {os.cpu_count()} cores, {memory:.0f} GiB"
+    vectors = cpu.get_cpu_capability()
+    return f"{name}, {vectors}, {os.cpu_count()} cores, {memory:.0f} GiB"
 
 
 def _commit() -> dict[str, Any]:

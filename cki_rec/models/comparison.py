@@ -1,4 +1,4 @@
-"""In which options two networks differ, and whether parameters mean the same to both."""
+"""Options in which two networks differ, and their effect on the function of parameters."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ def differences(one: Model, other: Model) -> dict[str, tuple[Any, Any]]:
 
 
 def decides(key: str, model: Model) -> bool:
-    """Return whether an option decides what a network computes from given parameters.
+    """Return whether an option changes the function that a network computes from its parameters.
 
-    ``histories`` does, but shows in the features of a schema.
+    ``histories`` is excluded: it changes the features of the schema, which are compared apart.
     """
     first, _, rest = key.partition(".")
     if (rest or first) in (*TRAINING_ONLY, "histories"):
