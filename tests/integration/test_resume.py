@@ -294,7 +294,7 @@ def test_a_wish_to_stop_within_this_process(configured, words, capsys, monkeypat
     shown = capsys.readouterr()
     assert signal.getsignal(signal.SIGTERM) == before
     folder = unfinished(Path(configured().runtime.out))
-    assert f"cki-rec: stopped by the system after step 6; what was done is kept in {folder}" in (
+    assert f"cki-rec: stopped by the system after step 6; the state is saved in {folder}" in (
         shown.err
     )
     assert shown.err.count("\n") == 1
@@ -309,7 +309,7 @@ def test_a_wish_to_stop_within_this_process(configured, words, capsys, monkeypat
 def test_stopping_needs_a_folder():
     with Checkpointer.none() as keeper:
         assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
-        keeper.keep_if_due(None, None)  # looks at neither
+        keeper.save_if_due(None, None)  # looks at neither
     assert not issubclass(Stopped, Exception)  # a sweep must not go on after it
 
 
@@ -385,6 +385,6 @@ def test_a_process_asked_to_stop_keeps_its_work(words, configured, unbroken):
     folder = unfinished(out)
     (step,) = steps_kept(folder)
     assert step >= 38
-    assert f"stopped by the system after step {step}; what was done is kept in {folder}" in error
+    assert f"stopped by the system after step {step}; the state is saved in {folder}" in error
     assert "Traceback" not in error
     check_equal(train.ensure(config), want, step)
