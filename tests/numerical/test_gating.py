@@ -16,7 +16,7 @@ from cki_rec.merging.methods.cki.assessment import compute_global_terms
 from cki_rec.merging.methods.cki.gate import initialize_gate
 from cki_rec.merging.methods.cki.weights import cki_weights
 from cki_rec.merging.methods.evidence import evidence_weights
-from cki_rec.merging.mixing import override_weights
+from cki_rec.merging.mixing import mix, override_weights
 
 STATISTICS = ("running_mean", "running_var")
 
@@ -129,7 +129,7 @@ def test_evidence_is_counted_on_the_rows_that_are_read():
 
 
 def touched(monkeypatch, scale):
-    """Return the rows that one step splices of each table, ``scale`` times as large as usual."""
+    """Return the rows that one step merges of each table, ``scale`` times as large as usual."""
     network = build(MIXED, name="dnn")
     batch = draw_batch(MIXED, 12)
     models = draw_sources(network)
@@ -143,10 +143,10 @@ def touched(monkeypatch, scale):
         seen.update({n: (len(t), len(weights[n][0])) for n, t in merged.items() if table_of(n)})
         return merged
 
-    monkeypatch.setattr(gating, "splice", counting)
+    monkeypatch.setattr(gating, "mix", counting)
     gates, weigh = draw_gates(models, "full"), rule(models)
     module = MergedAtLookup(network, models, (), gates, weigh, {}, MIXED)
-    assert not seen  # nothing of a table is spliced beforehand
+    assert not seen  # nothing of a table is merged beforehand
     logit_B = module(batch)
     gradients(logit_B, batch, gates)
     return seen
