@@ -66,9 +66,7 @@ def start(runtime: Runtime) -> torch.device:
     torch.use_deterministic_algorithms(True, warn_only=device.type == "cuda")
     deterministic: Any = torch.utils.deterministic
     deterministic.fill_uninitialized_memory = False  # we always write before reading
-    logging.getLogger("torch.fx._symbolic_trace").setLevel(
-        logging.ERROR
-    )  # of torchrec
+    logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)  # of torchrec
     if not dist.is_initialized():
         _start_group(device)
         atexit.register(_stop)

@@ -145,7 +145,7 @@ class Checkpointer:
         return loop
 
     def _last_whole(self) -> tuple[str, dict[str, Any] | None]:
-        """Return name and loop state of the last undamaged checkpoint; the first process reads it."""
+        """Return name and loop state of the last undamaged checkpoint, on the first process."""
         if distributed.rank() == 0:
             for folder in reversed(unfinished_checkpoints(self._folder)):
                 try:

@@ -391,7 +391,7 @@ def test_models_that_are_not_there_or_not_whole(command, trained, tmp_path):
     (tmp_path / "out" / "merge-1").mkdir()
     (tmp_path / "out" / "merge-1" / "record.json").write_text(json.dumps(kept))
     code, _, error = command("run=merge-1")
-    assert "made no model; it kept others as they are: run=train-1" in error
+    assert "made no model; its result is another run: run=train-1" in error
     assert code == 2
     assert files(trained) == []
 
