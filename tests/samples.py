@@ -13,7 +13,7 @@ import polars as pl
 import pytest
 
 from cki_rec.config import Data, Partition, Split, UserError, parse, register_resolvers
-from cki_rec.data.encoding.fields import resolve
+from cki_rec.data.encoding.fields import resolve_fields
 from cki_rec.data.raw.formats import FORMATS
 from cki_rec.data.raw.reading import Reading
 
@@ -47,7 +47,7 @@ def read_rows(data: Data, block_bytes: int = 1 << 24) -> tuple[pl.DataFrame, Rea
     """Return all rows in the common form, and what the reading found."""
     reading = Reading(data.on_bad_row, block_bytes)
     reader = FORMATS[data.format]
-    resolve(data, reader.kinds(data))
+    resolve_fields(data, reader.kinds(data))
     return pl.concat(list(reader.read(data, reading))), reading
 
 

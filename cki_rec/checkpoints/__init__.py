@@ -1,1 +1,37 @@
-"""."""
+"""Tensors at rest: read checkpoints, in one process or rank by rank; ``engine`` writes them."""
+
+from cki_rec.checkpoints.checkpoint import (
+    DESCRIPTION,
+    FORMAT,
+    TENSORS,
+    Checkpoint,
+    Description,
+    accumulator_shapes,
+    describe,
+    load,
+    locate,
+    open_checkpoint,
+    outline,
+    row_counts,
+)
+from cki_rec.checkpoints.digests import digests
+from cki_rec.checkpoints.tensors import fill, read_tensors, untrusted
+
+__all__ = [
+    "DESCRIPTION",
+    "FORMAT",
+    "TENSORS",
+    "Checkpoint",
+    "Description",
+    "accumulator_shapes",
+    "describe",
+    "digests",
+    "fill",
+    "load",
+    "locate",
+    "open_checkpoint",
+    "outline",
+    "read_tensors",
+    "row_counts",
+    "untrusted",
+]

@@ -1,44 +1,34 @@
-"""Checkpoints: a folder of torch.distributed.checkpoint tensors, and JSON for everything else.
+"""Checkpoints: a folder of DCP tensors, and JSON for everything else.
 
-``model`` holds the parameters, ``accumulator`` the Adagrad state of every fused table, and
-``counts`` the training rows that looked each table row up: the evidence that integration needs
-travels with the model. An unfinished training also keeps ``adam``, the moments, and ``average``,
-its moving average. A digest of every file is kept, so damage is noticed.
+Tensors come in groups. ``model`` holds the parameters. ``accumulator`` holds the Adagrad state of
+every fused table. ``counts`` holds the number of training rows that looked up each table row, the
+evidence for merging. An unfinished training adds ``adam``, the moments, and ``average``, its
+moving average. The JSON file stores a digest of every file, so damage is detected.
 
-Tensors are stored whole, whoever held which part: any plan on any number of processes reads them.
+Tensors are stored whole, whichever processes wrote them: any plan on any number of processes can
+read them.
 """
 
 from __future__ import annotations
 
-import errno
-import hashlib
 import json
-import shutil
-import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-
-from cki_rec.checkpoints.reader import Reader
+from cki_rec.checkpoints.digests import digests, file_names
+from cki_rec.checkpoints.tensors import empty_tensors, read_tensors, tensor_entries, untrusted
 from cki_rec.config import Model as ModelConfig
-from cki_rec.config import RankLost, UserError, model_options, section
+from cki_rec.config import UserError, model_options
 from cki_rec.data.provenance import Provenance
 from cki_rec.data.schema import FeatureSchema
-from cki_rec.engine import distributed
 from cki_rec.merging.params import Params
 from cki_rec.models.comparison import decides, differences
 
 FORMAT = 2
-TEMPORARY, REPLACED = ".tmp", ".tmp-replaced"
-"""Suffixes of a folder while it is written, and of the one whose place it takes."""
 TENSORS, DESCRIPTION = "tensors", "checkpoint.json"
+OF_RUN = "checkpoint"
+"""Name of the checkpoint folder in a run directory."""
 
 
 @dataclass(slots=True)
@@ -48,292 +38,131 @@ class Checkpoint:
     params: Params
     accumulators: Params
     counts: Params
-    """Per table ``(rows,)`` int64; empty when unknown."""
+    """Per table ``(rows,)`` int64; empty if unknown."""
     model: ModelConfig
     schema: FeatureSchema
     origin: Provenance
 
 
-def save(
-    folder: Path,
-    tensors: dict[str, dict[str, Any]],
-    model: ModelConfig,
-    schema: FeatureSchema,
-    origin: Provenance,
-    position: dict[str, Any] | None = None,
-) -> None:
-    """Write a checkpoint whole or not at all, replacing one that is there.
-
-    All processes call this; each writes the parts it holds into the one folder.
-
-    Args:
-        folder: Where.
-        tensors: Groups (``model``, ``accumulator``, ...) of plain or sharded tensors by name.
-        model: Configuration of the network.
-        schema: Its features and vocabularies.
-        origin: What it was trained on.
-        position: Where an unfinished training stands; plain JSON values.
-    """
-    temporary = folder.with_name(folder.name + TEMPORARY)
-    is_first = distributed.rank() == 0
-    try:
-        if is_first:
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir(parents=True)
-        distributed.barrier()
-        try:
-            with distributed.detect_lost_ranks(), _quiet():
-                dcp.save(tensors, checkpoint_id=temporary / TENSORS, no_dist=_is_alone())
-        except (CheckpointException, RuntimeError) as error:
-            # the former is a BaseException: it would pass by `except OSError`; the latter is how
-            # torch's writer reports a full disk
-            raise _as_os_error(error, folder) from None
-        digests = _digests_by_all(temporary / TENSORS)
-        if is_first:
-            description: dict[str, Any] = {
-                "format": FORMAT,
-                "model": section(model),
-                "schema": schema.to_json(),
-                **origin.to_json(),
-                "position": position,
-                "files": digests,
-            }
-            (temporary / DESCRIPTION).write_text(json.dumps(description, indent=1))
-            replaced = folder.with_name(folder.name + REPLACED)
-            if folder.exists():
-                folder.rename(replaced)
-            temporary.rename(folder)
-            shutil.rmtree(replaced, ignore_errors=True)
-        distributed.barrier()
-    finally:
-        if is_first:
-            shutil.rmtree(temporary, ignore_errors=True)
-
-
-def tidy(folder: Path) -> None:
-    """Bring in order what processes left below ``folder`` that were killed as they wrote."""
-    for left in list(folder.rglob(f"*{REPLACED}")):
-        whole = left.with_name(left.name.removesuffix(REPLACED))
-        if not whole.exists():
-            left.rename(whole)
-    for left in list(folder.rglob(f"*{TEMPORARY}*")):
-        shutil.rmtree(left, ignore_errors=True)
-
-
 @dataclass(slots=True)
 class Description:
-    """What a checkpoint says of itself, its files being whole."""
+    """The JSON part of an undamaged checkpoint."""
 
     model: ModelConfig
     schema: FeatureSchema
     origin: Provenance
     position: dict[str, Any] | None
+    """Loop state of an unfinished training."""
 
 
-def describe(folder: Path, is_shared: bool = False) -> Description:
-    """Return the description of a checkpoint whose files are all there and unchanged.
+def locate(path: Path) -> Path:
+    """Return the checkpoint folder of a run directory; another path is returned unchanged."""
+    nested = path / OF_RUN
+    return nested if nested.is_dir() else path
 
-    Args:
-        folder: Of the checkpoint.
-        is_shared: Of several processes each looks at a part of the files, so that none reads all;
-            what one finds the others learn by ``distributed.propagate_errors``.
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """Return the checkpoint of a run directory or a checkpoint folder, as plain tensors.
 
     Raises:
-        UserError: Nothing there, a damaged or a newer checkpoint; names the file.
+        UserError: There is no checkpoint, or it is damaged or of another format.
+    """
+    return load(locate(path))
+
+
+def load(folder: Path) -> Checkpoint:
+    """Return a checkpoint as plain tensors, in any process, whichever plan wrote it.
+
+    Raises:
+        UserError: There is no checkpoint, or it is damaged or of another format.
+    """
+    return _checkpoint(describe(folder), read_tensors(folder / TENSORS))
+
+
+def outline(folder: Path, share: tuple[int, int] = (0, 1)) -> Checkpoint:
+    """Return a checkpoint with tensors on ``meta``: shapes and dtypes without values.
+
+    Args:
+        folder: The checkpoint.
+        share: The files to check, as for ``describe``.
+
+    Raises:
+        UserError: As for ``load``.
+    """
+    return _checkpoint(describe(folder, share), empty_tensors(folder / TENSORS, "", "meta"))
+
+
+def describe(folder: Path, share: tuple[int, int] = (0, 1)) -> Description:
+    """Return the description of a checkpoint after checking its files.
+
+    Args:
+        folder: The checkpoint.
+        share: ``(first, step)``: only every ``step``-th file is read, so that processes can share
+            the work.
+
+    Raises:
+        UserError: There is no checkpoint, or it is damaged or of another format.
     """
     path = folder / DESCRIPTION
     try:
-        description = json.loads(path.read_text())
-        if description["format"] != FORMAT:
+        content = json.loads(path.read_text())
+        if content["format"] != FORMAT:
             raise UserError(
-                f"{path}: format {description['format']}, this release reads {FORMAT}; make it"
+                f"{path}: format {content['format']}, this release reads {FORMAT}; make it"
                 " again with this release"
             )
-        found = Description(
-            model_options(description["model"]),
-            FeatureSchema.from_json(description["schema"]),
-            Provenance.from_json(description),
-            description["position"],
+        description = Description(
+            model_options(content["model"]),
+            FeatureSchema.from_json(content["schema"]),
+            Provenance.from_json(content),
+            content["position"],
         )
-        digests: dict[str, str] = description["files"]
+        expected: dict[str, str] = content["files"]
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{folder}: no checkpoint here ({DESCRIPTION} is missing)") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: damaged checkpoint ({error!r}); write it again") from None
-    gone = digests.keys() - set(_names(folder / TENSORS))
-    if gone:
-        raise UserError(f"{folder / TENSORS / min(gone)}: damaged checkpoint, the file is gone")
-    for name, digest in _digests(folder / TENSORS, is_shared).items():
-        if digests.get(name, digest) != digest:
+    missing = expected.keys() - set(file_names(folder / TENSORS))
+    if missing:
+        file = folder / TENSORS / min(missing)
+        raise UserError(f"{file}: damaged checkpoint, the file is gone")
+    for name, digest in digests(folder / TENSORS, share).items():
+        if expected.get(name, digest) != digest:
             raise UserError(f"{folder / TENSORS / name}: damaged checkpoint, the file has changed")
-    return found
-
-
-def load_into(tensors: dict[str, dict[str, Any]], folder: Path) -> None:
-    """Fill tensors, plain or sharded by any plan, from a checkpoint; all processes call this.
-
-    Each process reads what it holds, so no memory for whole tables is needed.
-
-    Args:
-        tensors: Groups of tensors by name, as for ``save``; changed in place.
-        folder: Of a checkpoint that ``describe`` found whole.
-
-    Raises:
-        UserError: A tensor is missing or has another shape.
-    """
-    reader = Reader(folder / TENSORS)
-    try:
-        with distributed.detect_lost_ranks(), _quiet():
-            dcp.load(tensors, storage_reader=reader, no_dist=_is_alone())
-    except RankLost:
-        raise
-    except (CheckpointException, Exception) as error:
-        raise UserError(f"{folder}: unreadable checkpoint ({_reason(error)})") from None
-
-
-def accumulator_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of the Adagrad accumulators of a checkpoint that is whole, by name."""
-    entries = Reader(folder / TENSORS).read_metadata().state_dict_metadata
-    return {
-        name.removeprefix("accumulator."): tuple(entry.size)
-        for name, entry in entries.items()
-        if name.startswith("accumulator.") and isinstance(entry, TensorStorageMetadata)
-    }
+    return description
 
 
 def row_counts(folder: Path) -> Params:
-    """Return the row counts of a checkpoint that is whole, per table; none where it has none."""
-    counts = _read(folder / TENSORS, "counts.")
+    """Return the row counts of an undamaged checkpoint per table; empty without counts."""
+    counts = read_tensors(folder / TENSORS, "counts.")
     return {name.removeprefix("counts."): values for name, values in counts.items()}
 
 
-def load(folder: Path) -> Checkpoint:
-    """Read a checkpoint as plain tensors, in any process, whatever plan wrote it.
-
-    Raises:
-        UserError: Nothing there, a damaged or a newer checkpoint; names the file.
-    """
-    return _as_checkpoint(describe(folder), _read(folder / TENSORS))
-
-
-def outline(folder: Path) -> Checkpoint:
-    """Return a checkpoint without its numbers, as tensors on ``meta``; its files are checked.
-
-    Several processes check them together (``describe``).
-
-    Raises:
-        UserError: As ``load``.
-    """
-    return _as_checkpoint(describe(folder, is_shared=True), _empty(folder / TENSORS, "", "meta"))
+def accumulator_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the Adagrad accumulators of an undamaged checkpoint, by name."""
+    with untrusted(folder):
+        return {
+            name.removeprefix("accumulator."): tuple(entry.size)
+            for name, entry in tensor_entries(folder / TENSORS).items()
+            if name.startswith("accumulator.")
+        }
 
 
-def fill(state: Mapping[str, Any], folder: Path) -> None:
-    """Read what tensors, plain or sharded, hold of a folder of tensors; waits for no process.
-
-    Args:
-        state: Tensors by group and name, as ``model.bias``.
-        folder: ``TENSORS`` of a checkpoint that is whole.
-
-    Raises:
-        UserError: The folder is not readable.
-    """
-    with _readable(folder), _quiet():
-        dcp.load(dict(state), storage_reader=Reader(folder), no_dist=True)
-
-
-def _as_checkpoint(found: Description, tensors: Params) -> Checkpoint:
+def _checkpoint(description: Description, tensors: Params) -> Checkpoint:
     groups: dict[str, Params] = {"model": {}, "accumulator": {}, "counts": {}}
     for key, value in tensors.items():
         group, name = key.split(".", 1)
         if group in groups:
             groups[group][name] = value
     params, accumulators, counts = groups.values()
-    return Checkpoint(params, accumulators, counts, found.model, found.schema, found.origin)
-
-
-def _read(folder: Path, prefix: str = "") -> Params:
-    """Return the tensors of a torch.distributed.checkpoint folder whose names begin so."""
-    state = _empty(folder, prefix, "cpu")
-    fill(state, folder)
-    return state
-
-
-def _empty(folder: Path, prefix: str, device: str) -> Params:
-    """Return tensors without numbers, of the names, shapes and dtypes of a folder."""
-    with _readable(folder):
-        metadata = Reader(folder).read_metadata().state_dict_metadata
-        return {
-            name: torch.empty(entry.size, dtype=entry.properties.dtype, device=device)
-            for name, entry in metadata.items()
-            if isinstance(entry, TensorStorageMetadata) and name.startswith(prefix)
-        }
-
-
-@contextmanager
-def _readable(folder: Path) -> Iterator[None]:
-    """Turn whatever the bytes of a stranger cause into one line."""
-    try:
-        yield
-    except (CheckpointException, Exception) as error:
-        raise UserError(f"{folder}: unreadable checkpoint ({_reason(error)})") from None
-
-
-def _reason(error: BaseException) -> str:
-    """Return the first line of what went wrong, in whichever process."""
-    if isinstance(error, CheckpointException) and error.failures:
-        error = next(iter(error.failures.values()))[0]
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
-
-
-def _is_alone() -> bool:
-    return distributed.world_size() == 1
-
-
-def _names(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
-
-
-def _digests(folder: Path, is_shared: bool) -> dict[str, str]:
-    """Return the sha256 of every file in a folder, by name; of a share of them if others help."""
-    names, digests = _names(folder), {}
-    if is_shared:
-        names = names[distributed.rank() :: distributed.world_size()]
-    for name in names:
-        with (folder / name).open("rb") as file:
-            digest = hashlib.sha256()
-            while block := file.read(1 << 22):
-                digest.update(block)
-        digests[name] = digest.hexdigest()
-    return digests
-
-
-def _digests_by_all(folder: Path) -> dict[str, str]:
-    """Return the digests of all files, to which every process contributes."""
-    shares = distributed.exchange(_digests(folder, is_shared=True))
-    return dict(sorted(entry for share in shares for entry in share.items()))
-
-
-def _as_os_error(error: CheckpointException | RuntimeError, folder: Path) -> OSError:
-    """Return the operating system's error behind a failed write."""
-    causes: list[BaseException] = [error]
-    if isinstance(error, CheckpointException):
-        causes = [cause for cause, _ in error.failures.values()]
-    for cause in causes:
-        if isinstance(cause, OSError):
-            cause.filename = cause.filename or str(folder)
-            return cause
-    return OSError(
-        errno.ENOSPC, f"torch could not write the checkpoint ({causes[0]})", str(folder)
+    return Checkpoint(
+        params,
+        accumulators,
+        counts,
+        description.model,
+        description.schema,
+        description.origin,
     )
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence the warning that this process reads and writes alone: it is meant to."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
-        warnings.simplefilter("ignore", FutureWarning)  # torch's own use of its sharded tensors
-        yield
 
 
 def check_compatible(checkpoints: list[Checkpoint], names: list[str]) -> None:

@@ -1,4 +1,4 @@
-"""Reading tensors of strangers: no code of theirs runs, and rows go straight to their place."""
+"""Reader of untrusted DCP folders: it runs no code of theirs and reads single rows in place."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ TORCH_METADATA_TYPES = frozenset(
     | {"ChunkStorageMetadata", "TensorProperties", "_StorageInfo", "_MEM_FORMAT_ENCODING"}
     | {"Size", "dtype", "layout", "memory_format", "_get_layout"}
 )
-"""What the metadata of tensors consists of."""
+"""Types in the metadata of tensors."""
 
 
 class Reader(dcp.FileSystemReader):
-    """Reads checkpoints of strangers: their metadata is a pickle, so it may name known types only.
+    """Reads untrusted checkpoints: their metadata is a pickle, which may name known types only.
 
-    Tensors are read by torch with ``weights_only``, but for rows that lie in the file as they are
-    wanted in memory: those are read into it. (Torch reads a stored tensor whole before it takes
-    what it needs, so a process that wants a few rows of a table would need memory for all.)
+    Tensors are read by torch with ``weights_only``. Rows that are contiguous in the file are read
+    directly into the target. (Torch reads whole stored tensors, so a process that needs a few
+    rows of a table would need memory for all rows.)
     """
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         """Return the metadata of the folder.
 
         Raises:
-            pickle.UnpicklingError: It names a type that no metadata needs.
+            pickle.UnpicklingError: The pickle names a type outside of metadata.
         """
         with self.fs.create_stream(Path(self.path) / ".metadata", "rb") as file:
             metadata: Metadata = _MetadataUnpickler(file).load()
@@ -50,13 +50,13 @@ class Reader(dcp.FileSystemReader):
         return done
 
     def _read_rows(self, item: ReadItem, planner: LoadPlanner, mode: FakeTensorMode) -> bool:
-        """Read what a plan wants of one stored tensor if it is a run of its bytes."""
+        """Read an item of a plan directly if it is contiguous in the file; else return False."""
         place = self.storage_data[item.storage_index]
         target = planner.resolve_tensor(item).detach()
         if place.transform_descriptors or not target.is_contiguous() or target.is_cuda:
             return False
         with self.fs.create_stream(Path(self.path) / place.relative_path, "rb") as file:
-            with mode:  # without its numbers
+            with mode:  # without values
                 stored: Tensor = torch.load(self._slice_file(file, place), weights_only=True)
             start = stored.untyped_storage()._checkpoint_offset
             is_rows = stored.is_contiguous() and stored.shape[1:] == target.shape[1:]
@@ -81,9 +81,9 @@ class _MetadataUnpickler(pickle.Unpickler):
 
 def _fill(target: Tensor, file: Any) -> None:
     """Read the next bytes of a file into a contiguous tensor."""
-    left = target.reshape(-1).view(torch.uint8).numpy()
-    while len(left):
-        count = file.readinto(left)
+    remaining = target.reshape(-1).view(torch.uint8).numpy()
+    while len(remaining):
+        count = file.readinto(remaining)
         if not count:
             raise EOFError("a file of tensors ends too early")
-        left = left[count:]
+        remaining = remaining[count:]

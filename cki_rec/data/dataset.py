@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,8 +22,9 @@ from cki_rec.data.encoding import vocabulary
 from cki_rec.data.encoding.partition import MOST_PARTS, part_of_rows
 from cki_rec.data.encoding.split import SPLITS, Blocks, sort_rows
 from cki_rec.data.provenance import Provenance, Rows
-from cki_rec.data.raw.formats import FORMATS
+from cki_rec.data.raw.formats import recorded_format
 from cki_rec.data.schema import FeatureSchema
+from cki_rec.files import file_digest, new_folder
 
 MANIFEST = "manifest.json"
 FORMAT_VERSION = 2
@@ -137,9 +136,9 @@ class EncodedDataset:
         path = self.folder / f"vocabulary.{table}.txt"
         if f"vocabulary.{table}" not in self.manifest["files"]:
             raise UserError(f"{self.folder}: ids of table {table} are hashes, it has no tokens")
-        if vocabulary.file_sha256(path) != self.manifest["files"][f"vocabulary.{table}"]["sha256"]:
+        if file_digest(path) != self.manifest["files"][f"vocabulary.{table}"]["sha256"]:
             raise damaged(path, "its hash differs from the manifest")
-        return vocabulary.read(path)
+        return vocabulary.read_vocabulary(path)
 
     def parts(self, partition: Partition) -> Parts:
         """Return which rows belong to which part, and how often each part holds each id.
@@ -232,11 +231,7 @@ class EncodedDataset:
     def _write_parts(self, partition: Partition, folder: Path) -> None:
         """Write what ``parts`` opens; the lock is held."""
         num_parts = 1 if partition.by == "none" else partition.parts
-        for left in self.folder.glob(f"{folder.name}.tmp-*"):
-            shutil.rmtree(left, ignore_errors=True)
-        temporary = folder.with_name(f"{folder.name}.tmp-{os.getpid()}")
-        try:
-            temporary.mkdir()
+        with new_folder(folder) as temporary:
             with closing(ColumnFile(temporary / "part.npy", np.uint16)) as part:
                 for block in part_of_rows(
                     partition,
@@ -252,17 +247,14 @@ class EncodedDataset:
             sizes = sort_rows(keys, temporary / "order.npy", len(self))
             ends = np.cumsum(np.pad(sizes, (0, 3 * num_parts - len(sizes)))).reshape(3, -1)
             others = [p for p in self.folder.glob(f"parts-*/{PARTS}") if num_parts == 1]
-            found = _summed(self, others[0].parent) if others else self._count(mapped, num_parts)
-            for name, counts in found.items():
-                is_small = counts.max(initial=0) < 2**31
-                small = counts.astype(np.int32) if is_small else counts
+            counts = _summed(self, others[0].parent) if others else self._count(mapped, num_parts)
+            for name, count in counts.items():
+                is_small = count.max(initial=0) < 2**31
+                small = count.astype(np.int32) if is_small else count
                 np.save(temporary / f"counts.{name}.npy", small)
             files = [file_facts(path) for path in sorted(temporary.iterdir())]
             facts = {"ends": ends.tolist(), "files": files}
             (temporary / PARTS).write_text(json.dumps(facts))
-            temporary.rename(folder)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
 
     def _count(self, part: NDArray[np.uint16], num_parts: int) -> dict[str, Ints]:
         """Return feature -> ``(P, V)`` how often the training rows of each part hold each id."""
@@ -293,7 +285,7 @@ def _source_rows(manifest: dict[str, Any]) -> Rows:
     if options["split"]["by"] == "hash":
         named = {name: options[name] for name in ("format", "user", "item", "time", "time_form")}
         rule = json.dumps([options["split"], named, "timestamp" in stored], sort_keys=True)
-    about = FORMATS[options["format"]].describes
+    about = recorded_format(options["format"]).describes
     files = [file["sha256"] for file in manifest["source"] if file["name"] not in about]
     return Rows(tuple(files), division, rule)
 
@@ -328,7 +320,7 @@ def file_facts(path: Path) -> dict[str, Any]:
     facts: dict[str, Any] = {
         "file": path.name,
         "bytes": path.stat().st_size,
-        "sha256": vocabulary.file_sha256(path),
+        "sha256": file_digest(path),
     }
     if path.suffix == ".npy":
         array = _load(path, is_empty=facts["bytes"] <= 128)
@@ -376,7 +368,7 @@ def _check_file(folder: Path, entry: dict[str, Any], verify: str) -> None:
         size = path.stat().st_size
         if size != entry["bytes"]:
             raise damaged(path, f"{size:,} bytes, expected {entry['bytes']:,}")
-        if verify == "full" and vocabulary.file_sha256(path) != entry["sha256"]:
+        if verify == "full" and file_digest(path) != entry["sha256"]:
             raise damaged(path, "its content differs from what was written")
     except FileNotFoundError:
         raise damaged(path, "missing") from None

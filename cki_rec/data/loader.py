@@ -17,7 +17,7 @@ from cki_rec.config import UserError
 from cki_rec.data.columns import Ints, Ragged
 from cki_rec.data.dataset import EncodedDataset
 from cki_rec.data.permutation import Permutation
-from cki_rec.data.prefetch import ahead
+from cki_rec.data.prefetch import prefetch
 from cki_rec.data.schema import Batch, FeatureSchema
 
 CPU = torch.device("cpu")
@@ -83,7 +83,7 @@ class Loader:
     def __iter__(self) -> Iterator[Batch]:
         """Yield the rest of the epoch, each batch made while the one before is in use."""
         steps = list(self._steps())
-        batches = ahead(self._batch(start, stop) for start, stop in steps)
+        batches = prefetch(self._batch(start, stop) for start, stop in steps)
         for (_, stop), batch in zip(steps, batches, strict=True):
             self._done = stop
             if self._copies is not None:

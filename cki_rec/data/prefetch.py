@@ -1,4 +1,4 @@
-"""Work in the background: the next item is made while the last one is used."""
+"""Produce the next item in another thread while the current one is in use."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import TypeVar
 T = TypeVar("T")
 
 
-def ahead(items: Iterator[T]) -> Iterator[T]:
-    """Yield ``items``, each made by another thread while the one before is in use.
+def prefetch(items: Iterator[T]) -> Iterator[T]:
+    """Yield ``items`` in order; another thread computes the next item in the meantime.
 
-    One item is made ahead. An error of ``items`` is raised where that item would be yielded.
+    At most one item is computed ahead. An error in ``items`` is raised in place of its item.
     """
     end = object()
     with ThreadPoolExecutor(1) as pool:

@@ -61,13 +61,14 @@ class Provenance:
         rows = [Rows(**{**r, "files": tuple(r["files"])}) for r in listed or ()]
         return cls(value["data_hash"], None if listed is None else tuple(rows))
 
-
-def union(origins: Sequence[Provenance]) -> Provenance:
-    """Return the origin of a model that was made of models, or trained on from one."""
-    hashes = {origin.data_hash for origin in origins}
-    rows: dict[Rows, None] = {}
-    for origin in origins:
-        if origin.rows is None:
-            return Provenance(hashes.pop() if len(hashes) == 1 else SEVERAL)
-        rows |= dict.fromkeys(origin.rows)
-    return Provenance(hashes.pop() if len(hashes) == 1 else SEVERAL, tuple(rows))
+    @classmethod
+    def union(cls, provenances: Sequence[Provenance]) -> Provenance:
+        """Return the provenance of a model that was made from models of ``provenances``."""
+        hashes = {provenance.data_hash for provenance in provenances}
+        data_hash = hashes.pop() if len(hashes) == 1 else SEVERAL
+        rows: dict[Rows, None] = {}
+        for provenance in provenances:
+            if provenance.rows is None:
+                return cls(data_hash)
+            rows |= dict.fromkeys(provenance.rows)
+        return cls(data_hash, tuple(rows))

@@ -114,3 +114,26 @@ class Batch:
             self.step_rows,
             self.stride,
         )
+
+
+def random_batch(schema: FeatureSchema, rows: int, seed: int) -> Batch:
+    """Return a batch of random rows, whose ids are drawn from the whole vocabularies.
+
+    Sets and histories of a row all hold the same number of ids, 1 to 5. Labels are 0.
+    """
+    draw = torch.Generator().manual_seed(seed)
+    several = torch.randint(1, 6, (rows,), generator=draw)
+    values, lengths = [], []
+    for feature in schema.lookups:
+        length = torch.ones_like(several) if feature.kind == "categorical" else several
+        size = schema.table_sizes[feature.table]
+        lowest = min(1, size - 1)  # 0 is padding, but in a table of one row
+        values.append(torch.randint(lowest, size, (int(length.sum()),), generator=draw))
+        lengths.append(length)
+    numbers = torch.randn(rows, len(schema.numbers), generator=draw) if schema.numbers else None
+    return Batch(
+        torch.cat(values) if values else torch.zeros(0, dtype=torch.int64),
+        torch.cat(lengths).to(torch.int32) if lengths else None,
+        torch.zeros(rows),
+        numbers,
+    )

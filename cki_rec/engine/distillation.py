@@ -1,4 +1,4 @@
-"""Training of one model on what several models say. Shape legend: B rows, K teachers."""
+"""Distillation of several models into one. Shape legend: B rows, K teachers."""
 
 from __future__ import annotations
 
@@ -31,23 +31,23 @@ def imitate(
     seed: int,
     title: str,
 ) -> Params:
-    """Return a model trained to give the mean logit of its teachers on all training rows.
+    """Return a model trained to match the mean logit of its teachers on all training rows.
 
     The loss is the cross entropy with the probability of that logit; labels are not used. Adam
-    trains everything, whole tables too (in ``dense`` mode: a step costs as much as the tables are
-    large); the last epoch is kept.
+    trains all parameters, whole tables too, so the time of a step grows with the tables. The
+    result is the model after the last epoch.
 
     Args:
         network: A network with unsharded tables; its own parameters are not used.
         teachers: Parameters of the same network.
-        start: Parameters to start from.
-        dataset: Where rows are.
+        start: Initial parameters.
+        dataset: The encoded data set.
         schema: The features that ``network`` reads.
-        epochs: Passes.
-        learning_rate: Of Adam.
+        epochs: Number of epochs.
+        learning_rate: Learning rate of Adam.
         batch_size: Rows per step.
-        seed: Of row order and dropout.
-        title: For the progress display.
+        seed: Seed of row order and dropout.
+        title: Title of the progress display.
 
     Raises:
         UserError: The loss is not finite.

@@ -1,4 +1,4 @@
-"""Processes and devices: one process like many, started by torchrun or by nobody.
+"""Processes and devices: the same code for one process and for many started by torchrun.
 
 Shape legend: R rows, P processes.
 """
@@ -27,27 +27,26 @@ from cki_rec.config import RankLost, ReportedElsewhere, Runtime, UserError
 Value = TypeVar("Value")
 
 SINGLE = "single"
-"""Name of the backend of one process."""
+"""Name of the backend of a single process."""
 PATIENCE = timedelta(minutes=10)
-"""Longest wait for another process; encoding a data set is not waited for here."""
+"""Longest wait for another process, apart from encoding a data set."""
 
-LOSSES = (
+LOST_MESSAGES = (
     *("Connection closed by peer", "Connection reset by peer", "Connection refused"),
     *("Broken pipe", "Timed out waiting", "Socket Timeout"),
 )
-"""What gloo and torch's store say where another process is gone."""
+"""Parts of error messages of gloo and torch's store after another process has ended."""
 
 
 def start(runtime: Runtime) -> torch.device:
-    """Return the device to run on, with a process group ready and threads and kernels set.
+    """Start the process group, set threads and kernels, and return the device.
 
     A single process opens no port and reads no environment variable: its store is in memory and
-    its process group moves nothing, which is all that a group of one has to do. (Gloo would listen
-    on a port of the loopback interface.) Several processes are started by torchrun; they talk by
-    gloo on CPU and by nccl on CUDA.
+    its process group moves no data. (Gloo would listen on a port of the loopback interface.)
+    Several processes are started by torchrun and communicate by gloo on CPU and nccl on CUDA.
 
     Raises:
-        UserError: No CUDA device where one is asked for, or fewer than processes.
+        UserError: There is no CUDA device although one is required, or fewer than processes.
     """
     has_cuda = torch.cuda.is_available()
     if runtime.device == "cuda" and not has_cuda:
@@ -66,8 +65,8 @@ def start(runtime: Runtime) -> torch.device:
     torch.set_num_threads(runtime.threads or cores)
     torch.use_deterministic_algorithms(True, warn_only=device.type == "cuda")
     deterministic: Any = torch.utils.deterministic
-    deterministic.fill_uninitialized_memory = False  # ours is always written
-    logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)  # torchrec's own use
+    deterministic.fill_uninitialized_memory = False  # we always write before reading
+    logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)  # of torchrec
     if not dist.is_initialized():
         _start_group(device)
         atexit.register(_stop)
@@ -87,14 +86,14 @@ def _start_group(device: torch.device) -> None:
 
 
 def local_position() -> tuple[int, int]:
-    """Return the number of this process on its machine, and how many there are."""
+    """Return the rank of this process on its machine, and the number of processes there."""
     if world_size() == 1:
         return 0, 1
     return int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def rank() -> int:
-    """Return the number of this process; 0 where there is one."""
+    """Return the rank of this process; 0 for a single process."""
     if world_size() == 1:
         return 0
     return dist.get_rank() if dist.is_initialized() else int(os.environ["RANK"])
@@ -107,38 +106,43 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def share() -> tuple[int, int]:
+    """Return ``(first, step)``: this process works on every ``step``-th item of a list."""
+    return rank(), world_size()
+
+
 def barrier() -> None:
-    """Wait until all processes are here.
+    """Wait until all processes have called this function.
 
     Raises:
-        ReportedElsewhere: One has given up (``propagate_errors``).
+        ReportedElsewhere: Another process has failed (``propagate_errors``).
     """
     exchange(None)
 
 
 def exchange(value: Value) -> list[Value]:
-    """Return what every process gives, in their order; plain Python values and small tensors.
+    """Return the values of all processes by rank; plain Python values and small tensors.
 
     Raises:
-        ReportedElsewhere: A process has given up instead (``propagate_errors``).
+        ReportedElsewhere: Another process has failed (``propagate_errors``).
     """
     if world_size() == 1:
         return [value]
     values = _gather(value)
-    if any(isinstance(given, _Failed) for given in values):
+    if any(isinstance(item, _Failed) for item in values):
         raise ReportedElsewhere("another process has failed")
     return values
 
 
 @contextmanager
 def propagate_errors() -> Iterator[None]:
-    """Let all processes fail where one does: it says why, others leave at their next exchange.
+    """Propagate an exception on one rank to all ranks, at their next exchange.
 
-    Within the block they may wait for each other by ``exchange`` and ``barrier`` alone, or where
-    none can fail by itself. No process leaves a block that fails before all have tidied up.
+    Inside the block, processes may wait for each other only in ``exchange`` and ``barrier``, or
+    where no process can fail alone. After a failure, processes leave the block together.
 
     Raises:
-        ReportedElsewhere: Another process has failed, and says why.
+        ReportedElsewhere: Another process has failed and reports the error.
     """
     if world_size() == 1:
         yield
@@ -151,7 +155,7 @@ def propagate_errors() -> Iterator[None]:
             _gather(None)
             raise
         except Exception:
-            failed = [isinstance(given, _Failed) for given in _gather(_Failed())]
+            failed = [isinstance(item, _Failed) for item in _gather(_Failed())]
             _gather(None)
             if any(failed[: rank()]):
                 raise ReportedElsewhere("another process has failed, too") from None
@@ -159,17 +163,17 @@ def propagate_errors() -> Iterator[None]:
 
 
 def total(values: Tensor) -> Tensor:
-    """Return the sum over processes, equal on all of them; changes ``values``."""
+    """Sum a tensor over processes, in place, and return it."""
     if world_size() > 1:
         dist.all_reduce(values)
     return values
 
 
 def from_first(value: Value) -> Value:
-    """Return the value that the first process has, on all of them; plain Python values.
+    """Return the value of the first process, on all processes; plain Python values.
 
     Raises:
-        ReportedElsewhere: A process has given up (``propagate_errors``).
+        ReportedElsewhere: Another process has failed (``propagate_errors``).
     """
     barrier()
     if world_size() == 1:
@@ -180,7 +184,7 @@ def from_first(value: Value) -> Value:
 
 
 class _Failed:
-    """What a process that has failed gives instead of a value."""
+    """Sent by a failed process instead of a value."""
 
 
 def _gather(value: Any) -> list[Any]:
@@ -191,41 +195,41 @@ def _gather(value: Any) -> list[Any]:
 
 @contextmanager
 def detect_lost_ranks() -> Iterator[None]:
-    """Say in a line that another process is gone, should talking to it fail within the block.
+    """Convert communication errors after the end of another process into ``RankLost``.
 
     Raises:
-        RankLost: It is.
+        RankLost: Another process has ended.
     """
     try:
         yield
     except RuntimeError as error:
         is_loss = isinstance(error, dist.DistBackendError) or any(
-            words in str(error) for words in LOSSES
+            words in str(error) for words in LOST_MESSAGES
         )
         if world_size() == 1 or not is_loss:
             raise
         raise RankLost(
-            "another process has ended; the same command goes on from the last checkpoint, or"
-            " begins again where none is kept"
+            "another process has ended; run the same command again: it resumes from the last"
+            " checkpoint, if there is one"
         ) from None
 
 
 def gather(values: NDArray[np.float32], places: list[NDArray[np.int64]]) -> NDArray[np.float32]:
-    """Return ``(R,)`` values of all processes, on all of them.
+    """Return the ``(R,)`` values of all processes, on all processes.
 
     Args:
-        values: Those of this process.
-        places: Where the values of each process belong; together 0 to R - 1.
+        values: Values of this process.
+        places: Positions of the values of each process in the result; a partition of 0 to R - 1.
     """
     if world_size() == 1:
         return values
     largest = max(len(of_process) for of_process in places)
     padded = np.zeros(largest, dtype=np.float32)
     padded[: len(values)] = values
-    own = torch.from_numpy(padded)
-    own = own.cuda() if dist.get_backend() == "nccl" else own
-    parts = [torch.empty_like(own) for _ in places]
-    dist.all_gather(parts, own)
+    local = torch.from_numpy(padded)
+    local = local.cuda() if dist.get_backend() == "nccl" else local
+    parts = [torch.empty_like(local) for _ in places]
+    dist.all_gather(parts, local)
     result = np.empty(sum(len(of_process) for of_process in places), dtype=np.float32)
     for of_process, part in zip(places, parts, strict=True):
         result[of_process] = part[: len(of_process)].cpu().numpy()
@@ -233,13 +237,13 @@ def gather(values: NDArray[np.float32], places: list[NDArray[np.int64]]) -> NDAr
 
 
 class SyncedBatchNorm(nn.BatchNorm1d):
-    """Batch norm over the rows of all processes, on any device (torch's own needs CUDA).
+    """Batch norm over the rows of all processes, on any device (torch's needs CUDA).
 
     Processes may have different numbers of rows.
     """
 
     def forward(self, x_BH: Tensor) -> Tensor:
-        """Return normalized rows; in training also move the running statistics."""
+        """Return normalized rows; in training also update the running statistics."""
         if not self.training:
             return super().forward(x_BH)
         num_rows = x_BH.new_full((1,), float(x_BH.shape[0]))
@@ -263,7 +267,7 @@ class SyncedBatchNorm(nn.BatchNorm1d):
 
 
 def synchronize_batch_norms(network: nn.Module) -> None:
-    """Let every batch norm of ``network`` see the rows of all processes."""
+    """Make every batch norm of ``network`` use the rows of all processes."""
     if world_size() == 1:
         return
     for module in network.modules():
@@ -272,7 +276,10 @@ def synchronize_batch_norms(network: nn.Module) -> None:
 
 
 def _single_process_group(common: Any, backend: Any) -> Any:
-    """Return the group of one process; torchrec treats torch's own name for it specially."""
+    """Return the process group of a single process.
+
+    It has a name of its own, because torchrec treats torch's name ``fake`` specially.
+    """
     assert common.group_size == 1
     create: Any = FakeProcessGroup._create_internal
     return create(common.group_rank, common.group_size, backend)

@@ -27,37 +27,37 @@ from cki_rec.models.embeddings import FIRST_ORDER, NUMBERS, FieldEmbeddings
 
 ADAGRAD_EPS = 1e-8
 INITIAL_BLOCK = 4096
-"""Rows drawn from one generator, so that any shard can draw its rows alone."""
+"""Rows per random generator, so that a shard can draw its rows alone."""
 TABLE_OPTIMIZERS = {"rowwise_adagrad": RowWiseAdagrad, "adagrad": torch.optim.Adagrad}
 
 
 @dataclass(slots=True)
 class ShardedModel:
-    """A network on the devices of all processes, its tables looked up through TorchRec.
+    """A network on the devices of all processes, with table lookups by TorchRec.
 
-    ``fused`` tables are sharded and updated during backward; ``dense`` ones are a copy per
-    process, trained like the rest of the network.
+    ``fused`` tables are sharded and updated during the backward pass. ``dense`` tables are
+    replicated on every process and trained like the rest of the network.
     """
 
     module: DistributedModelParallel
     network: nn.Module
-    """The same without the wrapping."""
+    """The network without its wrapper."""
     tables: set[str]
     """Names of the parameters that are tables."""
     is_fused: bool
     plan: dict[str, dict[str, Any]]
-    """Per table: sharding, kernel, shards; empty where tables are dense."""
+    """Sharding, kernel and shards per table; empty for dense tables."""
     device: torch.device
 
     @property
     def sparse(self) -> FieldEmbeddings:
-        """Return the module that looks embeddings up."""
-        found = self.network.sparse
-        assert isinstance(found, FieldEmbeddings)
-        return found
+        """Return the module of the embeddings."""
+        sparse = self.network.sparse
+        assert isinstance(sparse, FieldEmbeddings)
+        return sparse
 
     def dense_parameters(self) -> dict[str, nn.Parameter]:
-        """Return by name the parameters that no fused optimizer trains."""
+        """Return the parameters without a fused optimizer, by name."""
         fused = self.tables if self.is_fused else set()
         return {n: p for n, p in self.module.named_parameters() if n not in fused}
 
@@ -69,14 +69,14 @@ class ShardedModel:
         return {name: next(iter(state[name].values())) for name in self.tables if name in state}
 
     def set_table_learning_rate(self, value: float) -> None:
-        """Set the fused optimizer's learning rate, effective at the next backward pass."""
+        """Set the learning rate of the fused optimizer from the next backward pass on."""
         for group in self.module.fused_optimizer.param_groups:
             group["lr"] = value
-        self.module.fused_optimizer.step()  # hands the rate to the kernels; moves no weight
+        self.module.fused_optimizer.step()  # passes the rate to the kernels; changes no weight
 
 
 def build(schema: FeatureSchema, model: Model, train: Train, runtime: Runtime) -> ShardedModel:
-    """Return a network on its devices, tables unset; every process calls this.
+    """Return a network on its devices with uninitialized tables; every process calls this.
 
     Raises:
         UserError: See ``distributed.start``, ``build_model`` and ``make_plan``.
@@ -96,7 +96,7 @@ def build(schema: FeatureSchema, model: Model, train: Train, runtime: Runtime) -
         apply_optimizer_in_backward(TABLE_OPTIMIZERS[train.table_optimizer], fused, dict(options))
         plan = make_plan(network, device, runtime.sharding, train.table_optimizer)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # torchrec's own use of torch
+        warnings.simplefilter("ignore", FutureWarning)  # of torchrec
         module = DistributedModelParallel(
             network,
             device=device,
@@ -112,14 +112,14 @@ def build(schema: FeatureSchema, model: Model, train: Train, runtime: Runtime) -
 
 
 def local_tensors(value: Tensor | ShardedTensor) -> list[Tensor]:
-    """Return the parts of a tensor that this process holds."""
+    """Return the shards of a tensor on this process."""
     if isinstance(value, ShardedTensor):
         return [shard.tensor for shard in value.local_shards()]
     return [value]
 
 
 def clone(value: Tensor | ShardedTensor) -> Tensor | ShardedTensor:
-    """Return a copy, sharded the same way."""
+    """Return a copy with the same sharding."""
     if not isinstance(value, ShardedTensor):
         return value.detach().clone()
     shards = [Shard(s.tensor.detach().clone(), s.metadata) for s in value.local_shards()]
@@ -128,7 +128,7 @@ def clone(value: Tensor | ShardedTensor) -> Tensor | ShardedTensor:
 
 
 def table_of(name: str) -> str | None:
-    """Return the vocabulary that indexes the rows of a parameter; None if it is no table."""
+    """Return the table name of a parameter; None for parameters that are no table."""
     _, marker, table = name.partition(".embedding_bags.")
     return table.removesuffix(".weight").removesuffix(FIRST_ORDER) if marker else None
 
@@ -137,14 +137,15 @@ def table_of(name: str) -> str | None:
 def initialize(
     model: ShardedModel, seed: int, init_std: float, matrix_std: float | None = None
 ) -> None:
-    """Set every parameter from (seed, name, row): equal for every plan and world size.
+    """Initialize every parameter from (seed, name, row), equally for every plan and world size.
 
-    Embeddings, those of numeric fields too: normal with ``init_std``; first-order weights, biases
-    and unused columns: zero; matrices, stacked ones too: normal with ``matrix_std``, or Xavier
-    uniform where that is None or they have one output. Hidden layers whose matrix is drawn with
-    ``matrix_std`` get biases too, uniform within 1 / sqrt(inputs): with narrow matrices and zero
-    biases many ReLU would never fire. What else a network has (scales of batch norms, slopes of
-    activations) stays as it was built.
+    - Embeddings, also of numeric fields: normal with ``init_std``.
+    - First-order weights and unused columns: zero.
+    - Matrices, also stacked ones: normal with ``matrix_std``. Without ``matrix_std``, and for a
+      single output: Xavier uniform.
+    - Biases: zero. With ``matrix_std`` the biases of hidden layers are uniform within
+      1 / sqrt(inputs), because with narrow matrices and zero biases many ReLU would never fire.
+    - Other parameters (scales of batch norms, slopes of activations) are not changed.
     """
     parameters = set(dict(model.module.named_parameters())) | model.tables
     bias_bounds = {
@@ -184,7 +185,7 @@ def _initial_matrix(
 def _initialize_table(
     value: Tensor | ShardedTensor, seed: int, name: str, init_std: float, dim: int
 ) -> None:
-    """Draw what this process holds of a table, a block of rows at a time."""
+    """Initialize the shards of a table on this process, one block of rows at a time."""
     offsets = [[0, 0]]
     if isinstance(value, ShardedTensor):
         offsets = [shard.metadata.shard_offsets for shard in value.local_shards()]

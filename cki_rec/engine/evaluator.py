@@ -1,4 +1,4 @@
-"""Logits of a model on chosen rows."""
+"""Logits of a model on rows of a data set."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ def predict(
     rows: NDArray[np.int64],
     device: torch.device,
 ) -> NDArray[np.float32]:
-    """Return ``(len(rows),)`` logits in the order of ``rows``; leaves the module in eval mode.
+    """Return ``(len(rows),)`` logits in the order of ``rows``; leave the module in eval mode.
 
-    Processes share the work, and each gets the logits of all rows: a metric of them is exact.
+    Processes share the work, and each returns the logits of all rows, so metrics are exact.
     """
     module.eval()
     if not len(rows):

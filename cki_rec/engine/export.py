@@ -1,4 +1,4 @@
-"""A trained network as one file that serves without our code: ids in, logits out.
+"""Export of a trained network to one file that serves without our code: ids in, logits out.
 
 Shape legend: B rows, F fields, D embedding size, C fields with one id, L ids of a field with
 several, K ids that are attended to, N numbers.
@@ -28,36 +28,36 @@ from cki_rec.data.schema import FIRST_ID, OOV_ID, PADDING_ID, Batch, FeatureSche
 from cki_rec.models.embeddings import Embedded, FieldEmbeddings
 
 IDS, NUMBERS = "ids", "numbers"
-"""Inputs that hold several fields, a column each."""
+"""Inputs that hold several fields, one column each."""
 OUTPUTS = ("logit", "probability")
 TOLERANCE = 1e-5
-"""Largest difference of exported scores from the network's own."""
+"""Largest difference between exported scores and scores of the network."""
 LARGEST_ONNX = 2**31 - 2**26
-"""Bytes of weights in one ONNX file; more lie in a file beside it."""
+"""Bytes of weights in one ONNX file; more are stored in a second file."""
 EXAMPLE_ROWS, EXAMPLE_LENGTH = 3, 2
-"""Of the batch that is traced: any but 0 and 1, which torch takes for constants."""
+"""Sizes of the traced batch; torch would treat 0 and 1 as constants."""
 
 Inputs = dict[str, Tensor]
 Scores = Callable[[Inputs], Tensor]
-"""From inputs to ``(B,)`` logits."""
+"""Function of inputs that returns ``(B,)`` logits."""
 
 
 class Servable(nn.Module):
-    """A network with plain tables in place of sharded ones: what ``torch.export`` takes.
+    """A network with plain tables, ready for ``torch.export``.
 
     ``forward`` takes a dictionary of tensors and returns ``{"logit": (B,), "probability": (B,)}``.
 
-    - ``ids`` ``(B, C)`` int64: the fields with one id, in the order of the schema;
-    - ``ids.NAME`` ``(B, L)`` int64: the ids of a field with several, a history's by time;
-      ``PADDING_ID`` fills up rows on either side and is ignored. L is the field's own and free.
+    - ``ids`` ``(B, C)`` int64: the fields with one id, in the order of the schema.
+    - ``ids.NAME`` ``(B, L)`` int64: the ids of a field with several ids, a history by time.
+      ``PADDING_ID`` fills up rows on either side and is ignored. L is free for every field.
     - ``numbers`` ``(B, N)`` float32: the fields of kind ``numeric``, in the order of the schema.
 
-    Inputs that a model has no field for are left out. The network that is given stays as it is:
-    tables are copied, without columns that nothing reads, row ``PADDING_ID`` zero.
+    Inputs without fields are left out. The network is not changed: tables are copied without
+    unused columns, and their row ``PADDING_ID`` is set to zero.
 
     Args:
-        network: ``interact(sparse(batch))``, its tables on the CPU and not sharded.
-        schema: The features that it reads.
+        network: A network with ``interact(sparse(batch))`` and unsharded tables on the CPU.
+        schema: The features that ``network`` reads.
     """
 
     def __init__(self, network: nn.Module, schema: FeatureSchema) -> None:
@@ -117,27 +117,27 @@ class Servable(nn.Module):
         return dict(zip(OUTPUTS, (logit_B, logit_B.sigmoid()), strict=True))
 
     def _ids(self, inputs: Inputs, name: str) -> Tensor:
-        """Return ``(B,)`` ids of a field with one, ``(B, L)`` of one with several."""
+        """Return ``(B,)`` ids of a field with one id, ``(B, L)`` ids of other fields."""
         if name in self.columns:
             return inputs[IDS][:, self.columns[name]]
         return inputs[self.inputs[name]]
 
 
 def input_names(schema: FeatureSchema) -> dict[str, str]:
-    """Return the input that holds each field, by the field's name, in the order of inputs."""
+    """Return the input name of every field, in the order of inputs."""
     lookups = sorted(schema.lookups, key=lambda feature: feature.kind != "categorical")
     names = {f.name: IDS if f.kind == "categorical" else f"{IDS}.{f.name}" for f in lookups}
     return {**names, **{f.name: NUMBERS for f in schema.numbers}}
 
 
 def free_dims(name: str) -> dict[int, str]:
-    """Return the dimensions of an input that may be of any size, and what they are called."""
+    """Return the names of the dynamic dimensions of an input."""
     rows = {0: "rows"}
     return rows if name in (IDS, NUMBERS) else {**rows, 1: f"length_of_{name}"}
 
 
 def inputs_of(batch: Batch, schema: FeatureSchema) -> Inputs:
-    """Return a batch of our own as the inputs of a ``Servable``."""
+    """Return the inputs of a ``Servable`` for a batch."""
     lookups = schema.lookups
     size = (len(lookups), len(batch))
     lengths_FB = torch.ones(size).int() if batch.lengths is None else batch.lengths.view(size)
@@ -159,7 +159,7 @@ def inputs_of(batch: Batch, schema: FeatureSchema) -> Inputs:
 def draw_batch(
     schema: FeatureSchema, num_rows: int, longest: int, generator: torch.Generator
 ) -> Batch:
-    """Draw rows from all ids; fields with several hold 0 to ``longest``, both are met."""
+    """Return random rows; fields with several ids have 0 to ``longest`` of them, both included."""
     values, lengths = [torch.empty(0, dtype=torch.int64)], []
     for feature in schema.lookups:
         sizes = torch.ones(num_rows, dtype=torch.int64)
@@ -180,7 +180,7 @@ def draw_batch(
 
 
 def write_pt2(servable: Servable, example: Inputs, path: Path) -> None:
-    """Write what ``torch.export.load(path).module()`` reads."""
+    """Write a file for ``torch.export.load(path).module()``."""
     program = _traced(servable, example)
     with path.open("wb") as file:
         forgiving = _Forgiving(file)
@@ -190,11 +190,11 @@ def write_pt2(servable: Servable, example: Inputs, path: Path) -> None:
 
 
 def write_onnx(servable: Servable, example: Inputs, path: Path) -> None:
-    """Write an ONNX file; weights beyond its limit go to ``<path>.data`` beside it."""
+    """Write an ONNX file; weights above its size limit go to ``<path>.data``."""
     program = _traced(servable, example)
     num_bytes = sum(p.numel() * p.element_size() for p in servable.parameters())
     with _quiet_onnx():
-        made = torch.onnx.export(
+        exported = torch.onnx.export(
             program,
             dynamo=True,
             verbose=False,
@@ -202,18 +202,18 @@ def write_onnx(servable: Servable, example: Inputs, path: Path) -> None:
             output_names=list(OUTPUTS),
             dynamic_shapes={"inputs": {name: free_dims(name) for name in example}},
         )
-        assert made is not None
-        made.save(path, external_data=num_bytes > LARGEST_ONNX)
+        assert exported is not None
+        exported.save(path, external_data=num_bytes > LARGEST_ONNX)
 
 
 def read_pt2(path: Path) -> Scores:
-    """Return the logits of an exported program."""
+    """Return the scoring function of an exported program."""
     module = torch.export.load(path).module()
     return lambda inputs: module(inputs)["logit"]
 
 
 def read_onnx(path: Path) -> Scores:
-    """Return the logits of an ONNX file, run by onnxruntime on the CPU."""
+    """Return the scoring function of an ONNX file, run by onnxruntime on the CPU."""
     import onnxruntime
 
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
@@ -227,26 +227,26 @@ def read_onnx(path: Path) -> Scores:
 
 @dataclass(frozen=True, slots=True)
 class Format:
-    """A kind of file."""
+    """A file format."""
 
     write: Callable[[Servable, Inputs, Path], None]
     read: Callable[[Path], Scores]
     packages: tuple[str, ...] = ()
-    """What it needs besides torch."""
+    """Required packages besides torch."""
 
 
 FORMATS = {
     "pt2": Format(write_pt2, read_pt2),
     "onnx": Format(write_onnx, read_onnx, ("onnx", "onnxscript", "onnxruntime")),
 }
-"""Name, which is the file's suffix too -> how it is written and read."""
+"""File formats by name, which is the suffix of the file too."""
 
 
 def check_packages(name: str) -> None:
-    """Check that what a format needs is installed.
+    """Check that the packages of a format are installed.
 
     Raises:
-        UserError: Something is missing; says how to install it.
+        UserError: A package is missing.
     """
     packages = FORMATS[name].packages
     missing = [package for package in packages if importlib.util.find_spec(package) is None]
@@ -258,11 +258,11 @@ def check_packages(name: str) -> None:
 
 @torch.no_grad()
 def largest_difference(network: nn.Module, schema: FeatureSchema, scores: Scores) -> float:
-    """Return how far exported logits are from the network's own, on random rows.
+    """Return the largest difference between exported scores and the network on random rows.
 
-    The largest over probabilities and over logits, these relative to the largest logit of a batch
-    where it is above 1. Batches of several sizes are drawn from all ids, with sets and histories
-    that are empty, short and longer than what is attended to. NaN where a score is not finite.
+    This is the maximum over probabilities and logits. Differences of logits are relative to the
+    largest logit of a batch if that is above 1. Batches have several sizes, and empty, short and
+    very long sets and histories. The result is NaN if a score is not finite.
     """
     sparse = network.sparse
     assert isinstance(sparse, FieldEmbeddings)
@@ -270,21 +270,21 @@ def largest_difference(network: nn.Module, schema: FeatureSchema, scores: Scores
     largest = torch.zeros(())
     for num_rows, longest in ((256, sparse.length + 3), (2, 1), (1, sparse.length), (5, 0)):
         batch = draw_batch(schema, num_rows, longest, generator)
-        own, exported = network(batch), scores(inputs_of(batch, schema))
-        of_logits = (exported - own).abs().max() / own.abs().max().clamp(min=1)
-        of_probabilities = (exported.sigmoid() - own.sigmoid()).abs().max()
+        expected, exported = network(batch), scores(inputs_of(batch, schema))
+        of_logits = (exported - expected).abs().max() / expected.abs().max().clamp(min=1)
+        of_probabilities = (exported.sigmoid() - expected.sigmoid()).abs().max()
         largest = torch.maximum(largest, torch.maximum(of_logits, of_probabilities))
     return float(largest)
 
 
 def example_inputs(schema: FeatureSchema) -> Inputs:
-    """Return a batch to trace with: only its shapes matter."""
+    """Return inputs for tracing, where only shapes matter."""
     generator = torch.Generator().manual_seed(0)
     return inputs_of(draw_batch(schema, EXAMPLE_ROWS, EXAMPLE_LENGTH, generator), schema)
 
 
 def describe(servable: Servable, model: Model) -> dict[str, Any]:
-    """Return what a program that serves the file must know, as plain JSON values."""
+    """Return a description of the file for serving programs, as plain JSON values."""
     schema, names = servable.schema, servable.inputs
     attended = {"attends_to_latest": servable.length}
     inputs = []
@@ -318,14 +318,14 @@ def describe(servable: Servable, model: Model) -> dict[str, Any]:
 
 
 class _Forgiving(io.RawIOBase):
-    """A file that keeps its first error: torch's writer ends the process when it meets one."""
+    """A file that stores its first error, because torch's writer aborts the process on errors."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self.file = file
         self.error: OSError | None = None
 
     def write(self, data: Any) -> int:
-        """Write unless that failed before; return the number of bytes either way."""
+        """Write, unless a write has failed before; return the number of bytes in both cases."""
         if self.error is None:
             try:
                 self.file.write(data)
@@ -334,20 +334,20 @@ class _Forgiving(io.RawIOBase):
         return len(data)
 
     def writable(self) -> bool:
-        """Say so: torch asks."""
+        """Return True, as torch requires."""
         return True
 
     def seekable(self) -> bool:
-        """Say so: torch asks."""
+        """Return True, as torch requires."""
         return True
 
     def seek(self, offset: int, whence: int = 0) -> int:
-        """Stay at the end: torch winds back what it has written."""
+        """Stay at the end, although torch seeks back after writing."""
         return offset
 
 
 def _traced(servable: Servable, example: Inputs) -> torch.export.ExportedProgram:
-    """Return the exported program, free in its number of rows and in the length of every field."""
+    """Return the exported program with dynamic numbers of rows and ids."""
     rows, shapes = torch.export.Dim("rows", min=1), {}
     for number, name in enumerate(example):
         lengths = torch.export.Dim(f"length_{number}", min=1)
@@ -357,14 +357,14 @@ def _traced(servable: Servable, example: Inputs) -> torch.export.ExportedProgram
 
 
 def _table(weight: Tensor, dim: int) -> nn.Parameter:
-    """Return ``(rows, dim)``, the columns that are used; the row of padding is zero."""
+    """Return the used columns ``(rows, dim)`` of a table, with zeros in the padding row."""
     table = weight.detach()[:, :dim].clone(memory_format=torch.contiguous_format)
     table[PADDING_ID] = 0
     return nn.Parameter(table, requires_grad=False)
 
 
 def _without_lookups(network: nn.Module) -> nn.Module:
-    """Return a copy of a network that shares nothing with it and has no tables."""
+    """Return a deep copy of a network without its tables."""
     body, sparse = copy.copy(network), copy.copy(network.sparse)
     assert isinstance(sparse, nn.Module)
     sparse._modules, sparse._parameters = {}, {}
@@ -373,7 +373,7 @@ def _without_lookups(network: nn.Module) -> nn.Module:
 
 
 def _pooled(ids: Tensor, table: Tensor) -> Tensor:
-    """Return ``(B, D)``: the row of one id, the mean over those of several that are no padding."""
+    """Return ``(B, D)``: the row of a single id, or the mean over ids without padding."""
     if ids.dim() == 1:
         return embedding(ids, table)
     counts_B1 = (ids != PADDING_ID).sum(1, keepdim=True)
@@ -381,7 +381,7 @@ def _pooled(ids: Tensor, table: Tensor) -> Tensor:
 
 
 def _latest(ids_BL: Tensor, length: int) -> tuple[Tensor, Tensor]:
-    """Return ``(B, K)`` the latest ids, oldest first, padded at the end, and where they are."""
+    """Return the latest ids ``(B, K)``, oldest first, padded at the end, and their mask."""
     is_id_BL = ids_BL != PADDING_ID
     counts_B1 = is_id_BL.sum(1, keepdim=True)
     dropped_B1 = (counts_B1 - length).clamp(min=0)
@@ -394,7 +394,7 @@ def _latest(ids_BL: Tensor, length: int) -> tuple[Tensor, Tensor]:
 
 @contextmanager
 def _quiet_onnx() -> Iterator[None]:
-    """Silence what torch.onnx says about itself: deprecated calls, absent packages."""
+    """Ignore warnings of torch.onnx about itself: deprecated calls, absent packages."""
     logger = logging.getLogger("torch.onnx._internal.exporter._registration")
     level = logger.level
     logger.setLevel(logging.ERROR)  # torchvision, whose operators no model of ours has

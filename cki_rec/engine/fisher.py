@@ -1,4 +1,4 @@
-"""How much each parameter matters to a model's scores: the diagonal of the Fisher information.
+"""The diagonal of the Fisher information of a model.
 
 Shape legend: B rows, F fields, D embedding size, N ids of a feature in a batch.
 """
@@ -18,14 +18,13 @@ from cki_rec.merging.params import Params
 from cki_rec.models.embeddings import FIRST_ORDER, NUMBERS, Embedded, FieldEmbeddings
 
 LARGEST = 1 << 25
-"""Numbers that the gradients of the rows at hand may have."""
+"""Largest number of entries of the per-row gradients in memory."""
 Inputs = dict[str, Any]
-"""What a row's embeddings consist of: ``fields``, ``first_order``, and per history ``histories``
-and ``masks``."""
+"""The embeddings of a batch: ``fields``, ``first_order``, and ``histories`` by name."""
 
 
 class _Interact(nn.Module):
-    """The network without its lookups, for one row."""
+    """The network without its lookups, on one row."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
@@ -50,30 +49,30 @@ def fisher_diagonal(
     batches: Iterable[Batch],
     dtype: torch.dtype = torch.float32,
 ) -> Params:
-    r"""Return the diagonal of the Fisher information of a model that gives one logit.
+    r"""Return the diagonal of the Fisher information of a binary classifier.
 
     .. math:: F = E_x\big[p (1 - p)\, (\partial z / \partial \theta)^2\big],
         \quad p = \sigma(z)
 
-    Exact: gradients are squared row by row, and the label's expectation is taken in closed form. A
-    table's gradient in one row is the sum over all places that read the same id (several fields, a
-    mean of ids, a history), and is squared then. Norms use their running statistics.
+    The result is exact: gradients are squared row by row, and the expectation over labels is in
+    closed form. The gradient of a table row is summed over all lookups of the same id in a row
+    before it is squared. Batch norms use their running statistics.
 
     Args:
         network: A network with unsharded tables; its own parameters are not used.
-        params: Parameters to run it with.
+        params: Parameters to run the network with.
         batches: Rows x; their labels are not used.
-        dtype: To compute gradients in; sums are float64 but for tables, which are as their
-            parameters, or wider.
+        dtype: Type of the gradients. Sums are float64; sums of tables have the type of the
+            table, at least float32.
 
     Returns:
-        For every parameter, buffers apart, its F.
+        F of every parameter, without buffers.
 
     Reference:
         Matena and Raffel, Merging Models with Fisher-Weighted Averaging, NeurIPS 2022, Eq. 3.
 
     Differs:
-        Their code for many classes samples labels or sums over them; for two the sum is p (1 - p).
+        Their code samples labels or sums over all classes; for two classes the sum is p (1 - p).
     """
     network.eval()
     names = [name for name, _ in network.named_parameters()]
@@ -139,12 +138,12 @@ def _joined(parts: list[tuple[Tensor, Inputs]]) -> tuple[Tensor, Inputs]:
 def _add_lookups(
     total: Params, sparse: FieldEmbeddings, batch: Batch, variance_B: Tensor, gradient: Inputs
 ) -> None:
-    """Add the squared gradients of what ``sparse`` holds, given those of the embeddings."""
+    """Add the squared gradients of the parameters of ``sparse``, from those of the embeddings."""
     read: dict[str, list[tuple[Tensor, Tensor, Tensor]]] = {}
     for name, row, ids, by_id in _reads(sparse, batch, gradient):
         read.setdefault(name, []).append((row, ids, by_id))
-    for name, found in read.items():
-        row, ids, by_id = (torch.cat(column) for column in zip(*found, strict=True))
+    for name, lookups in read.items():
+        row, ids, by_id = (torch.cat(column) for column in zip(*lookups, strict=True))
         table = total[f"sparse.{name}"]
         place, where = (row * len(table) + ids).unique(return_inverse=True)
         summed = by_id.new_zeros(len(place), by_id.shape[1]).index_add_(0, where, by_id)
@@ -165,7 +164,7 @@ def _add_lookups(
 def _reads(
     sparse: FieldEmbeddings, batch: Batch, gradient: Inputs
 ) -> Iterator[tuple[str, Tensor, Tensor, Tensor]]:
-    """Yield per lookup of a feature: parameter, ``(N,)`` row, ``(N,)`` id, ``(N, D)`` gradient."""
+    """Yield parameter, ``(N,)`` row, ``(N,)`` id and ``(N, D)`` gradient of every lookup."""
     if not sparse.names:
         return
     num_rows = len(batch)
@@ -178,7 +177,7 @@ def _reads(
         place = torch.arange(len(ids)) - (lengths_B.cumsum(0) - lengths_B)[row]
         parameter, share = sparse.sources[name], 1 / lengths_B[row, None].to(gradient["fields"])
         if name in sparse.attended:
-            place = place - (lengths_B[row] - sparse.length).clamp_min(0)  # the latest are read
+            place = place - (lengths_B[row] - sparse.length).clamp_min(0)  # only the latest ids
             is_read = place >= 0
             row, ids, place = row[is_read], ids[is_read], place[is_read]
             yield parameter, row, ids, gradient["histories"][name][row, place]

@@ -1,4 +1,4 @@
-"""Training of the local gate: gradients reach it through the spliced parameters."""
+"""Training of the local gate: gradients flow through the merged parameters."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-from cki_rec.config import Gate, UserError
+from cki_rec.config import UserError
 from cki_rec.data.encoding.store import EncodedDataset
 from cki_rec.data.loader import Loader
 from cki_rec.data.schema import Batch, FeatureSchema
@@ -26,11 +26,11 @@ from cki_rec.progress import progress
 Gates = dict[str, Tensor | None]
 Metric = Callable[[NDArray[np.float32], NDArray[np.float32]], float | None]
 Weigh = Callable[[Sequence[Params], Sequence[Params], Mapping[str, Tensor | None]], MixingWeights]
-"""``weigh(models, counts, gates)`` of some parameters; of a table, it may be some rows only."""
+"""``weigh(models, counts, gates)`` returns mixing weights of some parameters, or of some rows."""
 
 
 @dataclass(slots=True)
-class Trained:
+class TrainedGates:
     """The best epoch of a gate's training."""
 
     gates: Gates
@@ -39,22 +39,22 @@ class Trained:
     valid_metric: float | None
 
 
-class SplicedAtLookup(nn.Module):
-    """A network whose parameters are spliced when it is called, tables where the batch reads.
+class MergedAtLookup(nn.Module):
+    """A network that merges its parameters in every call, and only the table rows of the batch.
 
-    The rows that a batch reads are gathered from all sources, spliced, and looked up as if they
-    were the table: rules act on rows one by one, so the logits are those of the merged table. That
-    is never built; time and memory of a step do not depend on its size.
+    The rows of a batch are gathered from all sources, merged, and looked up like a table. Methods
+    are row-wise, so the logits equal those of the merged table, which is never built. Time and
+    memory of a step do not depend on the size of tables.
 
     Args:
         network: A network with unsharded tables; its own parameters are not used.
         models: The sources.
-        counts: Per source, ``(V,)`` under the name of each table; may be empty.
-        gates: Gate per parameter; None where there is none.
-        weigh: How sources are weighed.
-        moving: Parameters that are taken as they are, whatever the sources hold.
+        counts: ``(V,)`` per source and table; may be empty.
+        gates: Gate per parameter; None: no gate.
+        weigh: Function that returns the mixing weights.
+        moving: Parameters that are used unmerged.
         schema: The features that ``network`` reads.
-        owners: Which rows of a table each source has (``integration.vocabulary``).
+        owners: The rows of a table that each source has (``merging.vocabulary``).
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class SplicedAtLookup(nn.Module):
         names = [name for name in models[0] if name not in moving]
         self.changing = [n for n in names if gates[n] is not None or table_of(n)]
         constant = [n for n in names if n not in self.changing]
-        self.constant = self._splice(
+        self.constant = self._mix(
             [{n: model[n] for n in constant} for model in models], [{} for _ in counts], {}
         )
         self.buffers_of_network = {name for name, _ in network.named_buffers()}
@@ -87,21 +87,21 @@ class SplicedAtLookup(nn.Module):
         return logit_B
 
     def params(self, rows: Mapping[str, Tensor]) -> Params:
-        """Return the merged parameters, of tables the ``rows`` of their vocabulary only."""
+        """Return the merged parameters, with only the given ``rows`` of tables."""
         parts = [{n: at_rows(n, model[n], rows) for n in self.changing} for model in self.models]
         counts = [
             {n: at_rows(n, count, rows) for n, count in source.items() if n in self.changing}
             for source in self.counts
         ]
-        constant = {  # a batch norm in training writes into its statistics
+        constant = {  # copies of buffers, since batch norm in training changes its statistics
             name: tensor.clone() if name in self.buffers_of_network else tensor
             for name, tensor in self.constant.items()
         }
         moving = {name: at_rows(name, tensor, rows) for name, tensor in self.moving.items()}
-        own = {n: has[:, rows[table_of(n) or n]] for n, has in self.owners.items()}
-        return {**self._splice(parts, counts, own), **constant, **moving}
+        owners = {n: has[:, rows[table_of(n) or n]] for n, has in self.owners.items()}
+        return {**self._mix(parts, counts, owners), **constant, **moving}
 
-    def _splice(
+    def _mix(
         self, parts: Sequence[Params], counts: Sequence[Params], owners: Mapping[str, Tensor]
     ) -> Params:
         if not parts[0]:
@@ -111,15 +111,15 @@ class SplicedAtLookup(nn.Module):
 
 
 def at_rows(name: str, tensor: Tensor, rows: Mapping[str, Tensor]) -> Tensor:
-    """Return the rows of a table's tensor (embeddings, counts); others as they are."""
+    """Return the rows of a tensor of a table (embeddings, counts); other tensors unchanged."""
     table = table_of(name)
     return tensor if table is None else tensor[rows[table]]
 
 
 def rows_read(batch: Batch, schema: FeatureSchema) -> tuple[Batch, dict[str, Tensor]]:
-    """Return which rows a batch reads of each table, and the batch with their places as ids.
+    """Return the batch with renumbered ids, and the rows of each table that it reads.
 
-    A table of which nothing is read keeps its first row: a lookup needs one.
+    The first row stands for the rows of a table without ids, because a lookup needs a row.
     """
     features = schema.lookups
     if not features:
@@ -131,8 +131,8 @@ def rows_read(batch: Batch, schema: FeatureSchema) -> tuple[Batch, dict[str, Ten
     for table in dict.fromkeys(feature.table for feature in features):
         places = [place for place, feature in enumerate(features) if feature.table == table]
         ids = torch.cat([pieces[place] for place in places])
-        found, renumbered = ids.unique(return_inverse=True)
-        rows[table] = found if len(found) else ids.new_zeros(1)
+        unique, renumbered = ids.unique(return_inverse=True)
+        rows[table] = unique if len(unique) else ids.new_zeros(1)
         for place, piece in zip(
             places, renumbered.split([sizes[place] for place in places]), strict=True
         ):
@@ -150,34 +150,36 @@ def train_gates(
     schema: FeatureSchema,
     train_rows: NDArray[np.int64],
     valid_rows: NDArray[np.int64],
-    options: Gate,
+    epochs: int,
+    learning_rate: float,
     batch_size: int,
     seed: int,
     metric: Metric,
     title: str,
     counts: Sequence[Params] = (),
     owners: Mapping[str, Tensor] = {},
-) -> Trained:
-    """Learn the gates on training rows, with the sources' weights frozen.
+) -> TrainedGates:
+    """Train the gates on training rows, with frozen weights of the sources.
 
     Args:
         network: A network with unsharded tables; its own parameters are not used.
         models: The sources.
-        gates: Initial gate per parameter; None where there is none.
-        weigh: Sources, counts and gates -> mixing weights.
-        trunk: Parameters that start from the first source and learn along; empty: none. Statistics
-            of batch norms among them are those of the rows they see.
-        dataset: Where rows are.
+        gates: Initial gate per parameter; None: no gate.
+        weigh: Function of sources, counts and gates that returns mixing weights.
+        trunk: Parameters that are trained too, from the values of the first source. Statistics of
+            batch norms among them follow the training rows.
+        dataset: The encoded data set.
         schema: The features that ``network`` reads.
-        train_rows: Rows to learn from.
-        valid_rows: Rows that choose the epoch.
-        options: Epochs and learning rate.
+        train_rows: Rows to train on.
+        valid_rows: Rows that select the epoch.
+        epochs: Number of epochs.
+        learning_rate: Learning rate of Adam.
         batch_size: Rows per step.
-        seed: Of row order and dropout.
-        metric: Larger is better.
-        title: For the progress display.
-        counts: Per source, ``(V,)`` under the name of each table; what ``weigh`` is given.
-        owners: Which rows of a table each source has; without trunk.
+        seed: Seed of row order and dropout.
+        metric: Metric on validation rows; larger is better.
+        title: Title of the progress display.
+        counts: ``(V,)`` per source and table, for ``weigh``.
+        owners: The rows of a table that each source has; requires an empty trunk.
 
     Returns:
         Gates and trunk of the epoch with the best validation metric.
@@ -186,7 +188,7 @@ def train_gates(
         CKI (arXiv 2501.07596), released recommendation code: Adam, no weight decay.
 
     Differs:
-        The released code chooses the epoch on test rows; we choose on validation rows.
+        The released code selects the epoch on test rows; we use validation rows.
     """
     torch.manual_seed(seed)
     learned: Gates = {
@@ -197,19 +199,19 @@ def train_gates(
     moving = {name: models[0][name].clone() for name in trunk}
     parameters = [gate for gate in learned.values() if gate is not None]
     parameters += [t.requires_grad_() for name, t in moving.items() if name not in buffers]
-    optimizer = torch.optim.Adam(parameters, lr=options.learning_rate)
-    module = SplicedAtLookup(network, models, counts, learned, weigh, moving, schema, owners)
-    best = Trained({}, {}, 0, None)
+    optimizer = torch.optim.Adam(parameters, lr=learning_rate)
+    module = MergedAtLookup(network, models, counts, learned, weigh, moving, schema, owners)
+    best = TrainedGates({}, {}, 0, None)
     label = dataset.labels(valid_rows)
     loader = Loader(dataset, schema, train_rows, batch_size, seed=seed)
-    with progress(title, options.epochs * len(train_rows)) as advance:
-        for epoch in range(1, options.epochs + 1):
+    with progress(title, epochs * len(train_rows)) as advance:
+        for epoch in range(1, epochs + 1):
             module.train()
             for batch in loader:
                 loss = binary_cross_entropy_with_logits(module(batch), batch.label)
                 if not torch.isfinite(loss):
                     raise UserError(
-                        f"{title}: the loss is {loss.item()}; lower merge.gate.learning_rate"
+                        f"{title}: the loss is {loss.item()}; lower merge.learn.learning_rate"
                     )
                 optimizer.zero_grad()
                 loss.backward()
@@ -219,7 +221,7 @@ def train_gates(
                 label, predict(module, dataset, schema, valid_rows, torch.device("cpu"))
             )
             if best.epoch == 0 or (value or 0.0) > (best.valid_metric or 0.0):
-                best = Trained(
+                best = TrainedGates(
                     {n: None if g is None else g.detach().clone() for n, g in learned.items()},
                     {n: t.detach().clone() for n, t in moving.items()},
                     epoch,

@@ -1,4 +1,4 @@
-"""Parts of a training step: optimizer, penalty, clipping, moving average.
+"""Parts of a training step: optimizer, L2 term, clipping, moving average.
 
 Shape legend: B rows, F fields, D embedding size.
 """
@@ -21,9 +21,9 @@ MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
 
 def initialized_adam(model: ShardedModel, learning_rate: float) -> torch.optim.Adam:
-    """Return Adam over the parameters that no fused optimizer trains, its state made: zeros.
+    """Return Adam for the parameters without a fused optimizer, with an initialized state.
 
-    (Adam makes its state at the first step; what does not exist yet is silently not loaded.)
+    Adam itself creates its state in the first step, and DCP silently skips a missing state.
     """
     parameters = model.dense_parameters()
     adam = torch.optim.Adam(parameters.values(), lr=learning_rate, fused=True)
@@ -46,19 +46,20 @@ def moments(model: ShardedModel, adam: torch.optim.Adam) -> dict[str, Tensor]:
 
 
 class TableL2:
-    """The gradient of an L2 term on embeddings; the term's value is not computed.
+    """The gradient of an L2 term on embeddings; the value of the term is not computed.
 
-    ``fused`` tables: ``l2`` times the squared norm of the embeddings looked up, per row. ``dense``
-    ones: ``l2 / 2`` times the squared norm of whole tables, as published baselines have it.
+    The term is ``l2`` times the squared norm of the looked up embeddings per row for ``fused``
+    tables, and ``l2 / 2`` times the squared norm of whole tables for ``dense`` ones, as in
+    published baselines.
 
     Differs:
-        With an optimizer fused into the lookup only rows of the batch can move, so only these are
-        penalized; first-order weights and the vectors of numeric fields are not.
+        A fused optimizer can change the rows of the batch only, so only these have the term.
+        First-order weights and the vectors of numeric fields have none.
     """
 
     def __init__(self, model: ShardedModel, l2: float) -> None:
         self.scale = 1.0
-        """Of the next step: processes / rows."""
+        """Factor of the next step: processes / rows."""
         self._model, self._l2 = model, l2
         self._num_looked_up = len(model.sparse.looked_up)
         hook = model.sparse.register_forward_hook(self._penalize)
@@ -70,12 +71,12 @@ class TableL2:
         looked_up = [(emb.fields_BFD, self._num_looked_up)]
         looked_up += [(history, history.shape[1]) for history in emb.histories.values()]
         for value, num in looked_up:
-            if isinstance(value, Tensor) and value.requires_grad:  # no tensors while traced
+            if isinstance(value, Tensor) and value.requires_grad:  # proxies while tracing
                 value.register_hook(self._adder(value.detach(), num, 2 * self._l2 * self.scale))
 
     @staticmethod
     def _adder(value: Tensor, num: int, factor: float) -> Any:
-        """Return a hook that adds ``factor`` times the first ``num`` fields to their gradient."""
+        """Return a hook that adds ``factor`` times the first ``num`` fields to the gradient."""
 
         def add(gradient: Tensor) -> Tensor:
             if num == value.shape[1]:
@@ -88,7 +89,7 @@ class TableL2:
 
     @torch.no_grad()
     def add_to_dense(self) -> None:
-        """Add the gradient of the term to that of dense tables."""
+        """Add the gradient of the term to the gradients of dense tables."""
         if not self._l2 or self._model.is_fused:
             return
         for name, parameter in self._model.dense_parameters().items():
@@ -98,39 +99,41 @@ class TableL2:
 
 
 def clip(model: ShardedModel, largest: float | None) -> None:
-    """Scale the gradient that Adam sees down to a norm of ``largest``; None: leave it."""
+    """Clip the gradient of Adam's parameters to a norm of ``largest``; None: no clipping."""
     if largest is not None:
         nn.utils.clip_grad_norm_(model.dense_parameters().values(), largest)
 
 
 class Average:
-    """Exponential moving average of all weights, a copy in memory; tables cost a pass per step.
+    """Exponential moving average of all weights.
+
+    It needs memory for a copy of all weights, and every step reads and writes whole tables.
 
     Differs:
-        Buffers (statistics of batch norms) are those of the model itself.
+        Buffers (statistics of batch norms) are not averaged.
     """
 
     def __init__(self, model: ShardedModel, decay: float) -> None:
         self._decay = decay
         state = model.module.state_dict()
         buffers = {name for name, _ in model.module.named_buffers()}
-        self._own = {name: value for name, value in state.items() if name not in buffers}
+        self._weights = {name: value for name, value in state.items() if name not in buffers}
         self.state: dict[str, Tensor | ShardedTensor] = {
-            name: clone(value) for name, value in self._own.items()
+            name: clone(value) for name, value in self._weights.items()
         }
-        """By parameter name, sharded like the model."""
+        """The average by parameter name, sharded like the model."""
 
     @torch.no_grad()
     def update(self) -> None:
-        """Move the average towards the model: a step has been taken."""
-        for name, value in self._own.items():
+        """Update the average after a step."""
+        for name, value in self._weights.items():
             pairs = zip(local_tensors(self.state[name]), local_tensors(value), strict=True)
             for mean, new in pairs:
                 mean.lerp_(new.detach(), 1 - self._decay)
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """Let the model have the average as its weights within the block."""
+        """Use the average as the weights of the model within the block."""
         self._swap()
         try:
             yield
@@ -139,10 +142,10 @@ class Average:
 
     @torch.no_grad()
     def _swap(self) -> None:
-        for name, value in self._own.items():
-            for mean, own in zip(
+        for name, value in self._weights.items():
+            for mean, weight in zip(
                 local_tensors(self.state[name]), local_tensors(value), strict=True
             ):
-                kept = own.detach().clone()
-                own.copy_(mean)
-                mean.copy_(kept)
+                copy = weight.detach().clone()
+                weight.copy_(mean)
+                mean.copy_(copy)

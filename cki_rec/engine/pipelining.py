@@ -1,4 +1,4 @@
-"""Training steps on CUDA: the next batch is copied and its ids exchanged during a step."""
+"""Training steps on CUDA: a step overlaps with the copy and id exchange of the next batch."""
 
 from __future__ import annotations
 
@@ -15,19 +15,20 @@ from cki_rec.data.loader import Loader
 from cki_rec.data.schema import Batch
 from cki_rec.engine.embeddings import ShardedModel
 
-Pipelineable.register(Batch)  # it has the methods; data may not import torchrec
+Pipelineable.register(Batch)  # Batch has the methods, but data must not import torchrec
 
 
 class Pipeline(TrainPipelineSparseDist):  # type: ignore[misc]
-    """TorchRec's pipeline with our rules: no update from a loss that is not finite, and clipping.
+    """TorchRec's pipeline with gradient clipping, and without updates from a non-finite loss.
 
-    One serves one epoch: reused, it would train no batch of the next.
+    A pipeline serves one epoch. It cannot be reused for the next.
 
     Args:
-        model: With fused tables.
-        adam: Of the rest.
-        forward: Batch -> (mean cross entropy of all processes' rows, what to differentiate).
-        finish: Called between backward and Adam's step.
+        model: Model with fused tables.
+        adam: Optimizer of the other parameters.
+        forward: Function of a batch that returns the mean cross entropy over the rows of all
+            processes, and the local loss to differentiate.
+        finish: Called between the backward pass and Adam's step.
     """
 
     def __init__(
@@ -49,7 +50,7 @@ class Pipeline(TrainPipelineSparseDist):  # type: ignore[misc]
         )
 
     def steps(self, loader: Loader) -> Iterator[tuple[float, int]]:
-        """Take a step for every batch that is left of the epoch; yield loss and rows of each."""
+        """Take a step for every remaining batch of the epoch; yield loss and rows of each."""
         batches = iter(loader)
         while True:
             try:

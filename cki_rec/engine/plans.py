@@ -1,4 +1,4 @@
-"""Which process holds which part of a table."""
+"""Sharding plans: the assignment of table shards to processes."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ from cki_rec.engine import distributed
 from cki_rec.models.embeddings import LANES
 
 FUSED = "fused"
-"""The only kernel of a plan: what others hold, the fused optimizer silently does not train."""
+"""The only kernel of a plan: the fused optimizer silently skips tables of other kernels."""
 
 
 class Sharder(EmbeddingBagCollectionSharder):  # type: ignore[misc]
-    """Offers row-wise sharding on CPU too: gloo can do it, torchrec's list does not say so."""
+    """Sharder with row-wise sharding on CPU, which works but is missing in torchrec's list."""
 
     def sharding_types(self, compute_device_type: str) -> list[str]:
-        """Return what a planner may choose from."""
+        """Return the sharding types for a planner."""
         types: list[str] = super().sharding_types(compute_device_type)
         return list(dict.fromkeys([*types, "row_wise"]))
 
@@ -44,8 +44,8 @@ def make_plan(
     """Return a plan for every table of ``network``, equal on all processes.
 
     Raises:
-        UserError: Columns of a table on different processes, with an optimizer that treats a row
-            as one; or the planner finds no way.
+        UserError: The plan divides columns, but the table optimizer needs whole rows; or the
+            planner does not find a plan.
     """
     collections = {
         name: module
@@ -87,7 +87,7 @@ def make_plan(
 
 
 def describe(plan: ShardingPlan) -> dict[str, dict[str, Any]]:
-    """Return per table its kind of sharding, and ranks with offsets and sizes; plain JSON."""
+    """Return the sharding type and the shards of every table as plain JSON values."""
     return {
         table: {
             "sharding": parameter.sharding_type,
@@ -107,7 +107,7 @@ def describe(plan: ShardingPlan) -> dict[str, dict[str, Any]]:
 
 
 def summarize(plan: dict[str, dict[str, Any]], num_processes: int) -> list[str]:
-    """Return lines for a person: what each process holds."""
+    """Return one line of text per process about its shards."""
     lines = []
     for rank in range(num_processes):
         held = [
@@ -126,7 +126,7 @@ def summarize(plan: dict[str, dict[str, Any]], num_processes: int) -> list[str]:
 
 
 def _owners(configs: Iterable[EmbeddingBagConfig], num: int) -> dict[str, int]:
-    """Return a process for every table: the largest first, each to who holds least."""
+    """Return a process per table: largest table first, to the process with the least load."""
     load, owners = [0] * num, {}
     for config in sorted(configs, key=lambda c: (-c.num_embeddings * c.embedding_dim, c.name)):
         owner = load.index(min(load))
@@ -136,7 +136,7 @@ def _owners(configs: Iterable[EmbeddingBagConfig], num: int) -> dict[str, int]:
 
 
 def _ranks(config: EmbeddingBagConfig, owner: int, num: int) -> list[int]:
-    """Return who holds a table's columns: equal shares of whole lanes."""
+    """Return the processes that hold the columns of a table: equal shares of whole lanes."""
     lanes = config.embedding_dim // LANES
     shares = max(n for n in range(1, num + 1) if lanes % n == 0)
     return [(owner + place) % num for place in range(shares)]

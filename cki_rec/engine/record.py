@@ -1,4 +1,4 @@
-"""Run directories: named by content, locked while written, finished by ``record.json``."""
+"""Run directories: named by content, locked while written, complete with ``record.json``."""
 
 from __future__ import annotations
 
@@ -21,44 +21,45 @@ from typing import Any
 import numpy as np
 from filelock import FileLock
 from numpy.typing import NDArray
+from torch.backends import cpu
 
 from cki_rec import COMMAND_VARIABLE, project_root
-from cki_rec.checkpoints import checkpoint
 from cki_rec.config import UserError
-from cki_rec.engine import distributed
-from cki_rec.engine.resume import RESUME, kept
+from cki_rec.engine import checkpoint_io, distributed
+from cki_rec.engine.resume import RESUME, unfinished_checkpoints
 from cki_rec.environment import installed_version
+from cki_rec.files import write_atomically
 
 PACKAGES = (
     *("cki-rec", "torch", "torchrec", "fbgemm-gpu", "fbgemm-gpu-cpu"),
     *("numpy", "scikit-learn", "polars"),
 )
-"""Whose versions a record holds."""
+"""Packages whose versions a record stores."""
 RECORD = "record.json"
 CHECKPOINT = "checkpoint"
 
 
 @dataclass(slots=True)
 class Run:
-    """One run directory, and the time its phases took."""
+    """One run directory and the duration of its phases."""
 
     path: Path
     seconds: dict[str, float] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
-    """What else explains the run: plan of its tables, steps it was resumed at."""
+    """Further facts for the record: sharding plan, step of resuming."""
 
     @property
     def record(self) -> dict[str, Any] | None:
-        """The record, or None while the run is unfinished."""
+        """Return the record; None while the run is unfinished."""
         try:
             value: dict[str, Any] = json.loads((self.path / RECORD).read_text())
-        except (FileNotFoundError, ValueError):  # a damaged record is no record
+        except (FileNotFoundError, ValueError):  # a damaged record counts as missing
             return None
         return value
 
     @property
     def checkpoint(self) -> Path:
-        """Where the run keeps its model."""
+        """Return the path of the run's checkpoint."""
         return self.path / CHECKPOINT
 
     @contextmanager
@@ -72,9 +73,9 @@ class Run:
         """Write the record, last and atomically.
 
         Args:
-            config: What the run depends on.
+            config: The configuration that the run depends on.
             data: Name, hash and row counts of the data set.
-            result: What it found. ``fingerprint`` covers these three: equal for equal seeds.
+            result: The results. ``fingerprint`` covers these three: equal for equal seeds.
         """
         content = {"config": config, "data": data, "result": result}
         text = json.dumps(content, sort_keys=True, allow_nan=False)
@@ -91,20 +92,20 @@ class Run:
 
 @contextmanager
 def open_run(out: Path, run_id: str, force: bool = False, resume: str = "never") -> Iterator[Run]:
-    """Yield the run directory of ``run_id``, alone: another program that wants it waits.
+    """Yield the run directory of ``run_id`` under a lock that excludes other programs.
 
-    What a killed or failed run left is removed, but for checkpoints to go on from where ``resume``
-    is ``auto``; a finished run stays unless ``force``. Of several processes of one program the
-    first holds the directory for all.
+    Leftovers of a killed or failed run are removed, except checkpoints to resume from if
+    ``resume`` is ``auto``. A finished run stays unless ``force``. The first process holds the lock
+    for all processes of one program.
 
     Raises:
-        RankLost: One of these has ended.
+        RankLost: Another process has ended.
     """
     if distributed.rank() > 0:
         with distributed.detect_lost_ranks():
-            distributed.barrier()  # the first has it now
+            distributed.barrier()  # the first process holds the lock now
             yield Run(out / run_id)
-            distributed.barrier()  # and its record is written
+            distributed.barrier()  # the record is written
         return
     out.mkdir(parents=True, exist_ok=True)
     locks = out / "locks"
@@ -112,34 +113,22 @@ def open_run(out: Path, run_id: str, force: bool = False, resume: str = "never")
     run = Run(out / run_id)
     with FileLock(locks / f"{run_id}.lock"), distributed.detect_lost_ranks():
         is_unfinished = run.record is None
-        if force or (is_unfinished and not (resume == "auto" and kept(run.path / RESUME))):
+        if force or (
+            is_unfinished and not (resume == "auto" and unfinished_checkpoints(run.path / RESUME))
+        ):
             shutil.rmtree(run.path, ignore_errors=True)
             run.path.mkdir()
-        checkpoint.tidy(run.path)
+        checkpoint_io.tidy(run.path)
         distributed.barrier()
         try:
             yield run
-        except UserError:  # what is configured does not work; other options are another run
+        except UserError:  # this configuration is wrong; another one is another run
             shutil.rmtree(run.path / RESUME, ignore_errors=True)
             raise
         finally:
-            if run.record is None and not kept(run.path / RESUME):
+            if run.record is None and not unfinished_checkpoints(run.path / RESUME):
                 shutil.rmtree(run.path, ignore_errors=True)
         distributed.barrier()
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
-    try:
-        temporary.write_bytes(content)
-        temporary.replace(path)
-    except OSError as error:
-        error.filename = error.filename or str(path)
-        raise
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def save_arrays(path: Path, arrays: dict[str, NDArray[Any]]) -> None:
@@ -150,8 +139,8 @@ def save_arrays(path: Path, arrays: dict[str, NDArray[Any]]) -> None:
 
 
 def provenance(seconds: dict[str, float]) -> dict[str, Any]:
-    """Return where and how the run was made: it explains a result and never identifies one."""
-    versions = {name: found for name in PACKAGES if (found := installed_version(name))}
+    """Return where and how the run was made; this never enters its identity."""
+    versions = {name: number for name in PACKAGES if (number := installed_version(name))}
     return {
         **_commit(),
         "versions": {"python": platform.python_version(), **versions},
@@ -164,7 +153,7 @@ def provenance(seconds: dict[str, float]) -> dict[str, Any]:
 
 
 def hardware() -> str:
-    """Return processor, cores and memory in words."""
+    """Return the processor, its vector instructions, its cores and the memory as text."""
     name = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
@@ -173,11 +162,12 @@ def hardware() -> str:
         ]
         name = models[0] if models else name
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    return f"{name}, {os.cpu_count()} cores, {memory:.0f} GiB"
+    vectors = cpu.get_cpu_capability()
+    return f"{name}, {vectors}, {os.cpu_count()} cores, {memory:.0f} GiB"
 
 
 def _commit() -> dict[str, Any]:
-    """Return the commit of a clone and whether files differ from it; null outside a clone."""
+    """Return the commit of a clone and whether files differ from it; None outside a clone."""
     git = ["git", "-C", str(project_root())]
     status = ["status", "--porcelain", "--", "cki_rec", "conf"]
     try:
@@ -197,7 +187,7 @@ def start_sweep(out: Path, name: str, num_jobs: int) -> None:
 
 
 def add_to_sweep(out: Path, name: str, run: Run | None) -> None:
-    """Append a finished run, or None for a job that has nothing to do, to the list of ``name``."""
+    """Append a finished run to the list of ``name``; None: a job without work."""
     path = _members(out, name)
     path.parent.mkdir(parents=True, exist_ok=True)
     entry = {"skipped": True} if run is None else {"run_id": run.path.name}
@@ -206,14 +196,14 @@ def add_to_sweep(out: Path, name: str, run: Run | None) -> None:
 
 
 def sweep_runs(out: Path, name: str) -> tuple[list[Run], int]:
-    """Return the finished runs of ``name``, each once, and how many of its sweep are missing."""
+    """Return the finished runs of ``name`` without repeats, and the number of missing ones."""
     try:
         lines = _members(out, name).read_text().splitlines()
     except FileNotFoundError:
         return [], 0
     entries = []
     for line in lines:
-        with suppress(ValueError):  # the last line of a killed process
+        with suppress(ValueError):  # an incomplete line of a killed process
             entries.append(json.loads(line))
     ids = dict.fromkeys(entry["run_id"] for entry in entries if "run_id" in entry)
     runs = [run for run in (Run(out / run_id) for run_id in ids) if run.record is not None]

@@ -1,8 +1,8 @@
-"""Checkpoints of which no process holds more than some rows of every table.
+"""Checkpoints whose table rows are divided among processes.
 
-Rows of a table are shared evenly and in order, with their counts and accumulators. Everything that
-is no table is whole on every process, and so is a table with fewer rows than processes. In one
-process all is whole.
+Every process holds a contiguous range of the rows of each table, with their counts and
+accumulators. Ranges are of equal size. Other tensors are replicated on every process, and so are
+tables with fewer rows than processes. A single process holds everything.
 """
 
 from __future__ import annotations
@@ -22,11 +22,12 @@ from torch.distributed._shard.sharded_tensor import (
 )
 from torch.distributed._shard.sharding_spec import ShardMetadata
 
-from cki_rec.checkpoints import checkpoint
-from cki_rec.checkpoints.checkpoint import TENSORS, Checkpoint
+from cki_rec import checkpoints
+from cki_rec.checkpoints import TENSORS, Checkpoint
+from cki_rec.checkpoints.checkpoint import check_compatible
 from cki_rec.data.provenance import Provenance
 from cki_rec.data.schema import FeatureSchema
-from cki_rec.engine import distributed
+from cki_rec.engine import checkpoint_io, distributed
 from cki_rec.engine.embeddings import table_of
 from cki_rec.merging.params import Params
 
@@ -35,7 +36,7 @@ Groups = dict[str, dict[str, Any]]
 
 
 def rows_of(size: int, number: int | None = None) -> slice:
-    """Return which of a table's rows a process (None: this one) holds."""
+    """Return the rows of a table of ``size`` rows that a process holds (None: this process)."""
     num = distributed.world_size()
     number = distributed.rank() if number is None else number
     first, last = (size * place // num for place in (number, number + 1))
@@ -43,47 +44,47 @@ def rows_of(size: int, number: int | None = None) -> slice:
 
 
 def is_divided(size: int) -> bool:
-    """Return whether processes hold different rows of a table of so many."""
+    """Return whether a table of ``size`` rows is divided among processes."""
     return size >= distributed.world_size() > 1
 
 
 def own(schema: FeatureSchema) -> FeatureSchema:
-    """Return the schema of the rows that this process holds, as if they were all."""
+    """Return the schema with the table sizes of this process."""
     rows = {table: rows_of(size) for table, size in schema.table_sizes.items()}
     return replace(schema, table_sizes={table: r.stop - r.start for table, r in rows.items()})
 
 
 def load(folders: Sequence[Path], names: Sequence[str]) -> list[Checkpoint]:
-    """Return what this process holds of every checkpoint.
+    """Return the part of every checkpoint that this process holds.
 
-    Of several processes each reads its own rows, and nothing before it is known to fit.
+    Each of several processes reads only its rows, after a check that all checkpoints match.
 
     Raises:
-        UserError: As ``checkpoint.load``; on several processes as ``checkpoint.check_compatible``.
+        UserError: As ``checkpoints.load``; on several processes as ``check_compatible``.
     """
     if distributed.world_size() == 1:
-        return [checkpoint.load(folder) for folder in folders]
-    outlines = [checkpoint.outline(folder) for folder in folders]
-    checkpoint.check_compatible(outlines, list(names))
+        return [checkpoints.load(folder) for folder in folders]
+    outlines = [checkpoints.outline(folder, distributed.share()) for folder in folders]
+    check_compatible(outlines, list(names))
     distributed.barrier()  # the files are whole, each process has looked at some
     return [_filled(*pair) for pair in zip(outlines, folders, strict=True)]
 
 
 def save(folder: Path, tensors: Groups, saved: Checkpoint, origin: Provenance) -> None:
-    """Write one checkpoint of what all processes hold, of the network of ``saved``."""
+    """Write the parts of all processes as one checkpoint of the network of ``saved``."""
     sizes = saved.schema.table_sizes
     whole = {
         group: {n: _whole(t, _rows(_table(group, n), sizes)) for n, t in entries.items()}
         for group, entries in tensors.items()
     }
-    checkpoint.save(folder, whole, saved.model, saved.schema, origin)
+    checkpoint_io.save(folder, whole, saved.model, saved.schema, origin)
 
 
 def total(products: Mapping[str, Tensor], schema: FeatureSchema) -> dict[str, Tensor]:
-    """Return per table the sum over all processes' rows, the same bits on all of them."""
-    of_all = distributed.exchange(dict(products))
+    """Return the sum over the rows of all processes per table, bit-identical on all of them."""
+    gathered = distributed.exchange(dict(products))
     return {
-        name: torch.stack([part[name] for part in of_all]).sum(0)
+        name: torch.stack([part[name] for part in gathered]).sum(0)
         if is_divided(_rows(table_of(name), schema.table_sizes))
         else tensor
         for name, tensor in products.items()
@@ -93,22 +94,22 @@ def total(products: Mapping[str, Tensor], schema: FeatureSchema) -> dict[str, Te
 def mean_shares(
     shares: Mapping[str, list[float]], schema: FeatureSchema
 ) -> dict[str, list[float]]:
-    """Return per parameter the mean share of each source over all processes' rows."""
-    of_all, found = distributed.exchange(dict(shares)), dict(shares)
+    """Return the mean weight of each source per parameter, over the rows of all processes."""
+    gathered, means = distributed.exchange(dict(shares)), dict(shares)
     for name in shares:
         size = _rows(table_of(name), schema.table_sizes)
         if is_divided(size):
-            rows = [rows_of(size, number) for number in range(len(of_all))]
-            found[name] = [
+            rows = [rows_of(size, number) for number in range(len(gathered))]
+            means[name] = [
                 sum(value * (r.stop - r.start) for value, r in zip(values, rows, strict=True))
                 / size
-                for values in zip(*(part[name] for part in of_all), strict=True)
+                for values in zip(*(part[name] for part in gathered), strict=True)
             ]
-    return found
+    return means
 
 
 def _rows(table: str | None, sizes: Mapping[str, int]) -> int:
-    """Return how many rows a table has; 0 for what is none."""
+    """Return the number of rows of a table; 0 for other tensors."""
     return 0 if table is None else sizes[table]
 
 
@@ -122,21 +123,21 @@ def _filled(outline: Checkpoint, folder: Path) -> Checkpoint:
         "accumulator": outline.accumulators,
         "counts": outline.counts,
     }
-    sizes, state, found = outline.schema.table_sizes, {}, {}
+    sizes, state, local = outline.schema.table_sizes, {}, {}
     for group, entries in groups.items():
         for name, tensor in entries.items():
             size = _rows(_table(group, name), sizes)
             part = torch.empty_like(tensor[rows_of(size)] if size else tensor, device="cpu")
-            found[group, name] = part
+            local[group, name] = part
             state[f"{group}.{name}"] = _whole(part, size)
-    checkpoint.fill(state, folder / TENSORS)
-    filled = [{name: found[group, name] for name in entries} for group, entries in groups.items()]
+    checkpoints.fill(state, folder / TENSORS)
+    filled = [{name: local[group, name] for name in entries} for group, entries in groups.items()]
     params, accumulators, counts = filled
     return replace(outline, params=params, accumulators=accumulators, counts=counts)
 
 
 def _whole(part: Tensor, size: int) -> Tensor | ShardedTensor:
-    """Return the tensor of ``size`` rows of which this process holds a part, or all."""
+    """Return the tensor of ``size`` rows of which this process holds ``part``."""
     if not is_divided(size):
         return part
     shards = []

@@ -1,4 +1,4 @@
-"""What a training says along its way: ``steps.jsonl`` and TensorBoard events."""
+"""The log of a training: ``steps.jsonl`` and TensorBoard events."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ STEPS, EVENTS = "steps.jsonl", "tensorboard"
 
 
 class StepLog:
-    """Lines of a run: mean loss, rate and learning rate every so many steps; all of every epoch.
+    """The log of a run: one line per epoch, and one per ``every`` steps.
 
-    The first process writes. A resumed run drops what was written after its checkpoint.
+    Only the first process writes. A resumed run drops the lines after its checkpoint.
 
     Args:
-        folder: Of the run; None: nothing is written.
+        folder: The run directory; None: nothing is written.
         every: Steps between lines; 0: epochs only.
         tensorboard: Whether to write events too.
     """
@@ -37,18 +37,18 @@ class StepLog:
         return cls(None, 0, False)
 
     def start(self, step: int, epoch: int) -> None:
-        """Drop what lies after ``step``, or tells of ``epoch`` or a later one, and be ready."""
+        """Open the log; drop lines after ``step`` and lines of ``epoch`` and later epochs."""
         if self._folder is None:
             return
         path = self._folder / STEPS
-        kept = []
+        lines = []
         if path.exists():
             for line in path.read_text().splitlines():
-                with suppress(ValueError, KeyError):  # a line that was being written
+                with suppress(ValueError, KeyError):  # an incomplete line
                     entry = json.loads(line)
                     if entry["step"] <= step and entry.get("epoch", 0) < epoch:
-                        kept.append(line + "\n")
-        path.write_text("".join(kept))
+                        lines.append(line + "\n")
+        path.write_text("".join(lines))
         if self._has_events:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -56,7 +56,7 @@ class StepLog:
         self._since = time.perf_counter()
 
     def step(self, step: int, loss: float, rows: int, learning_rate: float) -> None:
-        """Count a step, and write a line when one is due."""
+        """Count a step, and write a line if one is due."""
         if self._folder is None or not self._every:
             return
         self._losses.append(loss)
@@ -87,7 +87,7 @@ class StepLog:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Finish the files."""
+        """Close the files."""
         if self._events is not None:
             self._events.close()
 

@@ -1,4 +1,4 @@
-"""The training loop: Adagrad fused into the lookup of tables, Adam for the rest.
+"""The training loop: fused Adagrad for tables, Adam for the rest.
 
 Shape legend: B rows, F fields, D embedding size.
 """
@@ -31,7 +31,7 @@ from cki_rec.engine.steps import StepLog
 from cki_rec.progress import progress
 
 Metrics = Callable[[NDArray[np.float32], NDArray[np.float32]], dict[str, float | None]]
-"""(labels, logits) of validation rows -> values by name; ``monitor`` decides."""
+"""Function of (labels, logits) of validation rows to values by name; ``monitor`` is decisive."""
 
 
 def fit(
@@ -45,20 +45,20 @@ def fit(
     metrics: Metrics,
     save: Callable[[], None],
     title: str,
-    keeper: Checkpointer | None = None,
+    checkpointer: Checkpointer | None = None,
     log: StepLog | None = None,
 ) -> list[dict[str, Any]]:
-    """Train until the monitored metric stops rising; ``save`` is called at every best epoch.
+    """Train until the monitored metric stops rising; call ``save`` after every best epoch.
 
-    Learning rates fall by ``plateau_factor`` after an epoch that is not better; training ends
-    after ``patience`` of them in a row. All processes call this, and all decide alike.
+    Learning rates fall by ``plateau_factor`` after an epoch without improvement. Training ends
+    after ``patience`` such epochs in a row. All processes call this and take the same decisions.
 
     Returns:
         One dictionary per epoch: ``epoch, step, train_loss, learning_rate, is_best`` and metrics.
 
     Raises:
-        UserError: The loss is not finite, or the metric undefined.
-        Stopped: The system asked to stop; a checkpoint is written, the next call goes on from it.
+        UserError: The loss is not finite, or the metric is undefined.
+        Stopped: The system asked to stop. A checkpoint is written; the next call resumes from it.
     """
     adam = initialized_adam(model, schedule.learning_rate)
     average = Average(model, schedule.ema) if schedule.ema is not None else None
@@ -67,54 +67,54 @@ def fit(
         rank=distributed.rank(), world_size=distributed.world_size(), device=model.device,
     )  # fmt: skip
     label = dataset.labels(valid_rows)
-    keeper, log = keeper or Checkpointer.none(), log or StepLog.none()
+    checkpointer, log = checkpointer or Checkpointer.none(), log or StepLog.none()
     state = TrainingState(model, adam, average, loader)
-    at = keeper.restore(state)
-    log.start(at.step, at.epoch)
+    loop = checkpointer.restore(state)
+    log.start(loop.step, loop.epoch)
     step = Stepper(model, adam, schedule)
-    with progress(title, schedule.epochs * len(train_rows)) as advance, keeper, log, step:
-        advance((at.epoch - 1) * len(train_rows) + at.rows)
-        while at.epoch <= schedule.epochs and at.stalled < schedule.patience:
-            set_learning_rates(model, adam, schedule, at.scale)
+    with progress(title, schedule.epochs * len(train_rows)) as advance, checkpointer, log, step:
+        advance((loop.epoch - 1) * len(train_rows) + loop.rows)
+        while loop.epoch <= schedule.epochs and loop.stalled < schedule.patience:
+            set_learning_rates(model, adam, schedule, loop.scale)
             model.module.train()
-            for loss, rows in step.epoch(loader, seed, at.step):
+            for loss, rows in step.epoch(loader, seed, loop.step):
                 if not math.isfinite(loss):
                     raise UserError(
-                        f"{title}: the loss is {loss} in epoch {at.epoch}; lower"
+                        f"{title}: the loss is {loss} in epoch {loop.epoch}; lower"
                         " train.learning_rate or train.table_learning_rate"
                     )
                 if average is not None:
                     average.update()
-                at.count(loss, rows)
-                advance(rows, f"epoch {at.epoch}")
-                log.step(at.step, loss, rows, adam.param_groups[0]["lr"])
-                keeper.keep_if_due(at, state)
+                loop.count(loss, rows)
+                advance(rows, f"epoch {loop.epoch}")
+                log.step(loop.step, loss, rows, adam.param_groups[0]["lr"])
+                checkpointer.save_if_due(loop, state)
             with average.applied() if average is not None else nullcontext():
                 logits = predict(model.module, dataset, schema, valid_rows, model.device)
                 if not np.isfinite(logits).all():
                     raise UserError(
-                        f"{title}: scores are not finite after epoch {at.epoch}; lower"
+                        f"{title}: scores are not finite after epoch {loop.epoch}; lower"
                         " train.learning_rate or train.table_learning_rate"
                     )
-                found = metrics(label, logits)
-                if found["monitor"] is None:
+                values = metrics(label, logits)
+                if values["monitor"] is None:
                     raise UserError(
                         f"{title}: a monitored metric is undefined on validation rows: they hold"
-                        " one class only, or no user with both"
+                        " only one class, or no user with both classes"
                     )
-                entry = at.end_epoch(found, schedule)
+                entry = loop.end_epoch(values, schedule)
                 if entry["is_best"]:
                     save()
             log.epoch(entry)
-    return at.history
+    return loop.history
 
 
 class Stepper:
     """Takes training steps.
 
     Args:
-        model: What is trained.
-        adam: Of the parameters that no fused optimizer trains.
+        model: The model.
+        adam: Optimizer of the parameters without a fused optimizer.
         schedule: Options of the loss and its gradient.
     """
 
@@ -128,18 +128,18 @@ class Stepper:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Take its hooks off the model."""
+        """Remove the hooks from the model."""
         self._l2.remove()
 
     def epoch(self, loader: Loader, seed: int, step: int) -> Iterator[tuple[float, int]]:
-        """Take a step for every batch that is left of the epoch; yield loss and rows of each.
+        """Take a step for every remaining batch of the epoch; yield loss and rows of each.
 
-        What is random in a step is drawn from (seed, step, process): a resumed run draws what an
-        unbroken one would have drawn.
+        Random numbers of a step are drawn from (seed, step, process), so a resumed run draws the
+        same numbers as an uninterrupted one.
 
         Args:
-            loader: Of the batches.
-            seed: Of the run.
+            loader: The batches.
+            seed: Seed of the run.
             step: Number of the first step.
         """
         numbers, rank = itertools.count(step), distributed.rank()
@@ -155,9 +155,9 @@ class Stepper:
             yield self._step(batch, forward), batch.step_rows or len(batch)
 
     def __call__(self, batch: Batch) -> float:
-        """Take one step; return the mean cross entropy before it, of all processes' rows.
+        """Take one step; return the mean cross entropy before it, over the rows of all processes.
 
-        Where that is not finite, no parameter is changed on any process.
+        If it is not finite, no parameter is changed on any process.
         """
         return self._step(batch, self._forward)
 
@@ -171,9 +171,9 @@ class Stepper:
         return value
 
     def _forward(self, batch: Batch) -> tuple[float, Tensor]:
-        """Return the mean cross entropy of all processes' rows, and this one's share of it.
+        """Return the mean cross entropy over the rows of all processes, and the local share of it.
 
-        The share is times the number of processes, since gradients are averaged over them.
+        The share is multiplied by the number of processes, which average their gradients.
         """
         rows = batch.step_rows or len(batch)
         self._l2.scale = self._num / rows
@@ -185,7 +185,7 @@ class Stepper:
         return float(distributed.total(share.detach().clone())), share * self._num
 
     def _finish(self) -> None:
-        """Complete the gradient that Adam sees."""
+        """Add the L2 term to the gradient of Adam and clip it."""
         self._l2.add_to_dense()
         clip(self._model, self._schedule.gradient_clip)
 
@@ -193,7 +193,7 @@ class Stepper:
 def set_learning_rates(
     model: ShardedModel, adam: torch.optim.Optimizer, schedule: Train, scale: float
 ) -> None:
-    """Set both learning rates to ``scale`` of the schedule's, but no lower than it allows."""
+    """Set both learning rates to ``scale`` times the schedule, bounded from below."""
     smallest = schedule.min_learning_rate
     model.set_table_learning_rate(max(schedule.table_learning_rate * scale, smallest))
     for group in adam.param_groups:
@@ -201,5 +201,5 @@ def set_learning_rates(
 
 
 def step_seed(seed: int, step: int, rank: int) -> int:
-    """Return the seed of what is random in a step of one process."""
+    """Return the seed of the random numbers of a step of one process."""
     return int(np.random.SeedSequence((seed, step, rank)).generate_state(1, np.uint64)[0] >> 1)

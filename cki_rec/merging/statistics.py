@@ -1,6 +1,7 @@
-"""What several models compute on the same rows.
+"""Statistics of the activations and gradients of several models on the same rows.
 
-Shape legend: B rows, K models, I inputs of a layer and the constant 1.
+A batch is any argument that the network takes; labels are not used. Shape legend: B rows,
+K models, I inputs of a layer and the constant 1, O outputs of a layer.
 """
 
 from __future__ import annotations
@@ -8,31 +9,26 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.hooks import RemovableHandle
 
-from cki_rec.data.columns import Ints
-from cki_rec.data.encoding.store import EncodedDataset
-from cki_rec.data.loader import Loader
-from cki_rec.data.schema import Batch, FeatureSchema
 from cki_rec.merging.params import Params
 from cki_rec.merging.repair import Moments
-from cki_rec.models.attention import ActivationUnit
-
-BATCH = 4096
+from cki_rec.merging.traits import valid_positions_of
 
 
 @dataclass(slots=True)
 class ActivationStatistics:
-    """Runs models on one sample of rows; their labels are not used."""
+    """Statistics of models on one sample of rows."""
 
     network: nn.Module
-    """With unsharded tables; its own parameters are not used."""
-    batches: Sequence[Batch]
+    """A network with unsharded tables; its own parameters are not used."""
+    batches: Sequence[Any]
+    """The sample."""
 
     def __call__(self, models: Sequence[Params], layers: Sequence[str] | None = None) -> Moments:
         """Return ``linear_moments`` of ``models`` on the sample."""
@@ -43,65 +39,27 @@ class ActivationStatistics:
         return output_gradients(self.network, models, self.batches, layers)
 
 
-def observer(
-    network: nn.Module,
-    dataset: EncodedDataset,
-    schema: FeatureSchema,
-    size: int,
-    seed: int,
-    rows: Ints | None = None,
-) -> ActivationStatistics:
-    """Return an observer of ``size`` training rows, drawn without replacement; of all if fewer.
-
-    ``rows`` are those to draw from; None: all training rows.
-    """
-    rows = dataset.rows("train") if rows is None else rows
-    if len(rows) > size:
-        rows = np.sort(np.random.default_rng(seed).choice(rows, size, replace=False))
-    return ActivationStatistics(network, list(Loader(dataset, schema, rows, BATCH)))
-
-
-def random_batch(schema: FeatureSchema, rows: int, seed: int) -> Batch:
-    """Return a batch of ids drawn from the whole vocabularies: rows that need no data set.
-
-    Sets and histories of a row hold equally many, 1 to 5.
-    """
-    draw = torch.Generator().manual_seed(seed)
-    several = torch.randint(1, 6, (rows,), generator=draw)
-    values, lengths = [], []
-    for feature in schema.lookups:
-        length = torch.ones_like(several) if feature.kind == "categorical" else several
-        size = schema.table_sizes[feature.table]
-        lowest = min(1, size - 1)  # 0 is padding, but in a table of one row
-        values.append(torch.randint(lowest, size, (int(length.sum()),), generator=draw))
-        lengths.append(length)
-    numbers = torch.randn(rows, len(schema.numbers), generator=draw) if schema.numbers else None
-    return Batch(
-        torch.cat(values) if values else torch.zeros(0, dtype=torch.int64),
-        torch.cat(lengths).to(torch.int32) if lengths else None,
-        torch.zeros(rows),
-        numbers,
-    )
-
-
 @torch.no_grad()
 def linear_moments(
     network: nn.Module,
     models: Sequence[Params],
-    batches: Iterable[Batch],
+    batches: Iterable[Any],
     layers: Sequence[str] | None = None,
 ) -> Moments:
-    """Return second moments of the inputs of every Linear, over all models side by side.
+    """Return second moments of the inputs of every Linear layer, over all models side by side.
 
-    Layers that a network uses more than once are left out, and so are layers that see no input, or
-    one that is the same for all rows. Those of an attention to histories see the valid places:
-    what they give for empty ones is dropped by the network.
+    Three kinds of layers are left out: layers that run more than once per batch, layers without
+    input, and layers whose input is the same for all rows. Layers inside a module with
+    ``valid_positions`` count valid positions only: the module drops the outputs of the others.
 
     Args:
         network: A network with unsharded tables; its own parameters are not used.
-        models: Parameters to run it with.
-        batches: Rows to look at.
-        layers: Names of weights; None: of all Linear layers.
+        models: Parameters to run the network with.
+        batches: The sample.
+        layers: Names of weights; None: those of all Linear layers.
+
+    Returns:
+        The moments, divided by the number of rows of each layer.
     """
     second: dict[str, Tensor] = {}
     logit: dict[str, Tensor] = {}
@@ -109,7 +67,7 @@ def linear_moments(
     order: dict[str, None] = {}
     total = 0
     network.eval()
-    with _listening(network, layers) as (inputs, valid):
+    with _recorded_inputs(network, layers) as (inputs, valid):
         for batch in batches:
             inputs.clear()
             scores = [functional_call(network, model, (batch,)) for model in models]
@@ -117,7 +75,7 @@ def linear_moments(
             total += len(logit_BK)
             order |= dict.fromkeys(inputs)
             for name, parts in inputs.items():
-                if len(parts) != len(models) or not len(parts[0]):  # used several times, or not
+                if len(parts) != len(models) or not len(parts[0]):  # shared, or without input
                     continue
                 if name not in valid and len(parts[0]) != len(logit_BK):
                     continue
@@ -138,23 +96,23 @@ def linear_moments(
 def output_gradients(
     network: nn.Module,
     models: Sequence[Params],
-    batches: Iterable[Batch],
+    batches: Iterable[Any],
     layers: Collection[str],
 ) -> dict[str, Tensor]:
-    r"""Return per Linear the mean over rows of :math:`g g^T` ``(K, O, K, O)`` float64.
+    r"""Return per Linear layer the mean over rows of :math:`g g^T` ``(K, O, K, O)`` float64.
 
-    g are the gradients of the models' logits in the outputs of the layer, side by side. Layers
-    that do not see one input a row, or are used more than once, are left out.
+    g concatenates the gradients of the models' logits in the outputs of the layer. Layers that
+    run more than once per batch, or that do not read one input per row, are left out.
 
     Args:
         network: A network with unsharded tables; its own parameters are not used.
-        models: Parameters to run it with.
-        batches: Rows to look at.
+        models: Parameters to run the network with.
+        batches: The sample.
         layers: Names of weights.
     """
     nudges: dict[str, list[Tensor]] = {name: [] for name in layers}
 
-    def listen(name: str, module: nn.Module) -> RemovableHandle:
+    def add_nudge(name: str, module: nn.Module) -> RemovableHandle:
         def hook(_: nn.Module, __: tuple[Tensor, ...], output: Tensor) -> Tensor:
             nudges[name].append(torch.zeros_like(output, requires_grad=True))
             return output + nudges[name][-1]
@@ -162,8 +120,8 @@ def output_gradients(
         return module.register_forward_hook(hook)
 
     modules = dict(network.named_modules())
-    handles = [listen(name, modules[name.removesuffix(".weight")]) for name in layers]
-    found: dict[str, Tensor] = {}
+    handles = [add_nudge(name, modules[name.removesuffix(".weight")]) for name in layers]
+    products: dict[str, Tensor] = {}
     rows = dict.fromkeys(layers, 0)
     total = 0
     network.eval()
@@ -182,36 +140,42 @@ def output_gradients(
             for name, parts in once.items():
                 g_BKO = torch.stack([next(gradients) for _ in parts], 1).double()
                 flat, shape = g_BKO.flatten(1), g_BKO.shape[1:]
-                _add(found, name, (flat.T @ flat).unflatten(0, shape).unflatten(2, shape))
+                _add(products, name, (flat.T @ flat).unflatten(0, shape).unflatten(2, shape))
                 rows[name] += num_rows
     finally:
         for handle in handles:
             handle.remove()
-    return {name: value / total for name, value in found.items() if rows[name] == total}
+    return {name: value / total for name, value in products.items() if rows[name] == total}
 
 
 @contextmanager
-def _listening(
+def _recorded_inputs(
     network: nn.Module, layers: Sequence[str] | None
 ) -> Iterator[tuple[dict[str, list[Tensor]], dict[str, Tensor]]]:
-    """Yield what Linear layers see as the network runs, and which places are valid.
+    """Record the inputs of Linear layers while the network runs.
 
-    The first holds per layer the inputs and a constant 1, flat, call by call; of layers inside an
-    attention, those at valid places, which the second holds.
+    Yields:
+        The inputs per layer with a constant 1, call by call, valid positions only; and the masks
+        of layers inside a module with ``valid_positions``.
     """
     linears = {f"{n}.weight": m for n, m in network.named_modules() if isinstance(m, nn.Linear)}
     inputs: dict[str, list[Tensor]] = {}
     valid: dict[str, Tensor] = {}
 
-    def listen_to_mask(unit: str, module: nn.Module) -> RemovableHandle:
+    def record_mask(unit: str, module: nn.Module) -> RemovableHandle | None:
+        valid_positions = valid_positions_of(module)
+        if valid_positions is None:
+            return None
         inside = [name for name in linears if name.startswith(f"{unit}.")]
 
         def hook(_: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-            valid.update(dict.fromkeys(inside, arguments[2].flatten()))
+            mask = valid_positions(*arguments)
+            if mask is not None:
+                valid.update(dict.fromkeys(inside, mask))
 
         return module.register_forward_pre_hook(hook)
 
-    def listen(name: str, module: nn.Linear) -> RemovableHandle:
+    def record_input(name: str, module: nn.Linear) -> RemovableHandle:
         def hook(_: nn.Module, arguments: tuple[Tensor, ...]) -> None:
             x = arguments[0].flatten(0, -2)
             x = x[valid[name]] if name in valid else x
@@ -219,9 +183,9 @@ def _listening(
 
         return module.register_forward_pre_hook(hook)
 
-    handles = [listen(name, linears[name]) for name in (linears if layers is None else layers)]
-    units = [(n, m) for n, m in network.named_modules() if isinstance(m, ActivationUnit)]
-    handles += [listen_to_mask(*unit) for unit in units]
+    handles = [record_input(n, linears[n]) for n in (linears if layers is None else layers)]
+    masks = [record_mask(name, module) for name, module in network.named_modules()]
+    handles += [handle for handle in masks if handle is not None]
     try:
         yield inputs, valid
     finally:

@@ -1,4 +1,4 @@
-"""Networks: ``forward(batch) -> logit_B``; they know no loss, optimizer or path."""
+"""Networks: ``forward(batch) -> logit_B``, without loss, optimizer or files."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ MODELS: dict[str, Callable[[FeatureSchema, Model, torch.device | None], nn.Modul
     "din": DIN,
     "final_mlp": FinalMLP,
 }
-"""Name in ``conf/model`` -> class."""
+"""Model classes by their name in ``conf/model``."""
 
 
 def model_schema(schema: FeatureSchema, model: Model) -> FeatureSchema:
-    """Return the features that ``model`` reads."""
+    """Return the schema with only the features that ``model`` reads."""
     return schema if model.histories else schema.without_histories()
 
 
@@ -40,7 +40,7 @@ def build_model(
     """Return a network with tables on ``device`` (``meta`` before sharding).
 
     Raises:
-        UserError: No model of that name.
+        UserError: There is no model of that name.
     """
     if model.name not in MODELS:
         hint = nearest(model.name, MODELS)

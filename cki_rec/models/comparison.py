@@ -1,21 +1,15 @@
-"""In which options two networks differ, and whether parameters mean the same to both."""
+"""Options in which two networks differ, and their effect on the function of parameters."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from cki_rec.config import Model, section
+from cki_rec.models import MODELS
+from cki_rec.models.layers import MLP_OPTIONS
 
 TRAINING_ONLY = ("dropout", "init_std", "matrix_std")
-"""Last words of options that say nothing of a trained model."""
-SECTIONS = {
-    "cross": ("dcn", "dcnv2"),
-    "attention": ("din",),
-    "streams": ("final_mlp",),
-}
-"""Options of some networks only -> which."""
-WITHOUT_MLP = ("lr", "fm")
-OF_MLP = ("hidden", "activation", "batch_norm")
+"""Last words of options that matter in training only."""
 
 
 def differences(one: Model, other: Model) -> dict[str, tuple[Any, Any]]:
@@ -25,16 +19,25 @@ def differences(one: Model, other: Model) -> dict[str, tuple[Any, Any]]:
 
 
 def decides(key: str, model: Model) -> bool:
-    """Return whether an option decides what a network computes from given parameters.
+    """Return whether an option changes the function that a network computes from its parameters.
 
-    ``histories`` does, but shows in the features of a schema.
+    ``histories`` is excluded: it changes the features of the schema, which are compared apart.
     """
     first, _, rest = key.partition(".")
     if (rest or first) in (*TRAINING_ONLY, "histories"):
         return False
-    if rest:
-        return model.name in SECTIONS[first]
-    return not (first in OF_MLP and model.name in WITHOUT_MLP)
+    if not rest and first not in MLP_OPTIONS:
+        return True
+    return first in reads(model)
+
+
+def reads(model: Model) -> tuple[str, ...]:
+    """Return the optional options and sections that a network reads.
+
+    A model class declares them as ``reads``. Default: the options of an MLP.
+    """
+    names: tuple[str, ...] = getattr(MODELS.get(model.name), "reads", MLP_OPTIONS)
+    return names
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Cross networks: explicit products of the input with itself, one degree more a layer.
+"""Cross networks: explicit products of the input with itself, one more degree per layer.
 
 Shape legend: B rows, W width of the input, E experts, R rank.
 """
@@ -16,7 +16,7 @@ class CrossNet(nn.Module):
 
     Args:
         width: W.
-        layers: How many.
+        layers: Number of layers.
 
     Reference:
         Wang et al., Deep & Cross Network for Ad Click Predictions, ADKDD 2017, equation 3.
@@ -52,11 +52,14 @@ class CrossNetV2(nn.Module):
 
     Args:
         width: W.
-        layers: How many.
+        layers: Number of layers.
 
     Reference:
         Wang et al., DCN V2, WWW 2021, equation 1.
     """
+
+    multiplies_coordinates = True
+    """It cannot read projected embeddings (``cki_rec.merging.traits``)."""
 
     def __init__(self, width: int, layers: int) -> None:
         super().__init__()
@@ -81,13 +84,16 @@ class CrossNetMix(nn.Module):
 
     Args:
         width: W.
-        layers: How many.
-        rank: R, of every matrix.
-        experts: E, matrices of a layer; a lone one has no gate.
+        layers: Number of layers.
+        rank: R of every matrix.
+        experts: E, matrices per layer; a single one has no gate.
 
     Reference:
         Wang et al., DCN V2, WWW 2021, equations 3 and 4.
     """
+
+    multiplies_coordinates = True
+    """It cannot read projected embeddings (``cki_rec.merging.traits``)."""
 
     def __init__(self, width: int, layers: int, rank: int, experts: int) -> None:
         super().__init__()
@@ -105,7 +111,7 @@ class CrossNetMix(nn.Module):
 
 
 class _Mixture(nn.Module):
-    """One layer: ``down`` is V, ``core`` C and ``up`` U, an expert per entry of the first axis."""
+    """One layer: ``down`` is V, ``core`` is C, ``up`` is U; the first axis holds the experts."""
 
     def __init__(self, width: int, rank: int, experts: int) -> None:
         super().__init__()
@@ -117,7 +123,7 @@ class _Mixture(nn.Module):
     def forward(self, x0_BW: Tensor, x_BW: Tensor, share_BE: Tensor | None) -> Tensor:
         low_BER = torch.einsum("bw,ewr->ber", x_BW, self.down).tanh()
         low_BER = torch.einsum("ber,esr->bes", low_BER, self.core).tanh()
-        if share_BE is not None:  # shares sum to one, so the bias needs none
+        if share_BE is not None:  # shares sum to one, so the bias stays outside
             low_BER = low_BER * share_BE.unsqueeze(2)
         high_BW = torch.einsum("ber,ewr->bw", low_BER, self.up)
         return x0_BW * (high_BW + self.bias) + x_BW
@@ -125,5 +131,5 @@ class _Mixture(nn.Module):
 
 def _matrices(number: int, rows: int, columns: int) -> nn.Parameter:
     """Return ``(number, rows, columns)``, each matrix Xavier uniform."""
-    drawn = [nn.init.xavier_uniform_(torch.empty(rows, columns)) for _ in range(number)]
-    return nn.Parameter(torch.stack(drawn))
+    matrices = [nn.init.xavier_uniform_(torch.empty(rows, columns)) for _ in range(number)]
+    return nn.Parameter(torch.stack(matrices))

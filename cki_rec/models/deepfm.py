@@ -10,17 +10,17 @@ from cki_rec.data.schema import Batch, FeatureSchema
 from cki_rec.merging.symmetry import LogitScale, Symmetry
 from cki_rec.models.embeddings import Embedded, FieldEmbeddings
 from cki_rec.models.layers import MLP, fm_interaction
-from cki_rec.models.symmetries import common_frame, hidden_units, scale_with_products
+from cki_rec.models.symmetries import hidden_units, scale_with_products, shared_basis
 
 
 class DeepFM(nn.Module):
-    """First-order weights, factorization machine and MLP on one set of embeddings.
+    """First-order weights, a factorization machine and an MLP on shared embeddings.
 
     Reference:
         Guo et al., DeepFM, IJCAI 2017, equations 1 to 3.
 
     Differs:
-        Several ids of a field are pooled by mean; a field of histories shares the items' table.
+        Several ids of a field are pooled by mean. Histories share the table of their items.
     """
 
     def __init__(
@@ -34,11 +34,11 @@ class DeepFM(nn.Module):
         self.bias = nn.Parameter(torch.zeros(1))
 
     def forward(self, batch: Batch) -> Tensor:
-        """Return ``(B,)``, the logit of a click per row."""
+        """Return ``(B,)`` logits of a click."""
         return self.interact(self.sparse(batch))
 
     def interact(self, emb: Embedded) -> Tensor:
-        """Return ``(B,)`` logits from embeddings: all of the network that is not lookups."""
+        """Return ``(B,)`` logits from embeddings: the network without its lookups."""
         emb_BFD = emb.fields_BFD
         logit_B: Tensor = (
             self.bias + emb.first_order_B + fm_interaction(emb_BFD) + self.mlp(emb_BFD.flatten(1))
@@ -46,10 +46,10 @@ class DeepFM(nn.Module):
         return logit_B
 
     def symmetries(self) -> list[Symmetry]:
-        """Return the one rotation of all embeddings, and the hidden units' permutations."""
-        frame = common_frame(self.sparse, ["mlp.layers.0.weight"])
-        return [frame, *hidden_units(self.mlp, "mlp")]
+        """Return one rotation of all embeddings and the permutations of hidden units."""
+        basis = shared_basis(self.sparse, ["mlp.layers.0.weight"])
+        return [basis, *hidden_units(self.mlp, "mlp")]
 
     def logit_scale(self) -> LogitScale:
-        """Return what scales and shifts the logit and nothing else."""
+        """Return the parameters that scale and shift the logit and nothing else."""
         return scale_with_products(self.sparse, self.mlp, "bias")

@@ -13,29 +13,31 @@ from cki_rec.data.schema import Batch, Feature, FeatureSchema
 from cki_rec.merging.symmetry import Kind, LogitScale, Symmetry
 from cki_rec.models.attention import ActivationUnit
 from cki_rec.models.embeddings import Embedded, FieldEmbeddings
-from cki_rec.models.layers import MLP
-from cki_rec.models.symmetries import frames, hidden_units, scale_of_sum
+from cki_rec.models.layers import MLP, MLP_OPTIONS
+from cki_rec.models.symmetries import bases, hidden_units, scale_of_sum
 
 OPTION = "model.attention.pairs"
 
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """What asks and what is asked; several fields are concatenated, place by place."""
+    """Targets and the histories that they attend to; several fields are concatenated."""
 
     targets: tuple[str, ...]
     histories: tuple[str, ...]
 
 
 class DIN(nn.Module):
-    """Attention to histories, given a target, in place of their mean; then an MLP on all fields.
+    """Attention of targets over histories instead of mean pooling; then an MLP on all fields.
 
     Reference:
         Zhou et al., Deep Interest Network, KDD 2018.
 
     Differs:
-        Histories that no pair names are pooled by mean.
+        Histories outside all pairs are pooled by mean.
     """
+
+    reads = (*MLP_OPTIONS, "attention")
 
     def __init__(
         self, schema: FeatureSchema, model: Model, device: torch.device | None = None
@@ -67,11 +69,11 @@ class DIN(nn.Module):
         self.mlp = MLP(width, model.hidden, model.dropout, model.activation, model.batch_norm)
 
     def forward(self, batch: Batch) -> Tensor:
-        """Return ``(B,)``, the logit of a click per row."""
+        """Return ``(B,)`` logits of a click."""
         return self.interact(self.sparse(batch))
 
     def interact(self, emb: Embedded) -> Tensor:
-        """Return ``(B,)`` logits from embeddings: all of the network that is not lookups."""
+        """Return ``(B,)`` logits from embeddings: the network without its lookups."""
         parts = [emb.fields_BFD.flatten(1)]
         for pair, places, unit in zip(self.pairs, self.places, self.attention, strict=True):
             query = torch.cat([emb.fields_BFD[:, place] for place in places], dim=1)
@@ -81,43 +83,45 @@ class DIN(nn.Module):
         return logit_B
 
     def symmetries(self) -> list[Symmetry]:
-        """Return what acts on each table and number, then on hidden units.
+        """Return the symmetries of each table and number, then of hidden units.
 
-        Tables of targets are only permuted, with signs: their coordinates are multiplied.
+        Tables of targets admit signed permutations only: their coordinates are multiplied.
         """
         dim, order = self.sparse.embedding_dim, [*self.sparse.fields, *self.attended]
-        asked = {name for pair in self.pairs for name in pair.targets}
-        found = []
-        for frame in frames(self.sparse):
-            slices = [frame.vectors, *frame.blocks("mlp.layers.0.weight", order, dim)]
+        targets = {name for pair in self.pairs for name in pair.targets}
+        symmetries = []
+        for basis in bases(self.sparse):
+            slices = [basis.vectors, *basis.blocks("mlp.layers.0.weight", order, dim)]
             for number, pair in enumerate(self.pairs):
                 reader, width = f"attention.{number}.mlp.layers.0.weight", len(pair.targets) * dim
-                slices += frame.blocks(reader, pair.targets, dim)
-                slices += frame.blocks(reader, pair.histories, dim, start=width)
-                slices += frame.blocks(reader, pair.histories, dim, start=2 * width)
-                slices += frame.blocks(reader, pair.histories, dim, start=3 * width, signed=False)
-            is_asked = bool(asked & set(frame.fields))
-            kind: Kind = "signed_permutation" if is_asked else "rotation"
-            found.append(Symmetry(kind, dim, tuple(slices)))
-        found += hidden_units(self.mlp, "mlp")
+                slices += basis.blocks(reader, pair.targets, dim)
+                slices += basis.blocks(reader, pair.histories, dim, start=width)
+                slices += basis.blocks(reader, pair.histories, dim, start=2 * width)
+                slices += basis.blocks(reader, pair.histories, dim, start=3 * width, signed=False)
+            is_target = bool(targets & set(basis.fields))
+            kind: Kind = "signed_permutation" if is_target else "rotation"
+            symmetries.append(Symmetry(kind, dim, tuple(slices)))
+        symmetries += hidden_units(self.mlp, "mlp")
         for number, unit in enumerate(self.attention):
             assert isinstance(unit, ActivationUnit)
-            found += hidden_units(unit.mlp, f"attention.{number}.mlp")
-        return found
+            symmetries += hidden_units(unit.mlp, f"attention.{number}.mlp")
+        return symmetries
 
     def logit_scale(self) -> LogitScale:
-        """Return what scales and shifts the logit and nothing else."""
+        """Return the parameters that scale and shift the logit and nothing else."""
         return scale_of_sum(self.sparse, self.mlp, None)
 
 
 def attention_pairs(schema: FeatureSchema, model: Model) -> list[Pair]:
-    """Return the pairs that ``model`` asks for, or every history with its table's field.
+    """Return the pairs that ``model`` names; by default every history and its table's field.
 
     Raises:
-        UserError: There is no history, or a pair does not fit the schema.
+        UserError: There is no history, or a pair does not match the schema.
     """
     if not model.histories:
-        raise UserError("model.histories=false: DIN attends to histories; set it to true")
+        raise UserError(
+            "model.histories=false: DIN attends to histories; use model.histories=true"
+        )
     histories = [f for f in schema.lookups if f.kind == "history"]
     if not histories:
         raise UserError(f"{OPTION}: the data set has no feature of kind history for DIN")

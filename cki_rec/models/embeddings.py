@@ -1,4 +1,4 @@
-"""Embeddings of every field of a batch, looked up through TorchRec.
+"""Embeddings of every field of a batch, looked up with TorchRec.
 
 Shape legend: B rows, F fields, D embedding size, L ids of a history, S bags of a lookup.
 """
@@ -19,10 +19,10 @@ from cki_rec.data.schema import Batch, Feature, FeatureSchema
 FIRST_ORDER = "_first_order"
 """Suffix of the tables that hold first-order weights."""
 NUMBERS = ("numbers", "numbers_first_order")
-"""Last words of the parameters that numeric fields have instead of tables."""
+"""Last words of the parameter names of numeric fields, which have no tables."""
 LANES = 4
 """The lookup kernels need widths that are multiples of this. Columns beyond the embedding size are
-zero, are read by nothing, get no gradient and so stay zero."""
+zero and unused; they get no gradient, so they stay zero."""
 
 
 @dataclass(slots=True)
@@ -32,30 +32,30 @@ class Embedded:
     fields_BFD: Tensor
     """In the order of ``FieldEmbeddings.fields``."""
     first_order_B: Tensor
-    """Sum of first-order weights; zeros where the model has none."""
+    """Sum of first-order weights; zeros if the model has none."""
     histories: dict[str, Tensor] = field(default_factory=dict)
-    """Attended histories, ``(B, L, D)``; zeros where a row has no id."""
+    """Attended histories, ``(B, L, D)``; zeros at empty positions."""
     masks: dict[str, Tensor] = field(default_factory=dict)
-    """``(B, L)`` bool: where a row of ``histories`` has an id."""
+    """``(B, L)`` bool: the valid positions of ``histories``."""
 
 
 class FieldEmbeddings(nn.Module):
-    """Embeddings of every field, and first-order weights if asked.
+    """Embeddings of every field, with optional first-order weights.
 
-    Features that share a vocabulary share a table. Several ids of one row are pooled by mean; no
-    ids give zeros. A number times a vector of its own is its embedding. Fields leave in the order
-    of ``fields``: by table, then as in the schema, numbers last.
+    Features with a common vocabulary share a table. Several ids of one row are pooled by mean, and
+    a row without ids has zeros. The embedding of a number is the number times a learned vector.
+    The output has the order of ``fields``: by table, then as in the schema, numbers last.
 
-    A history that a model attends to leaves as one embedding per id. It is looked up like the
-    rest, with a bag for each of its ids, since sharded sequence lookups are wrong on CPU.
+    An attended history has one embedding per id. It is looked up like the rest, with one bag per
+    id, because sharded sequence lookups are wrong on CPU.
 
     Args:
         schema: Fields and table sizes.
         embedding_dim: D.
         first_order: Whether fields have first-order weights too.
         attended: Features of kind ``history`` that are not pooled.
-        length: L; of a longer history the latest ids count.
-        device: Where tables are; ``meta`` before sharding.
+        length: L; a longer history is cut to its latest ids.
+        device: Device of the tables; ``meta`` before sharding.
     """
 
     def __init__(
@@ -93,10 +93,10 @@ class FieldEmbeddings(nn.Module):
             for table, features in pooled.items()
         ]
         if first_order:
-            kept = {
+            weighted = {
                 t: [f.name for f in fs if f.name not in attended] for t, fs in by_table.items()
             }
-            tables += [config(t, FIRST_ORDER, 1, keys) for t, keys in kept.items() if keys]
+            tables += [config(t, FIRST_ORDER, 1, keys) for t, keys in weighted.items() if keys]
         self.first_order = [
             key for t in tables if t.name.endswith(FIRST_ORDER) for key in t.feature_names
         ]
@@ -108,7 +108,7 @@ class FieldEmbeddings(nn.Module):
         self.sequences = nn.ModuleDict()
         self.names = names
         self.bags: dict[str, dict[str, int]] = {}
-        """Table with attended histories -> its features -> bags per row."""
+        """Bags per row, by table with attended histories and feature."""
         for table, features in unpooled.items():
             self.sequences[table] = EmbeddingBagCollection(
                 tables=[config(table, "", embedding_dim, [table])], device=device
@@ -116,7 +116,7 @@ class FieldEmbeddings(nn.Module):
             widths = {f.name: length if f.name in self.attended else 1 for f in features}
             self.bags[table] = widths
             bags = SequenceBags(table, names, widths, attended, length)
-            # an attribute of its own: torchrec's pipelines trace into containers
+            # not in a ModuleDict: torchrec's pipelines trace into containers
             self.add_module(f"to_bags_of_{table}", bags)
         self.pooled_fields = [f.name for features in pooled.values() for f in features]
         self.looked_up = [
@@ -134,10 +134,10 @@ class FieldEmbeddings(nn.Module):
             },
             **dict.fromkeys(numbers, NUMBERS[0]),
         }
-        """Field, attended ones too -> the parameter that holds its embeddings."""
+        """The parameter of the embeddings of each field, attended ones included."""
         self.numbers: nn.Parameter | None = None
         self.numbers_first_order: nn.Parameter | None = None
-        if numbers:  # F x D and F x 1: a row a field, as tables have a row an id
+        if numbers:  # F x D and F x 1: one row per field, as tables have one per id
             self.numbers = nn.Parameter(torch.empty(len(numbers), embedding_dim))
             if first_order:
                 self.numbers_first_order = nn.Parameter(torch.empty(len(numbers), 1))
@@ -179,7 +179,7 @@ class FieldEmbeddings(nn.Module):
 
 
 def is_padded(batch: Batch) -> bool:
-    """Return whether more rows are looked up than a batch has; a traced one may be any."""
+    """Return whether the lookup has more rows than the batch; true while tracing."""
     if type(batch) is not Batch:
         return True
     return batch.stride is not None and batch.stride > len(batch)
@@ -187,7 +187,7 @@ def is_padded(batch: Batch) -> bool:
 
 @torch.fx.wrap
 def in_order(embeddings: KeyedTensor, keys: list[str]) -> Tensor:
-    """Return ``(B, all columns)`` in the order of ``keys``; plans of sharding order otherwise."""
+    """Return ``(B, all columns)`` in the order of ``keys``, whatever the order of the plan."""
     if list(embeddings.keys()) == keys:
         values: Tensor = embeddings.values()
         return values
@@ -197,15 +197,15 @@ def in_order(embeddings: KeyedTensor, keys: list[str]) -> Tensor:
 
 
 class Bags(nn.Module):
-    """Ids of a batch as one lookup takes them: a bag per feature and row.
+    """The ids of a batch in the format of one lookup: one bag per feature and row.
 
-    Where every feature holds one id a row, lengths and offsets are those of the last batch of this
-    size: only values change. Where rows are fewer than ``batch.stride``, empty bags follow: all
-    processes look up equally many.
+    If every feature has one id per row, lengths and offsets of the last batch of the same size are
+    reused. Empty bags fill up to ``batch.stride`` rows, so that all processes look up the same
+    number of bags.
 
     Args:
-        features: All that are looked up, in the order of the batch.
-        keys: Those that this lookup reads, in the same order.
+        features: All looked up features, in the order of the batch.
+        keys: The features of this lookup, in the same order.
     """
 
     def __init__(self, features: Sequence[str], keys: Sequence[str]) -> None:
@@ -252,16 +252,16 @@ class Bags(nn.Module):
 
 
 class SequenceBags(nn.Module):
-    """Ids of one table with a bag for every id of its attended histories, a bag a row of others.
+    """The ids of one table: one bag per id of attended histories, one bag per row of the rest.
 
-    Bags are ordered by feature, then row, then place in the history.
+    Bags are ordered by feature, then row, then position in the history.
 
     Args:
-        table: Its name, the key of the lookup.
-        names: All features that are looked up, in the order of the batch.
-        widths: Features of the table -> bags per row.
-        attended: Features with a bag for each id.
-        length: L, bags of an attended feature and row.
+        table: Name of the table, the key of the lookup.
+        names: All looked up features, in the order of the batch.
+        widths: Bags per row for each feature of the table.
+        attended: Features with one bag per id.
+        length: L, bags per row of an attended feature.
     """
 
     def __init__(
@@ -300,13 +300,13 @@ class SequenceBags(nn.Module):
 
 
 def mask_of(lengths_B: Tensor, length: int) -> Tensor:
-    """Return ``(B, L)`` bool: which of a row's ``length`` bags hold an id."""
+    """Return ``(B, L)`` bool: the bags of each row that hold an id."""
     places_L = torch.arange(length, device=lengths_B.device)
     return places_L < lengths_B.unsqueeze(1)
 
 
 def split_bags(bags_SD: Tensor, widths: dict[str, int], num_rows: int) -> dict[str, Tensor]:
-    """Return ``(B, bags per row, D)`` of each feature of ``widths``: name -> bags per row."""
+    """Return ``(B, bags per row, D)`` for each feature of ``widths`` (its bags per row)."""
     stride = bags_SD.shape[0] // sum(widths.values())
     emb, start = {}, 0
     for name, width in widths.items():

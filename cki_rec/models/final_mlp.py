@@ -11,26 +11,29 @@ from cki_rec.config import Model, UserError, nearest
 from cki_rec.data.schema import Batch, FeatureSchema
 from cki_rec.merging.symmetry import Kind, LogitScale, Slice, Symmetry
 from cki_rec.models.embeddings import Embedded, FieldEmbeddings
-from cki_rec.models.layers import MLP
-from cki_rec.models.symmetries import Frame, frames, hidden_kind, hidden_units, layer_outputs
+from cki_rec.models.layers import MLP, MLP_OPTIONS
+from cki_rec.models.symmetries import Basis, bases, hidden_kind, hidden_units, layer_outputs
 
 STREAMS = ("mlp", "second")
 
 
 class FeatureGate(nn.Module):
-    r"""A factor in (0, 2) for every entry of the embeddings, from a context.
+    r"""Factors in (0, 2) for every entry of the embeddings, computed from a context.
 
     .. math:: 2\,\sigma(MLP(context))
 
     Args:
-        context: Width of the context; without one, of a learned vector in its place.
+        context: Width of the context.
         hidden: Widths of the MLP.
         width: W, number of factors.
-        is_learned: There is no context.
+        is_learned: Whether the context is a learned vector instead of embeddings.
 
     Reference:
         Mao et al., FinalMLP, AAAI 2023, stream-specific feature selection.
     """
+
+    multiplies_coordinates = True
+    """It cannot read projected embeddings (``cki_rec.merging.traits``)."""
 
     def __init__(self, context: int, hidden: Sequence[int], width: int, is_learned: bool) -> None:
         super().__init__()
@@ -41,21 +44,21 @@ class FeatureGate(nn.Module):
         self.factors = nn.Linear(self.mlp.width, width)
 
     def forward(self, context_BC: Tensor | None) -> Tensor:
-        """Return ``(B, W)``, or ``(1, W)`` where the context is learned."""
+        """Return ``(B, W)``, or ``(1, W)`` for a learned context."""
         context_BC = self.context if context_BC is None else context_BC
         gate_BW: Tensor = self.factors(self.mlp(context_BC))
         return 2 * gate_BW.sigmoid()
 
 
 class BilinearFusion(nn.Module):
-    r"""Join two vectors: a linear map of each, and a bilinear form per pair of their parts.
+    r"""Sum of a linear map of each of two vectors and a bilinear form per head.
 
     .. math:: b + w_1^T o_1 + w_2^T o_2 + \sum_k o_{1,k}^T W_k\, o_{2,k}
 
     Args:
-        first: Width of the one vector.
-        second: Width of the other.
-        heads: K, the parts that each is cut into.
+        first: Width of the first vector.
+        second: Width of the second vector.
+        heads: K, number of parts of each vector.
 
     Reference:
         Mao et al., FinalMLP, AAAI 2023, stream-level interaction aggregation.
@@ -80,14 +83,16 @@ class BilinearFusion(nn.Module):
 
 
 class FinalMLP(nn.Module):
-    """Two MLPs on the same embeddings, each behind a gate of its own, joined bilinearly.
+    """Two gated MLPs on shared embeddings, joined by a bilinear form.
 
     Reference:
         Mao et al., FinalMLP: An Enhanced Two-Stream MLP Model for CTR Prediction, AAAI 2023.
 
     Differs:
-        Gates read the embeddings that the streams read, not embeddings of their own.
+        Gates read the embeddings of the streams instead of separate embeddings.
     """
+
+    reads = (*MLP_OPTIONS, "streams")
 
     def __init__(
         self, schema: FeatureSchema, model: Model, device: torch.device | None = None
@@ -113,11 +118,11 @@ class FinalMLP(nn.Module):
         self.fusion = BilinearFusion(self.mlp.width, self.second.width, options.heads)
 
     def forward(self, batch: Batch) -> Tensor:
-        """Return ``(B,)``, the logit of a click per row."""
+        """Return ``(B,)`` logits of a click."""
         return self.interact(self.sparse(batch))
 
     def interact(self, emb: Embedded) -> Tensor:
-        """Return ``(B,)`` logits from embeddings: all of the network that is not lookups."""
+        """Return ``(B,)`` logits from embeddings: the network without its lookups."""
         x_BW = emb.fields_BFD.flatten(1)
         inputs = [x_BW, x_BW]
         for stream, gate in enumerate(self.gates):
@@ -127,51 +132,53 @@ class FinalMLP(nn.Module):
         return logit_B
 
     def symmetries(self) -> list[Symmetry]:
-        """Return what acts on tables and numbers, hidden units, heads and units of heads.
+        """Return the symmetries of tables and numbers, hidden units, heads and units of heads.
 
-        Behind gates embeddings are only permuted, with signs: factors are per coordinate.
+        With gates, embeddings admit signed permutations only: factors are per coordinate.
         """
         dim, order = self.sparse.embedding_dim, self.sparse.fields
-        found = []
-        for frame in frames(self.sparse):
+        symmetries = []
+        for basis in bases(self.sparse):
             read = [
-                s for name in STREAMS for s in frame.blocks(f"{name}.layers.0.weight", order, dim)
+                s for name in STREAMS for s in basis.blocks(f"{name}.layers.0.weight", order, dim)
             ]
-            slices = (frame.vectors, *read, *self._gate_slices(frame))
+            slices = (basis.vectors, *read, *self._gate_slices(basis))
             kind: Kind = "signed_permutation" if self.contexts else "rotation"
-            found.append(Symmetry(kind, dim, slices))
+            symmetries.append(Symmetry(kind, dim, slices))
         for number, gate in enumerate(self.gates):
             assert isinstance(gate, FeatureGate)
             name = f"gates.{number}"
             if gate.context is not None:
                 slices = (Slice(f"{name}.context", 1), Slice(self._context_reader(number), 1))
-                found.append(Symmetry("rotation", dim, slices))
-            found += hidden_units(gate.mlp, f"{name}.mlp", [Slice(f"{name}.factors.weight", 1)])
-        return [*found, *self._stream_symmetries()]
+                symmetries.append(Symmetry("rotation", dim, slices))
+            symmetries += hidden_units(
+                gate.mlp, f"{name}.mlp", [Slice(f"{name}.factors.weight", 1)]
+            )
+        return [*symmetries, *self._stream_symmetries()]
 
     def logit_scale(self) -> LogitScale:
-        """Return what scales and shifts the logit and nothing else."""
+        """Return the parameters that scale and shift the logit and nothing else."""
         names = ("first.weight", "first.bias", "second.weight", "forms")
         return LogitScale({f"fusion.{name}": 1.0 for name in names}, "fusion.first.bias")
 
     def _context_reader(self, number: int) -> str:
         return f"gates.{number}.{'mlp.layers.0' if self.gate_hidden else 'factors'}.weight"
 
-    def _gate_slices(self, frame: Frame) -> Iterator[Slice]:
+    def _gate_slices(self, basis: Basis) -> Iterator[Slice]:
         dim, order = self.sparse.embedding_dim, self.sparse.fields
         for number, names in enumerate(self.contexts):
-            yield from frame.blocks(self._context_reader(number), names, dim)
+            yield from basis.blocks(self._context_reader(number), names, dim)
             for key in ("weight", "bias"):
                 factors = f"gates.{number}.factors.{key}"
-                yield from frame.blocks(factors, order, dim, axis=0, signed=False)
+                yield from basis.blocks(factors, order, dim, axis=0, signed=False)
 
     def _stream_symmetries(self) -> list[Symmetry]:
-        """Hidden units; the last ones within their head, then heads as a whole."""
-        found, of_heads, heads = [], [], self.fusion.heads
+        """Return the symmetries of hidden units, of the units of each head, and of heads."""
+        symmetries, of_heads, heads = [], [], self.fusion.heads
         for axis, (name, mlp, reader) in enumerate(
             zip(STREAMS, (self.mlp, self.second), ("first", "second"), strict=True), start=1
         ):
-            found += hidden_units(mlp, name)
+            symmetries += hidden_units(mlp, name)
             last, size = len(mlp.layers) - 1, mlp.width // heads
             kind = hidden_kind(mlp.activations[last])
             linear = f"fusion.{reader}.weight"
@@ -181,18 +188,18 @@ class FinalMLP(nn.Module):
                     Slice(linear, 1, head * size),
                     Slice("fusion.forms", axis, within=((0, head, head + 1),)),
                 )
-                found.append(Symmetry(kind, size, slices))
+                symmetries.append(Symmetry(kind, size, slices))
             of_heads += [*layer_outputs(mlp, name, last, width=size), Slice(linear, 1, width=size)]
         if heads > 1:
             slices = (*of_heads, Slice("fusion.forms", 0))
-            found.append(Symmetry("permutation", heads, slices))
-        return found
+            symmetries.append(Symmetry("permutation", heads, slices))
+        return symmetries
 
 
 def _contexts(model: Model, fields: Sequence[str]) -> list[list[str]]:
     contexts = model.streams.contexts
     if len(contexts) != len(STREAMS):
-        raise UserError(f"model.streams.contexts={contexts}: one list of fields for each stream")
+        raise UserError(f"model.streams.contexts={contexts}: use one list of fields per stream")
     for name in (name for names in contexts for name in names):
         if name not in fields:
             hint = nearest(name, fields)

@@ -1,4 +1,4 @@
-"""Blocks that models share.
+"""Blocks that several models contain.
 
 Shape legend: B rows, F fields, D embedding size, H hidden units.
 """
@@ -14,14 +14,14 @@ from torch import Tensor, nn
 
 
 class BatchNorm(nn.BatchNorm1d):
-    """Batch norm without its counter of batches, which nothing reads: its state can be merged."""
+    """Batch norm without the integer counter of batches, so its whole state can be merged."""
 
     def __init__(self, width: int, **options: Any) -> None:
         super().__init__(width, **options)
         self.num_batches_tracked = None
 
     def _check_input_dim(self, x_BH: Tensor) -> None:
-        """Take any input: a look at its shape could not be traced."""
+        """Accept any input: a check of its shape cannot be traced."""
 
     def _load_from_state_dict(
         self,
@@ -33,21 +33,21 @@ class BatchNorm(nn.BatchNorm1d):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        # torch would add the counter to a state that does not say its version
-        metadata, found = {**local_metadata, "version": 2}, (missing_keys, unexpected_keys)
-        super()._load_from_state_dict(state_dict, prefix, metadata, strict, *found, error_msgs)
+        # torch adds the counter to a state without a version
+        metadata, keys = {**local_metadata, "version": 2}, (missing_keys, unexpected_keys)
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, *keys, error_msgs)
 
 
 class Dice(nn.Module):
-    r"""PReLU that bends where the data are, with a smooth bend.
+    r"""PReLU with a smooth bend at the mean of the data.
 
     .. math:: p\,s + (1 - p)\,\alpha s,\quad p = \sigma((s - E[s]) / \sqrt{Var[s] + \epsilon})
 
-    Mean and variance are those of the batch in training, running ones otherwise. Of the running
-    ones a batch replaces a tenth (``momentum``); epsilon is 1e-8.
+    Mean and variance are those of the batch in training, and running statistics otherwise, with
+    momentum 0.1. Epsilon is 1e-8.
 
     Args:
-        width: H; every unit has an alpha of its own, at first 0.
+        width: H; every unit has its alpha, initially 0.
 
     Reference:
         Zhou et al., Deep Interest Network, KDD 2018, section 5.2.
@@ -67,6 +67,8 @@ class Dice(nn.Module):
         return x_BH * (above_BH + (1 - above_BH) * self.alpha)
 
 
+MLP_OPTIONS = ("hidden", "activation", "batch_norm")
+"""Options that shape the MLP of a network; the default of the trait ``reads``."""
 ACTIVATIONS: dict[str, Callable[[int], nn.Module]] = {
     "relu": lambda _: nn.ReLU(),
     "dice": Dice,
@@ -78,18 +80,18 @@ ACTIVATIONS: dict[str, Callable[[int], nn.Module]] = {
 
 
 class MLP(nn.Module):
-    """Linear, batch norm if asked, activation and dropout for every hidden width.
+    """Linear, optional batch norm, activation and dropout for every hidden width.
 
     Args:
-        width: Of the input.
+        width: Width of the input.
         hidden: Widths of the hidden layers.
-        dropout: After each of them.
+        dropout: Dropout rate after each hidden layer.
         activation: A row of ``ACTIVATIONS``.
-        batch_norm: Between linear map and activation.
-        scores: Outputs of a last Linear; 0: the last hidden layer is the output.
+        batch_norm: Whether to normalize before the activation.
+        scores: Outputs of a last Linear layer; 0: the last hidden layer is the output.
 
     Attributes:
-        width: Of the output.
+        width: Width of the output.
     """
 
     def __init__(
@@ -111,7 +113,7 @@ class MLP(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x_BH: Tensor) -> Tensor:
-        """Return ``(B,)`` where there is one score, else ``(B, scores)`` or ``(B, H)``."""
+        """Return ``(B,)`` for one score, else ``(B, scores)`` or ``(B, H)``."""
         for position, activation in enumerate(self.activations):
             x_BH = self.layers[position](x_BH)
             if self.norms:

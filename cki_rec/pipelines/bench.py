@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cki_rec.config import Config, UserError, nearest
-from cki_rec.engine.record import hardware, write_atomically
+from cki_rec.engine.record import hardware
+from cki_rec.files import write_atomically
 from cki_rec.pipelines import bench_data, bench_merge, bench_train
 
 COMMAND = [sys.executable, "-m", "cki_rec"]

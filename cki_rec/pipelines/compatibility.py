@@ -15,13 +15,11 @@ from torch.func import functional_call
 from cki_rec.checkpoints.checkpoint import Checkpoint
 from cki_rec.config import Merge, UserError
 from cki_rec.data.encoding import tokens
+from cki_rec.data.schema import random_batch
 from cki_rec.engine.embeddings import table_of
-from cki_rec.merging.alignment import agreement
-from cki_rec.merging.symmetry import random_element
+from cki_rec.merging.alignment import agreement, random_element
 from cki_rec.merging.params import Params, generator
-from cki_rec.merging.alignment import table_products
-from cki_rec.merging.symmetry import transform
-from cki_rec.merging.statistics import random_batch
+from cki_rec.merging.projection import table_products, transform
 from cki_rec.merging.symmetry import Symmetry
 from cki_rec.models import build_model
 from cki_rec.models.comparison import decides, differences

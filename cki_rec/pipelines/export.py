@@ -1,4 +1,4 @@
-"""Write a model at rest as one file that serves without this package."""
+"""Export a checkpoint to one file that serves without this package."""
 
 from __future__ import annotations
 
@@ -15,10 +15,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from cki_rec.checkpoints import checkpoint
-from cki_rec.checkpoints.checkpoint import DESCRIPTION, Checkpoint
+from cki_rec import checkpoints
+from cki_rec.checkpoints import DESCRIPTION, Checkpoint
 from cki_rec.config import Config, UserError, nearest
-from cki_rec.data.encoding.vocabulary import file_sha256
 from cki_rec.engine import distributed
 from cki_rec.engine.export import (
     FORMATS,
@@ -31,12 +30,13 @@ from cki_rec.engine.export import (
 )
 from cki_rec.engine.record import CHECKPOINT, RECORD, Run
 from cki_rec.environment import installed_version
+from cki_rec.files import file_digest
 from cki_rec.models import build_model
 
 FORMAT = 1
-"""Of the description."""
+"""Format of the description."""
 FOLDER = "export"
-"""Where exports of a run are, in its directory."""
+"""Folder of exports in a run directory."""
 LOADING = {
     "pt2": "torch.export.load(FILE).module()(INPUTS), a dict of tensors by input name; returns a"
     " dict of tensors",
@@ -45,46 +45,46 @@ LOADING = {
 }
 IDS_OF_TOKENS = (
     "line n (from 0) of vocabulary.TABLE.txt in the encoded data set is the token of id"
-    " first_id + n; any other token has unseen_id. vocabulary_hash is the sha256 of that file, of"
-    " fields made of numbers together with what was learnt of them. Where it is 'crc32 modulo M',"
-    " a token's id is first_id + CRC-32 of its UTF-8 bytes modulo M. padding_id fills up rows of"
-    " fields with several ids, on either side. How raw values become tokens and numbers:"
-    " options, numbers and quantile_edges of manifest.json there."
+    " first_id + n; any other token has unseen_id. vocabulary_hash is the sha256 of that file; for"
+    " fields made from numbers it also covers their learned scale and edges. If it is 'crc32"
+    " modulo M', the id of a token is first_id + CRC-32 of its UTF-8 bytes modulo M. padding_id"
+    " fills up rows of fields with several ids, on either side. The entries options, numbers and"
+    " quantile_edges of manifest.json describe how raw values become tokens and numbers."
 )
-"""For whoever serves the file."""
+"""Explanation of ids for users of the file."""
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
+class Source:
     """The model that ``run`` names."""
 
     checkpoint: Path
     home: Path
-    """Of its run, or the checkpoint folder itself."""
+    """The run directory, or the checkpoint folder itself."""
     run_id: str | None
 
 
 def run(config: Config) -> None:
-    """Export as configured; say where the file is, its size and how exact it is.
+    """Export the configured model; log the path, size and error of the file.
 
     Raises:
-        UserError: No such model, a damaged one, missing packages, or scores that differ: then no
-            file is left.
+        UserError: The model is missing or damaged, packages are missing, or exported scores
+            differ from the model; then no file is written.
     """
     check_packages(config.format)
     if distributed.world_size() > 1:
         raise UserError("export runs in one process; start it without torchrun")
-    found = find(config)
+    source = find(config)
     distributed.start(replace(config.runtime, device="cpu"))
-    saved = checkpoint.load(found.checkpoint)
-    network = restore(saved, found.checkpoint)
-    target = found.home / FOLDER / f"model.{config.format}"
+    saved = checkpoints.load(source.checkpoint)
+    network = restore(saved, source.checkpoint)
+    target = source.home / FOLDER / f"model.{config.format}"
     about = {
         "source": {
-            "run_id": found.run_id,
-            "checkpoint_sha256": file_sha256(found.checkpoint / DESCRIPTION),
+            "run_id": source.run_id,
+            "checkpoint_sha256": file_digest(source.checkpoint / DESCRIPTION),
             "data_hash": saved.origin.data_hash,
             "data_set": _data_set(Path(config.runtime.encoded), saved.origin.data_hash),
         },
@@ -99,11 +99,11 @@ def run(config: Config) -> None:
     log.info("  largest difference from the model's own scores: %.1e", difference)
 
 
-def find(config: Config) -> Found:
+def find(config: Config) -> Source:
     """Return the model that ``run`` names: a path, or a run id under ``runtime.out``.
 
     Raises:
-        UserError: None named, no such run, an unfinished one, or one that made no model.
+        UserError: No model is named, or the run is missing, unfinished or without a model.
     """
     if config.run is None:
         raise UserError(f"run=null: name a model, e.g. cki-rec export run={_example(config)}")
@@ -116,7 +116,7 @@ def find(config: Config) -> Found:
     if (folder / DESCRIPTION).is_file():
         is_of_run = folder.name == CHECKPOINT
         home = folder.resolve().parent if is_of_run else folder
-        return Found(folder, home, _run_id(home) if is_of_run else None)
+        return Source(folder, home, _run_id(home) if is_of_run else None)
     if not (folder / RECORD).is_file():
         if (folder / CHECKPOINT).is_dir():
             raise UserError(
@@ -126,17 +126,17 @@ def find(config: Config) -> Found:
         raise UserError(f"run={config.run}: no run and no checkpoint in {folder}")
     if not (folder / CHECKPOINT).is_dir():
         record = Run(folder).record or {}
-        kept = (record.get("result") or {}).get("kept") or []
-        others = f"; it kept others as they are: run={', run='.join(kept)}" if kept else ""
+        chosen = (record.get("result") or {}).get("kept") or []
+        others = f"; its result is another run: run={', run='.join(chosen)}" if chosen else ""
         raise UserError(f"run={config.run}: this run made no model{others}")
-    return Found(folder / CHECKPOINT, folder, _run_id(folder))
+    return Source(folder / CHECKPOINT, folder, _run_id(folder))
 
 
 def restore(saved: Checkpoint, folder: Path) -> nn.Module:
-    """Return the network of a checkpoint, on the CPU, its tables not sharded.
+    """Return the network of a checkpoint on the CPU, with unsharded tables.
 
     Raises:
-        UserError: Its tensors are not those of its network.
+        UserError: The tensors do not match the network.
     """
     network = build_model(saved.schema, saved.model, torch.device("meta"))
     try:
@@ -157,14 +157,14 @@ def write(
     """Write the file and its description whole or not at all; return the difference of scores.
 
     Args:
-        network: Of ``saved``.
-        saved: The model at rest.
-        target: The file; its description is beside it.
+        network: The network of ``saved``.
+        saved: The checkpoint.
+        target: The file; its description is written beside it.
         name: A row of ``FORMATS``.
-        about: What the description says besides what follows from the rest.
+        about: Further entries of the description.
 
     Raises:
-        UserError: Scores of what was written differ from the network's own.
+        UserError: Scores of the written file differ from the network.
     """
     temporary = target.with_name(f".{target.name}.tmp-{os.getpid()}")
     try:
@@ -180,7 +180,7 @@ def write(
         parts = sorted(temporary.iterdir())
         description = {
             "format": FORMAT,
-            "files": {part.name: file_sha256(part) for part in parts},
+            "files": {part.name: file_digest(part) for part in parts},
             "largest_difference": difference,
             **about,
             **describe(servable, saved.model),
@@ -197,35 +197,35 @@ def write(
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         with suppress(OSError):
-            target.parent.rmdir()  # where nothing is in it
+            target.parent.rmdir()  # if it is empty
     return difference
 
 
 def _run_id(home: Path) -> str | None:
-    """Return the id that a run's record holds; None without one."""
+    """Return the run id in the record of a run; None without a record."""
     record = Run(home).record
     return None if record is None else str(record.get("run_id"))
 
 
 def _example(config: Config) -> str:
-    """Return the latest run that made a model, for a message."""
+    """Return the latest run with a model, for a message."""
     runs = Path(config.runtime.out).glob(f"*/{CHECKPOINT}/{DESCRIPTION}")
     latest = max(runs, key=lambda path: path.stat().st_mtime, default=None)
     return latest.parent.parent.name if latest else "experiments/runs/train-0123456789abcdef"
 
 
 def _data_set(encoded: Path, data_hash: str) -> str | None:
-    """Return the encoded data set of that content, if it is on this machine."""
+    """Return the name of the encoded data set with this hash; None if it is not here."""
     for path in sorted(encoded.glob("*/manifest.json")):
         try:
             if json.loads(path.read_text())["hash"] == data_hash:
                 return path.parent.name
         except (OSError, ValueError, KeyError, TypeError):
-            continue  # damaged, or being written: not the one
+            continue  # damaged or incomplete
     return None
 
 
 def _versions(name: str) -> dict[str, str]:
     packages = ("cki-rec", "torch", *FORMATS[name].packages)
-    found = {package: installed_version(package) for package in packages}
-    return {"python": platform.python_version(), **{p: v for p, v in found.items() if v}}
+    versions = {package: installed_version(package) for package in packages}
+    return {"python": platform.python_version(), **{p: v for p, v in versions.items() if v}}

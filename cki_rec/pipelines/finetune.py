@@ -11,7 +11,7 @@ from typing import Any
 from cki_rec.config import Config, Train, UserError, run_id, section
 from cki_rec.data.encoding import store
 from cki_rec.data.encoding.store import EncodedDataset
-from cki_rec.data.provenance import union
+from cki_rec.data.provenance import Provenance
 from cki_rec.engine import distributed
 from cki_rec.engine.record import Run, open_run
 from cki_rec.pipelines import merge, train
@@ -86,5 +86,5 @@ def _finetune(
     title = f"fine-tune {config.merge.label}, {config.suite.name}, seed {config.seed}"
     train.run_training(
         *(config, dataset, run, reads, model, saved.model, saved.schema),
-        *(rows, counts, schedule, title, union([saved.origin, dataset.origin])),
+        *(rows, counts, schedule, title, Provenance.union([saved.origin, dataset.origin])),
     )

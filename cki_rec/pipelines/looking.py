@@ -15,9 +15,10 @@ from cki_rec.data.schema import Batch
 from cki_rec.engine import distributed
 from cki_rec.engine.distillation import imitate
 from cki_rec.engine.fisher import fisher_diagonal
+from cki_rec.engine.sampling import sample_statistics
 from cki_rec.merging.params import Params
 from cki_rec.merging.registry import METHODS, needs_of
-from cki_rec.merging.statistics import ActivationStatistics, observer
+from cki_rec.merging.statistics import ActivationStatistics
 from cki_rec.models import build_model
 from cki_rec.pipelines import matching
 from cki_rec.pipelines.scores import check_data, check_rows
@@ -171,4 +172,4 @@ def _own(
     data = own.data
     rows = dataset.rows("train", data.partition, data.part)
     size, seed = config.merge.sample, config.seed
-    return observer(observe.network, dataset, saved.schema, size, seed, rows).batches
+    return sample_statistics(observe.network, dataset, saved.schema, size, seed, rows).batches

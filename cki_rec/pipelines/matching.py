@@ -11,6 +11,7 @@ from torch.func import functional_call
 
 from cki_rec.checkpoints.checkpoint import Checkpoint
 from cki_rec.config import Merge, UserError
+from cki_rec.data.schema import random_batch
 from cki_rec.engine import distributed, sharded
 from cki_rec.engine.embeddings import table_of
 from cki_rec.merging.alignment import align
@@ -21,7 +22,7 @@ from cki_rec.merging.projection import project_tables, anchor_weights
 from cki_rec.merging.alignment import table_products
 from cki_rec.merging.symmetry import transform
 from cki_rec.merging.repair import fit_layers, rescale
-from cki_rec.merging.statistics import ActivationStatistics, random_batch
+from cki_rec.merging.statistics import ActivationStatistics
 from cki_rec.merging.symmetry import Symmetry
 from cki_rec.models import build_model
 from cki_rec.models.attention import ActivationUnit

@@ -16,14 +16,14 @@ from cki_rec.checkpoints.checkpoint import Checkpoint
 from cki_rec.config import Config, UserError, nearest, run_id, section, with_delta
 from cki_rec.data.encoding import store, tokens
 from cki_rec.data.encoding.store import EncodedDataset
-from cki_rec.data.provenance import union
+from cki_rec.data.provenance import Provenance
 from cki_rec.engine import distributed, sharded
 from cki_rec.engine.record import Run, open_run
+from cki_rec.engine.sampling import sample_statistics
 from cki_rec.evaluation.metrics import auc
 from cki_rec.merging.mixing import source_shares
 from cki_rec.merging.params import check_finite, widened
 from cki_rec.merging.registry import METHODS, MergeInputs, Method, check_options
-from cki_rec.merging.statistics import observer
 from cki_rec.merging.vocabulary import shared_rows
 from cki_rec.models import build_model
 from cki_rec.pipelines import (
@@ -297,7 +297,7 @@ def _integrate(
             except ValueError as error:
                 raise UserError(f"merge.method={options.method}: {error}") from None
             looked_at = [] if dataset is None else [dataset.origin]
-            origin = union([*(c.origin for c in joined.checkpoints), *looked_at])
+            origin = Provenance.union([*(c.origin for c in joined.checkpoints), *looked_at])
             sharded.save(run.checkpoint, tensors, first, origin)
             if homes:
                 vocabularies.write(run.path / tokens.FOLDER, joined, homes)
@@ -332,7 +332,7 @@ def _merged(
     if looking.looks_at_rows(options):
         assert dataset is not None
         network = build_model(first.schema, first.model, torch.device("cpu"))
-        observe = observer(network, dataset, first.schema, options.sample, config.seed)
+        observe = sample_statistics(network, dataset, first.schema, options.sample, config.seed)
         if options.repair not in ("none", "rescale") and len(checkpoints) > 1:
             looking.check_sample(options, first.params, observe)
     models = [c.params for c in checkpoints]

@@ -13,11 +13,12 @@ from rich.console import Console
 from rich.table import Table
 
 from cki_rec.config import Config, UserError, first_comment
-from cki_rec.engine.record import Run, sweep_runs, write_atomically
+from cki_rec.engine.record import Run, sweep_runs
 from cki_rec.evaluation.display import display_frame, markdown_table
 from cki_rec.evaluation.html import report_page
 from cki_rec.evaluation.plots import metric_plot, splice_plot
 from cki_rec.evaluation.tables import runs_frame, summary_frame, write_csv
+from cki_rec.files import write_atomically
 from cki_rec.pipelines.evaluate import REPLICATES
 
 TERMINAL_COLUMNS = ("method", "AUC", "LogLoss", "AUC vs best parent", "AUC vs output ensemble")

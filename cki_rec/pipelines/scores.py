@@ -19,7 +19,7 @@ from cki_rec.checkpoints.checkpoint import Checkpoint, Description
 from cki_rec.config import Config, Runtime, Train, UserError
 from cki_rec.data.encoding.store import EncodedDataset
 from cki_rec.data.provenance import SEVERAL
-from cki_rec.engine import distributed
+from cki_rec.engine import checkpoint_io, distributed
 from cki_rec.engine.embeddings import ShardedModel, build
 from cki_rec.engine.evaluator import predict
 from cki_rec.engine.record import save_arrays
@@ -198,7 +198,7 @@ def moved_start(
         return saved, folder
     moved = vocabularies.on_rows_of(config, folder, dataset)
     tensors = {"model": moved.params, "accumulator": moved.accumulators, "counts": moved.counts}
-    checkpoint.save(scratch, tensors, moved.model, moved.schema, moved.origin)
+    checkpoint_io.save(scratch, tensors, moved.model, moved.schema, moved.origin)
     return checkpoint.describe(scratch), scratch
 
 
@@ -228,5 +228,5 @@ def restore(
         tensors["accumulator"] = accumulators
     elif accumulators:
         log.info("  %s has no accumulators: fused tables start without", folder)
-    checkpoint.load_into(tensors, folder)
+    checkpoint_io.load_into(tensors, folder)
     return model

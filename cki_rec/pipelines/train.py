@@ -28,9 +28,9 @@ from cki_rec.config import (
 )
 from cki_rec.data.encoding import store
 from cki_rec.data.encoding.store import EncodedDataset
-from cki_rec.data.provenance import Provenance, union
+from cki_rec.data.provenance import Provenance
 from cki_rec.data.schema import FeatureSchema
-from cki_rec.engine import distributed, plans
+from cki_rec.engine import checkpoint_io, distributed, plans
 from cki_rec.engine.embeddings import ShardedModel, build, initialize
 from cki_rec.engine.evaluator import predict
 from cki_rec.engine.record import Run, open_run
@@ -140,7 +140,7 @@ def _train(config: Config, dataset: EncodedDataset, run: Run, reads: dict[str, A
     else:
         folder = _start_folder(config)
         model, before = _restored(config, dataset, schema, folder)
-        origin = union([before, origin])
+        origin = Provenance.union([before, origin])
         seen = checkpoint.row_counts(folder)
         counts = {table: seen[table].numpy() + counts[table] for table in seen}
     run.facts["plan"] = model.plan
@@ -234,7 +234,7 @@ def run_training(
             "accumulator": model.accumulators(),
             "counts": counts,
         }
-        checkpoint.save(run.checkpoint, tensors, options, schema, origin)
+        checkpoint_io.save(run.checkpoint, tensors, options, schema, origin)
 
     runtime, start = config.runtime, time.perf_counter()
     keeper = Checkpointer(run.path, runtime, options, schema, origin)

@@ -67,7 +67,7 @@ def _found(config: Config, home: Path, saved: Checkpoint, where: str) -> Path:
     named = [Path(name) for name in lists if name is not None]
     beside = home.parent / tokens.FOLDER
     places = [beside, *named, *sorted(p.parent for p in encoded.glob("*/manifest.json"))]
-    folder = tokens.find(places, _listed(saved))
+    folder = tokens.find_tokens(places, _listed(saved))
     if folder is None:
         raise UserError(
             f"{where}: no encoded data set under {encoded} has the vocabularies of this model;"
@@ -154,8 +154,8 @@ def write(folder: Path, joined: Joined, known: Sequence[Path]) -> None:
     """Write the token lists of all tables that have some, so that rows can be scored later."""
     for table, digest in joined.checkpoints[0].schema.vocabulary_hashes.items():
         if table in joined.tokens:
-            tokens.write(folder, table, joined.tokens[table])
-        elif (home := tokens.find(known, {table: digest})) and tokens.path_of(
+            tokens.write_tokens(folder, table, joined.tokens[table])
+        elif (home := tokens.find_tokens(known, {table: digest})) and tokens.path_of(
             home, table
         ).is_file():
             path = tokens.path_of(folder, table)
@@ -183,7 +183,7 @@ def _tokens(saved: Checkpoint, folder: Path, table: str) -> list[str]:
             f"{folder}: ids of table '{table}' are hashes ({digest}), in the other models others,"
             " so rows cannot be joined; train with the same hash_size"
         )
-    return tokens.read(folder, table, digest)
+    return tokens.read_tokens(folder, table, digest)
 
 
 def _moved(saved: Checkpoint, maps: Mapping[str, Tensor], sizes: Mapping[str, int]) -> Checkpoint:

@@ -11,7 +11,8 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from cki_rec.engine.record import Run, sweep_runs, write_atomically
+from cki_rec.engine.record import Run, sweep_runs
+from cki_rec.files import write_atomically
 
 METRICS = {"auc": ("AUC", 1), "log_loss": ("LogLoss", -1)}
 """Metric -> its name, and 1 where higher is better."""

@@ -74,15 +74,15 @@ CRITEO = ["\t".join([str(n % 2), *map(str, range(n, n + 13)), *"abcdefghijklmnop
           for n in range(20)]  # fmt: skip
 AVAZU = [f"{n},{n % 2},141021{n:02}," + ",".join(f"x{n % 3}" for _ in avazu.CATEGORIES)
          for n in range(20)]  # fmt: skip
-BARS = [f"{n % 2},u{n % 4},i{n % 5},{n / 2}" for n in range(20)]
+SHOP = [f"{n % 2},u{n % 4},i{n % 5},{n / 2}" for n in range(20)]
 SEQUENCES = [f"u{n} " + " ".join(f"i{(n + k) % 9}" for k in range(5)) for n in range(20)]
 CSV, DAT = golden(LATEST / "ratings.csv"), golden(GOLDEN / "movielens_1m" / "ratings.dat")
 SAMPLES = {
     "criteo": Sample("criteo", "train.txt", None, CRITEO, "\t", 3, 0, ["I1", "C1"]),
     "avazu": Sample("avazu", "train.csv", avazu.HEADER, AVAZU, ",", 2, 1, ["hour", "C1"]),
-    "bars": Sample("frappe_x1", "a.csv", "label,user,item,price", BARS, ",", 3, 0,
+    "csv": Sample("frappe_x1", "a.csv", "label,user,item,price", SHOP, ",", 3, 0,
                    ["user", {"name": "price", "kind": "numeric"}]),
-    "csv": Sample("movielens_small", "ratings.csv", CSV[0], CSV[1:], ",", 3, None,
+    "ratings_csv": Sample("movielens_small", "ratings.csv", CSV[0], CSV[1:], ",", 3, None,
                   ["user", "item"], LATEST),
     "dat": Sample("movielens_1m", "ratings.dat", None, DAT, "::", 3, None,
                   ["user", "item"], GOLDEN / "movielens_1m"),
@@ -297,7 +297,7 @@ def test_one_class_is_refused(tmp_path, good, form, label):
     check()
 
 
-@pytest.mark.parametrize("name", ["csv", "dat"])
+@pytest.mark.parametrize("name", ["ratings_csv", "dat"])
 def test_threshold_that_leaves_one_class_is_refused(tmp_path, good, name):
     sample = SAMPLES[name]
     check = good(sample)

@@ -17,12 +17,12 @@ from cki_rec.checkpoints import checkpoint
 from cki_rec.cli import main
 from cki_rec.config import CHOICES, UserError, parse
 from cki_rec.data.encoding import store
-from cki_rec.data.encoding.vocabulary import file_sha256
 from cki_rec.data.loader import Loader
 from cki_rec.data.provenance import Provenance
 from cki_rec.data.schema import Feature, FeatureSchema
-from cki_rec.engine import export
+from cki_rec.engine import checkpoint_io, export
 from cki_rec.engine.export import FORMATS, Servable, draw_batch, example_inputs, inputs_of
+from cki_rec.files import file_digest
 from cki_rec.models import MODELS, build_model, model_schema
 from cki_rec.pipelines import export as pipeline
 from cki_rec.pipelines import train
@@ -248,7 +248,9 @@ def trained(options, tmp_path):
     folder, model = tmp_path / "out" / "train-1", options()
     params = build(model).state_dict()
     tensors = {"model": params, "accumulator": {}, "counts": {}}
-    checkpoint.save(folder / "checkpoint", tensors, model, MIXED, Provenance("hash of the data"))
+    checkpoint_io.save(
+        folder / "checkpoint", tensors, model, MIXED, Provenance("hash of the data")
+    )
     (folder / "record.json").write_text(json.dumps({"run_id": "train-1", "result": {}}))
     return folder
 
@@ -296,10 +298,10 @@ def test_a_run_is_named_by_id_by_folder_or_by_checkpoint(command, trained, quick
     assert "largest difference from the model's own scores: " in out
     assert files(trained) == ["model.pt2", "model.pt2.json"]
     about = json.loads((trained / "export" / "model.pt2.json").read_text())
-    assert about["files"] == {"model.pt2": file_sha256(trained / "export" / "model.pt2")}
+    assert about["files"] == {"model.pt2": file_digest(trained / "export" / "model.pt2")}
     assert about["source"] == {
         "run_id": "train-1",
-        "checkpoint_sha256": file_sha256(trained / "checkpoint" / "checkpoint.json"),
+        "checkpoint_sha256": file_digest(trained / "checkpoint" / "checkpoint.json"),
         "data_hash": "hash of the data",
         "data_set": "mine-1",
     }
@@ -389,7 +391,7 @@ def test_models_that_are_not_there_or_not_whole(command, trained, tmp_path):
     (tmp_path / "out" / "merge-1").mkdir()
     (tmp_path / "out" / "merge-1" / "record.json").write_text(json.dumps(kept))
     code, _, error = command("run=merge-1")
-    assert "made no model; it kept others as they are: run=train-1" in error
+    assert "made no model; its result is another run: run=train-1" in error
     assert code == 2
     assert files(trained) == []
 

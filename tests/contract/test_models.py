@@ -357,7 +357,7 @@ def test_din_without_a_field_for_its_history():
     ("changes", "message"),
     [
         ({"streams__contexts": [["uesr"], []]}, r"contexts: no field uesr; did you mean 'user'\?"),
-        ({"streams__contexts": [[]]}, r"contexts=\[\[\]\]: one list of fields for each stream"),
+        ({"streams__contexts": [[]]}, r"contexts=\[\[\]\]: use one list of fields per stream"),
         ({"streams__heads": 3}, r"heads=3: must divide the last width of model\.hidden=\[16, 8\]"),
         ({"streams__heads": 8}, r"heads=8: .* model\.streams\.hidden=\[12\]"),
         ({"hidden": []}, r"model\.hidden=\[\]: FinalMLP needs hidden layers"),

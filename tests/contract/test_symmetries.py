@@ -25,7 +25,7 @@ from cki_rec.engine.embeddings import build as build_sharded
 from cki_rec.merging.repair import recalibrate
 from cki_rec.merging.symmetry import Slice, Symmetry
 from cki_rec.models import model_schema
-from cki_rec.models.symmetries import own_frames
+from cki_rec.models.symmetries import separate_bases
 
 TITLES = [*CASES, *ON_MIXED]
 
@@ -143,7 +143,7 @@ def test_names_and_sizes_are_those_of_the_state(title):
 def test_rotations_of_one_table_break_inner_products(title):
     subject = Subject(title)
     readers = ["mlp.layers.0.weight"] if title == "deepfm" else []
-    own = own_frames(subject.network.sparse, readers)
+    own = separate_bases(subject.network.sparse, readers)
     assert len(own) == 6
     assert all(subject.change(symmetry) > 1e-3 for symmetry in own)
 

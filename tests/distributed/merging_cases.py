@@ -28,7 +28,7 @@ from cki_rec.checkpoints import checkpoint  # noqa: E402
 from cki_rec.cli import main  # noqa: E402
 from cki_rec.data.provenance import Provenance  # noqa: E402
 from cki_rec.data.schema import Feature, FeatureSchema  # noqa: E402
-from cki_rec.engine import distributed  # noqa: E402
+from cki_rec.engine import checkpoint_io, distributed  # noqa: E402
 from cki_rec.engine.embeddings import table_of  # noqa: E402
 from cki_rec.models import build_model  # noqa: E402
 
@@ -87,7 +87,7 @@ def write(folder: Path, name: str, seed: int, sizes=SIZES, change=lambda params:
         "accumulator": {n: torch.rand(len(params[n]), 1, generator=draw) for n in tables},
         "counts": {t: torch.randint(0, 5, (n,), generator=draw) for t, n in sizes.items()},
     }
-    checkpoint.save(folder / name, tensors, config.model, schema, Provenance("hash"))
+    checkpoint_io.save(folder / name, tensors, config.model, schema, Provenance("hash"))
 
 
 def write_all(folder: Path) -> None:

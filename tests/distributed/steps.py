@@ -28,7 +28,7 @@ from cki_rec.data.encoding import store  # noqa: E402
 from cki_rec.data.loader import Loader  # noqa: E402
 from cki_rec.data.provenance import Provenance  # noqa: E402
 from cki_rec.data.schema import Batch, FeatureSchema  # noqa: E402
-from cki_rec.engine import distributed  # noqa: E402
+from cki_rec.engine import checkpoint_io, distributed  # noqa: E402
 from cki_rec.engine.embeddings import build, initialize, local_tensors  # noqa: E402
 from cki_rec.engine.evaluator import predict  # noqa: E402
 from cki_rec.engine.optimization import Average, initialized_adam  # noqa: E402
@@ -91,7 +91,7 @@ def train(case: str, plan: str, folder: Path) -> tuple[float, Tensor]:
     with torch.no_grad():
         logits = model.module(share(draw_batch(SCHEMAS[key], ROWS, seed=99)))
     state = TrainingState(model, adam, average, None)
-    checkpoint.save(
+    checkpoint_io.save(
         folder / case / plan, state.tensors(), config.model, SCHEMAS[key], Provenance("hash")
     )
     return loss, logits
@@ -104,8 +104,8 @@ def move(found: Path, folder: Path, case: str, plan: str) -> None:
     adam = initialized_adam(model, 0.01)
     state = TrainingState(model, adam, Average(model, 0.5), None)
     saved = checkpoint.describe(found)
-    checkpoint.load_into(state.tensors(), found)
-    checkpoint.save(folder, state.tensors(), saved.model, saved.schema, saved.origin)
+    checkpoint_io.load_into(state.tensors(), found)
+    checkpoint_io.save(folder, state.tensors(), saved.model, saved.schema, saved.origin)
 
 
 class FirstId(nn.Module):

@@ -13,7 +13,7 @@ import torch
 from merging_cases import EXACT, MISTAKES, SIZES, merged
 from test_world_sizes import torchrun
 
-from cki_rec.checkpoints import checkpoint
+from cki_rec.checkpoints import checkpoint, read_tensors
 from cki_rec.engine.embeddings import table_of
 
 pytestmark = pytest.mark.dist
@@ -59,7 +59,7 @@ def record_of(folder: Path) -> dict:
 
 
 def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
-    return checkpoint._read(folder / "checkpoint" / checkpoint.TENSORS)
+    return read_tensors(folder / "checkpoint" / checkpoint.TENSORS)
 
 
 def said(folder: Path, case: str) -> tuple[set[int], list[str]]:

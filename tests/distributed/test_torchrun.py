@@ -113,7 +113,7 @@ def test_a_lost_process_ends_the_other_and_the_command_goes_on(words, tmp_path, 
     _, error = process.communicate(timeout=60)
     assert time.time() - killed < 15
     assert process.returncode == 1
-    message = "cki-rec: another process has ended; the same command goes on from the last check"
+    message = "cki-rec: another process has ended; run the same command again: it resumes from the"
     assert message in error
     assert 'File "' not in error.replace("torch/distributed", "")[: error.index(message)]
     (folder,) = (tmp_path / "two" / "out").glob("train-*")

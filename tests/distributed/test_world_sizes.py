@@ -12,7 +12,7 @@ import pytest
 import steps
 import torch
 
-from cki_rec.checkpoints import checkpoint
+from cki_rec.checkpoints import checkpoint, read_tensors
 
 pytestmark = pytest.mark.dist
 SCRIPT = Path(steps.__file__)
@@ -72,7 +72,7 @@ def messages_of(folder: Path) -> list[dict]:
 
 
 def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
-    return checkpoint._read(folder / checkpoint.TENSORS)
+    return read_tensors(folder / checkpoint.TENSORS)
 
 
 @pytest.mark.parametrize("num", WORLDS)

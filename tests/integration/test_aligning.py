@@ -9,6 +9,7 @@ import torch
 
 from cki_rec.checkpoints import checkpoint
 from cki_rec.cli import main
+from cki_rec.engine import checkpoint_io
 
 TINY = [
     *("runtime.threads=1", "train.epochs=2", "train.batch_size=256", "model.hidden=[16,8]"),
@@ -255,7 +256,7 @@ def test_a_source_of_another_division_leads_nothing(options, folder, tmp_path, c
         if checkpoint.describe(run / "checkpoint").origin.data_hash != saved.origin.data_hash
     )
     groups = {"model": saved.params, "accumulator": saved.accumulators, "counts": saved.counts}
-    checkpoint.save(tmp_path / "other", groups, saved.model, saved.schema, other)
+    checkpoint_io.save(tmp_path / "other", groups, saved.model, saved.schema, other)
     named = f"merge.sources=[{{seed: 1}},{{path: {tmp_path / 'other'}}}]"
     ways = ["merge=evidence", named, "merge.align.by=weights"]
     assert main(["merge", *words, *ways, "merge.repair=select_units"]) == 0

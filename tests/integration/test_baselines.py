@@ -11,6 +11,7 @@ import torch
 from cki_rec.checkpoints import checkpoint
 from cki_rec.cli import main
 from cki_rec.data.dataset import EncodedDataset
+from cki_rec.engine import checkpoint_io
 from cki_rec.merging.options import defaults
 from cki_rec.merging.registry import METHODS
 from cki_rec.pipelines.listing import method_table
@@ -267,7 +268,7 @@ def test_nan_of_a_source_is_named(options, folder, capsys):
     saved = checkpoint.load(folder / "out" / records(folder, "train")[-1]["run_id"] / "checkpoint")
     saved.params["bias"][0] = float("nan")
     broken = folder / "broken"
-    checkpoint.save(broken, {"model": saved.params}, saved.model, saved.schema, saved.origin)
+    checkpoint_io.save(broken, {"model": saved.params}, saved.model, saved.schema, saved.origin)
     sources = f"merge.sources=[{{path: {broken}}},{{path: {broken}}}]"
     for method, words in (("karcher", "bias: source 0 has"), ("average", "bias: the result has")):
         assert main(["merge", *options, f"merge={method}", sources]) == 2

@@ -10,6 +10,7 @@ from conftest import write_raw_zip
 
 from cki_rec.checkpoints import checkpoint
 from cki_rec.cli import main
+from cki_rec.engine import checkpoint_io
 
 TINY = [
     *("runtime.threads=1", "train.epochs=1", "train.batch_size=256", "model.hidden=[8,4]"),
@@ -77,7 +78,7 @@ def changed(folder, target, **changes):
     """Write a checkpoint with other fields; return its folder."""
     saved = dataclasses.replace(checkpoint.load(folder / "checkpoint"), **changes)
     groups = {"model": saved.params, "accumulator": saved.accumulators, "counts": saved.counts}
-    checkpoint.save(target, groups, saved.model, saved.schema, saved.origin)
+    checkpoint_io.save(target, groups, saved.model, saved.schema, saved.origin)
     return target
 
 

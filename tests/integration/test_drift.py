@@ -12,6 +12,7 @@ from cki_rec.checkpoints import checkpoint
 from cki_rec.cli import main
 from cki_rec.config import UserError, parse, run_id, section, with_delta
 from cki_rec.data.encoding import store
+from cki_rec.engine import checkpoint_io
 from cki_rec.pipelines import finetune, train
 
 TINY = [
@@ -87,7 +88,7 @@ def test_a_path_names_the_same_start(trained):
 def test_counts_of_a_start_without_any_stay_unknown(trained, folder):
     saved = checkpoint.load(trained("seed=2").checkpoint)
     plain = folder / "plain"
-    checkpoint.save(plain, {"model": saved.params}, saved.model, saved.schema, saved.origin)
+    checkpoint_io.save(plain, {"model": saved.params}, saved.model, saved.schema, saved.origin)
     assert checkpoint.row_counts(plain) == {}
     assert checkpoint.load(trained(f"train.start={{path: {plain}}}").checkpoint).counts == {}
 

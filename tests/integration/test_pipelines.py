@@ -212,12 +212,12 @@ def test_unwritable_folder_is_one_line(options, tmp_path, capsys, key):
 def test_full_disk_leaves_nothing_half_written(options, tmp_path, capsys, monkeypatch):
     import errno
 
-    from cki_rec.checkpoints import checkpoint
+    from cki_rec.engine import checkpoint_io
 
     def full(*_, **__):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(checkpoint.dcp, "save", full)
+    monkeypatch.setattr(checkpoint_io.dcp, "save", full)
     assert main(["train", *options]) == 2
     assert "No space left on device" in capsys.readouterr().err
     assert not list((tmp_path / "out").rglob("*.tmp*"))

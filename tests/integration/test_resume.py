@@ -19,7 +19,7 @@ from cki_rec.checkpoints import checkpoint
 from cki_rec.cli import main
 from cki_rec.config import Config, Stopped, parse
 from cki_rec.engine.record import Run
-from cki_rec.engine.resume import RESUME, Checkpointer, kept
+from cki_rec.engine.resume import RESUME, Checkpointer, unfinished_checkpoints
 from cki_rec.engine.steps import EVENTS, STEPS, StepLog
 from cki_rec.pipelines import finetune, train
 
@@ -90,7 +90,8 @@ def unfinished(out: Path, pipeline: str = "train") -> Path:
 
 
 def steps_kept(folder: Path) -> list[int]:
-    return [int(path.name.removeprefix("step-")) for path in kept(folder / RESUME)]
+    paths = unfinished_checkpoints(folder / RESUME)
+    return [int(path.name.removeprefix("step-")) for path in paths]
 
 
 def lines_of(folder: Path) -> list[dict]:
@@ -219,14 +220,14 @@ def empty(folder: Path) -> None:
 def test_a_damaged_checkpoint_falls_back_to_the_one_before(configured, harm, unbroken):
     want = unbroken()
     folder = kill_at(configured(), 30)
-    harm(kept(folder / RESUME)[-1])
+    harm(unfinished_checkpoints(folder / RESUME)[-1])
     check_equal(train.ensure(configured()), want, 24)
 
 
 def test_all_checkpoints_damaged_is_a_start(configured, unbroken):
     want = unbroken()
     folder = kill_at(configured(), 30)
-    for path in kept(folder / RESUME):
+    for path in unfinished_checkpoints(folder / RESUME):
         flip(path)
     check_equal(train.ensure(configured()), want, None)
 
@@ -294,7 +295,7 @@ def test_a_wish_to_stop_within_this_process(configured, words, capsys, monkeypat
     shown = capsys.readouterr()
     assert signal.getsignal(signal.SIGTERM) == before
     folder = unfinished(Path(configured().runtime.out))
-    assert f"cki-rec: stopped by the system after step 6; what was done is kept in {folder}" in (
+    assert f"cki-rec: stopped by the system after step 6; the state is saved in {folder}" in (
         shown.err
     )
     assert shown.err.count("\n") == 1
@@ -307,9 +308,9 @@ def test_a_wish_to_stop_within_this_process(configured, words, capsys, monkeypat
 
 
 def test_stopping_needs_a_folder():
-    with Checkpointer.none() as keeper:
+    with Checkpointer.none() as checkpointer:
         assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
-        keeper.keep_if_due(None, None)  # looks at neither
+        checkpointer.save_if_due(None, None)  # looks at neither
     assert not issubclass(Stopped, Exception)  # a sweep must not go on after it
 
 
@@ -385,6 +386,6 @@ def test_a_process_asked_to_stop_keeps_its_work(words, configured, unbroken):
     folder = unfinished(out)
     (step,) = steps_kept(folder)
     assert step >= 38
-    assert f"stopped by the system after step {step}; what was done is kept in {folder}" in error
+    assert f"stopped by the system after step {step}; the state is saved in {folder}" in error
     assert "Traceback" not in error
     check_equal(train.ensure(config), want, step)

@@ -11,6 +11,7 @@ from regions import TINY, train_regions
 from cki_rec.checkpoints import checkpoint
 from cki_rec.cli import main
 from cki_rec.data.encoding import tokens
+from cki_rec.engine import checkpoint_io
 from cki_rec.engine.embeddings import table_of
 from cki_rec.pipelines import matching
 
@@ -49,8 +50,8 @@ def rows_by_token(folder, home=None):
             rest[name] = tensor
             continue
         digest = saved.schema.vocabulary_hashes[table]
-        place = tokens.find(places, {table: digest})
-        listed = ["", "?", *tokens.read(place, table, digest)]
+        place = tokens.find_tokens(places, {table: digest})
+        listed = ["", "?", *tokens.read_tokens(place, table, digest)]
         rows |= {(name, t): tensor[i] for i, t in enumerate(listed)}
     return rows, rest
 
@@ -119,7 +120,7 @@ def test_rows_that_stand_in_have_no_say_in_alignment_without_counts(regions, tmp
             groups = {"model": saved.params, "accumulator": saved.accumulators}
             groups["counts"] = ones if kind == "ones" else {}
             sources.append(tmp_path / kind / name)
-            checkpoint.save(sources[-1], groups, saved.model, saved.schema, saved.origin)
+            checkpoint_io.save(sources[-1], groups, saved.model, saved.schema, saved.origin)
         words = [f"runtime.out={tmp_path / kind}", "merge.vocabularies=[null,null]"]
         words += ["merge=average", "merge.align.by=weights", f"merge.repair={repair}"]
         words += [f"data.raw={home / 'north.zip'}", "data.name=north"]

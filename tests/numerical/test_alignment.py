@@ -10,6 +10,7 @@ from networks import CASES, MIXED, act, draw_batch, make_case
 from torch.func import functional_call
 
 from cki_rec.config import UserError
+from cki_rec.data.schema import random_batch
 from cki_rec.engine.embeddings import table_of
 from cki_rec.merging.alignment import agreement, align
 from cki_rec.merging.symmetry import random_element
@@ -18,7 +19,7 @@ from cki_rec.merging.mixing import mix
 from cki_rec.merging.params import generator
 from cki_rec.merging.alignment import table_products
 from cki_rec.merging.symmetry import transform
-from cki_rec.merging.statistics import linear_moments, random_batch
+from cki_rec.merging.statistics import linear_moments
 from cki_rec.merging.symmetry import Slice, Symmetry
 from cki_rec.pipelines.matching import check_scores, moved_tables
 

@@ -11,12 +11,12 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from cki_rec.data.schema import Batch
 from cki_rec.engine import gating
 from cki_rec.engine.embeddings import table_of
-from cki_rec.engine.gating import SplicedAtLookup, rows_read
+from cki_rec.engine.gating import MergedAtLookup, rows_read
 from cki_rec.merging.methods.cki.assessment import compute_global_terms
 from cki_rec.merging.methods.cki.gate import initialize_gate
 from cki_rec.merging.methods.cki.weights import cki_weights
 from cki_rec.merging.methods.evidence import evidence
-from cki_rec.merging.mixing import override_weights
+from cki_rec.merging.mixing import mix, override_weights
 
 STATISTICS = ("running_mean", "running_var")
 
@@ -75,7 +75,7 @@ def compare(network, schema, models, gates, weigh, counts=()):
     """Compare logits and gradients of one step with those by whole merged tables."""
     batch = draw_batch(schema, 12)
     torch.manual_seed(0)
-    module = SplicedAtLookup(network, models, counts, gates, weigh, {}, schema).train()
+    module = MergedAtLookup(network, models, counts, gates, weigh, {}, schema).train()
     logit_B = module(batch)
     torch.manual_seed(0)
     merged = mix(models, weigh(models, counts, gates))
@@ -103,7 +103,7 @@ def test_logits_are_those_of_the_merged_model(title, key):
     gates, weigh = draw_gates(models, "scalar"), rule(models)
     batch = draw_batch(schema, 12)
     with torch.no_grad():
-        module = SplicedAtLookup(network, models, (), gates, weigh, {}, schema).eval()
+        module = MergedAtLookup(network, models, (), gates, weigh, {}, schema).eval()
         whole_B = functional_call(network, mix(models, weigh(models, (), gates)), (batch,))
         torch.testing.assert_close(module(batch), whole_B, rtol=1e-5, atol=1e-5)
 
@@ -121,7 +121,7 @@ def test_evidence_is_counted_on_the_rows_that_are_read():
         ),
     ):
         with torch.no_grad():
-            module = SplicedAtLookup(network, models, counts, gates, weigh, {}, schema).eval()
+            module = MergedAtLookup(network, models, counts, gates, weigh, {}, schema).eval()
             merged = mix(models, weigh(models, counts, gates))
             torch.testing.assert_close(
                 module(batch), functional_call(network, merged, (batch,)), rtol=1e-5, atol=1e-5
@@ -129,7 +129,7 @@ def test_evidence_is_counted_on_the_rows_that_are_read():
 
 
 def touched(monkeypatch, scale):
-    """Return the rows that one step splices of each table, ``scale`` times as large as usual."""
+    """Return the rows that one step merges of each table, ``scale`` times as large as usual."""
     network = build(MIXED, name="dnn")
     batch = draw_batch(MIXED, 12)
     models = draw_sources(network)
@@ -143,10 +143,10 @@ def touched(monkeypatch, scale):
         seen.update({n: (len(t), len(weights[n][0])) for n, t in merged.items() if table_of(n)})
         return merged
 
-    monkeypatch.setattr(gating, "splice", counting)
+    monkeypatch.setattr(gating, "mix", counting)
     gates, weigh = draw_gates(models, "full"), rule(models)
-    module = SplicedAtLookup(network, models, (), gates, weigh, {}, MIXED)
-    assert not seen  # nothing of a table is spliced beforehand
+    module = MergedAtLookup(network, models, (), gates, weigh, {}, MIXED)
+    assert not seen  # nothing of a table is merged beforehand
     logit_B = module(batch)
     gradients(logit_B, batch, gates)
     return seen
@@ -201,7 +201,7 @@ def test_a_trunk_is_looked_up_as_it_is_and_gets_gradients():
     for name in moving:
         moving[name].requires_grad_(name not in buffers)
     gates = draw_gates(models, "full") | dict.fromkeys(names)
-    module = SplicedAtLookup(network, models, (), gates, rule(models), moving, schema).train()
+    module = MergedAtLookup(network, models, (), gates, rule(models), moving, schema).train()
     batch = draw_batch(schema, 12)
     binary_cross_entropy_with_logits(module(batch), batch.label).backward()
     _, rows = rows_read(batch, schema)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from training import equal, plain, state_of
 
-from cki_rec.config import Gate, UserError
+from cki_rec.config import UserError
 from cki_rec.data.encoding import store
 from cki_rec.engine.embeddings import build, initialize, table_of
 from cki_rec.engine.evaluator import predict
@@ -214,7 +214,8 @@ def learn(config, dataset, schema, models, kind="full", trunk=(), metric=auc, ep
         schema,
         dataset.rows("train"),
         dataset.rows("valid"),
-        Gate(kind=kind, rank=2, scale=1.0, train="frozen", epochs=epochs, learning_rate=0.01),
+        epochs,
+        0.01,
         1024,
         more.get("seed", 1),
         metric,
@@ -284,5 +285,5 @@ def test_the_best_epoch_is_kept(config, dataset, read_schema, sources, values, e
 
 def test_a_gate_that_explodes_is_reported(config, dataset, read_schema, sources):
     gates = {name: torch.tensor(float("nan")) for name in sources[0]}
-    with pytest.raises(UserError, match=r"a title: the loss is nan; lower merge\.gate\.lear"):
+    with pytest.raises(UserError, match=r"a title: the loss is nan; lower merge\.learn\.lear"):
         learn(config, dataset, read_schema, sources, gates=gates)

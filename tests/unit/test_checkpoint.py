@@ -13,10 +13,11 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.nn.functional import binary_cross_entropy_with_logits
 from training import load_params, options, plain, state_of, step
 
-from cki_rec.checkpoints import checkpoint
+from cki_rec.checkpoints import checkpoint, fill, read_tensors
 from cki_rec.config import UserError
 from cki_rec.data.provenance import Provenance
 from cki_rec.data.schema import Feature
+from cki_rec.engine import checkpoint_io
 from cki_rec.engine.embeddings import table_of
 from cki_rec.engine.optimization import initialized_adam
 
@@ -46,7 +47,7 @@ def tensors(trained, schema):
 @pytest.fixture
 def saved(tmp_path, tensors, schema):
     folder = tmp_path / "run" / "checkpoint"
-    checkpoint.save(folder, tensors, MODEL, schema, Provenance("data hash"))
+    checkpoint_io.save(folder, tensors, MODEL, schema, Provenance("data hash"))
     return folder
 
 
@@ -96,7 +97,7 @@ def test_training_goes_on_bit_for_bit(saved, trained, sharded, make_batch):
 def test_plain_tensors_are_written_too(saved, tmp_path, schema):
     loaded = checkpoint.load(saved)
     groups = {"model": loaded.params, "accumulator": loaded.accumulators, "counts": {}}
-    checkpoint.save(tmp_path / "other", groups, MODEL, schema, Provenance("h"))
+    checkpoint_io.save(tmp_path / "other", groups, MODEL, schema, Provenance("h"))
     again = checkpoint.load(tmp_path / "other")
     assert again.counts == {}
     assert all(torch.equal(again.params[name], t) for name, t in loaded.params.items())
@@ -105,7 +106,7 @@ def test_plain_tensors_are_written_too(saved, tmp_path, schema):
 def test_saving_again_replaces_the_whole_checkpoint(saved, tensors, schema):
     (saved / "leftover").touch()
     tensors["model"]["bias"].data.fill_(3.0)
-    checkpoint.save(saved, tensors, MODEL, schema, Provenance("other hash"))
+    checkpoint_io.save(saved, tensors, MODEL, schema, Provenance("other hash"))
     loaded = checkpoint.load(saved)
     assert loaded.params["bias"].item() == 3.0
     assert loaded.origin.data_hash == "other hash"
@@ -188,10 +189,10 @@ def test_a_failing_save_leaves_the_old_checkpoint_and_nothing_else(
         (checkpoint_id / "half").write_bytes(b"half")
         raise CheckpointException("write", {0: (full_disk(), None)}) if wrap else full_disk()
 
-    monkeypatch.setattr(checkpoint.dcp, "save", fail)
+    monkeypatch.setattr(checkpoint_io.dcp, "save", fail)
     tensors["model"]["bias"].data.fill_(3.0)
     with pytest.raises(OSError, match="No space left") as caught:
-        checkpoint.save(saved, tensors, MODEL, schema, Provenance("h"))
+        checkpoint_io.save(saved, tensors, MODEL, schema, Provenance("h"))
     assert caught.value.errno == errno.ENOSPC
     assert [path.name for path in saved.parent.iterdir()] == ["checkpoint"]
     assert torch.equal(checkpoint.load(saved).params["bias"], before.params["bias"])
@@ -201,9 +202,9 @@ def test_an_unknown_failure_to_write_is_an_ordinary_exception(saved, tensors, sc
     def fail(*arguments, **options):
         raise CheckpointException("write", {0: (RuntimeError("odd"), None)})
 
-    monkeypatch.setattr(checkpoint.dcp, "save", fail)
+    monkeypatch.setattr(checkpoint_io.dcp, "save", fail)
     with pytest.raises(OSError, match="odd"):
-        checkpoint.save(saved, tensors, MODEL, schema, Provenance("h"))
+        checkpoint_io.save(saved, tensors, MODEL, schema, Provenance("h"))
 
 
 def test_equal_checkpoints_are_compatible(saved):
@@ -295,22 +296,22 @@ def test_what_torch_says_of_a_full_disk_is_an_os_error(saved, tensors, schema, m
     def full(*_, **__):
         raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 704 vs 598")
 
-    monkeypatch.setattr(checkpoint.dcp, "save", full)
+    monkeypatch.setattr(checkpoint_io.dcp, "save", full)
     with pytest.raises(OSError, match="unexpected pos") as caught:
-        checkpoint.save(saved, tensors, MODEL, schema, Provenance("data hash"))
+        checkpoint_io.save(saved, tensors, MODEL, schema, Provenance("data hash"))
     assert caught.value.errno == errno.ENOSPC
     assert caught.value.filename == str(saved)
 
 
 def test_tensors_of_any_layout_are_filled(saved):
     """Rows that lie in memory as in the file are read straight into it, others by torch."""
-    whole = checkpoint._read(saved / checkpoint.TENSORS)
+    whole = read_tensors(saved / checkpoint.TENSORS)
     turned = {
         name: torch.empty(tensor.shape[::-1], dtype=tensor.dtype).T
         for name, tensor in whole.items()
         if tensor.ndim == 2
     }
-    checkpoint.fill(turned, saved / checkpoint.TENSORS)
+    fill(turned, saved / checkpoint.TENSORS)
     assert all(torch.equal(tensor, whole[name]) for name, tensor in turned.items())
 
 

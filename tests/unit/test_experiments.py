@@ -214,7 +214,7 @@ def test_boards_share_their_semantics(configure, name):
     assert config.merge.sources == config.suite.sources == [{"seed": config.seed}]
     assert (config.merge.method, config.finetune.epochs) == ("best_source", 0)
     assert (config.data.partition.by, config.data.part) == ("none", None)
-    assert (config.data.split.by, config.data.format) == ("files", "bars")
+    assert (config.data.split.by, config.data.format) == ("files", "csv")
     has_histories = any(
         "separator" in f and f.get("kind") == "history" for f in fields_of(config).values()
     )

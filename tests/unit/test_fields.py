@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 from samples import ROOT, make_data, one_line_error
 
 from cki_rec.config import Data, Partition, Split, UserError
-from cki_rec.data.encoding.fields import resolve
+from cki_rec.data.encoding.fields import resolve_fields
 from cki_rec.data.encoding.store import prepare
 from cki_rec.data.encoding.vocabulary import Dictionary
 from cki_rec.data.raw.formats import FORMATS
@@ -30,14 +30,14 @@ def csv(tmp_path):
 
     def make(fields: list, **changes) -> Data:
         split = Split(by="random", fractions=[0.6, 0.2, 0.2], seed=0)
-        options = {"format": "bars", "raw": str(path), "fields": fields, "split": split}
+        options = {"format": "csv", "raw": str(path), "fields": fields, "split": split}
         return make_data("default", **(options | changes))
 
     return make
 
 
 def error_of(data: Data) -> str:
-    return one_line_error(resolve, data, FORMATS[data.format].kinds(data))
+    return one_line_error(resolve_fields, data, FORMATS[data.format].kinds(data))
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from cki_rec.data.dataset import EncodedDataset
 from cki_rec.data.encoding import tokens
 from cki_rec.data.encoding.split import codes_by_key, row_keys
 from cki_rec.data.encoding.store import prepare
-from cki_rec.data.provenance import Provenance, Rows, together
+from cki_rec.data.provenance import Provenance, Rows
 from cki_rec.data.raw.reading import TIME
 from cki_rec.data.schema import FIRST_ID, OOV_ID
 
@@ -47,8 +47,8 @@ def test_ids_are_places_in_the_lists_and_other_tokens_are_unseen(encode, tmp_pat
     kept = own.vocabulary("user")[1:]
     for table in TABLES:
         listed = own.vocabulary(table)
-        tokens.write(tmp_path / "one", table, kept if table == "user" else listed[::-1])
-    tokens.write(tmp_path / "one", "of no field", ["x"])
+        tokens.write_tokens(tmp_path / "one", table, kept if table == "user" else listed[::-1])
+    tokens.write_tokens(tmp_path / "one", "of no field", ["x"])
     found = encode(vocabularies=[str(tmp_path / "one")])
     gone = own.vocabulary("user")[0]
     users = decoded(own, "user")
@@ -68,7 +68,9 @@ def test_ids_are_places_in_the_lists_and_other_tokens_are_unseen(encode, tmp_pat
 def test_lists_are_joined_in_order_and_named_by_content(encode, tmp_path):
     own = encode()
     for table in TABLES:
-        tokens.write(tmp_path / "run" / "vocabulary", table, ["new", own.vocabulary(table)[-1]])
+        tokens.write_tokens(
+            tmp_path / "run" / "vocabulary", table, ["new", own.vocabulary(table)[-1]]
+        )
     found = encode(vocabularies=[str(own.folder), str(tmp_path / "run")])
     for table in TABLES:
         assert found.vocabulary(table) == [*own.vocabulary(table), "new"]
@@ -85,7 +87,7 @@ def test_what_gives_no_vocabulary_is_refused(encode, tmp_path):
     (own.folder / "vocabulary.hour.txt").write_text("1\n")
     damaged = one_line_error(encode, vocabularies=[str(own.folder)])
     assert "vocabulary.hour.txt: damaged" in damaged
-    tokens.write(tmp_path / "bad", "user", ["1"])
+    tokens.write_tokens(tmp_path / "bad", "user", ["1"])
     (tmp_path / "bad" / "vocabulary.user.txt").write_bytes(b"\xff\n")
     assert "no UTF-8" in one_line_error(encode, vocabularies=[str(tmp_path / "bad")])
 
@@ -133,7 +135,7 @@ def test_a_division_by_hash_refuses_users_and_items_that_are_numbers(tmp_path):
     raw.write_text("u,i,label\n" + "".join(f"{n % 5},{n % 7},{n % 2}\n" for n in range(40)))
     split = Split(by="hash", fractions=[0.6, 0.2, 0.2], seed=0)
     fields = ["u", {"name": "i", "kind": "numeric", "transform": "as_is"}]
-    named = {"format": "bars", "user": "u", "item": "i", "label": "label"}
+    named = {"format": "csv", "user": "u", "item": "i", "label": "label"}
     data = make_data(raw=str(raw), fields=fields, split=split, **named)
     message = one_line_error(prepare, data, tmp_path / "encoded")
     assert "field i makes numbers of users or items" in message
@@ -204,7 +206,7 @@ def test_one_rule_for_every_row_agrees_with_itself_in_any_file():
 
 def test_a_merged_model_has_seen_what_its_sources_have():
     one, other = Provenance("h", (ONE,)), Provenance("i", (ONE, OTHER))
-    assert together([one, one]) == one
-    assert together([one, other]) == Provenance("several", (ONE, OTHER))
-    assert together([one, Provenance("h")]) == Provenance("h", None)
+    assert Provenance.union([one, one]) == one
+    assert Provenance.union([one, other]) == Provenance("several", (ONE, OTHER))
+    assert Provenance.union([one, Provenance("h")]) == Provenance("h", None)
     assert Provenance.from_json({"data_hash": "h"}) == Provenance("h", None)

@@ -6,7 +6,7 @@ from samples import make_data, one_line_error, read_rows
 
 from cki_rec.config import Split, UserError
 from cki_rec.data.columns import Ragged
-from cki_rec.data.encoding.fields import resolve, to_json
+from cki_rec.data.encoding.fields import fields_to_json, resolve_fields
 from cki_rec.data.encoding.store import prepare
 from cki_rec.data.raw.formats import FORMATS
 from cki_rec.data.schema import FIRST_ID, OOV_ID
@@ -149,8 +149,8 @@ def data_of(field: dict | str, choice: str = "default", **changes):
 def test_impossible_history_is_named(tmp_path, field, message):
     path = tmp_path / "rows.csv"
     path.write_text(f"{HEADER}\n1,u,i,a\n")
-    data = data_of(field, format="bars", raw=str(path))
-    assert message in one_line_error(resolve, data, FORMATS["bars"].kinds(data))
+    data = data_of(field, format="csv", raw=str(path))
+    assert message in one_line_error(resolve_fields, data, FORMATS["csv"].kinds(data))
 
 
 @pytest.mark.parametrize(
@@ -167,15 +167,15 @@ def test_impossible_history_is_named(tmp_path, field, message):
 def test_histories_of_liked_items_have_other_options(field, message):
     data = data_of(field, "movielens_small")
     if message:
-        assert message in one_line_error(resolve, data, FORMATS["movielens"].kinds(data))
+        assert message in one_line_error(resolve_fields, data, FORMATS["movielens"].kinds(data))
     else:
-        assert resolve(data, FORMATS["movielens"].kinds(data))[1].column == "item"
+        assert resolve_fields(data, FORMATS["movielens"].kinds(data))[1].column == "item"
 
 
 def test_fields_without_keep_are_written_as_before():
     data = make_data("kkbox_x1", raw="absent")
-    found = resolve(data, dict.fromkeys(entry_names(data), "categorical"))
-    assert not [entry for entry in to_json(found) if "keep" in entry]
+    found = resolve_fields(data, dict.fromkeys(entry_names(data), "categorical"))
+    assert not [entry for entry in fields_to_json(found) if "keep" in entry]
 
 
 def entry_names(data) -> list[str]:

@@ -49,7 +49,7 @@ def dataset(tmp_path_factory) -> EncodedDataset:
                  "" if row % 9 == 0 else draw.integers(100), draw.integers(30), draw.integers(200)]
             )  # fmt: skip
     data = make_data(
-        "default", format="bars", raw=str(folder / "raw.csv"), fields=FIELDS, user="user",
+        "default", format="csv", raw=str(folder / "raw.csv"), fields=FIELDS, user="user",
         item="item", time="when", history_length=4,
         split=Split(by="random", fractions=[0.6, 0.2, 0.2], seed=0),
     )  # fmt: skip

@@ -80,7 +80,7 @@ def encode_numbers(tmp_path):
             writer.writerows([number % 2, text, "a"] for number, text in enumerate(texts))
         field = {"name": "x", "kind": "numeric", "transform": transform}
         field |= {"edges": changes.pop("edges")} if "edges" in changes else {}
-        options = {"format": "bars", "raw": str(made[-1]), "fields": [field, "id"], "split": SPLIT}
+        options = {"format": "csv", "raw": str(made[-1]), "fields": [field, "id"], "split": SPLIT}
         return prepare(make_data("default", **(options | changes)), tmp_path / "encoded")
 
     return make

@@ -18,8 +18,8 @@ from cki_rec.engine.record import (
     save_arrays,
     start_sweep,
     sweep_runs,
-    write_atomically,
 )
+from cki_rec.files import write_atomically
 
 ARGUMENTS = ({"seed": 1}, {"name": "d"}, {"auc": 0.75, "none": None})
 

@@ -101,7 +101,7 @@ def test_summary_names_rows_fields_and_rates(dataset):
 def test_second_preparation_reads_no_raw_row(tmp_path, monkeypatch):
     first = prepare(make_data(), tmp_path)
     monkeypatch.setattr(store, "encode", None)
-    monkeypatch.setattr(store, "file_sha256", None)
+    monkeypatch.setattr(store, "file_digest", None)
     assert prepare(make_data(), tmp_path).hash == first.hash
 
 

@@ -85,7 +85,7 @@ def test_fast_verification_reads_no_content(folder, monkeypatch):
     def fail(path: Path) -> None:
         raise ZeroDivisionError
 
-    monkeypatch.setattr("cki_rec.data.encoding.vocabulary.file_sha256", fail)
+    monkeypatch.setattr("cki_rec.data.dataset.file_digest", fail)
     assert len(EncodedDataset(folder)) == 20
     with pytest.raises(ZeroDivisionError):
         EncodedDataset(folder, "full")
@@ -194,7 +194,7 @@ def test_more_parts_than_their_type_holds(tmp_path):
     raw = tmp_path / "raw.csv"
     raw.write_text("label,x\n" + "".join(f"{row % 2},{row % 7}\n" for row in range(80_000)))
     split = Split(by="random", fractions=[0.8, 0.1, 0.1], seed=0)
-    data = make_data("default", format="bars", raw=str(raw), fields=["x"], split=split)
+    data = make_data("default", format="csv", raw=str(raw), fields=["x"], split=split)
     dataset = prepare(data, tmp_path / "encoded")
     partition = Partition(by="random", parts=70_000, seed=0)
     try:

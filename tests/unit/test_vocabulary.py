@@ -16,8 +16,14 @@ from cki_rec.config import Data, Split, UserError
 from cki_rec.data.columns import Ragged
 from cki_rec.data.encoding import vocabulary
 from cki_rec.data.encoding.store import EncodedDataset, prepare
-from cki_rec.data.encoding.vocabulary import Dictionary, build, file_sha256, hash_tokens, read
+from cki_rec.data.encoding.vocabulary import (
+    Dictionary,
+    hash_tokens,
+    learn_vocabulary,
+    read_vocabulary,
+)
 from cki_rec.data.schema import FIRST_ID, OOV_ID
+from cki_rec.files import file_digest
 
 SPLIT = Split(by="random", fractions=[0.6, 0.2, 0.2], seed=0)
 UNICODE = ["", "a", "A", "z", "é", "ÿ", "Ā", "日本", "日", "￿", "𐀀", "😀", " ", "a ", "10", "9"]
@@ -37,7 +43,7 @@ def csv_of(path: Path, header: list[str], rows: list[list[str]], **changes) -> D
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["label", *header])
         writer.writerows([number % 2, *row] for number, row in enumerate(rows))
-    options = {"format": "bars", "raw": str(path), "fields": header, "split": SPLIT}
+    options = {"format": "csv", "raw": str(path), "fields": header, "split": SPLIT}
     return make_data("default", **(options | changes))
 
 
@@ -97,12 +103,12 @@ def test_fixed_dictionary():
 def test_equal_counts_go_by_code_points(tmp_path):
     order = np.random.default_rng(0).permutation(len(UNICODE))
     tokens = pl.Series([UNICODE[i] for i in order])
-    found = build("t", tokens, np.full(len(UNICODE), 3), 1, tmp_path / "v.txt")
-    assert read(tmp_path / "v.txt") == sorted(UNICODE)
+    found = learn_vocabulary("t", tokens, np.full(len(UNICODE), 3), 1, tmp_path / "v.txt")
+    assert read_vocabulary(tmp_path / "v.txt") == sorted(UNICODE)
     assert sorted(UNICODE) == sorted(UNICODE, key=lambda token: token.encode())
     assert found.size == FIRST_ID + len(UNICODE)
     assert [sorted(UNICODE)[i - FIRST_ID] for i in found.id_of_code] == tokens.to_list()
-    assert found.hash == file_sha256(tmp_path / "v.txt")
+    assert found.hash == file_digest(tmp_path / "v.txt")
 
 
 counted = st.dictionaries(
@@ -118,18 +124,18 @@ counted = st.dictionaries(
 def test_order_is_count_then_token(tmp_path_factory, counts, min_count):
     path = tmp_path_factory.mktemp("v") / "v.txt"
     tokens = pl.Series(list(counts), dtype=pl.String)
-    found = build("t", tokens, np.array(list(counts.values())), min_count, path)
+    found = learn_vocabulary("t", tokens, np.array(list(counts.values())), min_count, path)
     kept = [token for token in counts if counts[token] >= min_count]
     want = sorted(kept, key=lambda token: (-counts[token], token))
-    assert read(path) == want
+    assert read_vocabulary(path) == want
     for token, i in zip(counts, found.id_of_code, strict=True):
         assert i == (FIRST_ID + want.index(token) if token in want else OOV_ID)
 
 
 def test_table_without_a_frequent_token(tmp_path):
-    found = build("t", pl.Series(["a", "b"]), np.array([1, 0]), 2, tmp_path / "v.txt")
+    found = learn_vocabulary("t", pl.Series(["a", "b"]), np.array([1, 0]), 2, tmp_path / "v.txt")
     assert (found.size, found.id_of_code.tolist()) == (FIRST_ID, [OOV_ID] * 2)
-    assert read(tmp_path / "v.txt") == []
+    assert read_vocabulary(tmp_path / "v.txt") == []
 
 
 def test_missing_value_is_the_empty_token(encode_csv):
@@ -166,9 +172,9 @@ def test_hashed_field(encode_csv):
 def test_table_larger_than_ids_names_table_and_options(tmp_path, monkeypatch):
     monkeypatch.setattr(vocabulary, "LARGEST_TABLE", 5)
     tokens = pl.Series(["a", "b", "c", "d"])
-    assert build("t", tokens, np.array([1, 1, 1, 0]), 1, tmp_path / "v.txt").size == 5
+    assert learn_vocabulary("t", tokens, np.array([1, 1, 1, 0]), 1, tmp_path / "v.txt").size == 5
     with pytest.raises(UserError) as caught:
-        build("t", tokens, np.ones(4, int), 1, tmp_path / "v.txt")
+        learn_vocabulary("t", tokens, np.ones(4, int), 1, tmp_path / "v.txt")
     message = str(caught.value)
     assert message.startswith("data.fields: table t has 6 ids, expected at most 5")
     assert "data.min_count" in message

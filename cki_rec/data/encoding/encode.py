@@ -32,12 +32,17 @@ from cki_rec.data.encoding.split import (
     check_sizes,
     codes_by_key,
     draw_validation,
-    draws_validation,
     share,
     split_codes,
 )
-from cki_rec.data.encoding.staging import ITEM, USER, Staging, make_plan
-from cki_rec.data.encoding.vocabulary import Vocabulary, build, given, hashed
+from cki_rec.data.encoding.staging import ITEM, USER, Staging, plan_columns
+from cki_rec.data.encoding.vocabulary import (
+    Vocabulary,
+    hashed_vocabulary,
+    learn_vocabulary,
+    write_listed_vocabulary,
+)
+from cki_rec.data.raw.reading import draws_validation
 from cki_rec.data.schema import OOV_ID, Feature, FeatureSchema
 
 
@@ -95,7 +100,7 @@ def encode(
     Raises:
         UserError: An option is impossible for these rows.
     """
-    plan = make_plan(fields, user, item, data.numeric_missing, data.buckets)
+    plan = plan_columns(fields, user, item, data.numeric_missing, data.buckets)
     plan.is_keyed = data.split.by == "hash"
     with closing(Staging(folder, plan)) as columns:
         for chunk in chunks:
@@ -254,12 +259,14 @@ def _vocabularies(
         if table in found:
             continue
         if column.hash_size is not None:
-            found[table] = hashed(column.hash_size)
+            found[table] = hashed_vocabulary(column.hash_size)
             continue
         tokens = columns.dictionaries.pop(table).tokens()
         path = columns.folder / f"vocabulary.{table}.txt"
         decide = deciding.pop(table, None)
-        found[table] = build(table, tokens, counts.pop(table), column.min_count, path, decide)
+        found[table] = learn_vocabulary(
+            table, tokens, counts.pop(table), column.min_count, path, decide
+        )
     return found
 
 
@@ -271,11 +278,11 @@ def _given_vocabularies(
     for column in [*columns.plan.ids, *columns.plan.multi]:
         table = column.table
         if column.hash_size is not None:
-            found[table] = hashed(column.hash_size)
+            found[table] = hashed_vocabulary(column.hash_size)
         elif table not in found:
             tokens = columns.dictionaries.pop(table).tokens()
             path = columns.folder / f"vocabulary.{table}.txt"
-            found[table] = given(tokens, listed[table], path)
+            found[table] = write_listed_vocabulary(tokens, listed[table], path)
     return found
 
 

@@ -89,7 +89,7 @@ CHRONOLOGICAL = ("time", "leave_last_out")
 """Splits in which what is earlier is known when a row is scored."""
 
 
-def resolve(data: Data, kinds: Mapping[str, str]) -> tuple[Field, ...]:
+def resolve_fields(data: Data, kinds: Mapping[str, str]) -> tuple[Field, ...]:
     """Return the fields of ``data``, in order.
 
     Args:
@@ -127,12 +127,7 @@ def resolve(data: Data, kinds: Mapping[str, str]) -> tuple[Field, ...]:
     return found
 
 
-def columns_of(data: Data, kind: str) -> list[str]:
-    """Return the raw columns that ``data.fields`` says are of ``kind``."""
-    return [e.get("column", e["name"]) for e in _entries(data) if e.get("kind") == kind]
-
-
-def to_json(found: tuple[Field, ...]) -> list[dict[str, Any]]:
+def fields_to_json(found: tuple[Field, ...]) -> list[dict[str, Any]]:
     """Return a form that ``json.dumps`` takes; data sets without late options are as before."""
     late = ("keep", "rows")
     entries = [asdict(field) for field in found]
@@ -186,10 +181,10 @@ def _field(entry: dict[str, Any], data: Data, kinds: Mapping[str, str]) -> Field
     is_listed = kind == "history" and "separator" in entry
     given = kinds[entry.get("column", name)] if kind != "history" or is_listed else kind
     allowed = {"numeric": ("numeric",), "time": ("time",)}.get(given, KINDS[:4])
-    if kind != given and (kind not in allowed or (kind == "numeric" and data.format != "bars")):
+    if kind != given and (kind not in allowed or (kind == "numeric" and data.format != "csv")):
         raise UserError(
             f"data.fields, {name}: kind={kind}: the column is {given}, expected "
-            f"{' or '.join(allowed if data.format == 'bars' else (given,))}"
+            f"{' or '.join(allowed if data.format == 'csv' else (given,))}"
         )
     if is_listed and given == "history":
         raise UserError(

@@ -16,7 +16,7 @@ from cki_rec.config import Split, UserError
 from cki_rec.data.columns import ColumnFile, Ids, Ints, allocate, blocks
 from cki_rec.data.encoding.vocabulary import hash_tokens
 from cki_rec.data.permutation import Permutation
-from cki_rec.data.raw.reading import TIME
+from cki_rec.data.raw.reading import TIME, draws_validation
 
 SPLITS = ("train", "valid", "test")
 """Names of split codes 0, 1, 2."""
@@ -45,14 +45,6 @@ def check_split(split: Split) -> None:
             f"data.split.fractions={list(shares)}: expected shares of training, validation and "
             "test rows, each 0 or more, with sum 1"
         )
-
-
-def draws_validation(split: Split) -> bool:
-    """Return whether training rows may become validation rows.
-
-    So it is where files decide the split and ``fractions`` has no share for test.
-    """
-    return split.by == "files" and len(split.fractions) == 3 and split.fractions[2] == 0
 
 
 def draw_validation(split: Split, codes: ColumnFile) -> None:

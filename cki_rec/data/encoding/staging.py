@@ -49,7 +49,7 @@ class Plan:
     """Whether rows need a key by which they are divided."""
 
 
-def make_plan(
+def plan_columns(
     fields: tuple[Field, ...],
     user: str | None,
     item: str | None,

@@ -11,7 +11,6 @@ import glob
 import hashlib
 import json
 import logging
-import os
 import re
 import resource
 import shutil
@@ -37,15 +36,15 @@ from cki_rec.data.dataset import (
     file_facts,
 )
 from cki_rec.data.encoding.encode import Encoded, encode
-from cki_rec.data.encoding.fields import Field, resolve, to_json
+from cki_rec.data.encoding.fields import Field, fields_to_json, resolve_fields
 from cki_rec.data.encoding.split import SPLITS, check_split
-from cki_rec.data.encoding.tokens import hash_of, union
-from cki_rec.data.encoding.vocabulary import file_sha256
-from cki_rec.data.prefetch import ahead
+from cki_rec.data.encoding.tokens import hash_of, join_tokens_of
+from cki_rec.data.prefetch import prefetch
 from cki_rec.data.raw.click_model import best_possible
 from cki_rec.data.raw.download import fetch
-from cki_rec.data.raw.formats import FORMATS, Format, synthetic
+from cki_rec.data.raw.formats import FORMATS, Format, recorded_name, synthetic
 from cki_rec.data.raw.reading import Reading
+from cki_rec.files import file_digest, new_folder, write_atomically
 from cki_rec.progress import progress
 
 __all__ = ["EncodedDataset", "find", "prepare"]
@@ -77,7 +76,7 @@ def prepare(data: Data, encoded_dir: str | Path, chunk_mb: int = 16) -> EncodedD
     reader = _reader(data)
     if data.fetch:
         _fetch(data)
-    fields = resolve(data, reader.kinds(data))
+    fields = resolve_fields(data, reader.kinds(data))
     _check_entities(data, reader, fields)
     encoded_dir = Path(encoded_dir)
     start = time.perf_counter()
@@ -108,7 +107,7 @@ def find(data: Data, encoded_dir: str | Path) -> EncodedDataset | None:
     Raises:
         UserError: As ``prepare``.
     """
-    fields = resolve(data, _reader(data).kinds(data))
+    fields = resolve_fields(data, _reader(data).kinds(data))
     encoded_dir = Path(encoded_dir)
     options = _options(data, fields, _listed(data, fields))
     folder = encoded_dir / _name(data, options, _source(data, encoded_dir))
@@ -183,29 +182,26 @@ def _make(
             logger.info("removing %s, left by a preparation that was stopped", path)
             shutil.rmtree(path, ignore_errors=True)
     logger.info("encoding %s as %s", data.raw, folder)
-    temporary = folder.with_name(f"{folder.name}.tmp-{os.getpid()}")
     reading = Reading(data.on_bad_row, chunk_mb << 20, has_published=reader.has_published)
+    num_bytes = sum(entry["size"] for entry in source)
     try:
-        temporary.mkdir()
-        with progress("encoding", sum(entry["size"] for entry in source), "bytes") as advance:
-            reading.advance = advance
-            encoded = encode(
-                ahead(reader.read(data, reading)),
-                fields,
-                data,
-                temporary,
-                user=reader.user(data),
-                item=reader.item(data),
-                is_chronological=reader.is_chronological(data),
-                rows_per_step=reader.rows_per_step(data),
-                listed=listed,
-            )
-        _write_manifest(data, reader, options, encoded, reading, source, temporary)
-        temporary.rename(folder)
+        with new_folder(folder) as temporary:
+            with progress("encoding", num_bytes, "bytes") as advance:
+                reading.advance = advance
+                encoded = encode(
+                    prefetch(reader.read(data, reading)),
+                    fields,
+                    data,
+                    temporary,
+                    user=reader.user(data),
+                    item=reader.item(data),
+                    is_chronological=reader.is_chronological(data),
+                    rows_per_step=reader.rows_per_step(data),
+                    listed=listed,
+                )
+            _write_manifest(data, reader, options, encoded, reading, source, temporary)
     except OSError as error:
-        raise _unwritable(temporary, error) from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        raise _unwritable(folder, error) from None
     for reason, count in reading.counts.items():
         logger.info("skipped %d rows: %s, e.g. %s", count, reason, reading.examples[reason][0])
 
@@ -223,9 +219,7 @@ def _finish(data: Data, folder: Path, start: float) -> None:
     }
     path = folder / PREPARATION
     try:
-        temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
-        temporary.write_text(json.dumps(facts))
-        temporary.replace(path)
+        write_atomically(path, json.dumps(facts).encode())
     except OSError as error:
         raise _unwritable(path, error) from None
 
@@ -350,7 +344,7 @@ def _listed(data: Data, fields: tuple[Field, ...]) -> dict[str, pl.Series] | Non
                 " transform: as_is, ln_squared, edges or token"
             )
     tables = dict.fromkeys(f.table for f in fields if not f.is_number and f.hash_size is None)
-    return union(data.vocabularies, tables)
+    return join_tokens_of(data.vocabularies, tables)
 
 
 def _options(
@@ -358,11 +352,12 @@ def _options(
 ) -> dict[str, Any]:
     """Return the options that decide the encoded content, and no other."""
     options: dict[str, Any] = {name: getattr(data, name) for name in _CONTENT_OPTIONS}
+    options["format"] = recorded_name(data.format)
     if data.format == "synthetic":
         options["synthetic"] = asdict(data.synthetic)
     if listed is not None:  # where the lists are does not matter
         options["vocabularies"] = {table: hash_of(tokens) for table, tokens in listed.items()}
-    return {**options, "fields": to_json(fields), "split": asdict(data.split)}
+    return {**options, "fields": fields_to_json(fields), "split": asdict(data.split)}
 
 
 def _source(data: Data, encoded_dir: Path) -> list[dict[str, Any]]:
@@ -381,7 +376,7 @@ def _source(data: Data, encoded_dir: Path) -> list[dict[str, Any]]:
             stamp = [facts.st_size, facts.st_mtime_ns]
             entry = cache.get(str(path.resolve()))
             if not isinstance(entry, list) or entry[:2] != stamp:
-                entry = [*stamp, file_sha256(path)]
+                entry = [*stamp, file_digest(path)]
                 cache[str(path.resolve())] = entry
                 is_changed = True
         except OSError as error:
@@ -389,10 +384,7 @@ def _source(data: Data, encoded_dir: Path) -> list[dict[str, Any]]:
         source.append({"name": path.name, "size": facts.st_size, "sha256": entry[2]})
     if is_changed:
         try:
-            encoded_dir.mkdir(parents=True, exist_ok=True)
-            temporary = cache_path.with_name(f"{_DIGESTS}.tmp-{os.getpid()}")
-            temporary.write_text(json.dumps(cache, indent=1), encoding="utf-8")
-            temporary.replace(cache_path)
+            write_atomically(cache_path, json.dumps(cache, indent=1).encode())
         except OSError as error:  # only a cache: the folder may be read-only and complete
             logger.debug("%s not written: %s", cache_path, error)
     return source

@@ -1,6 +1,6 @@
 """Token lists of models: found by the hash that a checkpoint names, in folders that keep them.
 
-A folder is an encoded data set, or what ``write`` left beside a merged model.
+A folder is an encoded data set, or what ``write_tokens`` left beside a merged model.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import polars as pl
 from cki_rec.config import UserError
 from cki_rec.data.dataset import MANIFEST
 from cki_rec.data.encoding import vocabulary
+from cki_rec.files import file_digest
 
 FOLDER = "vocabulary"
 """In the run directory of a merged model: the token lists of its tables."""
@@ -29,7 +30,7 @@ def path_of(folder: Path, table: str) -> Path:
     return folder / f"vocabulary.{table}.txt"
 
 
-def read(folder: Path, table: str, digest: str) -> list[str]:
+def read_tokens(folder: Path, table: str, digest: str) -> list[str]:
     """Return the tokens of a table in the order of ids, if they are those of the hash.
 
     Raises:
@@ -39,9 +40,9 @@ def read(folder: Path, table: str, digest: str) -> list[str]:
     path = path_of(folder, table)
     if not path.is_file():
         raise UserError(f"{path}: not there, but the model has such a table; {WHICH}")
-    found = vocabulary.file_sha256(path)
+    found = file_digest(path)
     if found == digest:
-        return vocabulary.read(path)
+        return vocabulary.read_vocabulary(path)
     kept = _manifest(folder) or {"files": {}, "hashes": {}}
     written = kept["files"].get(path.stem, {}).get("sha256", found)
     if written != found:
@@ -57,11 +58,11 @@ def read(folder: Path, table: str, digest: str) -> list[str]:
     )
 
 
-def union(folders: Sequence[str], tables: Iterable[str]) -> dict[str, pl.Series]:
+def join_tokens_of(folders: Sequence[str], tables: Iterable[str]) -> dict[str, pl.Series]:
     """Return per table the tokens of all folders, in the order of first appearance.
 
     Args:
-        folders: Encoded data sets, what ``write`` left, or merged runs that hold it.
+        folders: Encoded data sets, what ``write_tokens`` left, or merged runs that hold it.
         tables: Which.
 
     Raises:
@@ -83,16 +84,16 @@ def _listed(folder: Path, table: str) -> pl.Series:
             " encoded data sets or merged runs that have it"
         )
     kept = (_manifest(path.parent) or {"files": {}})["files"].get(path.stem, {})
-    if kept.get("sha256", found := vocabulary.file_sha256(path)) != found:
+    if kept.get("sha256", found := file_digest(path)) != found:
         raise UserError(f"{path}: damaged: its hash differs from {MANIFEST}; encode it again")
     try:
-        return pl.Series(table, vocabulary.read(path), dtype=pl.String)
+        return pl.Series(table, vocabulary.read_vocabulary(path), dtype=pl.String)
     except UnicodeDecodeError as error:
         raise UserError(f"data.vocabularies: {path}: damaged: no UTF-8 ({error.reason})") from None
 
 
-def write(folder: Path, table: str, tokens: Iterable[str]) -> None:
-    """Write the tokens of a table, one a line, as ``vocabulary.build`` does."""
+def write_tokens(folder: Path, table: str, tokens: Iterable[str]) -> None:
+    """Write the tokens of a table, one a line, as ``learn_vocabulary`` does."""
     path = path_of(folder, table)
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("wb") as file:
@@ -107,7 +108,7 @@ def hash_of(tokens: Iterable[str]) -> str:
     return digest.hexdigest()
 
 
-def find(folders: Iterable[Path], hashes: Mapping[str, str]) -> Path | None:
+def find_tokens(folders: Iterable[Path], hashes: Mapping[str, str]) -> Path | None:
     """Return the first folder that keeps the tables of these hashes; None: there is none."""
     for folder in folders:
         kept = _manifest(folder)
@@ -120,7 +121,7 @@ def find(folders: Iterable[Path], hashes: Mapping[str, str]) -> Path | None:
 
 
 def _has(path: Path, digest: str) -> bool:
-    return path.is_file() and vocabulary.file_sha256(path) == digest
+    return path.is_file() and file_digest(path) == digest
 
 
 def _manifest(folder: Path) -> dict[str, Any] | None:

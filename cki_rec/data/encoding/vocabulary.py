@@ -5,7 +5,6 @@ Shape legend: T tokens of a dictionary, V ids of a table.
 
 from __future__ import annotations
 
-import hashlib
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ import polars as pl
 from cki_rec.config import UserError
 from cki_rec.data.columns import Ids, Ints
 from cki_rec.data.schema import FIRST_ID, OOV_ID
+from cki_rec.files import file_digest
 
 LARGEST_TABLE = 2**31 - 1
 """Ids are int32."""
@@ -74,7 +74,7 @@ class Vocabulary:
     """``(T,)``."""
 
 
-def build(
+def learn_vocabulary(
     table: str,
     tokens: pl.Series,
     counts: Ints,
@@ -109,11 +109,11 @@ def build(
     ids = np.full(len(tokens), OOV_ID, dtype=np.int32)
     ids[kept["code"].to_numpy()] = np.arange(FIRST_ID, size, dtype=np.int32)
     kept.select("token").write_csv(path, include_header=False, quote_style="never")
-    return Vocabulary(size, file_sha256(path), ids)
+    return Vocabulary(size, file_digest(path), ids)
 
 
-def given(tokens: pl.Series, listed: pl.Series, path: Path) -> Vocabulary:
-    """Write a vocabulary that is given, as ``build`` does, and return it.
+def write_listed_vocabulary(tokens: pl.Series, listed: pl.Series, path: Path) -> Vocabulary:
+    """Write a vocabulary that is given, as ``learn_vocabulary`` does, and return it.
 
     Args:
         tokens: ``(T,)`` in the order of codes; those that are not listed share ``OOV_ID``.
@@ -127,11 +127,11 @@ def given(tokens: pl.Series, listed: pl.Series, path: Path) -> Vocabulary:
     )
     listed.to_frame().write_csv(path, include_header=False, quote_style="never")
     id_of_code = found["id"].fill_null(OOV_ID).to_numpy()
-    return Vocabulary(size, file_sha256(path), id_of_code)
+    return Vocabulary(size, file_digest(path), id_of_code)
 
 
-def read(path: Path) -> list[str]:
-    """Return the tokens that ``build`` wrote; the first has id ``FIRST_ID``."""
+def read_vocabulary(path: Path) -> list[str]:
+    """Return the tokens that ``learn_vocabulary`` wrote; the first has id ``FIRST_ID``."""
     lines = path.read_bytes().split(b"\n")[:-1]
     return [line.decode() for line in lines]
 
@@ -150,15 +150,6 @@ def hash_tokens(tokens: pl.Series, size: int) -> pl.Series:
     return pl.Series(np.array(ids, dtype=np.uint32)[codes])
 
 
-def hashed(size: int) -> Vocabulary:
+def hashed_vocabulary(size: int) -> Vocabulary:
     """Return the vocabulary of a table whose ids are hashes."""
     return Vocabulary(FIRST_ID + size, f"crc32 modulo {size}", np.empty(0, np.int32))
-
-
-def file_sha256(path: Path) -> str:
-    """Return the sha256 of a file."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

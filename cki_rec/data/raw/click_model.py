@@ -60,7 +60,7 @@ COUNT_BUCKETS[:4] = (0, 1, 1, 1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Layout:
+class SyntheticLayout:
     """One published format and the click model behind it."""
 
     file: str
@@ -93,7 +93,7 @@ def write_raw(options: Synthetic, folder: Path) -> None:
     Raises:
         UserError: An option out of range.
     """
-    check_options(options)
+    check_synthetic(options)
     layout, rows = LAYOUTS[options.layout], options.rows
     intercept, slopes = _calibrate(layout, options)
     clicks = 0
@@ -130,7 +130,7 @@ def write_raw(options: Synthetic, folder: Path) -> None:
     (folder / "truth.json").write_text(json.dumps(truth, indent=2) + "\n")
 
 
-def check_options(options: Synthetic) -> None:
+def check_synthetic(options: Synthetic) -> None:
     """Refuse options that no click model could satisfy.
 
     Raises:
@@ -183,7 +183,7 @@ def best_possible(logit_blocks: Iterable[Floats]) -> dict[str, float | None]:
     }
 
 
-def _calibrate(layout: Layout, options: Synthetic) -> tuple[float, list[float]]:
+def _calibrate(layout: SyntheticLayout, options: Synthetic) -> tuple[float, list[float]]:
     """Return the intercept and one slope per part of the logit.
 
     From a sample of ``BLOCK`` rows that the options fix, spread evenly over time: the slopes give
@@ -207,7 +207,9 @@ def _calibrate(layout: Layout, options: Synthetic) -> tuple[float, list[float]]:
     return round(low, 6), slopes
 
 
-def _parts(layout: Layout, options: Synthetic, tokens: Block, time: Doubles) -> list[Floats]:
+def _parts(
+    layout: SyntheticLayout, options: Synthetic, tokens: Block, time: Doubles
+) -> list[Floats]:
     """Return ``(N,)`` each: what each row of ``layout.importance`` adds to the logit, unscaled."""
     own_domain = (tokens[layout.domain] % options.domains).astype(np.uint64) << np.uint64(32)
     to_start: Floats = np.cos(math.pi / 2 * time).astype(np.float32)
@@ -256,7 +258,7 @@ def _mix(bits: Words) -> Words:
 
 
 def _draw_tokens(
-    layout: Layout, options: Synthetic, generator: np.random.Generator
+    layout: SyntheticLayout, options: Synthetic, generator: np.random.Generator
 ) -> dict[str, NDArray[Any]]:
     """Return ``(BLOCK,)`` tokens of every field."""
     tokens: dict[str, NDArray[Any]] = {}
@@ -381,7 +383,7 @@ AVAZU_OFFSETS = {"C1": 1000, "C14": 374, "C17": 111, "C19": 32, "C20": 100_000}
 """What a decimal field adds to its token."""
 
 LAYOUTS = {
-    "criteo": Layout(
+    "criteo": SyntheticLayout(
         file="train.txt",
         header=b"",
         lines=_criteo_lines,
@@ -395,7 +397,7 @@ LAYOUTS = {
         domain="C20",
         positive_rate=0.256,
     ),
-    "avazu": Layout(
+    "avazu": SyntheticLayout(
         file="train.csv",
         header=f"id,click,hour,{','.join(AVAZU)}\n".encode(),
         lines=_avazu_lines,
@@ -408,7 +410,7 @@ LAYOUTS = {
         domain="banner_pos",
         positive_rate=0.17,
     ),
-    "movielens": Layout(
+    "movielens": SyntheticLayout(
         file="ratings.csv",
         header=b"userId,movieId,rating,timestamp\r\n",
         lines=_movielens_lines,

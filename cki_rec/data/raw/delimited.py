@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 import polars as pl
 
 from cki_rec.config import UserError
-from cki_rec.data.raw.reading import BOM, LINE, Reading, Text
+from cki_rec.data.raw.reading import BOM, LINE, TIME, Reading, Text
 
 SEPARATOR = "\x1f"
 """Stands between fields inside, where the file's own separator is longer or text is quoted."""
@@ -261,6 +261,13 @@ def hours(column: str) -> pl.Expr:
     """Return the time of whole numbers YYMMDDHH, years 2000 to 2099; null for what is none."""
     digits = pl.col(column).cast(pl.String).str.zfill(8)
     return (pl.lit("20") + digits + "00").str.strptime(pl.Datetime, "%Y%m%d%H%M", strict=False)
+
+
+def time_in_seconds(column: str, form: str) -> pl.Expr:
+    """Return the column ``TIME`` in seconds, from a column of valid times in ``form``."""
+    if form == "seconds":
+        return pl.col(column).alias(TIME)
+    return hours(column).dt.epoch("s").alias(TIME)
 
 
 def _is_hour(value: int) -> bool:

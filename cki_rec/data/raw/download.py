@@ -6,7 +6,6 @@ the server those bytes belong.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import re
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from cki_rec.config import UserError
+from cki_rec.files import file_digest
 from cki_rec.progress import progress
 
 BLOCK = 1 << 20
@@ -73,7 +73,7 @@ def fetch(url: str, target: Path, *, md5: str | None = None, sha256: str | None 
                 "that does not help report that the file has changed at its source"
             )
         if md5 is None and sha256 is None:
-            log.info("%s: no published checksum; sha256 %s", target, _digest(part, "sha256"))
+            log.info("%s: no published checksum; sha256 %s", target, file_digest(part, "sha256"))
         part.replace(target)
         _facts_path(part).unlink(missing_ok=True)
     except _Unavailable as error:
@@ -186,17 +186,9 @@ def _read_facts(url: str, part: Path) -> dict[str, Any]:
 
 def _problem(path: Path, md5: str | None, sha256: str | None) -> str:
     for name, expected in (("md5", md5), ("sha256", sha256)):
-        if expected is not None and (found := _digest(path, name)) != expected.strip().lower():
+        if expected is not None and (found := file_digest(path, name)) != expected.strip().lower():
             return f"expected {name} {expected}, found {found}"
     return ""
-
-
-def _digest(path: Path, name: str) -> str:
-    digest = hashlib.new(name, usedforsecurity=False)
-    with path.open("rb") as file:
-        while block := file.read(BLOCK):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _facts_path(part: Path) -> Path:

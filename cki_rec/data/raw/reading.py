@@ -21,7 +21,7 @@ from typing import IO, Any, cast
 
 import polars as pl
 
-from cki_rec.config import Data, UserError
+from cki_rec.config import Data, Split, UserError
 
 LABEL, TIME, SPLIT, LINE = "@label", "@time", "@split", "@line"
 """Columns of the common form that are no raw columns."""
@@ -265,6 +265,14 @@ def paths(data: Data) -> list[Path]:
     if not found:
         raise UserError("data.raw is empty: name at least one file")
     return found
+
+
+def draws_validation(split: Split) -> bool:
+    """Return whether validation rows are drawn from the training rows.
+
+    This is the case where files define the split and the test share of ``fractions`` is 0.
+    """
+    return split.by == "files" and len(split.fractions) == 3 and split.fractions[2] == 0
 
 
 def with_time_fields(frame: pl.DataFrame, names: list[str]) -> pl.DataFrame:

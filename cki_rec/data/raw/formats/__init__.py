@@ -1,4 +1,4 @@
-"""Readers of published raw formats; one file per format, one row in ``FORMATS``."""
+"""Readers of raw formats: one module per format, one row in ``FORMATS``."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ from typing import Any
 import polars as pl
 
 from cki_rec.config import Data
-from cki_rec.data.raw.formats import avazu, criteo, movielens, sequences, synthetic
-from cki_rec.data.raw.formats import csv as bars
+from cki_rec.data.raw.formats import avazu, criteo, csv, movielens, sequences, synthetic
 from cki_rec.data.raw.reading import Reading
 
 
@@ -20,39 +19,58 @@ class Format:
     """One raw format."""
 
     files: Callable[[Data], list[Path]]
-    """The files on disk whose bytes decide the content."""
+    """The files on disk that the rows depend on."""
     kinds: Callable[[Data], dict[str, str]]
-    """Field -> kind it has unless ``data.fields`` says otherwise; of raw columns, times (see
-    ``raw.TIME_FIELDS``) and ``history``."""
+    """Field -> default kind: one entry per raw column, per entry of ``TIME_FIELDS`` and for
+    ``history``."""
     read: Callable[[Data, Reading], Iterator[pl.DataFrame]]
-    """Rows in the common form of ``cki_rec.data.raw.reading``, chunk by chunk."""
+    """Chunks of rows in the common form of ``cki_rec.data.raw.reading``."""
     user: Callable[[Data], str | None]
-    """The column that names the user of a row; None: rows have none."""
+    """The column of users; None: rows have no users."""
     item: Callable[[Data], str | None]
-    """The column that names the item of a row; None: rows have none."""
+    """The column of items; None: rows have no items."""
     has_published: bool = False
-    """Whether ``conf/published.yaml`` knows files of this format."""
+    """Whether ``conf/published.yaml`` lists files of this format."""
     is_chronological: Callable[[Data], bool] = lambda data: False
-    """Whether rows without times stand in the order of time."""
+    """Whether rows without times are in chronological order."""
     rows_per_step: Callable[[Data], int] = lambda data: 1
-    """Rows of one user that stand together for one step in time."""
+    """Consecutive rows of one user that form one step in time."""
     describes: frozenset[str] = frozenset()
-    """Names of raw files that tell of users and items, and hold no rows."""
+    """Names of raw files that describe users or items and hold no rows."""
+    recorded_as: str | None = None
+    """Name of the format in manifests and provenance, where it differs: renaming a format must not
+    change the identity of encoded sets."""
 
 
-def _of(module: Any, **others: Any) -> Format:
-    return Format(module.files, module.kinds, module.read, module.user, module.item, **others)
+def _format(module: Any, **traits: Any) -> Format:
+    return Format(module.files, module.kinds, module.read, module.user, module.item, **traits)
 
 
 FORMATS: dict[str, Format] = {
-    "criteo": _of(criteo, is_chronological=lambda data: True),
-    "avazu": _of(avazu),
-    "movielens": _of(movielens, has_published=True, describes=movielens.DESCRIBES),
-    "bars": _of(bars, has_published=True),
-    "sequences": _of(
+    "criteo": _format(criteo, is_chronological=lambda data: True),
+    "avazu": _format(avazu),
+    "movielens": _format(movielens, has_published=True, describes=movielens.DESCRIBES),
+    "csv": _format(csv, has_published=True, recorded_as="bars"),
+    "sequences": _format(
         sequences,
         rows_per_step=sequences.rows_per_step,
         describes=frozenset({sequences.ATTRIBUTES}),
     ),
-    "synthetic": _of(synthetic, is_chronological=lambda data: data.synthetic.layout == "criteo"),
+    "synthetic": _format(
+        synthetic, is_chronological=lambda data: data.synthetic.layout == "criteo"
+    ),
 }
+
+
+def recorded_name(name: str) -> str:
+    """Return the name under which manifests store a format."""
+    return FORMATS[name].recorded_as or name
+
+
+def recorded_format(name: str) -> Format:
+    """Return the format that ``recorded_name`` stored as ``name``.
+
+    Raises:
+        KeyError: No format has this name.
+    """
+    return {recorded_name(key): row for key, row in FORMATS.items()}[name]

@@ -11,8 +11,7 @@ from collections.abc import Iterator
 import polars as pl
 
 from cki_rec.config import Data, UserError
-from cki_rec.data.raw.delimited import Layout, read_rows
-from cki_rec.data.raw.formats import csv as bars
+from cki_rec.data.raw.delimited import Layout, read_rows, time_in_seconds
 from cki_rec.data.raw.reading import (
     LABEL,
     TIME_FIELDS,
@@ -55,7 +54,7 @@ def read(data: Data, reading: Reading) -> Iterator[pl.DataFrame]:
         _check_labeled(text)
         for frame in read_rows(text, LAYOUT, reading):
             label = pl.col("click").cast(pl.UInt8).alias(LABEL)
-            yield frame.with_columns(label, bars.seconds("hour", "yymmddhh"))
+            yield frame.with_columns(label, time_in_seconds("hour", "yymmddhh"))
 
 
 def _check_labeled(text: Text) -> None:

@@ -17,16 +17,15 @@ from pathlib import Path
 import polars as pl
 
 from cki_rec.config import Data, UserError, nearest
-from cki_rec.data.encoding.split import draws_validation
-from cki_rec.data.raw.delimited import Layout, check_header, hours, read_rows
+from cki_rec.data.raw.delimited import Layout, check_header, read_rows, time_in_seconds
 from cki_rec.data.raw.reading import (
     LABEL,
     SPLIT,
-    TIME,
     TIME_FIELDS,
     RawFiles,
     Reading,
     Text,
+    draws_validation,
     paths,
     texts,
 )
@@ -72,14 +71,10 @@ def read(data: Data, reading: Reading) -> Iterator[pl.DataFrame]:
     Raises:
         UserError: A bad row or file, or files with different headers.
     """
-    from cki_rec.data.encoding.fields import (
-        columns_of,  # fields know formats' kinds, not the reverse
-    )
-
     (first, _), *_others = found = _texts(data)
     header = first.first_line()
     types = {name: "text" for name in _header(first, data)}
-    types.update(dict.fromkeys(columns_of(data, "numeric"), "number"))
+    types.update(dict.fromkeys(_numeric_columns(data), "number"))
     types[data.label] = "click"
     if data.time is not None:
         types[data.time] = data.time_form
@@ -97,15 +92,13 @@ def read(data: Data, reading: Reading) -> Iterator[pl.DataFrame]:
             if split is not None:
                 rows = rows.with_columns(pl.lit(split, dtype=pl.UInt8).alias(SPLIT))
             if data.time is not None:
-                rows = rows.with_columns(seconds(data.time, data.time_form))
+                rows = rows.with_columns(time_in_seconds(data.time, data.time_form))
             yield rows
 
 
-def seconds(column: str, form: str) -> pl.Expr:
-    """Return ``TIME``, in seconds, of a column of times that were checked when they were read."""
-    if form == "seconds":
-        return pl.col(column).alias(TIME)
-    return hours(column).dt.epoch("s").alias(TIME)
+def _numeric_columns(data: Data) -> list[str]:
+    entries = [entry for entry in data.fields if isinstance(entry, dict)]
+    return [str(e.get("column", e["name"])) for e in entries if e.get("kind") == "numeric"]
 
 
 def _texts(data: Data) -> list[tuple[Text, int | None]]:

@@ -9,8 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
-import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -23,6 +21,7 @@ from cki_rec.config import Data, UserError
 from cki_rec.data.raw.click_model import write_raw
 from cki_rec.data.raw.formats import avazu, criteo, movielens
 from cki_rec.data.raw.reading import Reading
+from cki_rec.files import new_folder
 
 LAYOUTS: dict[str, tuple[Any, str]] = {
     "criteo": (criteo, "train.txt"),
@@ -93,13 +92,6 @@ def true_logits(data: Data) -> Path:
 
 def _write(data: Data, folder: Path) -> None:
     """Write ``folder``, whole or not at all; the lock is held."""
-    for left in folder.parent.glob(f"{folder.name}.tmp-*"):
-        shutil.rmtree(left, ignore_errors=True)
-    temporary = folder.with_name(f"{folder.name}.tmp-{os.getpid()}")
     logger.info("writing %s synthetic rows to %s", f"{data.synthetic.rows:,}", folder)
-    try:
-        temporary.mkdir()
+    with new_folder(folder) as temporary:
         write_raw(data.synthetic, temporary)
-        temporary.rename(folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
