@@ -373,5 +373,5 @@ def test_part_that_does_not_exist_is_refused(dataset):
 def test_part_without_a_row_of_the_split_is_refused(tmp_path):
     data = make_data(split=Split(by="time", fractions=[0.6, 0.2, 0.2], seed=0))
     dataset = prepare(data, tmp_path)
-    with pytest.raises(UserError, match="holds no test row"):
+    with pytest.raises(UserError, match="has no test row"):
         dataset.rows("test", Partition(by="time", parts=2, seed=0), 0)

@@ -28,22 +28,18 @@ from omegaconf import OmegaConf
 from cki_rec import project_root
 from cki_rec.config import Data, UserError, nearest
 from cki_rec.data.columns import blocks
-from cki_rec.data.dataset import (
-    FORMAT_VERSION,
-    MANIFEST,
-    NO_PARTITION,
-    EncodedDataset,
-    file_facts,
-)
+from cki_rec.data.dataset import FORMAT_VERSION, MANIFEST, EncodedDataset
 from cki_rec.data.encoding.encode import Encoded, encode
 from cki_rec.data.encoding.fields import Field, fields_to_json, resolve_fields
 from cki_rec.data.encoding.split import SPLITS, check_split
 from cki_rec.data.encoding.tokens import hash_of, join_tokens_of
+from cki_rec.data.parts import NO_PARTITION
 from cki_rec.data.prefetch import prefetch
 from cki_rec.data.raw.click_model import best_possible
 from cki_rec.data.raw.download import fetch
 from cki_rec.data.raw.formats import FORMATS, Format, recorded_name, synthetic
 from cki_rec.data.raw.reading import Reading
+from cki_rec.data.stored import file_facts
 from cki_rec.files import file_digest, new_folder, write_atomically
 from cki_rec.progress import progress
 
