@@ -21,6 +21,7 @@ from cki_rec.data.columns import ColumnFile, Ragged
 from cki_rec.data.encoding import store
 from cki_rec.data.encoding.store import EncodedDataset, prepare
 from cki_rec.data.encoding.summary import summary_lines
+from cki_rec.data.raw import source
 from cki_rec.data.test_labels import all_labels
 
 
@@ -101,7 +102,7 @@ def test_summary_names_rows_fields_and_rates(dataset):
 def test_second_preparation_reads_no_raw_row(tmp_path, monkeypatch):
     first = prepare(make_data(), tmp_path)
     monkeypatch.setattr(store, "encode", None)
-    monkeypatch.setattr(store, "file_digest", None)
+    monkeypatch.setattr(source, "file_digest", None)
     assert prepare(make_data(), tmp_path).hash == first.hash
 
 
