@@ -14,7 +14,7 @@ from cki_rec.checkpoints.checkpoint import (
     outline,
     row_counts,
 )
-from cki_rec.checkpoints.digests import digests
+from cki_rec.checkpoints.digests import file_digests
 from cki_rec.checkpoints.tensors import fill, read_tensors, untrusted
 
 __all__ = [
@@ -25,7 +25,7 @@ __all__ = [
     "Description",
     "accumulator_shapes",
     "describe",
-    "digests",
+    "file_digests",
     "fill",
     "load",
     "locate",

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cki_rec.checkpoints.digests import digests, file_names
+from cki_rec.checkpoints.digests import file_digests, file_names
 from cki_rec.checkpoints.tensors import empty_tensors, read_tensors, tensor_entries, untrusted
 from cki_rec.config import Model as ModelConfig
 from cki_rec.config import UserError, model_options
@@ -126,7 +126,7 @@ def describe(folder: Path, share: tuple[int, int] = (0, 1)) -> Description:
     if missing:
         file = folder / TENSORS / min(missing)
         raise UserError(f"{file}: damaged checkpoint, the file is gone")
-    for name, digest in digests(folder / TENSORS, share).items():
+    for name, digest in file_digests(folder / TENSORS, share).items():
         if expected.get(name, digest) != digest:
             raise UserError(f"{folder / TENSORS / name}: damaged checkpoint, the file has changed")
     return description

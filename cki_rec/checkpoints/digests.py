@@ -13,7 +13,7 @@ def file_names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
 
 
-def digests(folder: Path, share: tuple[int, int] = (0, 1)) -> dict[str, str]:
+def file_digests(folder: Path, share: tuple[int, int] = (0, 1)) -> dict[str, str]:
     """Return the sha256 digest of the files of a folder, by name.
 
     A file is read again only after a change of its size or modification time.

@@ -11,7 +11,7 @@ from typing import Any
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 
-from cki_rec.checkpoints import DESCRIPTION, FORMAT, TENSORS, digests, untrusted
+from cki_rec.checkpoints import DESCRIPTION, FORMAT, TENSORS, file_digests, untrusted
 from cki_rec.checkpoints.reader import Reader
 from cki_rec.checkpoints.tensors import ignore_dcp_warnings
 from cki_rec.config import Model, section
@@ -119,7 +119,7 @@ def _is_alone() -> bool:
 
 def _digests_of_all(folder: Path) -> dict[str, str]:
     """Return the digests of all files; every process reads its share of them."""
-    shares = distributed.exchange(digests(folder, distributed.share()))
+    shares = distributed.exchange(file_digests(folder, distributed.share()))
     return dict(sorted(entry for share in shares for entry in share.items()))
 
 

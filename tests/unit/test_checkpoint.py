@@ -13,7 +13,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.nn.functional import binary_cross_entropy_with_logits
 from training import load_params, options, plain, state_of, step
 
-from cki_rec.checkpoints import checkpoint, fill, read_tensors
+from cki_rec.checkpoints import checkpoint, digests, fill, locate, open_checkpoint, read_tensors
 from cki_rec.config import UserError
 from cki_rec.data.provenance import Provenance
 from cki_rec.data.schema import Feature
@@ -327,3 +327,32 @@ def test_an_outline_has_shapes_and_no_numbers(saved):
         }
         assert all(tensor.is_meta for tensor in found.values())
     checkpoint.check_compatible([outline, loaded], ["a", "b"])
+
+
+def test_files_are_hashed_once_per_state(saved, monkeypatch):
+    hashed = []
+    compute = digests.file_digest
+    monkeypatch.setattr(digests, "file_digest", lambda path: hashed.append(path) or compute(path))
+    for _ in range(3):
+        checkpoint.describe(saved)
+    names = [path.name for path in (saved / "tensors").iterdir()]
+    assert sorted(path.name for path in hashed) == sorted(names)
+    (path,) = (saved / "tensors").glob("*.distcp")
+    path.write_bytes(path.read_bytes())
+    checkpoint.describe(saved)
+    assert [p.name for p in hashed[len(names) :]] == [path.name]
+
+
+def test_processes_share_the_check_of_files(saved):
+    (path,) = (saved / "tensors").glob("*.distcp")
+    place = sorted(p.name for p in path.parent.iterdir()).index(path.name)
+    truncate(path)
+    checkpoint.describe(saved, (1 - place, 2))
+    with pytest.raises(UserError, match="the file has changed"):
+        checkpoint.describe(saved, (place, 2))
+
+
+def test_a_run_directory_is_located(saved):
+    assert locate(saved.parent) == locate(saved) == saved
+    by_run, by_folder = open_checkpoint(saved.parent), open_checkpoint(saved)
+    assert all(torch.equal(by_run.params[n], t) for n, t in by_folder.params.items())
