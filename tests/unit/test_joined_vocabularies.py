@@ -167,7 +167,9 @@ def error_of(*arguments):
 
 
 def test_other_tokens_are_refused(folder):
-    assert "vocabulary.item.txt: not what the model was trained" in error_of(folder, "item", "x")
+    assert "vocabulary.item.txt: differs from the tokens that the model was trained" in error_of(
+        folder, "item", "x"
+    )
     assert "vocabulary.user.txt: not there" in error_of(folder, "user", "x")
 
 
