@@ -176,7 +176,7 @@ def test_user_who_met_every_item_is_named(tmp_path, on_bad_row):
     path = write(tmp_path / "Beauty.txt", [*LINES, " ".join(["all", *sorted(ITEMS)])])
     message = error_of(path, on_bad_row=on_bad_row)
     assert f"{path}, line 6: user all has all 9 items, so there are none to draw" in message
-    assert message.endswith("leave the line out")
+    assert message.endswith("remove the line")
 
 
 @pytest.mark.parametrize("number", [0, 2])
