@@ -78,7 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(_pipeline_help(pipeline))
         return 0
     if pipeline == "merge" and "--list" in options:
-        from cki_rec.pipelines.listing import method_table
+        from cki_rec.pipelines.method_list import method_table
 
         print(method_table())
         return 0

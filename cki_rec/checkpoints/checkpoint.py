@@ -11,7 +11,9 @@ read them.
 
 from __future__ import annotations
 
+import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,10 +25,11 @@ from cki_rec.config import UserError, model_options
 from cki_rec.data.provenance import Provenance
 from cki_rec.data.schema import FeatureSchema
 from cki_rec.merging.params import Params
-from cki_rec.models.comparison import decides, differences
 
 FORMAT = 2
 TENSORS, DESCRIPTION = "tensors", "checkpoint.json"
+EXTERNAL = "external-"
+"""Prefix of the identity of a checkpoint that is named by its path."""
 OF_RUN = "checkpoint"
 """Name of the checkpoint folder in a run directory."""
 
@@ -59,6 +62,36 @@ def locate(path: Path) -> Path:
     """Return the checkpoint folder of a run directory; another path is returned unchanged."""
     nested = path / OF_RUN
     return nested if nested.is_dir() else path
+
+
+def named_folder(named: Mapping[str, Any], option: str) -> Path:
+    """Return the checkpoint folder of a source that is named ``{path: ...}``.
+
+    Args:
+        named: The source. Its path is a run directory or a checkpoint folder.
+        option: The option that holds it, for messages.
+
+    Raises:
+        UserError: The path is no text, or there are other keys.
+    """
+    path = named["path"]
+    if not isinstance(path, str) or len(named) > 1:
+        raise UserError(
+            f"{option}: {dict(named)} must be {{path: FOLDER}}, a text and no other key"
+        )
+    return locate(Path(path))
+
+
+def external_identity(folder: Path) -> str:
+    """Return the identity of an external checkpoint: its description holds file digests.
+
+    Raises:
+        UserError: There is no checkpoint.
+    """
+    description = folder / DESCRIPTION
+    if not description.is_file():
+        raise UserError(f"{folder}: no checkpoint here ({description.name} is missing)")
+    return f"{EXTERNAL}{hashlib.sha256(description.read_bytes()).hexdigest()[:16]}"
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
@@ -163,48 +196,3 @@ def _checkpoint(description: Description, tensors: Params) -> Checkpoint:
         description.schema,
         description.origin,
     )
-
-
-def check_compatible(checkpoints: list[Checkpoint], names: list[str]) -> None:
-    """Check that the checkpoints hold the same network on the same vocabularies.
-
-    Raises:
-        UserError: The first difference: feature, table or tensor, and what to do.
-    """
-    first = checkpoints[0]
-    for other, name in zip(checkpoints[1:], names[1:], strict=True):
-        pair = f"{name} does not fit {names[0]}"
-        if other.model.name != first.model.name:
-            raise UserError(f"{pair}: model {other.model.name} against {first.model.name}")
-        if other.schema.features != first.schema.features:
-            fields = [", ".join(f.name for f in c.schema.features) for c in (other, first)]
-            raise UserError(f"{pair}: fields {fields[0]} against {fields[1]}")
-        for table, digest in first.schema.vocabulary_hashes.items():
-            if other.schema.vocabulary_hashes[table] != digest:
-                raise UserError(
-                    f"{pair}: table '{table}' has another vocabulary, so its rows mean other"
-                    " things; train both on one encoded data set, or join them by token:"
-                    " merge.vocabularies=[null,...], one per source"
-                )
-        for key in [*first.params, *other.params]:
-            shapes = [
-                tuple(c.params[key].shape) if key in c.params else None for c in (other, first)
-            ]
-            if shapes[0] != shapes[1]:
-                raise UserError(f"{pair}: tensor {key} is {shapes[0]} against {shapes[1]}")
-            dtypes = [c.params[key].dtype for c in (other, first)]
-            if dtypes[0] != dtypes[1]:
-                raise UserError(f"{pair}: tensor {key} is {dtypes[0]} against {dtypes[1]}")
-        for key in first.accumulators.keys() & other.accumulators.keys():
-            shapes = [tuple(c.accumulators[key].shape) for c in (other, first)]
-            if shapes[0] != shapes[1]:
-                raise UserError(
-                    f"{pair}: the accumulator of {key} is {shapes[0]} against {shapes[1]}; train"
-                    " both with the same train.table_optimizer"
-                )
-        for key, values in differences(other.model, first.model).items():
-            if decides(key, first.model):
-                raise UserError(
-                    f"{pair}: model.{key} is {values[0]} against {values[1]}, so equal parameters"
-                    " compute other scores; train both with the same"
-                )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -19,24 +19,12 @@ from cki_rec.data.schema import Batch, FeatureSchema
 from cki_rec.engine.embeddings import table_of
 from cki_rec.engine.evaluator import predict
 from cki_rec.merging.mixing import mix
-from cki_rec.merging.params import MixingWeights, Params
+from cki_rec.merging.params import Params
+from cki_rec.merging.steps import Gates, Learned, Weigh
 from cki_rec.merging.vocabulary import restrict_weights
 from cki_rec.progress import progress
 
-Gates = dict[str, Tensor | None]
 Metric = Callable[[NDArray[np.float32], NDArray[np.float32]], float | None]
-Weigh = Callable[[Sequence[Params], Sequence[Params], Mapping[str, Tensor | None]], MixingWeights]
-"""``weigh(models, counts, gates)`` returns mixing weights of some parameters, or of some rows."""
-
-
-@dataclass(slots=True)
-class TrainedGates:
-    """The best epoch of a gate's training."""
-
-    gates: Gates
-    trunk: Params
-    epoch: int
-    valid_metric: float | None
 
 
 class MergedAtLookup(nn.Module):
@@ -158,7 +146,7 @@ def train_gates(
     title: str,
     counts: Sequence[Params] = (),
     owners: Mapping[str, Tensor] = {},
-) -> TrainedGates:
+) -> Learned:
     """Train the gates on training rows, with frozen weights of the sources.
 
     Args:
@@ -191,7 +179,7 @@ def train_gates(
         The released code selects the epoch on test rows; we use validation rows.
     """
     torch.manual_seed(seed)
-    learned: Gates = {
+    learned = {
         name: None if gate is None else gate.detach().clone().requires_grad_()
         for name, gate in gates.items()
     }
@@ -201,7 +189,7 @@ def train_gates(
     parameters += [t.requires_grad_() for name, t in moving.items() if name not in buffers]
     optimizer = torch.optim.Adam(parameters, lr=learning_rate)
     module = MergedAtLookup(network, models, counts, learned, weigh, moving, schema, owners)
-    best = TrainedGates({}, {}, 0, None)
+    best = Learned({}, {}, 0, None)
     label = dataset.labels(valid_rows)
     loader = Loader(dataset, schema, train_rows, batch_size, seed=seed)
     with progress(title, epochs * len(train_rows)) as advance:
@@ -221,7 +209,7 @@ def train_gates(
                 label, predict(module, dataset, schema, valid_rows, torch.device("cpu"))
             )
             if best.epoch == 0 or (value or 0.0) > (best.valid_metric or 0.0):
-                best = TrainedGates(
+                best = Learned(
                     {n: None if g is None else g.detach().clone() for n, g in learned.items()},
                     {n: t.detach().clone() for n, t in moving.items()},
                     epoch,

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -24,13 +24,14 @@ from torch.distributed._shard.sharding_spec import ShardMetadata
 
 from cki_rec import checkpoints
 from cki_rec.checkpoints import TENSORS, Checkpoint
-from cki_rec.checkpoints.checkpoint import check_compatible
 from cki_rec.data.provenance import Provenance
 from cki_rec.data.schema import FeatureSchema
 from cki_rec.engine import checkpoint_io, distributed
 from cki_rec.engine.embeddings import table_of
 from cki_rec.merging.params import Params
+from cki_rec.merging.steps import Processes
 
+T = TypeVar("T")
 Groups = dict[str, dict[str, Any]]
 """Tensors by group (``model``, ``accumulator``, ``counts``) and name."""
 
@@ -54,18 +55,17 @@ def own(schema: FeatureSchema) -> FeatureSchema:
     return replace(schema, table_sizes={table: r.stop - r.start for table, r in rows.items()})
 
 
-def load(folders: Sequence[Path], names: Sequence[str]) -> list[Checkpoint]:
+def load(folders: Sequence[Path]) -> list[Checkpoint]:
     """Return the part of every checkpoint that this process holds.
 
-    Each of several processes reads only its rows, after a check that all checkpoints match.
+    Each of several processes reads only its rows.
 
     Raises:
-        UserError: As ``checkpoints.load``; on several processes as ``check_compatible``.
+        UserError: As ``checkpoints.load``.
     """
     if distributed.world_size() == 1:
         return [checkpoints.load(folder) for folder in folders]
     outlines = [checkpoints.outline(folder, distributed.share()) for folder in folders]
-    check_compatible(outlines, list(names))
     distributed.barrier()  # the files are whole, each process has looked at some
     return [_filled(*pair) for pair in zip(outlines, folders, strict=True)]
 
@@ -78,6 +78,29 @@ def save(folder: Path, tensors: Groups, saved: Checkpoint, origin: Provenance) -
         for group, entries in tensors.items()
     }
     checkpoint_io.save(folder, whole, saved.model, saved.schema, origin)
+
+
+class ShardProcesses(Processes):
+    """The processes that hold shards of the tables of one schema.
+
+    Args:
+        schema: Features and sizes of whole tables.
+    """
+
+    def __init__(self, schema: FeatureSchema) -> None:
+        self.schema = schema
+
+    def total(self, products: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return per table the sum of ``products`` over all processes."""
+        return total(products, self.schema)
+
+    def agree(self, value: T) -> T:
+        """Return the value of the first process."""
+        return distributed.from_first(value)
+
+    def mean_shares(self, shares: dict[str, list[float]]) -> dict[str, list[float]]:
+        """Return per parameter the mean share of each source over all processes' rows."""
+        return mean_shares(shares, self.schema)
 
 
 def total(products: Mapping[str, Tensor], schema: FeatureSchema) -> dict[str, Tensor]:

@@ -22,6 +22,7 @@ from cki_rec.merging.repair import fit_layers, recalibrate, rescale
 from cki_rec.merging.selection import constant_weights
 from cki_rec.merging.statistics import ActivationStatistics
 from cki_rec.merging.symmetry import LogitScale, Symmetry, check_scores, scores_of, transform
+from cki_rec.merging.traits import elementwise_parameters
 from cki_rec.merging.vocabulary import from_owners, restrict_weights, shared_rows
 
 ENOUGH = 10
@@ -46,8 +47,9 @@ class Weigh(Protocol):
         """Return ``(K, *s)`` per parameter."""
 
 
-class Learned(Protocol):
-    """Result of learning: gates, and parameters that were trained beside them."""
+@dataclass(slots=True)
+class Learned:
+    """Result of learning: the best epoch of gates, and of parameters trained beside them."""
 
     gates: Gates
     trunk: Params
@@ -306,21 +308,6 @@ def repair_model(
     anchor = scores.index(max(scores))
     chosen = anchor_weights(weights, symmetries, readers, copied, anchor)
     return best, {**weights, **chosen}, {"source": anchor, "valid_auc": scores}
-
-
-def elementwise_parameters(module: nn.Module) -> set[str]:
-    """Return the state of modules that multiply coordinates one by one.
-
-    A module declares it by the attribute ``multiplies_coordinates``.
-    """
-    prefixes = tuple(
-        f"{name}."
-        for name, part in module.named_modules()
-        if getattr(part, "multiplies_coordinates", False)
-    )
-    return (
-        {name for name in module.state_dict() if name.startswith(prefixes)} if prefixes else set()
-    )
 
 
 def linear_weights(module: nn.Module) -> set[str]:

@@ -12,14 +12,11 @@ from itertools import pairwise
 import torch
 
 from cki_rec.config import Config
-from cki_rec.merging.alignment import align
-from cki_rec.merging.symmetry import random_element
+from cki_rec.merging.alignment import align, table_products
 from cki_rec.merging.methods.evidence import evidence
 from cki_rec.merging.mixing import mix
 from cki_rec.merging.params import Params, generator
-from cki_rec.merging.alignment import table_products
-from cki_rec.merging.symmetry import transform
-from cki_rec.merging.symmetry import Slice, Symmetry
+from cki_rec.merging.symmetry import Slice, Symmetry, random_element, transform
 
 ROWS = (4_000_000, 600_000, 300_000, 80_000, 15_000, 4_000, 900, 100)
 """Of eight tables: with 16 columns, and 4 of first-order weights beside them, 100M numbers."""

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cki_rec.checkpoints import checkpoint
+from cki_rec.checkpoints import describe, outline
 from cki_rec.config import Config, Evaluate, UserError, run_id, section
 from cki_rec.data.encoding import store
 from cki_rec.data.encoding.store import EncodedDataset
@@ -29,9 +29,11 @@ from cki_rec.evaluation.statistics import (
     paired_difference,
     resampling_weights,
 )
-from cki_rec.pipelines import finetune, merge, train
-from cki_rec.pipelines.merge import Source
-from cki_rec.pipelines.scores import check_rows, predictions
+from cki_rec.pipelines import finetune, merge, preflight, train
+from cki_rec.pipelines.predictions import predictions, valid_auc
+from cki_rec.pipelines.provenance import check_rows
+from cki_rec.pipelines.references import Reference, mean_logits
+from cki_rec.pipelines.sources import Source, Sources, are_disjoint
 
 log = logging.getLogger(__name__)
 
@@ -52,16 +54,11 @@ class Measured:
 
 
 def run(config: Config) -> float | None:
-    """Train, integrate and fine-tune what is missing, then measure; return the validation AUC."""
-    label, tuned = config.merge.label, config.finetune.epochs > 0
-    why = None
-    if tuned and not merge.method_of(config).single:
-        why = "is no single model that could be fine-tuned"
-    elif config.merge.method == "oracle_router" and not _has_one_source_a_part(config):
-        why = "needs one source for each part of the data, as suite=shards has them"
-    if why:
+    """Make the configured model, measure it on test rows, and return its validation AUC."""
+    label, is_tuned = config.merge.label, config.finetune.epochs > 0
+    if reason := _refusal(config):
         add_to_sweep(Path(config.runtime.out), config.name, None)
-        log.info("  skipped: %s %s", label, why)
+        log.info("  skipped: %s %s", label, reason)
         return None
     done = ensure(config, force=config.runtime.force)
     assert done.record is not None
@@ -72,35 +69,49 @@ def run(config: Config) -> float | None:
         _shown(test["auc"]),
         _shown(test["log_loss"]),
         label,
-        ", fine-tuned" if tuned else "",
+        ", fine-tuned" if is_tuned else "",
     )
     valid: float | None = done.record["result"]["valid"]["auc"]
     return valid
 
 
-def ensure(config: Config, force: bool = False) -> Run:
-    """Return the finished evaluation of ``config``.
+def _refusal(config: Config) -> str | None:
+    """Return the reason why there is nothing to evaluate; None: there is something."""
+    entry = preflight.entry_of(config.merge)
+    if isinstance(entry, Reference) and (reason := entry.refusal(config)):
+        return reason
+    if config.finetune.epochs > 0 and not preflight.is_single_model(config.merge):
+        return "is no single model that could be fine-tuned"
+    return None
 
-    Differences are paired, on the same test rows and resamples, to the best parent (by validation
-    AUC) and to the output ensemble of the suite's sources; each side is recalibrated on validation
-    rows for LogLoss after recalibration. DeLong's p value takes rows as independent, intervals
-    resample what ``evaluate.resample`` says.
+
+def ensure(config: Config, force: bool = False) -> Run:
+    """Return the finished evaluation of ``config``; train and merge first what is missing.
+
+    Differences are paired, on the same test rows and resamples, to the best source (by validation
+    AUC) and to the output ensemble of the suite's sources. For LogLoss after recalibration, each
+    side is recalibrated on validation rows. DeLong's p value takes rows as independent; intervals
+    resample the unit of ``evaluate.resample``.
     """
-    merge.method_of(config)
-    outside = [any("path" in s for s in x) for x in (config.merge.sources, config.suite.sources)]
-    if outside == [True, False]:
+    preflight.check_options(config)
+    are_external = [
+        any("path" in source for source in section.sources)
+        for section in (config.merge, config.suite)
+    ]
+    if are_external == [True, False]:
         raise UserError(
             "merge.sources names checkpoints, suite.sources does not: name them as"
             " suite.sources=[{path: ...},{path: ...}], which merge.sources follows"
         )
-    parents = merge.resolve(config, config.suite.sources)
+    if reason := _refusal(config):
+        raise UserError(f"merge.method={config.merge.method}: {reason}")
+    models = merge.resolve(config)
     dataset = store.prepare(config.data, config.runtime.encoded, config.runtime.chunk_mb)
     options = config.evaluate
-    start = merge.start_of(config)
-    sources = [*parents, *merge.resolve(config, config.merge.sources)]
-    _check_unseen(options, dataset, [*sources, *([start] if start else [])])  # before any merging
-    members = _members(config)
-    if dataset.group is None:  # rows have no users, and the record must not say they had
+    everyone = [*models.suite, *models.merged, *([models.base] if models.base else [])]
+    _check_unseen(options, dataset, everyone)  # before any merging
+    members = _members(config, models)
+    if dataset.group is None:  # rows have no users, and the record must not claim users
         options = replace(options, resample="row")
     evaluated = section(options)
     if not options.disjoint_files:
@@ -109,31 +120,39 @@ def ensure(config: Config, force: bool = False) -> Run:
         "name": [config.suite.name, config.merge.label, config.finetune.epochs > 0],
         "method": config.merge.method,
         "members": [source.identity for source in members],
-        "parents": [source.identity for source in parents],
+        "sources": [source.identity for source in models.suite],
         "data": dataset.hash,
         "partition": section(config.data.partition),
         "evaluate": evaluated,
         "seed": config.seed,
     }
-    if train.are_disjoint([train.part_of(parent.folder) for parent in parents]):
-        reads["disjoint"] = True  # a joint model knows more than any parent can
+    if are_disjoint(models.suite):
+        reads["disjoint"] = True  # a joint model knows more than any source can
     with open_run(Path(config.runtime.out), run_id("evaluate", reads), force) as run:
         if run.record is None:
             with run.phase("evaluate"):
-                result, replicates = _evaluate(config, options, dataset, members, parents)
+                result, replicates = _evaluate(config, options, dataset, members, models)
             save_arrays(run.path / REPLICATES, replicates)
             run.finish(reads, train.data_facts(dataset), result)
     return run
 
 
-def _members(config: Config) -> list[Source]:
-    """Return the models whose mean logit is evaluated: one, or those of an ensemble."""
+def _members(config: Config, models: Sources) -> list[Source]:
+    """Return the models whose scores are evaluated: one, or all that a reference combines."""
     if config.finetune.epochs > 0:
-        tuned = finetune.ensure(config)
+        tuned = finetune.ensure(config, models)
         return [Source(config.merge.label, tuned.path.name, tuned.checkpoint)]
-    if merge.method_of(config).single:
-        return [finetune.merged(config)]
-    return merge.resolve(config, config.merge.sources)
+    if preflight.is_single_model(config.merge):
+        return [merge.model_of(config, models)]
+    return models.merged
+
+
+def _logits(config: Config, dataset: EncodedDataset, members: Sequence[Source]) -> Logits:
+    """Return the logits per split: of one model, or as the reference combines its sources."""
+    scores = [predictions(config, dataset, source) for source in members]
+    entry = preflight.entry_of(config.merge)
+    combine = entry.combine if isinstance(entry, Reference) and entry.combine else mean_logits
+    return combine(scores, config, dataset)
 
 
 def _evaluate(
@@ -141,17 +160,16 @@ def _evaluate(
     options: Evaluate,
     dataset: EncodedDataset,
     members: list[Source],
-    parents: list[Source],
+    models: Sources,
 ) -> tuple[dict[str, Any], dict[str, Floats]]:
     """Return the result for the record, and the bootstrap replicates of its differences."""
-    for name in _check_unseen(options, dataset, [*parents, *members]):
-        log.info("  %s: taken as said, no test row is in its other raw files", name)
-    best = merge.best_source(config, dataset, parents)
-    kinds = {"probability_ensemble": _mean_probabilities, "oracle_router": _routed}
-    logits = kinds.get(config.merge.method, _mean_logits)(config, dataset, members)
+    for name in _check_unseen(options, dataset, [*models.suite, *members]):
+        log.info("  %s: evaluate.disjoint_files covers its other raw files", name)
+    best = max(models.suite, key=lambda source: valid_auc(config, dataset, source))
+    logits = _logits(config, dataset, members)
     references = {
-        "best_source": _mean_logits(config, dataset, [best]),
-        "output_ensemble": _mean_logits(config, dataset, parents),
+        "best_source": mean_logits([predictions(config, dataset, best)]),
+        "output_ensemble": mean_logits([predictions(config, dataset, s) for s in models.suite]),
     }
     rows = dataset.rows("test")
     unit = np.arange(len(rows))
@@ -171,7 +189,7 @@ def _evaluate(
         "test": own.test,
         "recalibration": asdict(own.recalibration),
         "difference": {},
-        "shares": _shares(config),
+        "shares": _shares(config, models),
     }
     replicates = {}
     for name, reference in references.items():
@@ -193,24 +211,24 @@ def _evaluate(
 def _check_unseen(
     options: Evaluate, dataset: EncodedDataset, models: Sequence[Source]
 ) -> list[str]:
-    """Check that test rows are known, or said, to be no training rows; return of whom it is said.
+    """Check that no test row was a training row; return the models that the user answers for.
 
     Raises:
-        UserError: A model has seen other raw files, and nobody says that these hold no test row.
+        UserError: A model was trained on other raw files, and ``evaluate.disjoint_files`` is false.
     """
-    said = []
+    assumed = []
     for model in dict.fromkeys(models):
-        saved = checkpoint.describe(model.folder)
+        saved = describe(model.folder)
         check_rows(saved, dataset, model.name)
         if saved.origin.has_other_files(dataset.source_rows):
-            said.append(model.name)
-    if said and not options.disjoint_files:
+            assumed.append(model.name)
+    if assumed and not options.disjoint_files:
         raise UserError(
-            f"{said[0]}: also trained on other raw files than {dataset.folder.name} is of;"
+            f"{assumed[0]}: also trained on other raw files than {dataset.folder.name} is of;"
             " if they hold none of its test rows, which nothing checks, say so:"
             " evaluate.disjoint_files=true"
         )
-    return said
+    return assumed
 
 
 def _measure(
@@ -259,57 +277,6 @@ def _summary(
     return summarize(label, logits, group=group, domain=names)
 
 
-def _mean_logits(config: Config, dataset: EncodedDataset, members: Sequence[Source]) -> Logits:
-    """Return the mean of the members' logits per split."""
-    scores = [predictions(config, dataset, s.identity, s.folder) for s in members]
-    return {
-        split: np.stack([score[split] for score in scores]).mean(0, dtype=np.float64)
-        for split in scores[0]
-    }
-
-
-def _mean_probabilities(
-    config: Config, dataset: EncodedDataset, members: Sequence[Source]
-) -> Logits:
-    """Return per split the logit of the mean of the members' probabilities."""
-    scores = [predictions(config, dataset, s.identity, s.folder) for s in members]
-    found = {}
-    for split in scores[0]:
-        logit = np.stack([score[split] for score in scores]).astype(np.float64)
-        click, none = (-np.logaddexp(0, sign * logit) for sign in (-1, 1))  # of each, logarithms
-        found[split] = np.logaddexp.reduce(click, 0) - np.logaddexp.reduce(none, 0)
-    return found
-
-
-def _routed(config: Config, dataset: EncodedDataset, members: Sequence[Source]) -> Logits:
-    """Return per split the logit of the member that trained on a row's part.
-
-    Raises:
-        UserError: Sources are not the parts of the data, one each.
-    """
-    if not _has_one_source_a_part(config):
-        raise UserError(
-            "merge.method=oracle_router: needs one source for each part of the data,"
-            " [{data.part: 0}, {data.part: 1}, ...], as suite=shards has them"
-        )
-    partition = config.data.partition
-    named = [source["data.part"] for source in config.merge.sources]
-    part = dataset.parts(partition).part
-    scores = [predictions(config, dataset, s.identity, s.folder) for s in members]
-    found = {}
-    for split in scores[0]:
-        of_part = np.stack([scores[named.index(p)][split] for p in range(partition.parts)])
-        rows = dataset.rows(split)
-        found[split] = of_part[part[rows], np.arange(len(rows))].astype(np.float64)
-    return found
-
-
-def _has_one_source_a_part(config: Config) -> bool:
-    named = [source.get("data.part") for source in config.merge.sources]
-    parts = config.data.partition.parts
-    return len(named) == parts and set(named) == set(range(parts))
-
-
 @functools.lru_cache(maxsize=2)
 def _resamples(unit: bytes, dtype: str, num_resamples: int, seed: int) -> Resamples:
     """Return the resamples that all models of an experiment share."""
@@ -318,16 +285,16 @@ def _resamples(unit: bytes, dtype: str, num_resamples: int, seed: int) -> Resamp
     )
 
 
-def _shares(config: Config) -> dict[str, list[float]] | None:
-    """Return what was spliced from whom; None where nothing was."""
-    record = merge.ensure(config).record
+def _shares(config: Config, models: Sources) -> dict[str, list[float]] | None:
+    """Return the mean mixing weights of the sources; None if the method has none."""
+    record = merge.ensure(config, models).record
     assert record is not None
     shares: dict[str, list[float]] | None = record["result"]["shares"]
     return shares
 
 
 def _num_parameters(folder: Path) -> int:
-    return sum(tensor.numel() for tensor in checkpoint.load(folder).params.values())
+    return sum(tensor.numel() for tensor in outline(folder).params.values())
 
 
 def _shown(value: float | None) -> str:

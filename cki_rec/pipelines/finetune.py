@@ -1,4 +1,4 @@
-"""Merge, then train briefly on all rows."""
+"""Merge, then train briefly on all rows: ``cki-rec finetune``."""
 
 from __future__ import annotations
 
@@ -8,21 +8,23 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from cki_rec.checkpoints import Description, describe
 from cki_rec.config import Config, Train, UserError, run_id, section
 from cki_rec.data.encoding import store
 from cki_rec.data.encoding.store import EncodedDataset
 from cki_rec.data.provenance import Provenance
-from cki_rec.engine import distributed
+from cki_rec.engine import checkpoint_io, distributed
 from cki_rec.engine.record import Run, open_run
-from cki_rec.pipelines import merge, train
-from cki_rec.pipelines.merge import Source
-from cki_rec.pipelines.scores import moved_start, restore
+from cki_rec.engine.restoration import restore
+from cki_rec.pipelines import merge, preflight, train, vocabularies
+from cki_rec.pipelines.provenance import check_rows, other_tables
+from cki_rec.pipelines.sources import Source, Sources
 
 log = logging.getLogger(__name__)
 
 
 def run(config: Config) -> float:
-    """Fine-tune as configured and say where the model is; return its validation AUC."""
+    """Fine-tune as configured and log the folder of the model; return its validation AUC."""
     if config.finetune.epochs == 0:
         raise UserError("finetune.epochs=0: nothing to do; choose finetune=one_epoch")
     done = ensure(config, force=config.runtime.force)
@@ -30,18 +32,22 @@ def run(config: Config) -> float:
     return train.valid_auc(done)
 
 
-def ensure(config: Config, force: bool = False) -> Run:
-    """Return the finished fine-tuning of ``config``; integrate first if that is not there.
+def ensure(config: Config, models: Sources | None = None, force: bool = False) -> Run:
+    """Return the finished fine-tuning of ``config``; merge first if there is no merged model.
 
-    The start may be a parent as it is (``merge=best_source``): the control that trains equally
-    long.
+    The first model may be a source (``merge=best_source``): the ablation that trains equally long.
+
+    Args:
+        config: The configuration.
+        models: The sources of the merge, if they are resolved already.
+        force: Fine-tune again.
 
     Raises:
         UserError: The method does not give one model.
     """
-    if not merge.method_of(config).single:
+    if not preflight.is_single_model(config.merge):
         raise UserError(f"merge={config.merge.label} gives no single model to fine-tune")
-    start = merged(config)
+    start = merge.model_of(config, models or merge.resolve(config))
     dataset = store.prepare(config.data, config.runtime.encoded, config.runtime.chunk_mb)
     reads = {
         "start": start.identity,
@@ -57,20 +63,8 @@ def ensure(config: Config, force: bool = False) -> Run:
     return run
 
 
-def merged(config: Config) -> Source:
-    """Return the one model that the configured integration gives."""
-    done = merge.ensure(config)
-    assert done.record is not None
-    merge.warn_if_worse(config, done.record["result"])
-    kept = done.record["result"]["kept"]
-    if kept is None:
-        return Source(config.merge.label, done.path.name, done.checkpoint)
-    sources = merge.sources_of(config)
-    return next(source for source in sources if source.identity in kept)
-
-
 def _schedule(config: Config) -> Train:
-    """Return how to train on: as before, but for what ``conf/finetune`` sets."""
+    """Return the schedule of training with the changes of ``conf/finetune``."""
     return replace(config.train, **section(config.finetune))
 
 
@@ -78,7 +72,7 @@ def _finetune(
     config: Config, dataset: EncodedDataset, start: Source, run: Run, reads: dict[str, Any]
 ) -> None:
     scratch, schedule = run.path / "start", _schedule(config)
-    saved, folder = moved_start(config, dataset, start.folder, start.name, scratch)
+    saved, folder = _moved(config, dataset, start, scratch)
     model = restore(saved, folder, schedule, config.runtime, to_train=True)
     shutil.rmtree(scratch, ignore_errors=True)
     rows = [dataset.rows(split) for split in ("train", "valid")]
@@ -88,3 +82,23 @@ def _finetune(
         *(config, dataset, run, reads, model, saved.model, saved.schema),
         *(rows, counts, schedule, title, Provenance.union([saved.origin, dataset.origin])),
     )
+
+
+def _moved(
+    config: Config, dataset: EncodedDataset, start: Source, scratch: Path
+) -> tuple[Description, Path]:
+    """Return the description and the folder of the first model, fit for the data set.
+
+    The folder is ``scratch`` if the model had to be moved to the data set's vocabularies.
+
+    Raises:
+        UserError: As for ``check_rows`` and ``vocabularies.on_rows_of``.
+    """
+    saved = describe(start.folder)
+    check_rows(saved, dataset, start.name)
+    if not other_tables(saved, dataset):
+        return saved, start.folder
+    moved = vocabularies.on_rows_of(config, start.folder, dataset)
+    tensors = {"model": moved.params, "accumulator": moved.accumulators, "counts": moved.counts}
+    checkpoint_io.save(scratch, tensors, moved.model, moved.schema, moved.origin)
+    return describe(scratch), scratch

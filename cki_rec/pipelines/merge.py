@@ -1,66 +1,59 @@
-"""Make one model out of several."""
+"""Make one model out of several: ``cki-rec merge``."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from cki_rec.checkpoints import checkpoint
-from cki_rec.checkpoints.checkpoint import Checkpoint
-from cki_rec.config import Config, UserError, nearest, run_id, section, with_delta
+from cki_rec.checkpoints import Checkpoint, Description, describe
+from cki_rec.config import Config, Merge, UserError, run_id, section, with_delta
 from cki_rec.data.encoding import store, tokens
 from cki_rec.data.encoding.store import EncodedDataset
 from cki_rec.data.provenance import Provenance
+from cki_rec.data.schema import Batch
 from cki_rec.engine import distributed, sharded
+from cki_rec.engine.distillation import imitate
+from cki_rec.engine.embeddings import table_of
+from cki_rec.engine.fisher import fisher_diagonal
+from cki_rec.engine.gating import train_gates
+from cki_rec.engine.networks import declared, merging_network
 from cki_rec.engine.record import Run, open_run
 from cki_rec.engine.sampling import sample_statistics
 from cki_rec.evaluation.metrics import auc
-from cki_rec.merging.mixing import source_shares
-from cki_rec.merging.params import check_finite, widened
-from cki_rec.merging.registry import METHODS, MergeInputs, Method, check_options
-from cki_rec.merging.vocabulary import shared_rows
+from cki_rec.merging import api
+from cki_rec.merging.optimizer_state import merge_accumulators, merge_counts
+from cki_rec.merging.params import MergeError, Params
+from cki_rec.merging.perturbation import permute, shuffle
+from cki_rec.merging.statistics import ActivationStatistics
+from cki_rec.merging.steps import Gates, Learn, Learned, Rule, ScarceSample, Weigh
 from cki_rec.models import build_model
-from cki_rec.pipelines import (
-    checking,
-    external,
-    looking,
-    matching,
-    merging,
-    rules,
-    several,
-    train,
-    vocabularies,
-)
-from cki_rec.pipelines.scores import predictions, recalibrated, scorer
+from cki_rec.pipelines import preflight, sources, train, vocabularies
+from cki_rec.pipelines.compatibility import compare, counts_of, require
+from cki_rec.pipelines.predictions import calibrator, scorer, valid_auc
+from cki_rec.pipelines.preflight import AUTO
+from cki_rec.pipelines.references import REFERENCES
+from cki_rec.pipelines.sources import Source, Sources
 from cki_rec.pipelines.vocabularies import Joined
 
 log = logging.getLogger(__name__)
 
-
-@dataclass(frozen=True, slots=True)
-class Source:
-    """One parent at rest."""
-
-    name: str
-    """As the configuration names it."""
-    identity: str
-    """Run id, or a digest of an external checkpoint."""
-    folder: Path
-    """Of its checkpoint."""
+HEAD = re.compile(r"mlp\.(?:layers\.(\d+)\.)?")
+"""Start of the names of the MLP's parameters, with the number of their layer."""
 
 
 def run(config: Config) -> None:
-    """Merge as configured; say where the model is and what was taken from whom."""
-    with several.processes(config):
+    """Merge as configured; log the folder of the model and the shares of its sources."""
+    if distributed.world_size() > 1:
+        distributed.start(replace(config.runtime, device="cpu"))
+    with distributed.propagate_errors():
         if config.check_only:
-            ways = recipes_of(config) if config.merge.method == "best_of" else [config]
-            checking.check(config, ways, method_of)
+            preflight.report(config)
             return
         done = ensure(config, force=config.runtime.force)
     assert done.record is not None
@@ -68,333 +61,389 @@ def run(config: Config) -> None:
     for name, shares in (result["shares"] or {}).items():
         log.info("  %-52s %s", name, "  ".join(f"{share:6.1%}" for share in shares))
     warn_if_worse(config, result)
-    if result["kept"] is None:
+    if result["chosen"] is None:
         log.info("model: %s", done.checkpoint)
     else:
-        log.info("kept as they are: %s", ", ".join(result["kept"]))
+        log.info("unchanged: %s", ", ".join(result["chosen"]))
 
 
-def ensure(config: Config, force: bool = False) -> Run:
-    """Return the finished integration of ``config``; train its sources if they are not there.
+def ensure(config: Config, models: Sources | None = None, force: bool = False) -> Run:
+    """Return the finished merge of ``config``; merge, and train missing sources, if there is none.
+
+    Args:
+        config: The configuration.
+        models: Its sources, if they are resolved already.
+        force: Merge again.
 
     Raises:
-        UserError: Unknown method; sources that do not fit together; no data where it is needed.
+        UserError: Options, sources or data that do not fit together.
     """
-    options, method = config.merge, method_of(config)
-    looks = looking.needs_rows(options)
-    several.check(options, method, looks)
-    sources = sources_of(config)
-    start = start_of(config)
-    dataset = (
-        store.prepare(config.data, config.runtime.encoded, config.runtime.chunk_mb)
-        if looks
-        else None
-    )
-    rule = section(options)
-    del rule["sources"], rule["label"], rule["vocabularies"]
-    rule["start"] = None if start is None else start.identity
-    reads = {
-        "sources": [source.identity for source in sources],
-        "merge": rule,
-        "data": dataset.hash if dataset else None,
-        "model": section(config.model) if looks else None,
-        "batch_size": config.train.batch_size if looks else None,
-        "seed": config.seed,
-    }
-    if options.vocabularies:  # which ones, their hashes in the sources say
-        reads["vocabularies"] = "joined"
-    parts = [train.part_of(source.folder) for source in sources]
-    is_disjoint = method.merges_parameters and train.are_disjoint(parts)
-    if is_disjoint:
-        reads["counts"] = "sum"
+    preflight.check_options(config)
+    models = models or resolve(config)
+    options = config.merge
+    dataset = None
+    if preflight.needs_rows(options):
+        dataset = store.prepare(config.data, config.runtime.encoded, config.runtime.chunk_mb)
+    candidates, base = models.merged, models.base
+    if options.method == AUTO:
+        candidates = _recipes(config, models)
+    if "base" not in preflight.needs_of(options):
+        base = None
+    is_disjoint = options.method not in REFERENCES and sources.are_disjoint(candidates)
+    reads = _reads(config, candidates, base, dataset, is_disjoint)
     with open_run(Path(config.runtime.out), run_id("merge", reads), force) as run:
         if run.record is None:
-            _integrate(config, sources, start, dataset, run, reads, is_disjoint)
+            with run.phase("merge"):
+                if options.method == AUTO or options.method in REFERENCES:
+                    data, result = _choose(config, models, candidates, dataset)
+                else:
+                    used = replace(models, merged=candidates, base=base)
+                    data, result = _merge(config, used, dataset, run, is_disjoint)
+            if distributed.rank() == 0:
+                run.finish(reads, data, result)
     return run
 
 
-def method_of(config: Config) -> Method:
-    """Return the configured method, of which all is known to fit that needs no model.
-
-    Raises:
-        UserError: There is none of that name; it does not have these options, does not take so
-            many sources, or needs a start that is not given.
-    """
-    name = config.merge.method
-    if name not in METHODS:
-        raise UserError(
-            f"merge.method={name}: {nearest(name, METHODS)}one of {', '.join(METHODS)}"
-        )
-    method, options = METHODS[name], config.merge
-    try:
-        check_options(name, options.options)
-    except ValueError as error:
-        raise UserError(f"merge.options: {error}") from None
-    if options.control != "none" and not method.merges_parameters:
-        raise UserError(
-            f"merge.control={options.control}: merge.method={name} keeps its sources as they are"
-        )
-    if options.recalibrate and not method.merges_parameters and name != "best_of":
-        raise UserError(
-            f"merge.recalibrate=true: merge.method={name} keeps its sources as they are"
-        )
-    if name == "best_of":
-        _check_recipes(config)
-    if options.repair != "none" and not rules.takes_all_alike(options):
-        raise UserError(
-            f"merge.repair={options.repair}: makes layers compute the mean of all sources,"
-            f" which merge.method={name} with these options does not want; use"
-            " method=evidence or average, scope=all, bias=mix, or repair=none"
-        )
-    if method.models == "2" and len(options.sources) > 2:
-        raise UserError(f"merge.method={name}: takes 2 models, not {len(options.sources)}")
-    is_joined = options.vocabularies and not config.data.vocabularies
-    if is_joined and (not method.merges_parameters or looking.needs_labels(options)):
-        why = "keeps its sources as they are"
-        if method.merges_parameters or name == "best_of":
-            why = "looks at rows, which are not encoded with the joined vocabularies"
-        raise UserError(
-            f"merge.vocabularies: merge.method={name} {why}; use merge=evidence, or"
-            " data.vocabularies=[FOLDER,...], the encoded data sets of the sources"
-        )
-    if options.vocabularies and options.gate.train == "trunk":
-        raise UserError(
-            "merge.vocabularies: merge.gate.train=trunk trains on tables of the first"
-            " source, which lack rows of others; use merge.gate.train=frozen"
-        )
-    if "base" in method.needs and options.align.by != "none" and len(options.sources) > 2:
-        raise UserError(
-            f"merge.method={name}: more than two sources are aligned to their mean, where the"
-            " start is not; use merge.align.by=none"
-        )
-    if "base" in method.needs and options.base is None:
-        raise UserError(
-            f"merge.method={name}: needs the model that all sources started from; name it:"
-            " merge.base={path: ...}, or {train.epochs: 0} for their initial weights, as"
-            " suite=shards does"
-        )
-    return method
+def resolve(config: Config) -> Sources:
+    """Return the sources of a merge and of its suite (``sources.resolve``)."""
+    return sources.resolve(config, preflight.needs_base(config))
 
 
-def start_of(config: Config) -> Source | None:
-    """Return the common start if the method needs it; None where it does not."""
-    start = config.merge.base
-    if start is None or "base" not in METHODS[config.merge.method].needs:
-        return None
-    return resolve(config, [start])[0]
-
-
-def resolve(config: Config, deltas: Sequence[dict[str, Any]]) -> list[Source]:
-    """Return the models that config deltas and paths name; missing runs are trained.
-
-    Several processes train none: they say how to.
-    """
-    sources = []
-    for delta in deltas:
-        if "path" in delta:
-            folder = external.folder_of(delta, "merge.sources")
-            sources.append(Source(str(delta["path"]), external.identity(folder), folder))
-        elif distributed.world_size() > 1:
-            folder = checking.find(config, delta)
-            sources.append(Source(str(delta), folder.parent.name, folder))
-        else:
-            done = train.ensure(with_delta(config, delta))
-            sources.append(Source(str(delta), done.path.name, done.checkpoint))
-    return sources
-
-
-def sources_of(config: Config) -> list[Source]:
-    """Return what the method chooses from or merges: parents, or the recipes of ``best_of``."""
-    options = config.merge
-    if options.method != "best_of":
-        return resolve(config, options.sources)
-    found = []
-    for place, (delta, way) in enumerate(zip(options.recipes, recipes_of(config), strict=True)):
-        try:
-            run = ensure(way)
-        except looking.ScarceSample as error:
-            log.warning("  merge.recipes[%d] is left out: %s", place, error)
-            continue
-        found.append(Source(str(delta), run.path.name, run.checkpoint))
-    if not found:
-        raise UserError("merge.recipes: none could be made; see the warnings above")
-    return found
-
-
-def _check_recipes(config: Config) -> None:
-    """Check what can be known of ``best_of`` before its first candidate is made.
-
-    Raises:
-        UserError: There are none, or one gives no model of its own.
-    """
-    if not config.merge.recipes:
-        raise UserError("merge.recipes is empty: best_of has nothing to choose from")
-    for place, way in enumerate(recipes_of(config)):
-        try:
-            merges_parameters = way.merge.method != "best_of" and method_of(way).merges_parameters
-        except UserError as error:
-            raise UserError(f"merge.recipes[{place}]: {error}") from None
-        if not merges_parameters:
-            raise UserError(f"merge.recipes[{place}]: {way.merge.method} makes no model to choose")
-
-
-def recipes_of(config: Config) -> list[Config]:
-    """Return the integrations that ``best_of`` chooses from."""
-    plain = {"merge.method": "evidence", "merge.recipes": []}
-    return [
-        with_delta(config, plain | {f"merge.{key}": value for key, value in delta.items()})
-        for delta in config.merge.recipes
-    ]
-
-
-def _integrate(
-    config: Config,
-    sources: list[Source],
-    start: Source | None,
-    dataset: EncodedDataset | None,
-    run: Run,
-    reads: dict[str, Any],
-    is_disjoint: bool,
-) -> None:
-    options = config.merge
-    everyone = [*sources, *([replace(start, name=f"start {start.name}")] if start else [])]
-    names = [source.name for source in everyone]
-    loaded = sharded.load([source.folder for source in everyone], names)
-    homes: list[Path] = []
-    joined = Joined(loaded)
-    if options.vocabularies and options.method != "best_of":  # whose recipes are joined
-        homes = vocabularies.folders_of(
-            config, [(s.folder, c) for s, c in zip(everyone, loaded, strict=True)]
-        )
-        joined = vocabularies.joined(loaded, homes, len(sources))
-    checkpoint.check_compatible(joined.checkpoints, names)
-    checkpoints = joined.checkpoints[: len(sources)]
-    begun = None if start is None else joined.checkpoints[-1]
-    first = checkpoints[0]
-    if dataset is not None:
-        looking.check_encoding(config, first)
-        looking.check_sources(config, checkpoints, dataset, names)
-    data = train.data_facts(dataset) if dataset else {"hash": first.origin.data_hash}
-    result: dict[str, Any] = dict.fromkeys(
-        ("shares", "kept", "gate", "global", "alignment", "lead", "recalibration", "valid_auc")
-    )
-
-    with run.phase("merge"):
-        if not METHODS[options.method].merges_parameters:
-            kept = sources[-1:] if options.method == "newest_source" else sources
-            if options.method in ("best_source", "best_of"):
-                assert dataset is not None
-                kept = [best_source(config, dataset, sources)]
-                if options.method == "best_of":
-                    result["valid_auc"] = _judged(config, dataset, kept[0])
-            result["kept"] = [source.identity for source in kept]
-        else:
-            try:
-                tensors = _merged(config, checkpoints, begun, dataset, result, joined.owners)
-                tensors["counts"] = merging.evidence_of_all(
-                    [c.counts for c in checkpoints], is_disjoint
-                )
-            except ValueError as error:
-                raise UserError(f"merge.method={options.method}: {error}") from None
-            looked_at = [] if dataset is None else [dataset.origin]
-            origin = Provenance.union([*(c.origin for c in joined.checkpoints), *looked_at])
-            sharded.save(run.checkpoint, tensors, first, origin)
-            if homes:
-                vocabularies.write(run.path / tokens.FOLDER, joined, homes)
-                result["vocabularies"] = joined.rows
-    if distributed.rank() == 0:
-        run.finish(reads, data, result)
-
-
-def _merged(
-    config: Config,
-    checkpoints: list[Checkpoint],
-    start: Checkpoint | None,
-    dataset: EncodedDataset | None,
-    result: dict[str, Any],
-    owners: dict[str, Tensor],
-) -> dict[str, dict[str, Any]]:
-    """Return the tensors of the new model's checkpoint; tell ``result`` how it came about."""
-    options, first = config.merge, checkpoints[0]
-    dtypes = {name: tensor.dtype for name, tensor in first.params.items()}
-    checkpoints = [replace(c, params=widened(c.params)) for c in checkpoints]
-    first = checkpoints[0]
-    checkpoints = [first, *(rules.control(options, c, config.seed) for c in checkpoints[1:])]
-    counts = merging.counts_of(checkpoints, merging.uses_counts(options))
-    observe = None
-    if options.repair not in ("none", "rescale") and options.align.by == "none":
-        if options.base is None and len(checkpoints) > 1:
-            log.warning(
-                "  merge.repair=%s without alignment: sources that do not share a start"
-                " compute nothing sensible on each other's tables",
-                options.repair,
-            )
-    if looking.looks_at_rows(options):
-        assert dataset is not None
-        network = build_model(first.schema, first.model, torch.device("cpu"))
-        observe = sample_statistics(network, dataset, first.schema, options.sample, config.seed)
-        if options.repair not in ("none", "rescale") and len(checkpoints) > 1:
-            looking.check_sample(options, first.params, observe)
-    models = [c.params for c in checkpoints]
-    votes = merging.votes_of(models, counts, owners)
-    models, result["alignment"] = matching.aligned(
-        options, models, votes, first, observe, config.seed
-    )
-    score = None if dataset is None else scorer(config, dataset, first)
-    given = MergeInputs(
-        seed=config.seed,
-        counts=counts,
-        base=None if start is None else widened(start.params),
-        score=score,
-        owners=owners,
-        **looking.seen(config, models, first, dataset, observe),
-    )
-    params, weights, result["gate"] = merging.merge(config, models, given, dataset, first)
-    if weights is not None:
-        params, weights, result["lead"] = matching.repaired(
-            options, params, models, weights, votes, first, observe, score
-        )
-        trained = merging.trunk_parameters(options, params)
-        shares = sharded.mean_shares(source_shares(weights, models), first.schema)
-        result["shares"] = {name: of for name, of in shares.items() if name not in trained}
-        result["global"] = rules.entropy_report(options, shared_rows(models, owners), config.seed)
-    check_finite([params], "the result")
-    if options.recalibrate:
-        assert dataset is not None
-        params, result["recalibration"] = recalibrated(config, params, dataset, first)
-    return {
-        "model": {name: tensor.to(dtypes[name]) for name, tensor in params.items()},
-        "accumulator": matching.accumulators(
-            merging.evidence_of_all([c.accumulators for c in checkpoints], is_disjoint=False),
-            options,
-        ),
-    }
-
-
-def best_source(config: Config, dataset: EncodedDataset, sources: Sequence[Source]) -> Source:
-    """Return the source with the best AUC on all validation rows; the first of equals."""
-    return max(sources, key=lambda source: _valid_auc(config, dataset, source))
-
-
-def _valid_auc(config: Config, dataset: EncodedDataset, source: Source) -> float:
-    label = dataset.labels(dataset.rows("valid"))
-    logits = predictions(config, dataset, source.identity, source.folder)["valid"]
-    return auc(label, logits) or 0.0
-
-
-def _judged(config: Config, dataset: EncodedDataset, kept: Source) -> dict[str, Any]:
-    """Return validation AUC of the best candidate, and of the best of what it was made of."""
-    best = best_source(config, dataset, resolve(config, config.merge.sources))
-    own, other = (_valid_auc(config, dataset, source) for source in (kept, best))
-    return {"kept": own, "best_source": other, "name": best.name}
+def model_of(config: Config, models: Sources) -> Source:
+    """Return the one model that the configured merge gives."""
+    done = ensure(config, models)
+    assert done.record is not None
+    warn_if_worse(config, done.record["result"])
+    chosen = done.record["result"]["chosen"]
+    if chosen is None:
+        return Source(config.merge.label, done.path.name, done.checkpoint)
+    candidates = _recipes(config, models) if config.merge.method == AUTO else models.merged
+    return next(source for source in candidates if source.identity in chosen)
 
 
 def warn_if_worse(config: Config, result: dict[str, Any]) -> None:
-    """Say so if what ``best_of`` kept is below the best of its sources on validation rows."""
-    found = result.get("valid_auc")  # older records have none
-    if found is not None and found["kept"] < found["best_source"]:
+    """Log a warning if the best recipe is below the best source on validation rows."""
+    scores = result.get("valid_auc")  # records of early releases have none
+    if scores is not None and scores["chosen"] < scores["best_source"]:
         log.warning(
-            "  %s: validation AUC %.4f, below the %.4f of its source %s; keep that one"
+            "  %s: validation AUC %.4f, below the %.4f of its source %s; use that one"
             " (merge=best_source)",
-            *(config.merge.label, found["kept"], found["best_source"], found["name"]),
+            *(config.merge.label, scores["chosen"], scores["best_source"], scores["name"]),
         )
+
+
+def _reads(
+    config: Config,
+    candidates: Sequence[Source],
+    base: Source | None,
+    dataset: EncodedDataset | None,
+    is_disjoint: bool,
+) -> dict[str, Any]:
+    """Return everything that the result depends on."""
+    rule = section(config.merge)
+    for name in ("sources", "label", "vocabularies"):
+        del rule[name]
+    rule["base"] = None if base is None else base.identity
+    reads = {
+        "sources": [source.identity for source in candidates],
+        "merge": rule,
+        "data": dataset.hash if dataset else None,
+        "model": section(config.model) if dataset else None,
+        "batch_size": config.train.batch_size if dataset else None,
+        "seed": config.seed,
+    }
+    if config.merge.vocabularies:  # which ones: their hashes are in the sources
+        reads["vocabularies"] = "joined"
+    if is_disjoint:
+        reads["counts"] = "sum"
+    return reads
+
+
+def _result(**entries: Any) -> dict[str, Any]:
+    names = (
+        *("shares", "chosen", "learned", "alignment", "anchor", "recalibration", "valid_auc"),
+    )
+    return {**dict.fromkeys(names), **entries}
+
+
+def _recipes(config: Config, models: Sources) -> list[Source]:
+    """Return the merged model of every recipe of ``auto``."""
+    candidates = []
+    for place, (delta, recipe) in enumerate(
+        zip(config.merge.recipes, preflight.recipes_of(config), strict=True)
+    ):
+        try:
+            run = ensure(recipe, models)
+        except UserError as error:
+            if not isinstance(error.__cause__, ScarceSample):
+                raise
+            log.warning("  merge.recipes[%d] is left out: %s", place, error)
+            continue
+        candidates.append(Source(str(delta), run.path.name, run.checkpoint))
+    if not candidates:
+        raise UserError("merge.recipes: none could be made; see the warnings above")
+    return candidates
+
+
+def _choose(
+    config: Config, models: Sources, candidates: list[Source], dataset: EncodedDataset | None
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return facts about the data, and the result of a reference or of a search over recipes."""
+
+    def score(source: Source) -> float:
+        assert dataset is not None
+        return valid_auc(config, dataset, source)
+
+    preflight.check_sources(config, replace(models, merged=candidates), dataset)
+    if config.merge.method == AUTO:
+        best, best_source = (max(each, key=score) for each in (candidates, models.merged))
+        scores = {"chosen": score(best), "best_source": score(best_source)}
+        result = _result(chosen=[best.identity], valid_auc={**scores, "name": best_source.name})
+    else:
+        choose = REFERENCES[config.merge.method].choose
+        chosen = candidates if choose is None else [choose(candidates, score)]
+        result = _result(chosen=[source.identity for source in chosen])
+    return _data_facts(dataset, describe(candidates[0].folder)), result
+
+
+def _merge(
+    config: Config,
+    models: Sources,
+    dataset: EncodedDataset | None,
+    run: Run,
+    is_disjoint: bool,
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Merge into a checkpoint of ``run``; return facts about the data, and the result."""
+    preflight.check_sources(config, models, dataset)
+    everyone = [*models.merged]
+    if models.base is not None:
+        everyone.append(replace(models.base, name=f"base {models.base.name}"))
+    names = [source.name for source in everyone]
+    loaded = sharded.load([source.folder for source in everyone])
+    joined, folders = Joined(loaded), list[Path]()
+    if config.merge.vocabularies:
+        pairs = [(s.folder, c) for s, c in zip(everyone, loaded, strict=True)]
+        folders = vocabularies.folders_of(config, pairs)
+        joined = vocabularies.joined(loaded, folders, len(models.merged))
+        require(compare(joined.checkpoints, names))
+        if dataset is not None:
+            preflight.check_rows_fit(
+                config, joined.checkpoints[: len(models.merged)], names, dataset
+            )
+    checkpoints = joined.checkpoints[: len(models.merged)]
+    base = joined.checkpoints[-1] if models.base is not None else None
+    first = checkpoints[0]
+    try:
+        merged = _merge_params(config, checkpoints, base, dataset, joined)
+    except MergeError as error:
+        raise UserError(f"merge.method={config.merge.method}: {error}") from error
+    for warning in merged.warnings:
+        log.warning("  merge.%s", warning)
+    is_rotated = config.merge.align.by != "none" or config.merge.repair == "project"
+    tensors: sharded.Groups = {
+        "model": merged.params,
+        "accumulator": merge_accumulators([c.accumulators for c in checkpoints], is_rotated),
+        "counts": merge_counts([c.counts for c in checkpoints], is_disjoint),
+    }
+    seen = [] if dataset is None else [dataset.origin]
+    origin = Provenance.union([*(c.origin for c in joined.checkpoints), *seen])
+    sharded.save(run.checkpoint, tensors, first, origin)
+    result = _result(
+        shares=merged.shares,
+        alignment=merged.alignment,
+        anchor=merged.anchor,
+        learned=_learning_facts(merged.learned),
+        recalibration=asdict(merged.calibration) if merged.calibration else None,
+    )
+    if folders:
+        vocabularies.write(run.path / tokens.FOLDER, joined, folders)
+        result["vocabularies"] = joined.rows
+    return _data_facts(dataset, first), result
+
+
+def _merge_params(
+    config: Config,
+    checkpoints: Sequence[Checkpoint],
+    base: Checkpoint | None,
+    dataset: EncodedDataset | None,
+    joined: Joined,
+) -> api.MergeResult:
+    """Call the merge of the library with all that the configuration names."""
+    options, first = config.merge, checkpoints[0]
+    models = [first.params, *(_ablated(config, c) for c in checkpoints[1:])]
+    activations = None
+    if preflight.needs_activations(options):
+        assert dataset is not None
+        network = build_model(first.schema, first.model, torch.device("cpu"))
+        size, seed = options.sample, config.seed
+        activations = sample_statistics(network, dataset, first.schema, size, seed)
+    return api.merge(
+        models,
+        options.method,
+        base=None if base is None else base.params,
+        counts=counts_of(checkpoints, preflight.needs_counts(options)),
+        network=merging_network(first, config.seed, options.align.by != "none"),
+        align=options.align.by,  # type: ignore[arg-type]
+        starts=options.align.starts,
+        repair=options.repair,  # type: ignore[arg-type]
+        activations=activations,
+        fisher=_fisher(config, first, dataset, activations),
+        imitate=_imitation(config, first, dataset),
+        score=None if dataset is None else scorer(config, dataset, first),
+        learn=_learning(config, checkpoints, dataset, joined),
+        calibrate=calibrator(config, dataset, first) if dataset and options.recalibrate else None,
+        fixed=fixed_rules(options, first.params),
+        row_mask=joined.owners,
+        processes=sharded.ShardProcesses(first.schema),
+        in_place=True,
+        seed=config.seed,
+        **options.options,
+    )
+
+
+def fixed_rules(options: Merge, params: Params) -> dict[str, Rule]:
+    """Return the parameters whose mixing weights options decide, not the method.
+
+    Raises:
+        UserError: The scope holds no parameter, as in a model without an MLP.
+    """
+    rules: dict[str, Rule] = {}
+    if options.tables != "same":
+        rule: Rule = "evidence" if options.tables == "evidence" else "first"
+        rules |= {name: rule for name in params if table_of(name)}
+    if options.biases == "first":
+        rules |= {name: "first" for name, tensor in params.items() if tensor.ndim == 1}
+    return rules | {name: "first" for name in out_of_scope(options, params)}
+
+
+def out_of_scope(options: Merge, params: Params) -> list[str]:
+    """Return the parameters that stay the first source's (``merge.scope``).
+
+    Raises:
+        UserError: The scope holds no parameter.
+    """
+    if options.scope == "all":
+        return []
+    head = {name: match.group(1) for name in params if (match := HEAD.match(name))}
+    last = max((int(layer) for layer in head.values() if layer), default=None)
+    output = {name for name, layer in head.items() if layer and int(layer) == last}
+    inside = {"head": set(head), "output": output, "hidden": set(head) - output}[options.scope]
+    if not inside:
+        raise UserError(
+            f"merge.scope={options.scope}: the model has no such layers; merge.scope=all merges"
+            " all parameters"
+        )
+    return [name for name in params if name not in inside]
+
+
+def _ablated(config: Config, source: Checkpoint) -> Params:
+    """Return the parameters of a source after the first, changed by ``merge.ablation``."""
+    if config.merge.ablation == "none":
+        return source.params
+    if config.merge.ablation == "shuffled":
+        return shuffle(source.params, config.seed)
+    return permute(source.params, declared(source).symmetries, config.seed)
+
+
+def _fisher(
+    config: Config,
+    first: Checkpoint,
+    dataset: EncodedDataset | None,
+    activations: ActivationStatistics | None,
+) -> Callable[[Sequence[Params]], Sequence[Params]] | None:
+    """Return a function (models) -> Fisher information of each, on rows it was trained on.
+
+    A source whose shard is known (``data.part``) has it on rows of that shard, others on the
+    sample of all training rows.
+    """
+    if dataset is None or activations is None:
+        return None
+
+    def rows_of(delta: Mapping[str, Any]) -> Sequence[Batch]:
+        if "path" in delta:
+            return activations.batches
+        shard = with_delta(config, dict(delta))
+        if shard.data.part is None or shard.train.start is not None:
+            return activations.batches
+        rows = dataset.rows("train", shard.data.partition, shard.data.part)
+        size, seed = config.merge.sample, config.seed
+        return sample_statistics(
+            activations.network, dataset, first.schema, size, seed, rows
+        ).batches
+
+    return lambda models: [
+        fisher_diagonal(activations.network, model, rows_of(delta))
+        for model, delta in zip(models, config.merge.sources, strict=True)
+    ]
+
+
+def _imitation(
+    config: Config, first: Checkpoint, dataset: EncodedDataset | None
+) -> Callable[[Sequence[Params], Params, int, float], Params] | None:
+    """Return a function that trains a model to give the mean logit of its teachers."""
+    if dataset is None:
+        return None
+
+    def train_student(
+        teachers: Sequence[Params], start: Params, epochs: int, learning_rate: float
+    ) -> Params:
+        distributed.start(config.runtime)
+        return imitate(
+            build_model(first.schema, first.model, torch.device("cpu")),
+            *(teachers, start, dataset, first.schema, epochs, learning_rate),
+            *(config.train.batch_size, config.seed, _title(config)),
+        )
+
+    return train_student
+
+
+def _learning(
+    config: Config,
+    checkpoints: Sequence[Checkpoint],
+    dataset: EncodedDataset | None,
+    joined: Joined,
+) -> Learn | None:
+    """Return the training of gates, and of parameters out of scope, that is configured."""
+    options, first = config.merge, checkpoints[0]
+    is_alone = options.learn.what == "gates" and len(checkpoints) == 1
+    if dataset is None or options.learn.what == "none" or is_alone:
+        return None
+
+    def learn(models: Sequence[Params], gates: Gates, weigh: Weigh) -> Learned:
+        distributed.start(config.runtime)
+        trunk = out_of_scope(options, first.params) if options.learn.what == "trunk" else []
+        return train_gates(
+            build_model(first.schema, first.model, torch.device("cpu")),
+            models,
+            gates,
+            weigh,
+            trunk,
+            dataset,
+            first.schema,
+            dataset.rows("train"),
+            dataset.rows("valid"),
+            options.learn.epochs,
+            options.learn.learning_rate,
+            config.train.batch_size,
+            config.seed,
+            auc,
+            f"gates of {_title(config)}",
+            counts_of(checkpoints, is_needed=False),
+            joined.owners,
+        )
+
+    return learn
+
+
+def _learning_facts(learned: Learned | None) -> dict[str, Any] | None:
+    if learned is None:
+        return None
+    return {"best_epoch": learned.epoch, "valid_auc": learned.valid_metric}
+
+
+def _data_facts(dataset: EncodedDataset | None, first: Checkpoint | Description) -> dict[str, Any]:
+    return train.data_facts(dataset) if dataset else {"hash": first.origin.data_hash}
+
+
+def _title(config: Config) -> str:
+    return f"{config.merge.label}, {config.suite.name}, seed {config.seed}"

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
 import shlex
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from cki_rec import COMMAND_VARIABLE
-from cki_rec.checkpoints import DESCRIPTION, locate
+from cki_rec.checkpoints import EXTERNAL, external_identity, named_folder
 from cki_rec.config import Config, UserError, with_delta
 from cki_rec.data.encoding import store
 from cki_rec.engine import distributed
@@ -21,8 +20,6 @@ from cki_rec.engine.record import Run
 from cki_rec.merging.options import in_yaml
 from cki_rec.pipelines import train
 
-EXTERNAL = "external-"
-"""Prefix of the identity of a checkpoint that is named by its path."""
 NOT_OF_TRAINING = ("merge.", "merge=", "suite.", "finetune", "evaluate", "check_only", "name", "-")
 """Prefixes of command-line words that do not affect the training of a source."""
 
@@ -80,8 +77,8 @@ def resolve(config: Config, needs_base: bool) -> Sources:
 
 def _resolve(config: Config, delta: Mapping[str, Any], option: str) -> Source:
     if "path" in delta:
-        folder = path_of(delta, option)
-        return Source(str(delta["path"]), identity(folder), folder)
+        folder = named_folder(delta, option)
+        return Source(str(delta["path"]), external_identity(folder), folder)
     if distributed.world_size() > 1:
         folder = find(config, delta)
         return Source(str(delta), folder.parent.name, folder)
@@ -96,7 +93,7 @@ def find(config: Config, delta: Mapping[str, Any]) -> Path:
         UserError: It does not exist; the message holds the command that makes it.
     """
     if "path" in delta:
-        return path_of(delta, "merge.sources")
+        return named_folder(delta, "merge.sources")
     changed = with_delta(config, dict(delta))
     dataset = store.find(changed.data, changed.runtime.encoded)
     if dataset is not None:
@@ -104,36 +101,6 @@ def find(config: Config, delta: Mapping[str, Any]) -> Path:
         if run.record is not None:
             return run.checkpoint
     raise UserError(f"not trained yet; make it: {_training_command(delta)}")
-
-
-def path_of(named: Mapping[str, Any], option: str) -> Path:
-    """Return the checkpoint folder of a source that is named ``{path: ...}``.
-
-    Args:
-        named: The source. Its path is a run directory or a checkpoint folder.
-        option: The option that holds it, for messages.
-
-    Raises:
-        UserError: The path is no text, or there are other keys.
-    """
-    path = named["path"]
-    if not isinstance(path, str) or len(named) > 1:
-        raise UserError(
-            f"{option}: {dict(named)} must be {{path: FOLDER}}, a text and no other key"
-        )
-    return locate(Path(path))
-
-
-def identity(folder: Path) -> str:
-    """Return the identity of an external checkpoint: its description holds file digests.
-
-    Raises:
-        UserError: There is no checkpoint.
-    """
-    description = folder / DESCRIPTION
-    if not description.is_file():
-        raise UserError(f"{folder}: no checkpoint here ({description.name} is missing)")
-    return f"{EXTERNAL}{hashlib.sha256(description.read_bytes()).hexdigest()[:16]}"
 
 
 def is_external(identity: str) -> bool:
@@ -161,11 +128,6 @@ def are_disjoint(sources: Sequence[Source]) -> bool:
     return len({shard["part"] for shard in known}) == len(shards) and all(
         partition == partitions[0] for partition in partitions
     )
-
-
-def best_source(sources: Sequence[Source], valid_auc: Callable[[Source], float]) -> Source:
-    """Return the source with the best AUC on all validation rows; the first of equals."""
-    return max(sources, key=valid_auc)
 
 
 def _training_command(delta: Mapping[str, Any]) -> str:

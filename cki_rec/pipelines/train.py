@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from cki_rec.checkpoints import checkpoint
+from cki_rec.checkpoints import describe, external_identity, named_folder, row_counts
 from cki_rec.config import (
     Config,
     Data,
@@ -34,14 +34,14 @@ from cki_rec.engine import checkpoint_io, distributed, plans
 from cki_rec.engine.embeddings import ShardedModel, build, initialize
 from cki_rec.engine.evaluator import predict
 from cki_rec.engine.record import Run, open_run
+from cki_rec.engine.restoration import restore
 from cki_rec.engine.resume import RESUME, Checkpointer
 from cki_rec.engine.steps import StepLog
 from cki_rec.engine.trainer import Metrics, fit
 from cki_rec.evaluation.metrics import auc, grouped_auc, log_loss
 from cki_rec.models import model_schema
 from cki_rec.models.comparison import decides, differences
-from cki_rec.pipelines import external
-from cki_rec.pipelines.scores import check_data, restore
+from cki_rec.pipelines.provenance import check_data
 
 log = logging.getLogger(__name__)
 
@@ -109,7 +109,7 @@ def _start_identity(config: Config, dataset: EncodedDataset) -> str:
     """
     assert config.train.start is not None
     if "path" in config.train.start:
-        return external.identity(external.folder_of(config.train.start, "train.start"))
+        return external_identity(named_folder(config.train.start, "train.start"))
     begun = _started(config)
     found = store.find(begun.data, begun.runtime.encoded)
     if found is None or found.hash != dataset.hash:
@@ -141,7 +141,7 @@ def _train(config: Config, dataset: EncodedDataset, run: Run, reads: dict[str, A
         folder = _start_folder(config)
         model, before = _restored(config, dataset, schema, folder)
         origin = Provenance.union([before, origin])
-        seen = checkpoint.row_counts(folder)
+        seen = row_counts(folder)
         counts = {table: seen[table].numpy() + counts[table] for table in seen}
     run.facts["plan"] = model.plan
     if distributed.world_size() > 1:
@@ -165,7 +165,7 @@ def _start_folder(config: Config) -> Path:
     """Return the checkpoint folder of the start; train it first if it is not there."""
     assert config.train.start is not None
     if "path" in config.train.start:
-        return external.folder_of(config.train.start, "train.start")
+        return named_folder(config.train.start, "train.start")
     return ensure(_started(config)).checkpoint
 
 
@@ -178,7 +178,7 @@ def _restored(
         UserError: The start is another network or has other tokens, or test rows may have been its
             training rows.
     """
-    saved = checkpoint.describe(folder)
+    saved = describe(folder)
     check_data(saved, dataset, f"train.start, {folder}")
     for key, (theirs, ours) in differences(saved.model, config.model).items():
         if decides(key, config.model):
@@ -251,7 +251,7 @@ def run_training(
             )
     run.facts["resumed_at_step"] = keeper.resumed
     finish(run, reads, dataset, history)
-    log.info("  %s: %s, %.1f s", title, describe(history), time.perf_counter() - start)
+    log.info("  %s: %s, %.1f s", title, history_summary(history), time.perf_counter() - start)
     keeper.stop_if_asked(model.device)
 
 
@@ -317,7 +317,7 @@ def best_epoch(history: list[dict[str, Any]]) -> dict[str, Any]:
     return [epoch for epoch in history if epoch["is_best"]][-1]
 
 
-def describe(history: list[dict[str, Any]]) -> str:
+def history_summary(history: list[dict[str, Any]]) -> str:
     """Return how many epochs there were and what the best one reached."""
     best = best_epoch(history)
     if best["epoch"] == 0:
@@ -338,27 +338,6 @@ def data_identity(config: Config, dataset: EncodedDataset) -> dict[str, Any]:
 def _is_before_validation(data: Data) -> bool:
     """Return whether rows are trained on by windows of time, and validation rows are later."""
     return data.part is not None and data.partition.by == data.split.by == "time"
-
-
-def part_of(folder: Path) -> dict[str, Any] | None:
-    """Return which part of which data the model of a checkpoint was trained on.
-
-    The record beside it says so (``data_identity``). None: all rows, or not known; what a model
-    has seen that was merged, fine-tuned or trained on from another is taken as not known.
-    """
-    config = (Run(folder.parent).record or {}).get("config", {})
-    data = config.get("data")
-    is_part = isinstance(data, dict) and data.get("part") is not None and "start" not in config
-    return data if is_part else None
-
-
-def are_disjoint(parts: Sequence[dict[str, Any] | None]) -> bool:
-    """Return whether models are known to be of different parts (``part_of``) of one data set."""
-    known = [part for part in parts if part is not None]
-    divisions = [{**part, "part": None} for part in known]
-    return len({part["part"] for part in known}) == len(parts) and all(
-        division == divisions[0] for division in divisions
-    )
 
 
 def data_facts(dataset: EncodedDataset) -> dict[str, Any]:

@@ -9,8 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from cki_rec.checkpoints import checkpoint
-from cki_rec.checkpoints.checkpoint import Checkpoint
+from cki_rec.checkpoints import Checkpoint, load
 from cki_rec.config import Config, UserError
 from cki_rec.data.encoding import tokens
 from cki_rec.data.encoding.store import EncodedDataset
@@ -129,7 +128,7 @@ def on_rows_of(config: Config, home: Path, dataset: EncodedDataset) -> Checkpoin
     Raises:
         UserError: The data set lacks tokens, or the model's token lists are not found.
     """
-    saved = checkpoint.load(home)
+    saved = load(home)
     own, given = saved.schema, dataset.schema
     maps, hashes = {}, given.vocabulary_hashes
     differing = [t for t in own.table_sizes if own.vocabulary_hashes[t] != hashes[t]]

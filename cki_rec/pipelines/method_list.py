@@ -1,0 +1,71 @@
+"""The table of merge methods and references for the terminal: ``cki-rec merge --list``."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from cki_rec.merging.methods import METHODS
+from cki_rec.merging.options import in_yaml
+from cki_rec.pipelines.references import REFERENCES
+
+NARROWEST, WIDEST = 120, 180
+"""Columns of a terminal that a readable table takes."""
+NEEDS = {
+    "counts": "row counts",
+    "fisher": "training rows",
+    "moments": "training rows",
+    "imitate": "training rows",
+    "base": "base model",
+    "score": "validation rows",
+}
+WHOLE = "whole tables"
+
+
+def method_table(width: int | None = None) -> str:
+    """Return the table of all methods and references, ``width`` columns wide.
+
+    Args:
+        width: Columns; None: those of the terminal, within ``NARROWEST`` and ``WIDEST``.
+    """
+    if width is None:
+        columns = shutil.get_terminal_size((140, 24)).columns
+        width = min(max(columns, NARROWEST), WIDEST)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1), expand=True)
+    for title, ratio in (
+        *(("method", None), ("summary, and options with their defaults", 5), ("models", None)),
+        *(("needs", 2), ("cost", 2), ("reference", 3)),
+    ):
+        table.add_column(title, ratio=ratio, no_wrap=ratio is None, overflow="fold")
+    for row in _rows():
+        table.add_row(*row)
+    console = Console(width=width, color_system=None, highlight=False, markup=False)
+    with console.capture() as captured:
+        console.print(table)
+        console.print(
+            "Options: merge.options.NAME=VALUE; null: chosen on validation rows. Base model:"
+            f" merge.base. Methods that need no rows and no {WHOLE} also run on several processes."
+            " merge=auto searches recipes and takes the best on validation rows.",
+            soft_wrap=False,
+        )
+    return "\n".join(line.rstrip() for line in captured.get().strip("\n").splitlines())
+
+
+def _rows() -> Iterator[tuple[str, ...]]:
+    for name, method in METHODS.items():
+        options = ", ".join(f"{option}={in_yaml(v)}" for option, v in method.options.items())
+        summary = method.summary + (f"\n  {options}" if options else "")
+        needs = dict.fromkeys(NEEDS[need] for need in sorted(method.needs({})))
+        if not method.row_wise:
+            needs[WHOLE] = None
+        models = "any" if method.max_models is None else str(method.max_models)
+        yield name, summary, models, ", ".join(needs) or "-", method.cost, method.reference
+    for name, reference in REFERENCES.items():
+        needs = dict.fromkeys(NEEDS[need] for need in sorted(reference.always_needs))
+        listed = ", ".join(needs) or "-"
+        summary = f"{reference.summary} (reference)"
+        yield name, summary, "any", listed, reference.cost, reference.reference

@@ -1,0 +1,119 @@
+"""Logits of models on validation and test rows: computed once, then read from disk."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from cki_rec.checkpoints import Checkpoint, describe
+from cki_rec.config import Config
+from cki_rec.data.encoding.store import EncodedDataset
+from cki_rec.engine import distributed
+from cki_rec.engine.evaluator import predict
+from cki_rec.engine.record import save_arrays
+from cki_rec.engine.restoration import restore
+from cki_rec.evaluation.metrics import auc
+from cki_rec.evaluation.recalibration import recalibration
+from cki_rec.merging.params import Params
+from cki_rec.merging.steps import Calibration
+from cki_rec.models import build_model
+from cki_rec.pipelines import vocabularies
+from cki_rec.pipelines.provenance import check_rows, other_tables
+from cki_rec.pipelines.sources import Source, is_external
+
+SPLITS = ("valid", "test")
+
+
+def predictions(
+    config: Config, dataset: EncodedDataset, source: Source
+) -> dict[str, NDArray[np.float32]]:
+    """Return ``valid`` and ``test`` logits of a model, in the order of the data set's rows.
+
+    A model of other vocabularies is moved to the data set's (``vocabularies.on_rows_of``). Logits
+    are stored in the model's run directory and removed with it. Those of external checkpoints are
+    stored under ``<runtime.out>/logits``.
+    """
+    name = source.identity
+    home = Path(config.runtime.out) / (f"logits/{name}" if is_external(name) else name)
+    path = home / f"logits-{dataset.hash[:16]}.npz"
+    if not path.exists():
+        saved = describe(source.folder)
+        check_rows(saved, dataset, str(source.folder))
+        device = distributed.start(config.runtime)
+        if other_tables(saved, dataset):
+            moved = vocabularies.on_rows_of(config, source.folder, dataset)
+            schema = moved.schema
+            with device:
+                module = build_model(schema, moved.model, device)
+            module.load_state_dict(moved.params)
+        else:
+            plain = replace(config.train, embeddings="fused", compile=False)
+            schema = saved.schema
+            module = restore(saved, source.folder, plain, config.runtime).module
+        logits = {
+            split: predict(module, dataset, schema, dataset.rows(split), device)
+            for split in SPLITS
+        }
+        save_arrays(path, logits)
+    with np.load(path, allow_pickle=False) as arrays:
+        return {split: arrays[split] for split in SPLITS}
+
+
+def valid_auc(config: Config, dataset: EncodedDataset, source: Source) -> float:
+    """Return the AUC of a model on all validation rows; 0 if it is undefined."""
+    label = dataset.labels(dataset.rows("valid"))
+    return auc(label, predictions(config, dataset, source)["valid"]) or 0.0
+
+
+def scorer(config: Config, dataset: EncodedDataset, like: Checkpoint) -> Callable[[Params], float]:
+    """Return a function (parameters) -> validation AUC of the network of a checkpoint.
+
+    An undefined AUC (one class only) counts as 0.
+    """
+    label, run = dataset.labels(dataset.rows("valid")), _runner(config, dataset, like)
+    return lambda params: auc(label, run(params)) or 0.0
+
+
+def calibrator(
+    config: Config, dataset: EncodedDataset, like: Checkpoint
+) -> Callable[[Params], Calibration]:
+    """Return a function (parameters) -> scale and shift that fit validation rows best."""
+    label, run = dataset.labels(dataset.rows("valid")), _runner(config, dataset, like)
+
+    def calibrate(params: Params) -> Calibration:
+        fit = recalibration(label, run(params))
+        return Calibration(fit.scale, fit.shift, fit.reason)
+
+    return calibrate
+
+
+def _runner(
+    config: Config, dataset: EncodedDataset, like: Checkpoint
+) -> Callable[[Params], NDArray[np.float32]]:
+    """Return a function (parameters) -> validation logits of the network of a checkpoint.
+
+    From the first call on it holds one unsharded network, into which parameters are copied.
+    """
+    rows = dataset.rows("valid")
+
+    @functools.cache
+    def network() -> nn.Module:
+        with distributed.start(config.runtime) as device:
+            return build_model(like.schema, like.model, device)
+
+    @torch.no_grad()
+    def run(params: Params) -> NDArray[np.float32]:
+        device = distributed.start(config.runtime)
+        state = network().state_dict()
+        for name, tensor in params.items():
+            state[name].copy_(tensor)
+        return predict(network(), dataset, like.schema, rows, device)
+
+    return run
