@@ -8,7 +8,7 @@ from networks import draw_batch, make_case
 from torch.func import functional_call
 from torch.nn import Linear
 
-from cki_rec.merging.methods.average import average_weights
+from cki_rec.merging.methods.average import average
 from cki_rec.merging.mixing import mix
 from cki_rec.merging.statistics import ActivationStatistics
 
@@ -47,7 +47,7 @@ class Pair:
                     for n, t in network.state_dict().items()
                 }
             )
-        self.average = mix(self.models, average_weights(self.models))
+        self.average = mix(self.models, average(self.models))
 
     @torch.no_grad()
     def logits(self, params):

@@ -1,4 +1,4 @@
-"""Columns on disk: ``.npy`` files written and changed block by block, and rows of several ids.
+"""Columns on disk: ``.npy`` files that are written block by block, and ragged columns.
 
 Shape legend: N rows, M ids of all rows.
 """
@@ -14,9 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 BLOCK_ROWS = 1 << 16
-"""Rows handled at a time once they are integers. Sums are taken per block, so it is fixed."""
+"""Rows of a block. It must not change: sums are taken block by block."""
 RAGGED = ("values", "starts", "lengths")
-"""Files of a column with several ids a row."""
+"""Files of a column with several ids per row."""
 _HEADER_BYTES = 128
 
 Ints = NDArray[np.int64]
@@ -24,12 +24,12 @@ Ids = NDArray[np.int32]
 
 
 class ColumnFile:
-    """A ``.npy`` file of rows, appended to, read and written in blocks: memory holds one block.
+    """A ``.npy`` file of rows that is appended to, read and rewritten in blocks.
 
     Args:
-        path: Where; an existing file is replaced.
-        dtype: Of the values.
-        width: Values a row; None: the array is one-dimensional.
+        path: Path of the file; an existing file is replaced.
+        dtype: Type of the values.
+        width: Values per row; None: the array is one-dimensional.
     """
 
     def __init__(self, path: Path, dtype: type[np.generic], width: int | None = None) -> None:
@@ -40,13 +40,13 @@ class ColumnFile:
         self.rows = 0
 
     def append(self, array: NDArray[Any]) -> None:
-        """Add rows at the end."""
+        """Append rows."""
         self._file.seek(_HEADER_BYTES + self.rows * self._row_bytes)
         self._file.write(np.ascontiguousarray(array, dtype=self._dtype).data)
         self.rows += len(array)
 
     def read(self, start: int, stop: int) -> NDArray[Any]:
-        """Return rows ``start`` to ``stop``, a copy."""
+        """Return a copy of the rows ``start`` to ``stop``."""
         stop = max(start, min(stop, self.rows))
         shape = (stop - start,) if self._width is None else (stop - start, self._width)
         array = np.empty(shape, dtype=self._dtype)
@@ -56,7 +56,7 @@ class ColumnFile:
         return array
 
     def write(self, start: int, array: NDArray[Any]) -> None:
-        """Replace rows from ``start`` on."""
+        """Overwrite the rows from ``start`` on."""
         self._file.seek(_HEADER_BYTES + start * self._row_bytes)
         self._file.write(np.ascontiguousarray(array, dtype=self._dtype).data)
 
@@ -67,7 +67,7 @@ class ColumnFile:
         return array
 
     def close(self) -> None:
-        """Finish the file, unless it is closed already."""
+        """Write the header and close the file; do nothing if it is closed."""
         if not self._file.closed:
             try:
                 self._finish()
@@ -75,12 +75,12 @@ class ColumnFile:
                 self._file.close()
 
     def delete(self) -> None:
-        """Remove the file."""
+        """Close and delete the file."""
         self._file.close()
         self.path.unlink()
 
     def _finish(self) -> None:
-        """Write the header, which makes it a ``.npy`` file."""
+        """Write the header of a ``.npy`` file."""
         shape = (self.rows,) if self._width is None else (self.rows, self._width)
         header = repr({"descr": self._dtype.str, "fortran_order": False, "shape": shape})
         text = f"{header:<{_HEADER_BYTES - 11}}\n".encode("latin-1")
@@ -91,9 +91,10 @@ class ColumnFile:
 
 
 def allocate(path: Path, dtype: type[np.generic], num_rows: int) -> NDArray[Any]:
-    """Return a new ``.npy`` column of zeros, memory-mapped to be written at any place.
+    """Create a ``.npy`` column of zeros, and return it memory-mapped and writable.
 
-    The zeros are written first: a mapped file that outgrows the disk would kill the process.
+    The zeros are written to disk first, because a mapped file that outgrows the disk would kill
+    the process.
     """
     file = ColumnFile(path, dtype)
     try:
@@ -106,13 +107,13 @@ def allocate(path: Path, dtype: type[np.generic], num_rows: int) -> NDArray[Any]
 
 
 def blocks(num_rows: int, size: int = BLOCK_ROWS) -> Iterator[tuple[int, int]]:
-    """Yield start and stop of every block of rows."""
+    """Yield start and stop of each block of rows."""
     for start in range(0, num_rows, size):
         yield start, min(start + size, num_rows)
 
 
 def add_counts(counts: Ints, codes: NDArray[Any]) -> None:
-    """Add how often each code occurs, in place."""
+    """Add the number of occurrences of each code to ``counts``, in place."""
     if len(counts) <= 4 * len(codes):
         counts += np.bincount(codes, minlength=len(counts))
     else:
@@ -121,9 +122,9 @@ def add_counts(counts: Ints, codes: NDArray[Any]) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Ragged:
-    """Several ids a row: row ``r`` holds ``values[starts[r] : starts[r] + lengths[r]]``.
+    """A column of several ids per row: row r holds ``values[starts[r] : starts[r] + lengths[r]]``.
 
-    Rows may overlap: the histories of a user are windows on one list of liked items.
+    Rows may overlap, e.g. the histories of a user are windows on one list of liked items.
     """
 
     values: Ids
@@ -134,7 +135,7 @@ class Ragged:
     """``(N,)``."""
 
     def ids(self, rows: Ints | slice) -> tuple[Ids, Ids]:
-        """Return the ids of ``rows``, row after row, and ``(len(rows),)`` how many each has."""
+        """Return the concatenated ids of ``rows``, and ``(len(rows),)`` ids per row."""
         lengths = np.asarray(self.lengths[rows])
         ends = np.cumsum(lengths, dtype=np.int64)
         shift = self.starts[rows] - (ends - lengths)

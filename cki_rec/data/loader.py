@@ -1,4 +1,4 @@
-"""Encoded data set -> batches: shuffled without an order in memory, sliced by rank, resumable.
+"""Encoded data set -> batches: shuffled, sharded by rank, resumable.
 
 Shape legend: B rows of a batch, F features, N rows of the data set, R rows to be loaded.
 """
@@ -22,36 +22,36 @@ from cki_rec.data.schema import Batch, FeatureSchema
 
 CPU = torch.device("cpu")
 SMALLEST_SHARE = 2
-"""Rows a rank of the last step of an epoch: fewer join the step before. (A batch of one row has no
-variance, which batch norms need.)"""
+"""Fewest rows per rank in the last step of an epoch; fewer rows join the previous step. (Batch
+normalization requires a variance, so batches of one row are impossible.)"""
 SHUFFLE_STREAM = 3
-"""Sets the order of this draw apart from others of the same seed."""
+"""Seed word of this permutation; other permutations of the same seed use other words."""
 
 
 class Loader:
-    """Batches of chosen rows; iterating it gives what is left of an epoch, then the next begins.
+    """Batches of selected rows. One iteration yields the rest of an epoch; then the next begins.
 
-    All ranks have equally many batches, and the rows of a step do not depend on how many ranks
-    share it. The last step of an epoch is shorter, and takes in what would be less than
-    ``SMALLEST_SHARE`` rows a rank. So no row is left out and none comes twice. (Only where an
-    epoch is resumed with fewer rows left than there are processes, these few end it.)
+    All ranks have the same number of batches, and the rows of a step do not depend on the number
+    of ranks. Every row comes once per epoch: a remainder of fewer than ``SMALLEST_SHARE`` rows per
+    rank joins the last step. (One exception: an epoch that is resumed with fewer rows left than
+    ranks ends without them.)
 
-    ``state_dict`` says how many rows of which epoch are done, by all ranks together: it fits any
-    world size and batch size.
+    ``state_dict`` holds the epoch and the number of rows that all ranks together have finished. It
+    can be loaded at any world size and batch size.
 
     Args:
-        dataset: Where rows come from; nothing but a batch is read into memory.
+        dataset: The data set; only one batch is read into memory at a time.
         schema: Features, in the order of the batch.
         rows: ``(R,)`` row numbers, may be memory-mapped.
         batch_size: Rows of a step, shared evenly by all ranks.
-        seed: Draws the order of every epoch; None: the order of ``rows``.
-        rank: Of this process.
+        seed: Seed of the order of every epoch; None: keep the order of ``rows``.
+        rank: Rank of this process.
         world_size: Number of processes.
-        device: Where batches go. To CUDA they are copied from page-locked memory, on a stream of
-            their own, while the batch before is in use.
+        device: Device of the batches. Batches are copied to CUDA from page-locked memory, on a
+            separate stream, while the previous batch is in use.
 
     Raises:
-        UserError: ``batch_size`` or rows are fewer than processes.
+        UserError: ``batch_size`` or the number of rows is below the number of processes.
     """
 
     def __init__(
@@ -67,9 +67,12 @@ class Loader:
         device: torch.device = CPU,
     ) -> None:
         if batch_size < world_size:
-            raise UserError(f"train.batch_size={batch_size}: expected {world_size} or more")
+            raise UserError(
+                f"train.batch_size={batch_size}: below the number of processes; set it to "
+                f"{world_size} or more"
+            )
         if len(rows) < world_size:
-            raise UserError(f"{len(rows)} rows for {world_size} processes: start fewer")
+            raise UserError(f"{len(rows)} rows for {world_size} processes; start fewer processes")
         self._gather = Gather(dataset, schema)
         self._rows, self._batch_size, self._seed = rows, batch_size, seed
         self._rank, self._world_size, self._device = rank, world_size, device
@@ -81,7 +84,7 @@ class Loader:
         return sum(1 for _ in self._steps())
 
     def __iter__(self) -> Iterator[Batch]:
-        """Yield the rest of the epoch, each batch made while the one before is in use."""
+        """Yield the rest of the epoch; each batch is read while the previous one is in use."""
         steps = list(self._steps())
         batches = prefetch(self._batch(start, stop) for start, stop in steps)
         for (_, stop), batch in zip(steps, batches, strict=True):
@@ -94,7 +97,7 @@ class Loader:
         self._epoch, self._done = self._epoch + 1, 0
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the position after the last batch that was handed out; plain JSON values."""
+        """Return the position after the last yielded batch, as plain JSON values."""
         return {
             "epoch": self._epoch,
             "rows_done": self._done,
@@ -103,22 +106,22 @@ class Loader:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a position that ``state_dict`` gave, at any world size.
+        """Continue from a position that ``state_dict`` returned, at any world size.
 
         Raises:
-            UserError: It is a position in other rows or in another order.
+            UserError: The position belongs to other rows or to another order.
         """
-        found = {name: state.get(name) for name in ("rows", "seed")}
-        if found != {"rows": len(self._rows), "seed": self._seed}:
+        rows, seed = state.get("rows"), state.get("seed")
+        if (rows, seed) != (len(self._rows), self._seed):
             raise UserError(
-                f"position of the loader: of {found['rows']} rows with seed {found['seed']}, "
-                f"expected {len(self._rows)} with seed {self._seed}; resume with the data options "
-                "and the seed of the run"
+                f"position of the loader: belongs to {rows} rows with seed {seed}, expected "
+                f"{len(self._rows)} rows with seed {self._seed}; resume with the data options and "
+                "the seed of the run"
             )
         self._epoch, self._done = int(state["epoch"]), int(state["rows_done"])
 
     def _steps(self) -> Iterator[tuple[int, int]]:
-        """Yield first and last place of every step of the job that is left."""
+        """Yield start and stop of every remaining step of the epoch."""
         start, num_rows = self._done, len(self._rows)
         while num_rows - start >= self._world_size:
             stop = start + self._batch_size
@@ -127,17 +130,17 @@ class Loader:
             start = stop
 
     def places(self, rank: int) -> NDArray[np.int64]:
-        """Return which places of what is left of this epoch fall to ``rank``, in its order."""
+        """Return the positions of the remaining epoch that ``rank`` reads, in its order."""
         shares = [np.arange(*self._share(*step, rank)) for step in self._steps()]
         return np.concatenate(shares) if shares else np.empty(0, np.int64)
 
     def _share(self, start: int, stop: int, rank: int) -> tuple[int, int]:
-        """Return first and last place of a rank's rows of a step."""
+        """Return start and stop of the share of ``rank`` in a step."""
         first, last = (start + (stop - start) * r // self._world_size for r in (rank, rank + 1))
         return first, last
 
     def _batch(self, start: int, stop: int) -> Batch:
-        """Return this rank's rows of a step."""
+        """Return the share of this rank in a step."""
         first, last = self._share(start, stop, self._rank)
         if self._seed is None:
             rows = self._rows[first:last]
@@ -154,10 +157,10 @@ class Loader:
 
 
 class Gather:
-    """Picks rows out of a data set's memory-mapped columns.
+    """Gather rows from the memory-mapped columns of a data set.
 
     Args:
-        dataset: Where rows are.
+        dataset: The data set.
         schema: Features, in the order of the batch.
     """
 
@@ -188,7 +191,7 @@ class Gather:
         return Batch(values, lengths, label, numbers)
 
     def _with_ragged(self, rows: Ints, fixed_FB: NDArray[np.int32]) -> tuple[Tensor, Tensor]:
-        """Return values and lengths where some features hold several ids a row."""
+        """Return values and lengths if some features hold several ids per row."""
         fixed = iter(fixed_FB)
         values, lengths = [], np.ones((len(self._ragged), len(rows)), dtype=np.int32)
         for position, ragged in enumerate(self._ragged):

@@ -1,4 +1,4 @@
-"""Pseudo-random order of any number of rows, computed row by row: nothing is held in memory."""
+"""Pseudo-random permutations that are computed position by position, without a table."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ from numpy.typing import NDArray
 
 ROUNDS = 8
 SMALLEST_BITS = 8
-"""Networks on fewer bits have too few round functions to be fair."""
+"""Fewest bits of a network; smaller networks have too few round functions to be uniform."""
 _MIX = np.uint64(0x9E3779B97F4A7C15)
 
 
 class Permutation:
-    """A permutation of ``0 .. size - 1``, a function of (size, seed words) alone.
+    """A permutation of ``0 .. size - 1`` that depends on size and seed words alone.
 
-    A Feistel network on the smallest power of two that holds ``size``; positions that leave the
-    range are sent through it again until they return (cycle walking), so it is a bijection.
+    It is a Feistel network on the smallest sufficient power of two. A value outside the range
+    passes through the network again until it is inside (cycle walking), so the map is a bijection.
 
     Args:
         size: Number of positions.
-        words: Non-negative integers that choose the permutation, e.g. ``(seed, epoch)``.
+        words: Non-negative integers that select the permutation, e.g. ``(seed, epoch)``.
 
     Reference:
         Black and Rogaway, Ciphers with Arbitrary Finite Domains, CT-RSA 2002, section 3.
@@ -34,7 +34,7 @@ class Permutation:
         self._keys = np.random.SeedSequence(words).generate_state(ROUNDS, np.uint64)
 
     def __call__(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Return where each position goes."""
+        """Return the image of each position."""
         values = self._network(positions.astype(np.uint64))
         outside = np.flatnonzero(values >= self.size)
         while len(outside):

@@ -1,4 +1,4 @@
-"""What a model was trained on: can rows of a data set have been among its training rows?"""
+"""Provenance of a model: the rows it was trained on, to detect test rows among them."""
 
 from __future__ import annotations
 
@@ -7,56 +7,56 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 SEVERAL = "several"
-"""Stands for the hash of the data set where there were several."""
+"""Replaces the hash of the data set if there were several."""
 
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """Rows of raw files that were divided together; which vocabularies they have is no matter."""
+    """Rows of raw files and how they were split, whatever their vocabularies."""
 
     files: tuple[str, ...]
-    """sha256 of each raw file that holds rows."""
+    """sha256 of each raw file with rows."""
     division: str
-    """Hash of which row is which and in which split."""
+    """Hash of the columns that identify rows and their splits."""
     rule: str | None = None
-    """What puts a row into its split whatever file it stands in (``data.split.by=hash``); None:
-    other rows have a say."""
+    """Rule that determines the split of a row from the row alone (``data.split.by=hash``); None:
+    the split depends on other rows too."""
 
     def agree(self, other: Rows) -> bool:
-        """Return whether no test row of one is a training row of the other, and that is sure."""
+        """Return whether certainly no test row of one is a training row of the other."""
         if self.files == other.files:
             return self.division == other.division
         return self.rule is not None and self.rule == other.rule
 
     def share_files(self, other: Rows) -> bool:
-        """Return whether a raw file is in both."""
+        """Return whether both contain a common raw file."""
         return bool(set(self.files) & set(other.files))
 
 
 @dataclass(frozen=True, slots=True)
 class Provenance:
-    """What a model was trained on, all that it was merged from included."""
+    """The data that a model, or any model it was made from, was trained on."""
 
     data_hash: str
-    """Of the encoded data set, or ``SEVERAL``."""
+    """Hash of the encoded data set, or ``SEVERAL``."""
     rows: tuple[Rows, ...] | None = None
-    """None: not known, as of models of earlier releases."""
+    """Training rows; None: unknown, for models of earlier releases."""
 
     def may_have_seen(self, rows: Rows) -> bool:
-        """Return whether raw files of ``rows`` were divided otherwise for the model."""
-        return any(not own.agree(rows) and own.share_files(rows) for own in self.rows or ())
+        """Return whether the model was trained on another split of raw files of ``rows``."""
+        return any(not seen.agree(rows) and seen.share_files(rows) for seen in self.rows or ())
 
     def has_other_files(self, rows: Rows) -> bool:
-        """Return whether other raw files were trained on, that may hold test rows of ``rows``."""
-        return any(not own.agree(rows) and not own.share_files(rows) for own in self.rows or ())
+        """Return whether the model was trained on other raw files, which may contain test rows."""
+        return any(not seen.agree(rows) and not seen.share_files(rows) for seen in self.rows or ())
 
     def to_json(self) -> dict[str, Any]:
-        """Return a form that ``json.dumps`` takes and ``from_json`` reads."""
+        """Return plain JSON values, which ``from_json`` reads."""
         return asdict(self)
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> Provenance:
-        """Return the origin that ``to_json`` wrote, alone or among other keys."""
+        """Return the provenance that ``to_json`` returned; other keys are ignored."""
         listed = value.get("rows")
         rows = [Rows(**{**r, "files": tuple(r["files"])}) for r in listed or ()]
         return cls(value["data_hash"], None if listed is None else tuple(rows))

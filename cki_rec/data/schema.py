@@ -1,4 +1,4 @@
-"""What an encoded row is: ``Feature``, ``FeatureSchema``, ``Batch``.
+"""The schema of encoded rows and batches of them: ``Feature``, ``FeatureSchema``, ``Batch``.
 
 Shape legend: B rows, F features, N ids of all rows and features.
 """
@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 PADDING_ID = 0
-"""Fills fixed-length sequences; never counted, never pooled."""
+"""Id that pads sequences; it is never counted and never pooled."""
 OOV_ID = 1
-"""Stands for every token that no (or too few) training rows hold."""
+"""Id of all tokens out of vocabulary: those in no training row, or in too few."""
 FIRST_ID = 2
-"""Id of the most frequent token; ids follow the order (-count, token)."""
+"""Id of the most frequent token; ids are ordered by (-count, token)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +26,7 @@ class Feature:
 
     name: str
     table: str
-    """Empty for a number."""
+    """Table of embeddings; empty for a number."""
     kind: str
     """``categorical`` (one id a row), ``multi`` (a set of ids), ``history`` (ids by time) or
     ``numeric`` (a float)."""
@@ -34,17 +34,17 @@ class Feature:
 
 @dataclass(frozen=True, slots=True)
 class FeatureSchema:
-    """The fields of a data set and the size of each vocabulary, reserved ids included."""
+    """The features of a data set and the size of each vocabulary, reserved ids included."""
 
     features: tuple[Feature, ...]
     table_sizes: dict[str, int]
     vocabulary_hashes: dict[str, str]
-    """sha256 of each table's tokens in id order: equal hash, equal meaning of every row. Of fields
-    made of numbers, by their name, also of what was learnt about them (scale, edges)."""
+    """Table -> sha256 of its tokens in id order; equal hashes mean equal ids. Numeric fields have
+    an entry too, by name, which covers the facts learned about them (scale, edges)."""
 
     @property
     def lookups(self) -> tuple[Feature, ...]:
-        """Return the features that are looked up in tables: all but numbers."""
+        """Return the features that are looked up in tables, which are all but numbers."""
         return tuple(f for f in self.features if f.kind != "numeric")
 
     @property
@@ -57,12 +57,12 @@ class FeatureSchema:
         return replace(self, features=tuple(f for f in self.features if f.kind != "history"))
 
     def to_json(self) -> dict[str, Any]:
-        """Return a form that ``json.dumps`` takes and ``from_json`` reads."""
+        """Return plain JSON values, which ``from_json`` reads."""
         return asdict(self)
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> FeatureSchema:
-        """Return the schema that ``to_json`` wrote."""
+        """Return the schema that ``to_json`` returned."""
         return cls(
             features=tuple(Feature(**f) for f in value["features"]),
             table_sizes=dict(value["table_sizes"]),
@@ -72,20 +72,20 @@ class FeatureSchema:
 
 @dataclass(slots=True)
 class Batch:
-    """Rows as the tables read them: the content of a KeyedJaggedTensor, numbers, and labels."""
+    """Rows of a batch: the content of a KeyedJaggedTensor, numbers and labels."""
 
     values: Tensor
     """``(N,)`` int64 ids: all of feature 0 row by row, then all of feature 1, ..."""
     lengths: Tensor | None
-    """``(F * B,)`` int32 ids per feature and row, in the order of ``values``; None: one each."""
+    """``(F * B,)`` int32 ids per feature and row, in the order of ``values``; None: all 1."""
     label: Tensor
     """``(B,)`` float32, 0 or 1."""
     numbers: Tensor | None = None
-    """``(B, features of kind numeric)`` float32; None: there are none."""
+    """``(B, features of kind numeric)`` float32; None: the schema has no numbers."""
     step_rows: int | None = None
-    """Rows of the step that the batch is a share of, all processes together; None: B."""
+    """Rows of the step on all processes, of which the batch is a share; None: B."""
     stride: int | None = None
-    """Rows of the largest share, whose shape all processes look up; None: B."""
+    """Rows of the largest share of the step; all processes look up this many. None: B."""
 
     def __len__(self) -> int:
         """Return B."""

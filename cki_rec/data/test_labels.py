@@ -1,7 +1,7 @@
-"""Labels of test rows. Of the package, ``pipelines.evaluate`` alone may import this (tested).
+"""Labels of test rows. In this package, only ``pipelines.evaluate`` imports them (tested).
 
-All others ask ``EncodedDataset.labels``, which has NaN in their place: metrics refuse NaN and a
-loss of it is not finite, so nothing is trained on test rows or chosen by them unnoticed.
+``EncodedDataset.labels`` returns NaN for test rows. Metrics refuse NaN, and a loss of NaN is not
+finite. So no model can be trained on test rows, or chosen by them, without an error.
 """
 
 from __future__ import annotations
@@ -13,5 +13,5 @@ from cki_rec.data.dataset import EncodedDataset
 
 
 def all_labels(dataset: EncodedDataset) -> NDArray[np.uint8]:
-    """Return ``(N,)`` the labels of all rows, test rows too, memory-mapped."""
+    """Return ``(N,)`` the labels of all rows, test rows included, memory-mapped."""
     return dataset._label

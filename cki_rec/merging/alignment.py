@@ -1,8 +1,8 @@
-"""Bring independently trained models into one frame, without any change of their outputs.
+"""Alignment: bring independently trained models into a shared basis; their outputs do not change.
 
-Which changes leave a model's outputs alone is data (``merging.symmetry``); here they are chosen so
-that parameters of different models can be compared entry by entry. Tables take part through small
-products of two sources, so a table of any size is read once.
+Symmetries are data (``merging.symmetry``). Here group elements are chosen so that parameters of
+different models can be compared entry by entry. Tables take part through small products of two
+sources, so a table of any size is read once.
 
 Shape legend: K sources, V rows and D columns of a table, S size of a symmetry.
 """
@@ -17,9 +17,8 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from cki_rec.merging.hidden_units import unit_covariance
-from cki_rec.merging.params import Params, check_same, generator
-from cki_rec.merging.projection import polar, transform, units_of
-from cki_rec.merging.symmetry import Symmetry
+from cki_rec.merging.params import BLOCK, MergeError, Params, check_same, compute_dtype, generator
+from cki_rec.merging.symmetry import Symmetry, random_element, transform, units_of
 
 MOST_SWEEPS = 100
 DIGITS = 9
@@ -28,7 +27,7 @@ DIGITS = 9
 
 @dataclass(frozen=True, slots=True)
 class Alignment:
-    """How each source comes into the common frame."""
+    """Group elements that bring each source into the shared basis."""
 
     elements: list[list[Tensor]]
     """Per source and symmetry a matrix ``(S, S)`` float64."""
@@ -51,7 +50,7 @@ def align(
 
     They maximize the sum over parameters and sources of :math:`\langle R_k, W_k Q_k \rangle`, each
     parameter divided by its norms, where :math:`R_k` is the mean of all other sources in the
-    common frame. For one symmetry and everything else fixed the best element is known in closed
+    shared basis. For one symmetry and everything else fixed the best element is known in closed
     form: the polar factor of the product of what it moves (rotations: Schönemann), or a linear
     assignment (permutations, with signs). Symmetries are taken in turn until none changes; then
     the next source moves, so no step lowers the sum, until no source can. At first all are brought
@@ -62,18 +61,18 @@ def align(
         models: One per source.
         symmetries: Of their network.
         products: ``table_products`` of all tables that symmetries move.
-        moments: Second moments of the inputs of Linear layers (``MergeInputs.moments``): hidden units
-            are then matched by the correlation of their activations, not by their weights.
+        moments: Second moments of the inputs of Linear layers (``MergeInputs.moments``). With
+            them, hidden units are matched by the correlation of their activations, not by weights.
         starts: Restarts from random elements besides the identity; the best end is kept: that of
             the largest correlations where there are some, then of the largest agreement.
         seed: Of restarts and of the order of symmetries.
 
     Raises:
-        ValueError: Models differ, or a parameter to match has NaN or infinite entries.
+        MergeError: Models differ, or a parameter to match has NaN or infinite entries.
 
     Reference:
         Schönemann, Psychometrika 1966 (rotations); Ainsworth et al., Git Re-Basin, ICLR 2023,
-        sections 3.1 and 3.2 (permutations); Gower, Psychometrika 1975 (the common frame).
+        sections 3.1 and 3.2 (permutations); Gower, Psychometrika 1975 (the shared basis).
 
     Differs:
         Rotations, signs and permutations of a recommender in one descent, tables included; N
@@ -114,7 +113,7 @@ def agreement(
 
 @dataclass(slots=True)
 class _Problem:
-    """What stays the same while elements are sought."""
+    """Constants of the search for elements."""
 
     views: list[Params]
     symmetries: Sequence[Symmetry]
@@ -124,7 +123,7 @@ class _Problem:
     """Per symmetry that activations decide: ``(2, K, K, S, S)``, signed and unsigned parts."""
 
     def value(self, elements: list[list[Tensor]]) -> tuple[float, float]:
-        """Return what is maximized: correlations of activations, then agreement."""
+        """Return the objective: correlations of activations, then agreement."""
         correlation = 0.0
         for place in self.correlations:
             for k, own in enumerate(elements):
@@ -259,13 +258,13 @@ class _Problem:
 
 
 def _view(model: Params, symmetries: Sequence[Symmetry], products: Mapping[str, Tensor]) -> Params:
-    """Return what symmetries move, in float64, tables as identities."""
+    """Return the parameters that symmetries move, in float64, tables as identities."""
     names = {part.parameter for symmetry in symmetries for part in symmetry.slices}
     view = {}
     for name in sorted(names):
         read = products[name] if name in products else model[name].double().cpu()
         if not bool(read.isfinite().all()):
-            raise ValueError(f"{name}: has NaN or infinite entries, so it cannot be aligned")
+            raise MergeError(f"{name}: has NaN or infinite entries, so it cannot be aligned")
         is_table = name in products
         view[name] = torch.eye(model[name].shape[1], dtype=torch.float64) if is_table else read
     return view
@@ -326,14 +325,55 @@ def _trace(element: Tensor, signed: Tensor, unsigned: Tensor) -> float:
     return float((element * signed).sum() + (element.abs() * unsigned).sum())
 
 
-def random_element(symmetry: Symmetry, draw: torch.Generator) -> Tensor:
-    """Return a random element of the group."""
-    size = symmetry.size
-    if symmetry.kind == "rotation":
-        q, r = torch.linalg.qr(torch.randn(size, size, generator=draw, dtype=torch.float64))
-        rotation: Tensor = q * r.diagonal().sign()
-        return rotation
-    element = torch.eye(size, dtype=torch.float64)[torch.randperm(size, generator=draw)]
-    if symmetry.kind == "signed_permutation":
-        element = element * (torch.randint(0, 2, (size,), generator=draw) * 2 - 1)
-    return element
+def table_products(
+    models: Sequence[Params], tables: Sequence[str], counts: Sequence[Params] = ()
+) -> dict[str, Tensor]:
+    r"""Return the products of every two sources' tables, weighted by what both have seen.
+
+    .. math:: G_{kj} = \sum_r w_{kj}[r] E_k[r]^T E_j[r], \quad w_{kj}[r] = \min(n_k[r], n_j[r])
+
+    Rows that one of two sources never saw have no weight: their initial values are noise. Products
+    of shards of rows add up to those of the whole table.
+
+    Args:
+        models: One per source.
+        tables: Names of ``(V, D)`` parameters.
+        counts: Per source and table ``(V,)``; empty: every row weighs the same.
+
+    Returns:
+        ``(K, K, D, D)`` float64 per table.
+    """
+    return {
+        name: _products([m[name] for m in models], [c[name] for c in counts]) for name in tables
+    }
+
+
+def polar(product: Tensor) -> Tensor:
+    r"""Return the orthogonal matrix Q that maximizes :math:`\langle Q, M \rangle`.
+
+    Reference:
+        Schönemann, Psychometrika 1966.
+    """
+    left, _, right = torch.linalg.svd(product)
+    found: Tensor = left @ right
+    return found
+
+
+def _products(tables: list[Tensor], counts: list[Tensor]) -> Tensor:
+    num_sources, columns = len(tables), tables[0].shape[1]
+    total = torch.zeros(num_sources, num_sources, columns, columns, dtype=torch.float64)
+    dtype = compute_dtype(tables[0])
+    size = BLOCK // 4  # so that sums in float32 stay exact to 1e-6
+    for start in range(0, len(tables[0]), size):
+        blocks = [table[start : start + size].to(dtype) for table in tables]
+        seen = [count[start : start + size] for count in counts]
+        for k in range(num_sources):
+            for j in range(k + 1):
+                left = blocks[k]
+                if seen:
+                    left = left * torch.minimum(seen[k], seen[j]).to(dtype)[:, None]
+                total[k, j] += (left.T @ blocks[j]).double().cpu()
+    for k in range(num_sources):
+        for j in range(k):
+            total[j, k] = total[k, j].T
+    return total

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from cki_rec.merging.params import Params
-from cki_rec.merging.projection import units_of
-from cki_rec.merging.symmetry import Slice, Symmetry
+from cki_rec.merging.symmetry import Slice, Symmetry, units_of
 
 
 @dataclass(frozen=True, slots=True)

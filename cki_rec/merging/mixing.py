@@ -12,6 +12,7 @@ from torch import Tensor
 
 from cki_rec.merging.params import (
     BLOCK,
+    MergeError,
     MixingWeights,
     Params,
     check_same,
@@ -64,7 +65,7 @@ def mix(models: Sequence[Params], weights: MixingWeights) -> Params:
         New tensors, in the dtype of the models; computed in float32 or wider.
 
     Raises:
-        ValueError: Models differ or weights do not fit them, by name.
+        MergeError: Models differ or weights do not fit them, by name.
 
     Reference:
         CKI (arXiv 2501.07596), splicing, as in the released recommendation code.
@@ -81,7 +82,7 @@ def source_shares(weights: MixingWeights, models: Sequence[Params]) -> dict[str,
     """Return per parameter the mean weight of each source over the parameter's entries.
 
     Raises:
-        ValueError: MixingWeights do not fit the models, by name.
+        MergeError: MixingWeights do not fit the models, by name.
     """
     check_weights(weights, models)
     return {
@@ -96,12 +97,12 @@ def override_weights(
     """Return the weights with those of ``names`` taken from ``replacement``.
 
     Raises:
-        ValueError: A name is in one of the two only.
+        MergeError: A name is in one of the two only.
     """
     result = dict(weights)
     for name in names:
         if name not in weights or name not in replacement:
-            raise ValueError(f"{name}: has no weights to override")
+            raise MergeError(f"{name}: has no weights to override")
         result[name] = replacement[name]
     return result
 

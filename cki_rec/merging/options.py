@@ -3,44 +3,39 @@
 from __future__ import annotations
 
 import difflib
-import inspect
 import math
 from collections.abc import Callable, Mapping
 from types import UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-
-def defaults(function: Callable[..., Any] | None) -> dict[str, Any]:
-    """Return the options of a function with their default values; of None: none."""
-    parameters = inspect.signature(function).parameters if function else {}
-    return {name: p.default for name, p in parameters.items() if p.default is not p.empty}
+from cki_rec.merging.params import MergeError
 
 
 def check_arguments(
-    name: str, function: Callable[..., Any] | None, options: Mapping[str, Any]
+    name: str, function: Callable[..., Any], known: Mapping[str, Any], options: Mapping[str, Any]
 ) -> None:
     """Check that a function has these options, and that their values have the right types.
 
     Args:
-        name: Of the method, for the message.
-        function: Its parameters with a default are the options; None: there are none.
-        options: Value by name.
+        name: Name of the method, for the message.
+        function: The method; its annotations are the types of the options.
+        known: Option -> default value.
+        options: Option -> value.
 
     Raises:
-        ValueError: The first one that does not fit, and what the method takes.
+        MergeError: The first one that does not fit, and what the method takes.
     """
-    known = defaults(function)
     shown = ", ".join(f"{option}={in_yaml(value)}" for option, value in known.items())
     takes = f"{name} takes {shown}" if shown else f"{name} takes none"
-    hints = get_type_hints(function) if function else {}
+    hints = get_type_hints(function)
     for option, value in options.items():
         if option not in known:
             close = difflib.get_close_matches(str(option), known, n=1)
             hint = f"did you mean '{close[0]}'? " if close else ""
-            raise ValueError(f"no option '{option}': {hint}{takes}")
+            raise MergeError(f"no option '{option}': {hint}{takes}")
         if not _fits(value, hints[option]):
             wanted = _described(hints[option])
-            raise ValueError(f"{option}={in_yaml(value)}: must be {wanted}; {takes}")
+            raise MergeError(f"{option}={in_yaml(value)}: must be {wanted}; {takes}")
 
 
 def in_yaml(value: Any) -> str:

@@ -1,343 +1,218 @@
-"""The methods by name, with what each asks for.
+"""The registry of merge methods: the only place that knows a method by its name.
 
-A method either weighs its sources entry by entry, and ``splicing.splice`` applies the weights, or
-makes the parameters of the new model itself.
+A method is a function of several models. It returns mixing weights, which ``mixing.mix`` applies,
+or the parameters of the new model. Its parameters without a default are inputs (fields of
+``MergeInputs``), those with a default are its options.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass, field, fields
+from types import MappingProxyType
+from typing import Any, TypeVar, get_type_hints
 
 from torch import Tensor
 
-from cki_rec.merging.methods.average import average_weights, base_weights, random_weights
-from cki_rec.merging.methods.cki.weights import cki_weights
-from cki_rec.merging.methods.distillation import distill
-from cki_rec.merging.methods.evidence import evidence_weights
-from cki_rec.merging.methods.filter_grafting import grafting_weights
-from cki_rec.merging.methods.fisher import fisher_weights
-from cki_rec.merging.methods.ot_fusion import ot_fusion
-from cki_rec.merging.methods.regmean import regmean
-from cki_rec.merging.methods.slerp import karcher, model_stock, slerp
-from cki_rec.merging.methods.soups import greedy_soup, prune, weighted_average
-from cki_rec.merging.methods.task_vectors import breadcrumbs, dare, della, task_arithmetic, ties
-from cki_rec.merging.methods.zipit import zipit
-from cki_rec.merging.options import check_arguments, defaults
-from cki_rec.merging.params import MixingWeights, Params
+from cki_rec.merging.options import check_arguments
+from cki_rec.merging.params import MergeError, MixingWeights, Params
 from cki_rec.merging.symmetry import Symmetry
 
-Need = Literal["counts", "fisher", "moments", "training", "base", "labels"]
-"""``counts`` of table rows; ``fisher``, ``moments``: a pass over training rows; ``training``: many
-passes; ``base``: the model that all sources come from; ``labels``: of validation rows."""
+Score = Callable[[Params], float]
+"""Validation AUC of a model."""
+Needs = Sequence[str] | Callable[[Mapping[str, Any]], Sequence[str]]
+Function = TypeVar("Function", bound=Callable[..., Params])
 
 
 @dataclass(frozen=True, slots=True)
 class MergeInputs:
-    """What methods may ask for besides models; a field is filled where ``needs`` names it."""
+    """The inputs of methods, besides the models. A field that no method needs may be empty."""
 
     seed: int = 0
-    """Of what a method draws."""
+    """Seed of random draws."""
     counts: Sequence[Params] = ()
     """Per source, under the name of each table: ``(V,)`` training rows that looked a row up."""
     fisher: Sequence[Params] = ()
-    """Per source, for every parameter: the diagonal of the Fisher information, of its shape."""
+    """Per source and parameter: the diagonal of the Fisher information, in its shape."""
     moments: Mapping[str, Tensor] = field(default_factory=dict)
     """Per weight of a Linear: ``(K, I, K, I)`` float64, the mean over rows of the products of its
-    inputs in every two sources; I = inputs + 1, the last being the constant 1."""
+    inputs in every two sources; I = inputs + 1, the last input being the constant 1."""
     symmetries: Sequence[Symmetry] = ()
-    """Of the sources' network, always filled: which hidden units it has."""
-    imitate: Callable[[Params, int, float], Params] | None = None
-    """Start, epochs, learning rate -> a model trained to give the sources' mean logit
-    (``training``)."""
+    """Symmetries of the sources' network, always present."""
     base: Params | None = None
     """The model that all sources started from."""
-    score: Callable[[Params], float] | None = None
-    """Validation AUC of a model (``labels``)."""
-    owners: Mapping[str, Tensor] = field(default_factory=dict)
-    """Per table of joined vocabularies ``(K, U)`` bool: which rows a source has
-    (``integration.vocabulary``); no concern of methods."""
+    score: Score | None = None
+    """Validation AUC of a model."""
+    imitate: Callable[[Params, int, float], Params] | None = None
+    """(first parameters, epochs, learning rate) -> a model fitted to the sources' mean logit."""
+    gates: Mapping[str, Tensor | None] | None = None
+    """Learned parameters of the method; None: those that it starts from."""
+    statistics: Mapping[str, Tensor] | None = None
+    """Statistics of whole tensors (``Method.statistics``); None: computed from the models."""
 
 
-def _base(given: MergeInputs) -> Params:
-    if given.base is None:
-        raise ValueError("needs the model that all sources started from")
-    return given.base
+MISSING = {
+    "base": "the model that all sources started from (base)",
+    "counts": "row counts of every source (counts)",
+    "fisher": "the Fisher information of every source (fisher)",
+    "moments": "second moments of activations (moments)",
+    "score": "a score of models on validation rows (score)",
+    "imitate": "training rows (imitate)",
+}
+"""Input -> its name in messages."""
 
 
 @dataclass(frozen=True, slots=True)
 class Method:
-    """One way to make one predictor out of several models."""
+    """One way to make one model out of several."""
 
-    idea: str
+    name: str
+    function: Callable[..., Params]
+    summary: str
+    """First line of the function's docstring."""
     reference: str
-    weigh: Callable[..., MixingWeights] | None = None
-    """``weigh(models, given, **options)``: shares of the sources, which are then spliced."""
-    merge: Callable[..., Params] | None = None
-    """``merge(models, given, **options)``: the new model."""
-    options: Callable[..., Params] | None = None
-    """The function whose parameters with a default value are the options of the method, as
-    ``merge.options`` names them; None: it has none. Where one is None, validation rows decide
-    (``labels``)."""
-    needs: frozenset[Need] = frozenset()
-    models: str = "any"
-    """How many it takes: ``any``, or ``2``."""
-    cost: str = "one pass over parameters"
-    single: bool = True
-    """The result is one model of unchanged size."""
-    is_ordered: bool = False
+    cost: str
+    inputs: tuple[str, ...]
+    """Fields of ``MergeInputs`` that the function takes."""
+    options: Mapping[str, Any]
+    """Option -> default value. None: chosen on validation rows."""
+    returns_weights: bool
+    """The function returns mixing weights, not parameters."""
+    always_needs: Needs
+    row_wise: bool
+    """A row of a merged table depends on that row of its sources alone. So tables can be merged a
+    few rows at a time, or by several processes."""
+    averages_dense: bool
+    """Parameters that are not tables become the plain mean of all sources, which ``repair``
+    restores the function of."""
+    is_ordered: bool
     """The result depends on the order of the sources."""
-    row_wise: bool = False
-    """A row of a merged table depends on that row of its sources alone, so tables can be merged a
-    few rows at a time, or by several processes (``pipelines.several`` says with which
-    options)."""
+    max_models: int | None
+    full_weights: bool
+    """Mixing weights have an entry per entry of a parameter: they take memory."""
+    initial_gates: Callable[..., Tensor | None] | None
+    """``initial_gates(name, shape, seed, **options)``: the learnable parameter of one tensor."""
+    learnable: Callable[[Mapping[str, Any]], bool] | None
+    """Whether gates can be learned with these options."""
+    while_learning: Mapping[str, Any]
+    """Options that hold while gates are learned: those through which gradients pass."""
+    statistics: Callable[..., Mapping[str, Tensor] | None] | None
+    """``statistics(models, **options)``: facts about whole tensors that the function reads."""
 
-    @property
-    def merges_parameters(self) -> bool:
-        """Return whether it makes parameters; others keep sources as they are."""
-        return self.weigh is not None or self.merge is not None
+    def needs(self, options: Mapping[str, Any]) -> frozenset[str]:
+        """Return the inputs that must be present with these options.
 
+        A score is among them if an option is None.
+        """
+        values = {**self.options, **options}
+        needs = self.always_needs(values) if callable(self.always_needs) else self.always_needs
+        return frozenset(needs) | ({"score"} if None in values.values() else set())
 
-SCALED = "one pass; scores of 10 scales"
-METHODS: dict[str, Method] = {
-    "best_source": Method(
-        idea="keep the parent that is best on validation; a reference, not a parameter method",
-        needs=frozenset({"labels"}),
-        reference="CKI (arXiv 2501.07596), single model",
-        cost="scores of all parents",
-    ),
-    "newest_source": Method(
-        idea="keep the last parent, the newest of suite drift; a reference, not a parameter "
-        "method",
-        reference="ours: what training day after day does",
-        cost="none",
-        is_ordered=True,
-    ),
-    "output_ensemble": Method(
-        idea="average the logits of all parents, at K times the cost; a reference, not a "
-        "parameter method",
-        reference="CKI (arXiv 2501.07596), baseline output ensemble",
-        cost="none, but K times the inference",
-        single=False,
-    ),
-    "probability_ensemble": Method(
-        idea="average the probabilities of all parents, at K times the cost; a reference, not a "
-        "parameter method",
-        reference="Lakshminarayanan et al., NeurIPS 2017",
-        cost="none, but K times the inference",
-        single=False,
-    ),
-    "distillation": Method(
-        merge=lambda models, given, **options: distill(
-            models, given.score, given.imitate, **options
-        ),
-        options=distill,
-        idea="TRAINS: one parent trained on to give the mean logit of all parents; an upper "
-        "reference",
-        needs=frozenset({"training"}),
-        reference="Hinton et al., arXiv 1503.02531",
-        cost="a training; K + 1 forward passes a step",
-        is_ordered=True,
-    ),
-    "oracle_router": Method(
-        idea="each row scored by the source that trained on its part; a reference, not "
-        "a parameter method",
-        reference="ours: what knowing the right parent gives",
-        cost="none, but K models are kept",
-        single=False,
-    ),
-    "best_of": Method(
-        idea="the best on validation of several ways to integrate (merge.recipes); "
-        "not a parameter method of its own",
-        needs=frozenset({"labels"}),
-        reference="ours",
-        cost="all recipes and their scores",
-    ),
-    "first": Method(
-        weigh=lambda models, _: base_weights(models),
-        idea="the first parent as it is: a control of what trains along with a merged head",
-        reference="ours",
-        is_ordered=True,
-        row_wise=True,
-    ),
-    "average": Method(
-        weigh=lambda models, _: average_weights(models),
-        idea="the mean of all parents, entry by entry; of checkpoints of one run: SWA",
-        reference="CKI (arXiv 2501.07596), baseline averaging",
-        row_wise=True,
-    ),
-    "weighted_average": Method(
-        weigh=lambda models, given, **options: weighted_average(models, given.score, **options),
-        options=weighted_average,
-        idea="the mean with one share per parent, given or chosen on validation",
-        reference="CKI (arXiv 2501.07596), baseline averaging",
-        cost="scores of a grid",
-        is_ordered=True,
-        row_wise=True,
-    ),
-    "greedy_soup": Method(
-        weigh=lambda models, given: greedy_soup(models, given.score),
-        idea="the mean of those parents whose addition does not lower validation AUC",
-        needs=frozenset({"labels"}),
-        reference="Model soups (Wortsman et al., ICML 2022)",
-        cost="scores of 2K - 1 models",
-    ),
-    "pruning": Method(
-        merge=lambda models, given, **options: prune(models, given.score, **options),
-        options=prune,
-        idea="one parent without its smallest entries: what fewer numbers cost",
-        reference="CKI (arXiv 2501.07596), baseline pruning",
-        cost="scores of all parents",
-        is_ordered=True,
-    ),
-    "slerp": Method(
-        merge=lambda models, _, **options: slerp(models, **options),
-        options=slerp,
-        idea="a point on the great circle between two parents, per parameter",
-        reference="Shoemake, SIGGRAPH 1985",
-        models="2",
-        is_ordered=True,
-    ),
-    "karcher": Method(
-        merge=lambda models, _: karcher(models),
-        idea="the mean direction on the sphere, times the mean norm, per parameter",
-        reference="Karcher, 1977; Buss and Fillmore, ACM TOG 2001",
-    ),
-    "task_arithmetic": Method(
-        merge=lambda models, given, **options: task_arithmetic(
-            models, _base(given), given.score, **options
-        ),
-        options=task_arithmetic,
-        idea="the base plus the scaled sum of what each parent learnt since",
-        needs=frozenset({"base"}),
-        reference="Ilharco et al., ICLR 2023",
-        cost=SCALED,
-        row_wise=True,
-    ),
-    "ties": Method(
-        merge=lambda models, given, **options: ties(models, _base(given), given.score, **options),
-        options=ties,
-        idea="the largest changes since the base, per entry the mean of those that agree in sign",
-        needs=frozenset({"base"}),
-        reference="TIES-Merging (Yadav et al., NeurIPS 2023)",
-        cost=SCALED,
-    ),
-    "dare": Method(
-        merge=lambda models, given, **options: dare(
-            models, _base(given), given.score, given.seed, **options
-        ),
-        options=dare,
-        idea="changes since the base, some dropped at random, the others enlarged, then summed",
-        needs=frozenset({"base"}),
-        reference="DARE (Yu et al., ICML 2024)",
-        cost=SCALED,
-        is_ordered=True,
-    ),
-    "della": Method(
-        merge=lambda models, given, **options: della(
-            models, _base(given), given.score, given.seed, **options
-        ),
-        options=della,
-        idea="like dare, but small changes are dropped more often and signs elected",
-        needs=frozenset({"base"}),
-        reference="DELLA-Merging (Deep et al., arXiv 2406.11617)",
-        cost=SCALED,
-        is_ordered=True,
-    ),
-    "breadcrumbs": Method(
-        merge=lambda models, given, **options: breadcrumbs(
-            models, _base(given), given.score, **options
-        ),
-        options=breadcrumbs,
-        idea="changes since the base without the smallest and the very largest, summed",
-        needs=frozenset({"base"}),
-        reference="Model Breadcrumbs (Davari and Belilovsky, ECCV 2024)",
-        cost=SCALED,
-    ),
-    "model_stock": Method(
-        merge=lambda models, given: model_stock(models, _base(given)),
-        idea="between base and mean, the nearer to the mean the smaller the parents' angle",
-        needs=frozenset({"base"}),
-        reference="Model Stock (Jang et al., ECCV 2024)",
-    ),
-    "random": Method(
-        weigh=lambda models, given, **options: random_weights(models, given.seed, **options),
-        options=random_weights,
-        idea="random weights in the range that soft CKI can reach: a control",
-        reference="ours",
-        is_ordered=True,
-    ),
-    "evidence": Method(
-        weigh=lambda models, given: evidence_weights(models, given.counts),
-        idea="table rows weighted by how often each parent saw them, the rest averaged",
-        needs=frozenset({"counts"}),
-        reference="RegMean (Jin et al., ICLR 2023) for one-hot inputs",
-        row_wise=True,
-    ),
-    "fisher": Method(
-        weigh=lambda models, given, **options: fisher_weights(models, given.fisher, **options),
-        options=fisher_weights,
-        idea="entries weighted by how much each parent's own scores depend on them",
-        needs=frozenset({"fisher"}),
-        reference="Fisher merging (Matena and Raffel, NeurIPS 2022)",
-        cost="gradients of each sampled row",
-    ),
-    "regmean": Method(
-        merge=lambda models, given, **options: regmean(
-            models, given.moments, given.counts, **options
-        ),
-        options=regmean,
-        idea="linear layers by least squares on their inputs, table rows by counts, the rest "
-        "averaged",
-        needs=frozenset({"moments", "counts"}),
-        reference="RegMean (Jin et al., ICLR 2023)",
-        cost="one pass over sampled rows; a matrix inverse a layer",
-    ),
-    "ot_fusion": Method(
-        merge=lambda models, given, **options: ot_fusion(models, given.symmetries, **options),
-        options=ot_fusion,
-        idea="hidden units moved softly onto the first parent's by optimal transport, then "
-        "averaged",
-        reference="OTFusion (Singh and Jaggi, NeurIPS 2020)",
-        cost="a transport plan a layer",
-        is_ordered=True,
-    ),
-    "zipit": Method(
-        merge=lambda models, given: zipit(models, given.symmetries, given.moments),
-        idea="the most correlated hidden units, of two parents or of one, become one unit",
-        needs=frozenset({"moments"}),
-        reference="ZipIt! (Stoica et al., ICLR 2024)",
-        cost="one pass over sampled rows",
-        is_ordered=True,
-    ),
-    "filter_grafting": Method(
-        weigh=lambda models, _, **options: grafting_weights(models, **options),
-        idea="weights from the entropy of each layer, rounded: the ancestor of the global term",
-        reference="Filter Grafting (Meng et al., CVPR 2020)",
-    ),
-    "cki": Method(
-        weigh=lambda models, _, **options: cki_weights(models, **options),
-        idea="weights from the entropy of each tensor and a gate on the parents' differences",
-        needs=frozenset({"labels"}),
-        reference="CKI (arXiv 2501.07596)",
-        cost="one pass; a learned gate trains",
-    ),
-}
-"""``labels`` of ``cki`` are for the learned gate; without one it takes none."""
+    def can_learn(self, options: Mapping[str, Any]) -> bool:
+        """Return whether the method has gates that can be learned with these options."""
+        return self.learnable is not None and self.learnable({**self.options, **options})
+
+    def check(self, options: Mapping[str, Any], num_models: int | None = None) -> None:
+        """Check options and the number of models.
+
+        Raises:
+            MergeError: An unknown option, a value of the wrong type, or too many models.
+        """
+        check_arguments(self.name, self.function, self.options, options)
+        if self.max_models is not None and num_models is not None and num_models > self.max_models:
+            raise MergeError(f"{self.name} takes {self.max_models} models, not {num_models}")
+
+    def __call__(
+        self, models: Sequence[Params], inputs: MergeInputs, **options: Any
+    ) -> Params | MixingWeights:
+        """Return the mixing weights or the parameters that the function returns.
+
+        Raises:
+            MergeError: An input is missing, or the function refuses its arguments.
+        """
+        for name in self.needs(options):
+            if name in self.inputs and not getattr(inputs, name) and len(models) > 1:
+                raise MergeError(f"method {self.name} needs {MISSING[name]}")
+        taken = {name: getattr(inputs, name) for name in self.inputs}
+        return self.function(models, **taken, **options)
 
 
-def needs_of(name: str, options: Mapping[str, Any]) -> frozenset[Need]:
-    """Return what a method needs with these options: labels too where validation rows decide."""
-    method = METHODS[name]
-    chosen = {**defaults(method.options), **options}.values()
-    return method.needs | {"labels"} if any(value is None for value in chosen) else method.needs
+METHODS: dict[str, Method] = {}
+"""Name -> method. ``merging.methods`` fills it on import."""
 
 
-def check_options(name: str, options: Mapping[str, Any]) -> None:
-    """Check that a method has these options, and that their values have the right types.
+def method(
+    *,
+    needs: Needs = (),
+    row_wise: bool = False,
+    reference: str,
+    cost: str = "one pass over parameters",
+    averages_dense: bool = False,
+    is_ordered: bool = False,
+    max_models: int | None = None,
+    full_weights: bool = False,
+    initial_gates: Callable[..., Tensor | None] | None = None,
+    learnable: Callable[[Mapping[str, Any]], bool] | None = None,
+    while_learning: Mapping[str, Any] = MappingProxyType({}),
+    statistics: Callable[..., Mapping[str, Tensor] | None] | None = None,
+) -> Callable[[Function], Function]:
+    """Register a function as the merge method of its name.
+
+    Args:
+        needs: Inputs that must be present, or a function of the options that returns them.
+        row_wise: See ``Method``, as for the other arguments.
+        reference: Paper and equation, or "ours".
+        cost: Cost besides reading the models, in words.
+        averages_dense: See ``Method``.
+        is_ordered: See ``Method``.
+        max_models: Most models; None: any number.
+        full_weights: See ``Method``.
+        initial_gates: See ``Method``.
+        learnable: See ``Method``.
+        while_learning: See ``Method``.
+        statistics: See ``Method``.
+
+    Returns:
+        A decorator that returns the function unchanged.
 
     Raises:
-        ValueError: The first one that does not fit, and what the method takes.
+        ValueError: The name is taken, or a parameter without a default is no input.
     """
-    check_arguments(name, METHODS[name].options, options)
+
+    def register(function: Function) -> Function:
+        name = function.__name__
+        _, *parameters = inspect.signature(function).parameters.values()
+        inputs = tuple(p.name for p in parameters if p.default is p.empty)
+        known = {entry.name for entry in fields(MergeInputs)}
+        if name in METHODS and METHODS[name].function.__module__ != function.__module__:
+            raise ValueError(f"a method named {name} is registered already")
+        if unknown := [parameter for parameter in inputs if parameter not in known]:
+            raise ValueError(
+                f"method {name}: parameter {unknown[0]} is no input ({', '.join(sorted(known))});"
+                " give it a default value to make it an option"
+            )
+        METHODS[name] = Method(
+            name=name,
+            function=function,
+            summary=(inspect.getdoc(function) or "").partition("\n")[0].removesuffix("."),
+            reference=reference,
+            cost=cost,
+            inputs=inputs,
+            options={p.name: p.default for p in parameters if p.default is not p.empty},
+            returns_weights=get_type_hints(function, include_extras=True)["return"]
+            == MixingWeights,
+            always_needs=needs,
+            row_wise=row_wise,
+            averages_dense=averages_dense,
+            is_ordered=is_ordered,
+            max_models=max_models,
+            full_weights=full_weights,
+            initial_gates=initial_gates,
+            learnable=learnable,
+            while_learning=while_learning,
+            statistics=statistics,
+        )
+        return function
+
+    return register

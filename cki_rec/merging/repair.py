@@ -15,7 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from cki_rec.merging.params import Params
+from cki_rec.merging.params import MergeError, Params
 from cki_rec.merging.symmetry import LogitScale, Symmetry
 
 RIDGE = 1e-6
@@ -99,7 +99,7 @@ def fit_layers(
     shares: Sequence[float],
     observe: Observe,
     symmetries: Sequence[Symmetry],
-    choosing: bool = False,
+    selects_units: bool = False,
     fixed: Collection[str] = (),
 ) -> Params:
     r"""Return the merged model with each Linear refitted to the mean of the sources' outputs.
@@ -116,7 +116,7 @@ def fit_layers(
         shares: :math:`\alpha`, sum 1.
         observe: What models compute on a sample of rows.
         symmetries: Of the network; they say what belongs to a hidden unit.
-        choosing: Hidden units are not averages of matched ones, but those of all sources from
+        selects_units: Hidden units are not averages of matched ones, but those of all sources from
             which the next layers of all sources can best be told (``choose``); errors there
             count as much as they move the mean logit, to first order.
         fixed: MixingWeights of layers to leave as they are.
@@ -134,7 +134,7 @@ def fit_layers(
     units = _units(symmetries, names, merged)
     readers = {name: next(p for p in units[name].slices if p.axis == 1) for name in units}
     gradients: Mapping[str, Tensor] = {}
-    if choosing and readers:
+    if selects_units and readers:
         gradients = observe.gradients(sources, {part.parameter for part in readers.values()})
     for name in names:
         seen = observe([fitted, *sources], [name])
@@ -170,13 +170,13 @@ def recalibrate(params: Params, how: LogitScale, scale: float, shift: float) -> 
         shift: In logits.
 
     Raises:
-        ValueError: The scale is not positive.
+        MergeError: The scale is not positive.
 
     Reference:
         Platt, Probabilistic Outputs for Support Vector Machines, 1999.
     """
     if not scale > 0:
-        raise ValueError(f"scale is {scale}, not positive")
+        raise MergeError(f"scale is {scale}, not positive")
     found = dict(params)
     for name, degree in how.degrees.items():
         found[name] = params[name] * scale**degree

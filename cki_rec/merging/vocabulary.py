@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from cki_rec.merging.mixing import mix
-from cki_rec.merging.params import MixingWeights, Params
+from cki_rec.merging.params import MergeError, MixingWeights, Params
 
 
 def join_tokens(tokens: Sequence[Sequence[str]], reserved: int) -> tuple[list[str], list[Tensor]]:
@@ -60,14 +60,14 @@ def to_union(
         lacking: The row that stands for tokens without one; None: zero.
 
     Raises:
-        ValueError: A tensor has another number of rows than its vocabulary.
+        MergeError: A tensor has another number of rows than its vocabulary.
     """
     moved = dict(tensors)
     for name in maps.keys() & tensors.keys():
         tensor, rows = tensors[name], maps[name]
         if tensor.ndim == 0 or len(tensor) != len(rows):
             found = tuple(tensor.shape)
-            raise ValueError(f"{name}: {found} does not fit a vocabulary of {len(rows)} rows")
+            raise MergeError(f"{name}: {found} does not fit a vocabulary of {len(rows)} rows")
         joined = tensor.new_zeros(sizes[name], *tensor.shape[1:])
         if lacking is not None:
             joined += tensor[lacking]

@@ -12,11 +12,13 @@ from itertools import pairwise
 import torch
 
 from cki_rec.config import Config
-from cki_rec.merging.alignment import align, random_element
-from cki_rec.merging.methods.evidence import evidence_weights
+from cki_rec.merging.alignment import align
+from cki_rec.merging.symmetry import random_element
+from cki_rec.merging.methods.evidence import evidence
 from cki_rec.merging.mixing import mix
 from cki_rec.merging.params import Params, generator
-from cki_rec.merging.projection import table_products, transform
+from cki_rec.merging.alignment import table_products
+from cki_rec.merging.symmetry import transform
 from cki_rec.merging.symmetry import Slice, Symmetry
 
 ROWS = (4_000_000, 600_000, 300_000, 80_000, 15_000, 4_000, 900, 100)
@@ -82,7 +84,7 @@ def measure(threads: int) -> None:
         transform(model, symmetries, own, in_place=True)
         for model, own in zip(models, found.elements, strict=True)
     ]
-    merged = mix(aligned, evidence_weights(aligned, counts))
+    merged = mix(aligned, evidence(aligned, counts))
     seconds = time.perf_counter() - start_time
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     parameters = sum(tensor.numel() for tensor in merged.values())

@@ -15,10 +15,12 @@ from cki_rec.data.schema import random_batch
 from cki_rec.engine import distributed, sharded
 from cki_rec.engine.embeddings import table_of
 from cki_rec.merging.alignment import align
-from cki_rec.merging.methods.soups import Score
+from cki_rec.merging.selection import Score
 from cki_rec.merging.mixing import mix
 from cki_rec.merging.params import MixingWeights, Params
-from cki_rec.merging.projection import reduce_frames, table_products, transform, whole_weights
+from cki_rec.merging.projection import project_tables, anchor_weights
+from cki_rec.merging.alignment import table_products
+from cki_rec.merging.symmetry import transform
 from cki_rec.merging.repair import fit_layers, rescale
 from cki_rec.merging.statistics import ActivationStatistics
 from cki_rec.merging.symmetry import Symmetry
@@ -162,26 +164,26 @@ def repaired(
     if options.repair != "project":
         tables = {name: tensor for name, tensor in merged.items() if table_of(name)}
         on_merged_tables = [{**model, **tables} for model in models]
-        choosing = options.repair == "select_units"
-        fitted = fit_layers(merged, on_merged_tables, shares, observe, symmetries, choosing)
+        selects_units = options.repair == "select_units"
+        fitted = fit_layers(merged, on_merged_tables, shares, observe, symmetries, selects_units)
         return fitted, weights, None
     products = table_products(models, moved_tables(rotations_of(symmetries)), counts)
     whole = coordinatewise(observe.network)
     readers = _linear_weights(observe.network) - whole
-    reduced = reduce_frames(merged, models, symmetries, products, weights, readers)
+    reduced = project_tables(merged, models, symmetries, products, weights, readers)
     if not whole:
         return fit_layers(reduced, models, shares, observe, symmetries, True), weights, None
     assert score is not None
     best, scores = reduced, list[float]()
     for lead in range(len(models)):
-        own = whole_weights(weights, symmetries, readers, whole, lead)
+        own = anchor_weights(weights, symmetries, readers, whole, lead)
         led = mix([{name: model[name] for name in own} for model in models], own)
         fitted = fit_layers(reduced | led, models, shares, observe, symmetries, True, whole)
         scores.append(score(fitted))
         if scores[-1] > max(scores[:-1], default=-1.0):
             best = fitted
     lead = scores.index(max(scores))
-    own = whole_weights(weights, symmetries, readers, whole, lead)
+    own = anchor_weights(weights, symmetries, readers, whole, lead)
     return best, weights | own, {"source": lead, "valid_auc": scores}
 
 

@@ -16,10 +16,10 @@ from cki_rec.engine import distributed
 from cki_rec.engine.embeddings import table_of
 from cki_rec.engine.gating import Gates, train_gates
 from cki_rec.evaluation.metrics import auc
-from cki_rec.merging.methods.average import base_weights
+from cki_rec.merging.methods.ablations import first
 from cki_rec.merging.methods.cki.assessment import compute_global_terms
 from cki_rec.merging.methods.cki.gate import initialize_gate
-from cki_rec.merging.methods.evidence import evidence_weights
+from cki_rec.merging.methods.evidence import evidence
 from cki_rec.merging.mixing import mix, override_weights
 from cki_rec.merging.params import STATISTICS, MixingWeights, Params
 from cki_rec.merging.registry import METHODS, MergeInputs
@@ -133,13 +133,13 @@ def overrides(options: Merge, models: Sequence[Params], counts: Sequence[Params]
     tables = [name for name in models[0] if table_of(name)]
     vectors = [name for name, tensor in models[0].items() if tensor.ndim == 1]
     if options.tables == "evidence":
-        weights = evidence_weights(models, counts)
+        weights = evidence(models, counts)
         decided |= {name: weights[name] for name in tables}
     kept = [name for name in rules.outside_scope(options, models[0])]
     kept += tables if options.tables == "base" else []
     kept += vectors if options.bias == "base" else []
     if kept:
-        weights = base_weights(models)
+        weights = first(models)
         decided |= {name: weights[name] for name in kept}
     return decided
 

@@ -9,16 +9,13 @@ import torch
 from networks import draw_batch, make_case
 
 from cki_rec.engine.fisher import fisher_diagonal
-from cki_rec.merging.methods.slerp import combine, karcher, model_stock, slerp
-from cki_rec.merging.methods.soups import greedy_soup, prune, simplex, weighted_average
-from cki_rec.merging.methods.task_vectors import (
-    SCALES,
-    breadcrumbs,
-    dare,
-    della,
-    task_arithmetic,
-    ties,
-)
+from cki_rec.merging.methods.slerp import combine, slerp
+from cki_rec.merging.methods.karcher import karcher
+from cki_rec.merging.methods.model_stock import model_stock
+from cki_rec.merging.methods.soups import greedy_soup
+from cki_rec.merging.methods.pruning import pruning
+from cki_rec.merging.methods.average import simplex, weighted_average
+from cki_rec.merging.methods.task_vectors import SCALES, breadcrumbs, dare, della, task_arithmetic, ties
 from cki_rec.merging.mixing import mix
 from cki_rec.merging.options import defaults
 from cki_rec.merging.registry import METHODS, MergeInputs, check_options, needs_of
@@ -181,7 +178,7 @@ def test_karcher_of_many_has_no_gradient():
 
 def test_pruning_leaves_vectors_and_prunes_matrices():
     model = with_statistics(draw(1), 2)
-    merged = prune([draw_like(model), model], None, density=0.25, source=1)
+    merged = pruning([draw_like(model), model], None, density=0.25, source=1)
     assert int((merged["table"] != 0).sum()) == 80
     assert int((merged["weight"] != 0).sum()) == 4
     kept = merged["table"] != 0
@@ -189,7 +186,7 @@ def test_pruning_leaves_vectors_and_prunes_matrices():
     assert torch.equal(merged["table"][kept], model["table"][kept])
     for name in ("bias", "one", "zero", *STATISTICS):
         assert torch.equal(merged[name], model[name])
-    assert float(prune([model], None, density=0.0)["table"].abs().sum()) == 0
+    assert float(pruning([model], None, density=0.0)["table"].abs().sum()) == 0
 
 
 def draw_like(model):
@@ -202,7 +199,7 @@ def test_pruning_and_soups_choose_by_score():
     def score(params):
         return -float((params["table"] - models[2]["table"]).square().sum())
 
-    assert_equal(prune(models, score, density=1.0), models[2])
+    assert_equal(pruning(models, score, density=1.0), models[2])
     assert_equal(mix(models, greedy_soup(models, score)), models[2])
     assert_equal(mix(models, weighted_average(models, score)), models[2])
     assert_equal(mix(models, weighted_average(models, score, [0.0, 1.0, 0.0])), models[1])
@@ -245,9 +242,9 @@ def test_grids_are_small_and_begin_even(num_sources, count):
         (lambda m, s: weighted_average(m, None), "weights=null.*needs a score"),
         (lambda m, s: weighted_average(m, None, trials=1), "trials=1"),
         (lambda m, s: greedy_soup(m, None), "needs a score"),
-        (lambda m, s: prune(m, None), "source=null"),
-        (lambda m, s: prune(m, None, source=2), "source=2: sources are 0 to 1"),
-        (lambda m, s: prune(m, None, density=1.1, source=0), "density=1.1: must be in"),
+        (lambda m, s: pruning(m, None), "source=null"),
+        (lambda m, s: pruning(m, None, source=2), "source=2: sources are 0 to 1"),
+        (lambda m, s: pruning(m, None, density=1.1, source=0), "density=1.1: must be in"),
         (lambda m, s: slerp(m, 1.5), "t=1.5"),
         (lambda m, s: slerp([*m, s]), "takes 2 models, not 3"),
         (lambda m, s: ties(m, s, None, density=-0.1, scale=1.0), "density=-0.1"),
@@ -283,7 +280,7 @@ def test_entries_that_are_no_numbers_are_refused_by_name(name, value):
 def test_what_is_not_used_may_be_anything():
     models = [draw(1), draw_like(draw(1))]
     assert_equal(slerp(models, 0.0), models[0])
-    assert_equal(prune(models, None, density=1.0, source=0), models[0])
+    assert_equal(pruning(models, None, density=1.0, source=0), models[0])
     assert_equal(mix(models, weighted_average(models, None, [1.0, 0.0])), models[0])
 
 

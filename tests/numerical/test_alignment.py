@@ -12,11 +12,13 @@ from torch.func import functional_call
 from cki_rec.config import UserError
 from cki_rec.data.schema import random_batch
 from cki_rec.engine.embeddings import table_of
-from cki_rec.merging.alignment import agreement, align, random_element
-from cki_rec.merging.methods.average import average_weights
+from cki_rec.merging.alignment import agreement, align
+from cki_rec.merging.symmetry import random_element
+from cki_rec.merging.methods.average import average
 from cki_rec.merging.mixing import mix
 from cki_rec.merging.params import generator
-from cki_rec.merging.projection import table_products, transform
+from cki_rec.merging.alignment import table_products
+from cki_rec.merging.symmetry import transform
 from cki_rec.merging.statistics import linear_moments
 from cki_rec.merging.symmetry import Slice, Symmetry
 from cki_rec.pipelines.matching import check_scores, moved_tables
@@ -155,7 +157,7 @@ def test_three_models_come_into_one_frame_whatever_their_order(case):
     scores = []
     for order in ([0, 1, 2], [2, 0, 1]):
         _, aligned = subject.align([noisy[k] for k in order], starts=4)
-        scores.append(subject.score(mix(aligned, average_weights(aligned))))
+        scores.append(subject.score(mix(aligned, average(aligned))))
     torch.testing.assert_close(scores[0], scores[1], atol=1e-4, rtol=1e-4)
 
 

@@ -7,25 +7,10 @@ import pytest
 import torch
 from test_golden_cki import LAYERS, layer_tensors, reference_entropy
 
-from cki_rec.merging.methods.cki.assessment import (
-    RANGES,
-    compare_entropies,
-    compute_global_terms,
-    entropy,
-    global_compatibility,
-    histogram_bounds,
-    language_shares,
-    local_compatibility,
-    signed_compatibility,
-)
-from cki_rec.merging.methods.cki.gate import (
-    apply_gate,
-    check_gate,
-    initialize_gate,
-    num_gate_parameters,
-)
+from cki_rec.merging.methods.cki.assessment import RANGES, compare_entropies, compute_global_terms, entropy, global_compatibility, histogram_bounds, language_shares, local_compatibility, signed_compatibility
+from cki_rec.merging.methods.cki.gate import apply_gate, check_gate, initialize_gate, num_gate_parameters
 from cki_rec.merging.methods.cki.weights import cki_weights
-from cki_rec.merging.methods.filter_grafting import grafting_weights
+from cki_rec.merging.methods.filter_grafting import filter_grafting
 from cki_rec.merging.mixing import mix
 from cki_rec.merging.noise import entropy_differences
 
@@ -71,7 +56,7 @@ OPTIONS = {
 
 def merge(variant, models, gate, **more):
     if variant == "grafting":
-        weights = grafting_weights(models, **more)
+        weights = filter_grafting(models, **more)
     else:
         options = {"perspective": "dual", "splice": "soft", **OPTIONS[variant], **more}
         weights = cki_weights(models, gates={"weight": gate}, **options)
@@ -270,13 +255,13 @@ def test_grafting_rounds_and_reuses_the_weights_of_a_layer():
     ]
     pair = models[:2]
     term = round(float(global_compatibility([m["a.weight"] for m in pair])[0]), 2)
-    weights = grafting_weights(pair)
+    weights = filter_grafting(pair)
     assert weights["a.weight"].flatten().tolist() == pytest.approx([term, 1 - term])
     assert torch.equal(weights["a.bias"].flatten(), weights["a.weight"].flatten())
     assert weights["b"].flatten().tolist() == [0.5, 0.5]
     terms = global_compatibility([m["a.weight"] for m in models]).tolist()
     rounded = np.round(terms, 2)
-    assert grafting_weights(models)["a.bias"].flatten().tolist() == pytest.approx(
+    assert filter_grafting(models)["a.bias"].flatten().tolist() == pytest.approx(
         (rounded / rounded.sum()).tolist()
     )
 

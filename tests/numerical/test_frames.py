@@ -9,10 +9,11 @@ import torch
 from pairs import HALVES, Pair
 
 from cki_rec.engine.embeddings import table_of
-from cki_rec.merging.methods.average import average_weights
-from cki_rec.merging.methods.evidence import evidence_weights
+from cki_rec.merging.methods.average import average
+from cki_rec.merging.methods.evidence import evidence
 from cki_rec.merging.mixing import source_shares
-from cki_rec.merging.projection import reduce_frames, table_products, whole_weights
+from cki_rec.merging.projection import project_tables, anchor_weights
+from cki_rec.merging.alignment import table_products
 from cki_rec.merging.repair import fit_layers
 from cki_rec.pipelines import matching
 from cki_rec.pipelines.matching import coordinatewise, moved_tables
@@ -23,8 +24,8 @@ def test_reduced_frames_of_equal_sources_are_theirs(case):
     pair = Pair(case, 1)
     models = [pair.models[0], dict(pair.models[0])]
     products = table_products(models, moved_tables(pair.symmetries))
-    weights = average_weights(models)
-    reduced = reduce_frames(models[0], models, pair.symmetries, products, weights, pair.readers())
+    weights = average(models)
+    reduced = project_tables(models[0], models, pair.symmetries, products, weights, pair.readers())
     torch.testing.assert_close(pair.logits(reduced), pair.logits(models[0]), atol=1e-4, rtol=1e-4)
 
 
@@ -32,8 +33,8 @@ def test_reduced_frames_keep_inner_products_better_than_the_average():
     pair = Pair("fm")
     tables = moved_tables(pair.symmetries)
     products = table_products(pair.models, tables)
-    reduced = reduce_frames(
-        pair.average, pair.models, pair.symmetries, products, average_weights(pair.models), ()
+    reduced = project_tables(
+        pair.average, pair.models, pair.symmetries, products, average(pair.models), ()
     )
 
     def gap(params):
@@ -52,9 +53,9 @@ def test_rows_of_one_owner_keep_their_length():
         {n: torch.arange(len(pair.average[n])) % 2 * 3 + (k == 0) for n in tables}
         for k in range(2)
     ]
-    weights = evidence_weights(pair.models, counts)
+    weights = evidence(pair.models, counts)
     products = table_products(pair.models, moved_tables(pair.symmetries), counts)
-    reduced = reduce_frames(
+    reduced = project_tables(
         mix(pair.models, weights), pair.models, pair.symmetries, products, weights, ()
     )
     assert all(bool(tensor.isfinite().all()) for tensor in reduced.values())
@@ -86,10 +87,10 @@ def test_what_multiplies_coordinates_comes_whole_from_one_source(case, prefix, l
     counts = [{n: torch.ones(len(pair.average[n])) for n in tables} for _ in pair.models]
     for table in read:
         counts[lead][table][-1] = 0  # a row that it never saw
-    weights = average_weights(pair.models) | evidence_weights(pair.models, counts)
+    weights = average(pair.models) | evidence(pair.models, counts)
     merged, readers = mix(pair.models, weights), pair.readers() - whole
-    reduced = reduce_frames(merged, pair.models, pair.symmetries, products, weights, readers)
-    own = whole_weights(weights, pair.symmetries, readers, whole, lead)
+    reduced = project_tables(merged, pair.models, pair.symmetries, products, weights, readers)
+    own = anchor_weights(weights, pair.symmetries, readers, whole, lead)
     assert set(own) >= {*whole, *read}
     reduced |= mix([{n: model[n] for n in own} for model in pair.models], own)
     for table in read:
@@ -111,7 +112,7 @@ def test_the_source_with_the_best_score_leads(case, num_sources, monkeypatch):
     pair = Pair(case, num_sources)
     monkeypatch.setattr(matching, "symmetries_of", lambda _: pair.symmetries)
     whole = coordinatewise(pair.network)
-    weights = average_weights(pair.models)
+    weights = average(pair.models)
     for best in range(num_sources):
         scores = [0.6 if lead == best else 0.5 for lead in range(num_sources)]
         seen = []

@@ -15,7 +15,7 @@ from cki_rec.engine.gating import MergedAtLookup, rows_read
 from cki_rec.merging.methods.cki.assessment import compute_global_terms
 from cki_rec.merging.methods.cki.gate import initialize_gate
 from cki_rec.merging.methods.cki.weights import cki_weights
-from cki_rec.merging.methods.evidence import evidence_weights
+from cki_rec.merging.methods.evidence import evidence
 from cki_rec.merging.mixing import mix, override_weights
 
 STATISTICS = ("running_mean", "running_var")
@@ -117,7 +117,7 @@ def test_evidence_is_counted_on_the_rows_that_are_read():
     for weigh in (
         rule(models, counts),
         lambda parts, own, gates: override_weights(
-            rule(parts)(parts, own, gates), own[0], evidence_weights(parts, own)
+            rule(parts)(parts, own, gates), own[0], evidence(parts, own)
         ),
     ):
         with torch.no_grad():

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from cki_rec.merging.methods.average import base_weights
+from cki_rec.merging.methods.ablations import first
 from cki_rec.merging.methods.cki.assessment import entropy, global_compatibility
 from cki_rec.merging.methods.cki.weights import cki_weights
 from cki_rec.merging.mixing import override_weights
@@ -45,7 +45,7 @@ def official(model_a, model_b, gates, global_terms=None):
     weights = cki_weights(
         models, perspective="dual", splice="soft", gates=gates, global_terms=global_terms
     )
-    return mix(models, override_weights(weights, biases, base_weights(models)))
+    return mix(models, override_weights(weights, biases, first(models)))
 
 
 def reference_entropy(weight):

@@ -9,29 +9,13 @@ import pytest
 import torch
 from hypothesis import strategies as st
 
-from cki_rec.merging.methods.average import average_weights, base_weights, random_weights
-from cki_rec.merging.methods.cki.assessment import (
-    compute_global_terms,
-    dual_compatibility,
-    entropy,
-    global_compatibility,
-    local_compatibility,
-)
-from cki_rec.merging.methods.cki.gate import (
-    KINDS,
-    apply_gate,
-    check_gate,
-    initialize_gate,
-    num_gate_parameters,
-)
+from cki_rec.merging.methods.average import average
+from cki_rec.merging.methods.ablations import first, random
+from cki_rec.merging.methods.cki.assessment import compute_global_terms, dual_compatibility, entropy, global_compatibility, local_compatibility
+from cki_rec.merging.methods.cki.gate import KINDS, apply_gate, check_gate, initialize_gate, num_gate_parameters
 from cki_rec.merging.methods.cki.weights import cki_weights
-from cki_rec.merging.methods.evidence import evidence_weights, row_weights
-from cki_rec.merging.mixing import (
-    harden,
-    override_weights,
-    soften,
-    source_shares,
-)
+from cki_rec.merging.methods.evidence import evidence, row_weights
+from cki_rec.merging.mixing import harden, override_weights, soften, source_shares
 from cki_rec.merging.params import generator
 
 cheap = hypothesis.settings(max_examples=40, deadline=None)
@@ -232,7 +216,7 @@ def test_evidence_takes_one_sided_rows_whole_and_averages_the_rest():
     counts = [
         {"t": torch.tensor(n), "f": torch.tensor(n)} for n in ([5, 0, 0, 2], [0, 0, 9, 2], [0] * 4)
     ]
-    weights = evidence_weights(models, counts)
+    weights = evidence(models, counts)
     assert weights["t"].shape == (3, 4, 1)
     assert weights["f"].shape == (3, 4)
     assert weights["w"].shape == (3, 1)
@@ -256,7 +240,7 @@ def test_evidence_takes_one_sided_rows_whole_and_averages_the_rest():
 )
 def test_counts_that_do_not_fit_are_refused_by_name(counts, match):
     with pytest.raises(ValueError, match=match):
-        evidence_weights([{"t": noise(3, 2)}] * 2, counts)
+        evidence([{"t": noise(3, 2)}] * 2, counts)
 
 
 def test_cki_takes_evidence_as_the_local_term_of_tables():
@@ -264,7 +248,7 @@ def test_cki_takes_evidence_as_the_local_term_of_tables():
     counts = [{"t": torch.tensor(n)} for n in ([1, 0, 3], [1, 4, 1])]
     options = {"splice": "soft", "gates": {"w": torch.ones(())}, "counts": counts}
     local = cki_weights(models, perspective="local", **options)
-    assert torch.equal(local["t"], evidence_weights(models, counts)["t"])
+    assert torch.equal(local["t"], evidence(models, counts)["t"])
     assert torch.equal(
         local["w"], local_compatibility([m["w"] for m in models], torch.tensor(1.0))
     )
@@ -301,7 +285,7 @@ def test_nan_of_unused_sources_does_not_reach_the_mix_of_the_others(used):
     models = [{"w": torch.tensor([k + 1.0 if k in used else math.nan])} for k in range(4)]
     weight = torch.tensor([[0.5 if k in used else 0.0] for k in range(4)])
     assert mix(models, {"w": weight})["w"].item() == sum(used) / 2 + 1
-    assert mix(models, average_weights(models))["w"].isnan().all()
+    assert mix(models, average(models))["w"].isnan().all()
 
 
 def test_weight_one_wins_over_rounding_dust_of_another_source():
@@ -323,25 +307,25 @@ def test_weights_that_do_not_fit_are_refused_by_name(shape):
     with pytest.raises(ValueError, match="w: has no weights"):
         mix(models, {})
     with pytest.raises(ValueError, match="v: has weights"):
-        mix(models, average_weights(models) | {"v": torch.ones(2, 1)})
+        mix(models, average(models) | {"v": torch.ones(2, 1)})
 
 
 def test_source_shares_are_means_over_entries():
     models = [{"t": noise(4, 2), "w": noise(3)}] * 2
     share = torch.tensor([1.0, 0.0, 0.5, 0.5]).reshape(4, 1)
-    weights = base_weights(models) | {"t": torch.stack([share, 1 - share])}
+    weights = first(models) | {"t": torch.stack([share, 1 - share])}
     assert source_shares(weights, models) == {"t": [0.5, 0.5], "w": [1.0, 0.0]}
 
 
 def test_override_replaces_named_weights_only():
     models = [{"w": noise(2, 2), "b": noise(2)}] * 2
-    weights = average_weights(models)
-    changed = override_weights(weights, ["b"], base_weights(models))
+    weights = average(models)
+    changed = override_weights(weights, ["b"], first(models))
     assert changed["b"].tolist() == [[1], [0]]
     assert changed["w"] is weights["w"]
     assert weights["b"].tolist() == [[0.5], [0.5]]
     with pytest.raises(ValueError, match=r"^x: "):
-        override_weights(weights, ["x"], base_weights(models))
+        override_weights(weights, ["x"], first(models))
 
 
 # random control, options
@@ -349,20 +333,20 @@ def test_override_replaces_named_weights_only():
 
 def test_random_weights_fill_their_range_and_depend_on_seed_and_name_only():
     models = [{"v": torch.zeros(50, 4), "w": torch.zeros(50, 4)}] * 2
-    weights = random_weights(models, seed=1)
+    weights = random(models, seed=1)
     assert 0.41 <= float(weights["w"].min()) < 0.42
     assert 0.58 < float(weights["w"].max()) <= 0.59
     assert torch.equal(weights["w"][1], 1 - weights["w"][0])
     assert not torch.equal(weights["v"], weights["w"])
-    assert not torch.equal(weights["w"], random_weights(models, seed=2)["w"])
-    alone = random_weights([{"w": torch.zeros(50, 4)}] * 2, seed=1)
+    assert not torch.equal(weights["w"], random(models, seed=2)["w"])
+    alone = random([{"w": torch.zeros(50, 4)}] * 2, seed=1)
     assert torch.equal(alone["w"], weights["w"])
-    triple = random_weights([models[0]] * 3, seed=1)["w"]
+    triple = random([models[0]] * 3, seed=1)["w"]
     assert 0.41 / (0.41 + 2 * 0.59) <= float(triple.min())
     assert float(triple.max()) <= 0.59 / (0.59 + 2 * 0.41)
     assert float(triple.std()) > 0.01
     with pytest.raises(ValueError, match="low <= high"):
-        random_weights(models, seed=1, low=0.6, high=0.5)
+        random(models, seed=1, low=0.6, high=0.5)
 
 
 def test_precomputed_global_terms_change_nothing_and_are_used():

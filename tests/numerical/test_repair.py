@@ -24,18 +24,18 @@ def test_a_layer_that_sees_no_history_is_left_as_it_is():
 
 
 @all_cases
-@pytest.mark.parametrize("choosing", [False, True])
-def test_equal_sources_come_back(case, choosing):
+@pytest.mark.parametrize("selects_units", [False, True])
+def test_equal_sources_come_back(case, selects_units):
     pair = Pair(case, 1)
     model = pair.models[0]
     # a network whose norms hold the statistics of these very rows, as training leaves them
     model = rescale(model, [model], [1.0], pair.observe, pair.symmetries)
     fitted = fit_layers(
-        model, [model, dict(model)], HALVES, pair.observe, pair.symmetries, choosing
+        model, [model, dict(model)], HALVES, pair.observe, pair.symmetries, selects_units
     )
     torch.testing.assert_close(pair.logits(fitted), pair.logits(model), atol=1e-4, rtol=1e-4)
     for name in model:
-        if not choosing:
+        if not selects_units:
             torch.testing.assert_close(fitted[name], model[name], atol=1e-4, rtol=1e-4)
 
 
@@ -43,9 +43,9 @@ def test_equal_sources_come_back(case, choosing):
 def test_fitting_comes_nearer_to_the_mean_logit(case):
     pair = Pair(case)
     before = pair.error(pair.average)
-    for choosing in (False, True):
+    for selects_units in (False, True):
         fitted = fit_layers(
-            pair.average, pair.models, HALVES, pair.observe, pair.symmetries, choosing
+            pair.average, pair.models, HALVES, pair.observe, pair.symmetries, selects_units
         )
         assert pair.error(fitted) < before
         assert list(fitted) == list(pair.average)

@@ -13,15 +13,13 @@ from sklearn.metrics import log_loss, roc_auc_score
 from cki_rec.config import Synthetic, UserError
 from cki_rec.data.raw.click_model import (
     BLOCK,
-    LAYOUTS,
     _draw_tokens,
-    _hex,
-    _lines,
     _parts,
     best_possible,
     vocabulary_size,
     write_raw,
 )
+from cki_rec.data.raw.synthetic_layouts import LAYOUTS, _hex
 
 ROWS = 3000
 SMALL = Synthetic(
@@ -265,10 +263,10 @@ def test_skew_is_the_exponent_of_the_power_law(skew):
 
 def test_distinct_tokens_have_distinct_text():
     tokens = np.arange(300_000, dtype=np.uint32)
-    lines = b"".join(_lines([_hex(tokens, 7)], (b"", b"\n"))).split(b"\n")
-    assert lines[0] == b""
-    assert len(set(lines[1:-1])) == len(tokens) - 1
-    assert {len(line) for line in lines[1:-1]} == {8}
+    first, *others = _hex(tokens, 7).to_list()
+    assert first == ""
+    assert len(set(others)) == len(tokens) - 1
+    assert {len(text) for text in others} == {8}
 
 
 def parts_of(chosen: Synthetic, time: float, domain: int = 0) -> np.ndarray:

@@ -18,6 +18,7 @@ from cki_rec.config import Data, Split, UserError
 from cki_rec.data.columns import Ragged
 from cki_rec.data.encoding import store
 from cki_rec.data.encoding.store import EncodedDataset, prepare
+from cki_rec.data.raw import source
 from cki_rec.data.raw.reading import LABEL, LINE, SPLIT, TIME
 from cki_rec.data.schema import FIRST_ID, OOV_ID
 from cki_rec.data.test_labels import all_labels
@@ -236,8 +237,8 @@ def test_time_as_yymmddhh(tmp_path):
 
 def test_history_needs_users_items_and_times(tmp_path):
     message = error_of(one_file(tmp_path / "a.csv", ROWS, fields=["user", "history"]))
-    assert "gives no history; " in message
-    assert message.endswith("it gives user, item, city")
+    assert "has no history; " in message
+    assert message.endswith("it has user, item, city")
 
 
 @pytest.mark.parametrize(
@@ -273,7 +274,7 @@ def test_column_that_the_header_lacks_is_named(tmp_path, option):
 
 def test_field_that_the_header_lacks_is_named(tmp_path):
     message = error_of(one_file(tmp_path / "a.csv", ROWS, fields=["user", "citys"]))
-    assert "gives no citys; did you mean 'city'? it gives user, item, city" in message
+    assert "has no citys; did you mean 'city'? it has user, item, city" in message
 
 
 def test_every_published_md5_is_in_the_registry():
@@ -296,7 +297,7 @@ def registry(tmp_path, monkeypatch) -> Path:
     ]
     (tmp_path / "conf").mkdir()
     (tmp_path / "conf" / "published.yaml").write_text("Sample_x1:\n" + "".join(lines))
-    monkeypatch.setattr(store, "project_root", lambda: tmp_path)
+    monkeypatch.setattr(source, "project_root", lambda: tmp_path)
     return folder
 
 

@@ -47,7 +47,7 @@ def error_of(data: Data) -> str:
         ("type", "type: expected letters, digits"),
         ({"name": "c", "table": "x/y"}, "table=x/y: expected letters, digits"),
         ({"name": "c", "table": "c_first_order"}, "table=c_first_order: expected letters"),
-        ({"name": "c", "column": "@label"}, "column=@label: names that begin with @ are ours"),
+        ({"name": "c", "column": "@label"}, "column=@label: names with @ in front are reserved"),
         ({"name": "c", "hash_size": True}, "hash_size=True: expected a whole number"),
         ({"name": "c", "hash_size": 2**31}, "hash_size=2147483648: expected at most"),
         ({"name": "c", "kind": "time"}, "kind=time: the column is categorical"),
@@ -55,7 +55,7 @@ def error_of(data: Data) -> str:
         ({"name": "c", "kind": "words"}, "kind=words: one of categorical"),
         ({"name": "n", "kind": "numeric", "edges": [3, 1]}, "expected two ascending numbers"),
         ({"name": "n", "kind": "numeric", "transform": "edges"}, "go together"),
-        ({"name": "c", "separator": ";"}, "separator is of kind multi or history, this is"),
+        ({"name": "c", "separator": ";"}, "separator requires kind multi or history (got"),
     ],
 )
 def test_impossible_field_is_named(csv, field, message):
@@ -70,7 +70,7 @@ def test_name_that_is_taken_can_be_given_another(csv, tmp_path):
 
 
 def test_numbers_alone_are_refused(csv):
-    assert "numbers only, expected at least one field with ids" in error_of(
+    assert "all fields are numbers; add at least one field with ids" in error_of(
         csv([{"name": "n", "kind": "numeric", "transform": "log1p"}])
     )
 

@@ -17,17 +17,10 @@ from cki_rec.config import UserError
 from cki_rec.data.encoding import tokens as token_lists
 from cki_rec.data.schema import FIRST_ID, OOV_ID
 from cki_rec.engine.embeddings import table_of
-from cki_rec.merging.methods.evidence import evidence_weights
+from cki_rec.merging.methods.evidence import evidence
 from cki_rec.merging.mixing import mix
 from cki_rec.merging.params import equal_weights
-from cki_rec.merging.vocabulary import (
-    from_owners,
-    join_tokens,
-    owned,
-    restrict_weights,
-    shared_rows,
-    to_union,
-)
+from cki_rec.merging.vocabulary import from_owners, join_tokens, owned, restrict_weights, shared_rows, to_union
 
 
 def draws(seed):
@@ -100,7 +93,7 @@ def test_weight_of_sources_without_a_row_goes_to_those_that_have_it():
 
 def test_a_lone_row_that_its_owner_never_saw_is_still_its_own():
     _, moved, _, owners = two_sources()
-    weights = evidence_weights(moved, [{"t": torch.zeros(6)}] * 2)
+    weights = evidence(moved, [{"t": torch.zeros(6)}] * 2)
     merged = mix(moved, restrict_weights(weights, owners))["t"]
     assert torch.equal(merged[5], moved[1]["t"][5])
 

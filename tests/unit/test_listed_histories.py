@@ -141,9 +141,9 @@ def data_of(field: dict | str, choice: str = "default", **changes):
         (PAST | {"keep": "last"}, "keep=last: did you mean 'latest'? one of latest, first"),
         (PAST | {"hash_size": 9}, "item and past share table item"),
         (PAST | {"min_count": 7}, "item and past share table item"),
-        (PAST | {"prefix": 2}, "prefix is of kind categorical, this is history"),
-        ({"name": "past", "keep": "first"}, "keep is of kind history, this is categorical"),
-        (PAST | {"column": "pas"}, "gives no past; did you mean 'past'?"),
+        (PAST | {"prefix": 2}, "prefix requires kind categorical (got history)"),
+        ({"name": "past", "keep": "first"}, "keep requires kind history (got categorical)"),
+        (PAST | {"column": "pas"}, "has no past; did you mean 'past'?"),
     ],
 )
 def test_impossible_history_is_named(tmp_path, field, message):
@@ -156,11 +156,14 @@ def test_impossible_history_is_named(tmp_path, field, message):
 @pytest.mark.parametrize(
     ("field", "message"),
     [
-        ({"name": "history", "max_length": 3}, "max_length is of a history that a column lists"),
-        ({"name": "history", "separator": "|"}, "history is what the user liked before"),
+        (
+            {"name": "history", "max_length": 3},
+            "max_length requires a history that a column lists",
+        ),
+        ({"name": "history", "separator": "|"}, "this is a history of liked items"),
         ({"name": "history", "rows": "earlier"}, "labels of test rows would be inputs"),
         ({"name": "history", "rows": "late"}, "rows=late: one of train, earlier"),
-        ({"name": "genres", "rows": "earlier"}, "rows is of kind history, this is multi"),
+        ({"name": "genres", "rows": "earlier"}, "rows requires kind history (got multi)"),
         ({"name": "genres", "kind": "history", "table": "x"}, ""),
     ],
 )

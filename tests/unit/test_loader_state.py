@@ -222,7 +222,9 @@ def test_position_in_other_rows_or_another_order_is_refused(make_loader, changes
     with pytest.raises(UserError, match="position of the loader"):
         loader.load_state_dict(state)
     assert loader.state_dict()["rows_done"] == 20  # as it was
-    with pytest.raises(UserError, match=r"of None rows with seed None, expected 50 with seed 7"):
+    with pytest.raises(
+        UserError, match=r"belongs to None rows with seed None, expected 50 rows with seed 7"
+    ):
         loader.load_state_dict({})
 
 
@@ -268,7 +270,9 @@ def test_row_that_does_not_exist_raises_in_the_loop(make_loader):
 def test_more_processes_than_rows_are_refused(make_loader):
     with pytest.raises(UserError, match="3 rows for 4 processes"):
         make_loader(range(3), 8, world_size=4)
-    with pytest.raises(UserError, match=r"train\.batch_size=3: expected 4 or more"):
+    with pytest.raises(
+        UserError, match=r"train\.batch_size=3: below the number of processes; set it to 4 or more"
+    ):
         make_loader(range(9), 3, world_size=4)
 
 

@@ -142,7 +142,7 @@ def test_ratings_without_movies_says_so(latest):
 def test_without_users_the_form_is_that_of_10m(one_million):
     (one_million / "users.dat").unlink()
     assert len(read(one_million)) == 20
-    assert "gives no gender; did you mean" in error_of(one_million, fields=["gender"])
+    assert "has no gender; did you mean" in error_of(one_million, fields=["gender"])
 
 
 def test_two_data_sets_in_one_zip_are_refused(latest):
@@ -290,7 +290,7 @@ def test_bad_users_line_is_refused(one_million):
 
 def test_field_the_format_lacks_lists_what_exists(latest):
     message = error_of(latest, fields=["user", "gender", "zip"])
-    assert "gives no gender, zip; " in message
+    assert "has no gender, zip; " in message
 
 
 def test_embedded_data_set_has_its_published_size():

@@ -147,7 +147,7 @@ def test_10m_genres_and_years(m10):
 
 def test_10m_has_no_fields_of_users(m10):
     for name in USER_FIELDS:
-        assert f"gives no {name}; " in error_of(m10, fields=["user", name])
+        assert f"has no {name}; " in error_of(m10, fields=["user", name])
 
 
 @pytest.mark.parametrize("variant", ["k100", "m10"])

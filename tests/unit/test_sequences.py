@@ -229,14 +229,14 @@ def test_attributes_of_a_zip(tmp_path):
 
 def test_without_attributes_there_is_no_such_field(tmp_path):
     message = error_of(write(tmp_path / "Beauty.txt"), fields=["user", "attributes"])
-    assert "gives no attributes; " in message
-    assert message.endswith("it gives user, item, history")
+    assert "has no attributes; " in message
+    assert message.endswith("it has user, item, history")
 
 
 def test_attributes_of_another_set_are_not_taken(tmp_path):
     path = write(tmp_path / "Beauty.txt")
     attributes_beside(path, json.dumps(ATTRIBUTES), "Sports_item2attributes.json")
-    assert "gives no attributes" in error_of(path, fields=["user", "attributes"])
+    assert "has no attributes" in error_of(path, fields=["user", "attributes"])
 
 
 BROKEN = ['{"1": ["a"', "[1, 2]", '{"1": 5}', "not json", '{"1": "word"}']
@@ -270,7 +270,7 @@ def test_amazon_beauty_has_its_published_size():
 def test_three_steps_are_needed_to_be_held_out(tmp_path):
     lines = ["a 1 2", "b 2 3", "c 4 1"]
     data = options(write(tmp_path / "Beauty.txt", lines), split=LEAVE_LAST_OUT)
-    with pytest.raises(UserError, match="it takes users with 3 rows or more"):
+    with pytest.raises(UserError, match="it requires users with 3 rows or more"):
         prepare(data, tmp_path / "encoded")
 
 

@@ -21,6 +21,7 @@ from cki_rec.data.columns import ColumnFile, Ragged
 from cki_rec.data.encoding import store
 from cki_rec.data.encoding.store import EncodedDataset, prepare
 from cki_rec.data.encoding.summary import summary_lines
+from cki_rec.data.raw import source
 from cki_rec.data.test_labels import all_labels
 
 
@@ -101,7 +102,7 @@ def test_summary_names_rows_fields_and_rates(dataset):
 def test_second_preparation_reads_no_raw_row(tmp_path, monkeypatch):
     first = prepare(make_data(), tmp_path)
     monkeypatch.setattr(store, "encode", None)
-    monkeypatch.setattr(store, "file_digest", None)
+    monkeypatch.setattr(source, "file_digest", None)
     assert prepare(make_data(), tmp_path).hash == first.hash
 
 
@@ -373,5 +374,5 @@ def test_part_that_does_not_exist_is_refused(dataset):
 def test_part_without_a_row_of_the_split_is_refused(tmp_path):
     data = make_data(split=Split(by="time", fractions=[0.6, 0.2, 0.2], seed=0))
     dataset = prepare(data, tmp_path)
-    with pytest.raises(UserError, match="holds no test row"):
+    with pytest.raises(UserError, match="has no test row"):
         dataset.rows("test", Partition(by="time", parts=2, seed=0), 0)

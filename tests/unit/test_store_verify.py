@@ -65,7 +65,7 @@ def test_full_verification_finds_one_changed_byte(folder, name, place):
     flip(path, {"first": start, "middle": (start + size) // 2, "last": size - 1}[place])
     EncodedDataset(folder)  # sizes and types are as they were
     message = error_of(lambda: EncodedDataset(folder, "full"))
-    assert message.startswith(f"{path}: damaged: its content differs from what was written")
+    assert message.startswith(f"{path}: damaged: its content has changed since it was written")
     assert f"delete the folder {folder}" in message
     message = error_of(lambda: prepare(sample(verify="full"), folder.parent))
     assert message.startswith(f"{path}: damaged")
@@ -85,7 +85,7 @@ def test_fast_verification_reads_no_content(folder, monkeypatch):
     def fail(path: Path) -> None:
         raise ZeroDivisionError
 
-    monkeypatch.setattr("cki_rec.data.dataset.file_digest", fail)
+    monkeypatch.setattr("cki_rec.data.stored.file_digest", fail)
     assert len(EncodedDataset(folder)) == 20
     with pytest.raises(ZeroDivisionError):
         EncodedDataset(folder, "full")
@@ -129,7 +129,7 @@ def test_parts_are_made_when_asked_for_and_kept(folder, monkeypatch):
     assert {path.name for path in made.iterdir()} == names
     assert not list(folder.glob("*.tmp-*"))
     assert dataset.parts(BY_USER) is parts
-    monkeypatch.setattr(EncodedDataset, "_write_parts", None)
+    monkeypatch.setattr("cki_rec.data.dataset.write_parts", None)
     again = EncodedDataset(folder).parts(BY_USER)
     assert np.array_equal(again.part, parts.part)
 
@@ -151,7 +151,7 @@ def test_partitions_do_not_share_a_folder(folder):
     assert np.array_equal(same[0], same[1])
 
 
-@pytest.mark.parametrize("fails", ["numpy.save", "cki_rec.data.dataset.sort_rows",
+@pytest.mark.parametrize("fails", ["numpy.save", "cki_rec.data.parts.sort_rows",
                                    "pathlib.Path.rename"])  # fmt: skip
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"),
                                    KeyboardInterrupt()])  # fmt: skip
@@ -241,14 +241,14 @@ def test_parts_of_a_deleted_folder_are_made_again(folder):
 CHILD = """
 import pathlib, sys, time
 from cki_rec.config import Partition
-from cki_rec.data.dataset import EncodedDataset
+from cki_rec.data import dataset as module
 folder, ready, go = map(pathlib.Path, sys.argv[1:])
-dataset, write = EncodedDataset(folder), EncodedDataset._write_parts
+dataset, write = module.EncodedDataset(folder), module.write_parts
 def slow_write(*args):
     print("wrote", end=" ")
     time.sleep(0.3)
     write(*args)
-EncodedDataset._write_parts = slow_write
+module.write_parts = slow_write
 ready.touch()
 while not go.exists():
     time.sleep(0.001)

@@ -161,7 +161,7 @@ def test_hashed_field(encode_csv):
     assert dataset.column("x").tolist() == want
     assert dataset.schema.table_sizes == {"x": 52}
     assert not list(dataset.folder.glob("vocabulary.*"))
-    with pytest.raises(UserError, match="table x are hashes"):
+    with pytest.raises(UserError, match="table x has no tokens, its ids are hashes"):
         dataset.vocabulary("x")
     counts = dataset.row_counts(dataset.schema)["x"]
     assert (

@@ -1,20 +1,20 @@
-"""Rows in the common form -> splits, vocabularies, columns of ids on disk.
+"""Rows in the common form -> splits, vocabularies and columns of ids on disk.
 
-Text is read once, into codes (``provisional``); what follows are passes over integers, block by
-block, so memory holds the vocabularies and a block, however many rows there are. The result is a
-function of rows and options: no chunk, thread or machine changes a byte of it.
+Text is read once, into codes (``staging``). All later passes read integers, block by block, so
+memory holds the vocabularies and one block, whatever the number of rows. The result depends on
+rows and options alone, not on chunks, threads or machines.
 
-Whatever an encoded row says about other rows (which tokens exist and how their ids are ordered,
-what the user liked before) is learnt from training rows only.
+Facts about other rows that enter an encoded row are learned from training rows only: the tokens,
+the order of their ids, and the items that a user liked before.
 
-Shape legend: N rows, M ids of a field with several ids a row, C columns of ids.
+Shape legend: N rows, C columns of ids.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,16 +23,16 @@ import numpy as np
 import polars as pl
 
 from cki_rec.config import Data, UserError
-from cki_rec.data.columns import RAGGED, ColumnFile, Ids, Ints, add_counts, blocks
+from cki_rec.data.columns import ColumnFile, Ints, add_counts, blocks
 from cki_rec.data.encoding.fields import Field
 from cki_rec.data.encoding.history import write_history
+from cki_rec.data.encoding.lookup import look_up, multi_blocks
 from cki_rec.data.encoding.numbers import bucket_codes, key_values, quantile_edges, standardize
 from cki_rec.data.encoding.split import (
     SPLITS,
     check_sizes,
     codes_by_key,
     draw_validation,
-    share,
     split_codes,
 )
 from cki_rec.data.encoding.staging import ITEM, USER, Staging, plan_columns
@@ -43,23 +43,24 @@ from cki_rec.data.encoding.vocabulary import (
     write_listed_vocabulary,
 )
 from cki_rec.data.raw.reading import draws_validation
-from cki_rec.data.schema import OOV_ID, Feature, FeatureSchema
+from cki_rec.data.schema import Feature, FeatureSchema
 
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """What an encoding found; the columns are files of its folder."""
+    """Result of an encoding; its columns are files of the folder."""
 
     schema: FeatureSchema
     ids: list[str]
     """Names of the columns of ``ids.npy``."""
     numbers: dict[str, list[float]]
-    """Numeric field -> what was subtracted, and then divided by."""
+    """Numeric field -> shift and scale: a number x became (x - shift) / scale."""
     edges: dict[str, list[float]]
     """Field of quantile buckets -> largest value of each bucket but the last."""
     splits: dict[str, dict[str, float]]
+    """Split -> rows and positive rate."""
     unseen_share: dict[str, dict[str, float | None]]
-    """Field -> split -> share of unseen ids; None: no ids."""
+    """Field -> split -> share of ids that are ``OOV_ID``; None: there are no ids."""
 
 
 def encode(
@@ -74,28 +75,29 @@ def encode(
     rows_per_step: int = 1,
     listed: Mapping[str, pl.Series] | None = None,
 ) -> Encoded:
-    """Write the data set that ``data`` asks for into ``folder``.
+    """Encode rows into the columns of a data set.
 
-    Vocabularies hold the tokens of at least ``min_count`` training rows, by (-count, token); all
-    other tokens share ``OOV_ID``. A missing value is the token ``""``. Where a history that a
-    raw column lists shares a table, a token stays if the history, with repetitions and before it
-    is cut to ``max_length``, or the other fields hold it ``min_count`` times, as in FuxiCTR.
+    A vocabulary holds the tokens of at least ``min_count`` training rows, ordered by (-count,
+    token). All other tokens share ``OOV_ID``. A missing value is the token ``""``. If a listed
+    history shares the table, its occurrences and those of the other fields are counted apart. A
+    token then enters the vocabulary if one of the two counts reaches ``min_count``, as in FuxiCTR.
+    Occurrences in a history include repetitions and ids beyond ``max_length``.
 
-    Any other history holds, by time, the latest ``data.history_length`` items that the user liked
-    (label 1) in TRAINING rows with a strictly smaller timestamp. No label of a validation or test
-    row enters any input.
+    A history of liked items holds, by time, the latest ``data.history_length`` items that the user
+    liked (label 1) in TRAINING rows with a strictly smaller timestamp. So no label of a validation
+    or test row enters any input.
 
     Args:
         chunks: Rows in the common form of ``cki_rec.data.raw.reading``.
-        fields: What to encode.
-        data: Split, history and options of numbers.
-        folder: Empty; holds ``.npy`` columns and ``vocabulary.<table>.txt`` afterwards.
-        user: Column that names the user of a row.
-        item: Column that names the item of a row.
-        is_chronological: Whether rows without times stand in the order of time.
-        rows_per_step: Rows of one user that stand together for one step in time.
-        listed: Table -> its tokens in the order of ids, all other tokens share ``OOV_ID``;
-            None: vocabularies are learnt, as above.
+        fields: The fields to encode.
+        data: Options of split, histories and numbers.
+        folder: An empty folder; receives ``.npy`` columns and ``vocabulary.<table>.txt``.
+        user: Column of users.
+        item: Column of items.
+        is_chronological: Whether rows without times are in chronological order.
+        rows_per_step: Consecutive rows of one user that form one step in time.
+        listed: Table -> its tokens in the order of ids; other tokens get ``OOV_ID``. None: the
+            vocabularies are learned.
 
     Raises:
         UserError: An option is impossible for these rows.
@@ -111,10 +113,10 @@ def encode(
         splits = _split(columns, data, is_chronological, rows_per_step)
         edges = _bucket_quantiles(columns)
         if listed is None:
-            vocabularies = _vocabularies(columns, *_count_training_rows(columns))
+            vocabularies = _learned_vocabularies(columns, *_count_training_rows(columns))
         else:
-            vocabularies = _given_vocabularies(columns, listed)
-        unseen = _look_up(columns, vocabularies)
+            vocabularies = _listed_vocabularies(columns, listed)
+        unseen = look_up(columns, vocabularies)
         numbers = _standardize(columns)
         schema = _schema(fields, vocabularies, {**numbers, **edges})
         earlier = {field.name for field in fields if field.rows == "earlier"}
@@ -127,7 +129,7 @@ def encode(
 
 
 def _finish_entities(columns: Staging) -> None:
-    """Turn codes of users and items into indices by the order of tokens, whatever the codes."""
+    """Replace codes of users and items by indices in the order of their tokens."""
     for name, target in ((USER, "group"), (ITEM, "item_index")):
         if name not in columns.dictionaries:
             continue
@@ -155,7 +157,7 @@ def _split(
         if split.by == "time" and "timestamp" not in files and not is_chronological:
             raise UserError(
                 "data.split.by=time: these rows have no times; name their column in data.time, or "
-                "choose random"
+                "set it to random"
             )
         codes = split_codes(
             split,
@@ -170,7 +172,8 @@ def _split(
             files["split"].append(block)
     elif "split" not in files:
         raise UserError(
-            f"data.split.by=files: {data.raw} does not come divided; choose random or time"
+            f"data.split.by=files: the files of {data.raw} define no split; set it to random or "
+            "time"
         )
     elif draws_validation(split):
         draw_validation(split, files["split"])
@@ -182,13 +185,13 @@ def _split(
     check_sizes(split, sizes.tolist())
     if clicks[0] in (0, sizes[0]):
         label = int(clicks[0] > 0)
-        mend = "a model cannot learn from one class"
         if data.format == "movielens":
-            mend = "choose a threshold inside the range of ratings"
             where = f"data.label_threshold={data.label_threshold}"
+            fix = "choose a threshold inside the range of ratings"
         else:
             where = f"{data.raw}"
-        raise UserError(f"{where}: all training rows have label {label}; {mend}")
+            fix = "a model cannot learn from one class, set data.label or another data.split"
+        raise UserError(f"{where}: all training rows have label {label}; {fix}")
     return {
         name: {"rows": int(rows), "positive_rate": int(positive) / int(rows)}
         for name, rows, positive in zip(SPLITS, sizes, clicks, strict=True)
@@ -196,8 +199,9 @@ def _split(
 
 
 def _bucket_quantiles(columns: Staging) -> dict[str, list[float]]:
-    """Replace numbers that become quantile buckets by the codes of their buckets; return edges."""
-    plan, files, found = columns.plan, columns.files, {}
+    """Replace the numbers of quantile fields by codes of buckets; return the edges."""
+    plan, files = columns.plan, columns.files
+    edges_of: dict[str, list[float]] = {}
     if not plan.quantiles:
         return {}
     keys, ids, split = files["quantiles"], files["ids"], files["split"]
@@ -208,20 +212,20 @@ def _bucket_quantiles(columns: Staging) -> dict[str, list[float]]:
             for start, stop in blocks(keys.rows)
         )
         edges = quantile_edges(known, plan.buckets, columns.folder)
-        found[column.name] = key_values(edges).tolist()
+        edges_of[column.name] = key_values(edges).tolist()
         for start, stop in blocks(keys.rows):
             block = ids.read(start, stop)
             block[:, position] = bucket_codes(keys.read(start, stop)[:, number], edges)
             ids.write(start, block)
     files.pop("quantiles").delete()
-    return found
+    return edges_of
 
 
 def _count_training_rows(columns: Staging) -> tuple[dict[str, Ints], dict[str, Ints]]:
-    """Return, per table, how often training rows hold each code, and the count that keeps it.
+    """Return counts of codes in training rows per table: total ones, and those for ``min_count``.
 
-    The first sums up the fields of a table. The second, for tables with a listed history, is the
-    largest of the counts of each such history and of all other fields together.
+    A total count sums over the fields of a table. The second dictionary has only tables with a
+    listed history. Its count is the largest among each such history and all other fields together.
     """
     plan, files = columns.plan, columns.files
     counts = {
@@ -239,51 +243,51 @@ def _count_training_rows(columns: Staging) -> tuple[dict[str, Ints], dict[str, I
         if column.hash_size is not None:
             continue
         total = counts[column.table]
-        own = np.zeros_like(total) if column.kind == "history" else total
-        for start, stop, values, lengths in _multi_blocks(columns, column):
+        count = np.zeros_like(total) if column.kind == "history" else total
+        for start, stop, values, lengths in multi_blocks(columns, column):
             is_train = np.repeat(files["split"].read(start, stop) == 0, lengths)
-            add_counts(own, values[is_train])
+            add_counts(count, values[is_train])
         if column.kind == "history":
-            deciding[column.table] = np.maximum(deciding.get(column.table, total), own)
-            counts[column.table] = total + own
+            deciding[column.table] = np.maximum(deciding.get(column.table, total), count)
+            counts[column.table] = total + count
     return counts, deciding
 
 
-def _vocabularies(
+def _learned_vocabularies(
     columns: Staging, counts: dict[str, Ints], deciding: dict[str, Ints]
 ) -> dict[str, Vocabulary]:
-    """Write the vocabulary of every table; dictionaries are let go one by one."""
-    found: dict[str, Vocabulary] = {}
+    """Learn and write the vocabulary of every table; each dictionary is freed afterwards."""
+    vocabularies: dict[str, Vocabulary] = {}
     for column in [*columns.plan.ids, *columns.plan.multi]:
         table = column.table
-        if table in found:
+        if table in vocabularies:
             continue
         if column.hash_size is not None:
-            found[table] = hashed_vocabulary(column.hash_size)
+            vocabularies[table] = hashed_vocabulary(column.hash_size)
             continue
         tokens = columns.dictionaries.pop(table).tokens()
         path = columns.folder / f"vocabulary.{table}.txt"
         decide = deciding.pop(table, None)
-        found[table] = learn_vocabulary(
+        vocabularies[table] = learn_vocabulary(
             table, tokens, counts.pop(table), column.min_count, path, decide
         )
-    return found
+    return vocabularies
 
 
-def _given_vocabularies(
+def _listed_vocabularies(
     columns: Staging, listed: Mapping[str, pl.Series]
 ) -> dict[str, Vocabulary]:
-    """Write the vocabularies that are given; dictionaries are let go one by one."""
-    found: dict[str, Vocabulary] = {}
+    """Write the listed vocabulary of every table; each dictionary is freed afterwards."""
+    vocabularies: dict[str, Vocabulary] = {}
     for column in [*columns.plan.ids, *columns.plan.multi]:
         table = column.table
         if column.hash_size is not None:
-            found[table] = hashed_vocabulary(column.hash_size)
-        elif table not in found:
+            vocabularies[table] = hashed_vocabulary(column.hash_size)
+        elif table not in vocabularies:
             tokens = columns.dictionaries.pop(table).tokens()
             path = columns.folder / f"vocabulary.{table}.txt"
-            found[table] = write_listed_vocabulary(tokens, listed[table], path)
-    return found
+            vocabularies[table] = write_listed_vocabulary(tokens, listed[table], path)
+    return vocabularies
 
 
 def _schema(
@@ -291,7 +295,7 @@ def _schema(
     vocabularies: dict[str, Vocabulary],
     numbers: dict[str, list[float]],
 ) -> FeatureSchema:
-    """Return the schema; what was learnt about numbers is part of what their fields mean."""
+    """Return the schema; facts learned about numbers enter the hashes of their fields."""
     kinds = {"numeric": "categorical", "time": "categorical"}
     features = tuple(
         Feature(f.name, "", "numeric")
@@ -301,8 +305,8 @@ def _schema(
     )
     tables = dict.fromkeys(f.table for f in features if f.kind != "numeric")
     hashes = {table: vocabularies[table].hash for table in tables}
-    for name, learnt in numbers.items():
-        text = json.dumps([hashes.get(name), learnt])
+    for name, facts in numbers.items():
+        text = json.dumps([hashes.get(name), facts])
         hashes[name] = hashlib.sha256(text.encode()).hexdigest()
     return FeatureSchema(
         features=features,
@@ -311,104 +315,8 @@ def _schema(
     )
 
 
-def _look_up(
-    columns: Staging, vocabularies: dict[str, Vocabulary]
-) -> dict[str, dict[str, float | None]]:
-    """Replace codes by ids; return the share of unseen ids per field in validation and test."""
-    plan, files = columns.plan, columns.files
-    totals = np.zeros(3, dtype=np.int64)
-    unseen = np.zeros((3, len(plan.ids)), dtype=np.int64)
-    for start, stop in blocks(columns.rows):
-        split = files["split"].read(start, stop)
-        totals += np.bincount(split, minlength=3)
-        if not plan.ids:
-            continue
-        block = files["ids"].read(start, stop)
-        for position, column in enumerate(plan.ids):
-            if column.hash_size is None:
-                id_of_code = vocabularies[column.table].id_of_code
-                block[:, position] = id_of_code[block[:, position]]
-        files["ids"].write(start, block)
-        for code in (1, 2):
-            unseen[code] += (block[split == code] == OOV_ID).sum(0)
-    shares: dict[str, dict[str, float | None]] = {
-        column.name: {
-            name: share(unseen[code, position], totals[code])
-            for code, name in enumerate(SPLITS)
-            if code
-        }
-        for position, column in enumerate(plan.ids)
-    }
-    for column in plan.multi:
-        shares[column.name] = _look_up_multi(columns, column, vocabularies[column.table])
-    return shares
-
-
-def _look_up_multi(
-    columns: Staging, column: Field, vocabulary: Vocabulary
-) -> dict[str, float | None]:
-    """Replace codes by ids, return the unseen shares.
-
-    The unseen tokens of a set become one id; a history is cut to its length.
-    """
-    name = f"multi.{column.name}"
-    unseen, totals = np.zeros(3, dtype=np.int64), np.zeros(3, dtype=np.int64)
-    types: dict[str, type[np.generic]] = dict(values=np.int32, starts=np.int64, lengths=np.int32)
-    pieces = {
-        piece: ColumnFile(columns.folder / f"field.{column.name}.{piece}.npy", types[piece])
-        for piece in RAGGED
-    }
-    for start, stop, codes, code_lengths in _multi_blocks(columns, column):
-        ids = codes if column.hash_size is not None else vocabulary.id_of_code[codes]
-        if column.kind == "multi":
-            values, lengths = _one_unseen_a_row(ids, code_lengths)
-        else:
-            values, lengths = _cut(ids, code_lengths, column.max_length, column.keep)
-        ends = pieces["values"].rows + np.cumsum(lengths, dtype=np.int64)
-        pieces["values"].append(values)
-        pieces["starts"].append(ends - lengths)
-        pieces["lengths"].append(lengths)
-        split = np.repeat(columns.files["split"].read(start, stop), lengths)
-        totals += np.bincount(split, minlength=3)
-        unseen += np.bincount(split[values == OOV_ID], minlength=3)
-    for piece in ("values", "lengths"):
-        columns.files.pop(f"{name}.{piece}").delete()
-    columns.files.update({f"field.{column.name}.{piece}": file for piece, file in pieces.items()})
-    return {n: share(unseen[code], totals[code]) for code, n in enumerate(SPLITS) if code}
-
-
-def _one_unseen_a_row(ids: Ids, lengths: Ids) -> tuple[Ids, Ids]:
-    """Return the rows with all but the first unseen id of each row dropped."""
-    row = np.repeat(np.arange(len(lengths)), lengths)
-    unseen = np.flatnonzero(ids == OOV_ID)
-    is_kept = np.ones(len(ids), dtype=np.bool_)
-    is_kept[unseen[1:][row[unseen[1:]] == row[unseen[:-1]]]] = False
-    return ids[is_kept], np.bincount(row[is_kept], minlength=len(lengths)).astype(np.int32)
-
-
-def _cut(ids: Ids, lengths: Ids, most: int | None, keep: str | None) -> tuple[Ids, Ids]:
-    """Return the rows with at most ``most`` ids each, the ``latest`` or the ``first``."""
-    if most is None:
-        return ids, lengths
-    ends = np.cumsum(lengths, dtype=np.int64)
-    limits = ends if keep == "latest" else ends - lengths
-    place = np.arange(len(ids)) - np.repeat(limits, lengths)
-    is_kept = place >= -most if keep == "latest" else place < most
-    return ids[is_kept], np.minimum(lengths, most)
-
-
-def _multi_blocks(columns: Staging, column: Field) -> Iterator[tuple[int, int, Ids, Ids]]:
-    """Yield start and stop of every block of rows, its codes and their number per row."""
-    name, position = f"multi.{column.name}", 0
-    for start, stop in blocks(columns.rows):
-        lengths = columns.files[f"{name}.lengths"].read(start, stop)
-        end = position + int(lengths.sum(dtype=np.int64))
-        yield start, stop, columns.files[f"{name}.values"].read(position, end), lengths
-        position = end
-
-
 def _standardize(columns: Staging) -> dict[str, list[float]]:
-    """Standardize numbers; return what was subtracted from and divided by, per field."""
+    """Standardize numbers in place; return shift and scale per field."""
     fields = columns.plan.numbers
     if not fields:
         return {}

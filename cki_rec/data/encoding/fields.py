@@ -1,4 +1,4 @@
-"""The fields of a data set: what ``data.fields`` and the format say, made explicit."""
+"""Fields of a data set: ``data.fields`` with all defaults filled in, and checked."""
 
 from __future__ import annotations
 
@@ -16,63 +16,64 @@ from cki_rec.data.schema import FIRST_ID
 KINDS = ("categorical", "numeric", "multi", "history", "time")
 TRANSFORMS = CHOICES["data.numeric"]
 FLOATS = ("log1p", "as_is")
-"""Transforms of numbers to numbers; the others make categories."""
+"""Transforms with numbers as results; all others make categories."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Field:
-    """One field, as it is encoded."""
+    """One field and the options of its encoding."""
 
     name: str
     kind: str
-    """``categorical``, ``numeric``, ``multi`` (a set of ids), ``history`` (ids by time: items that
-    the user liked before, or what a raw column lists) or ``time`` (of ``raw.TIME_FIELDS``)."""
+    """``categorical``, ``numeric``, ``multi`` (a set of ids), ``time`` (an entry of
+    ``raw.TIME_FIELDS``) or ``history`` (ids by time: liked items, or the list in a raw column)."""
     column: str
-    """Raw column; of a history of liked items the field whose ids it holds."""
+    """Raw column; for a history of liked items, the field whose ids it holds."""
     table: str
-    """Fields with the same table share vocabulary and embeddings."""
+    """Table of embeddings; fields with equal tables share vocabulary and embeddings."""
     transform: str | None
-    """Of numeric fields: one of ``TRANSFORMS``."""
+    """Entry of ``TRANSFORMS``, for numeric fields only."""
     min_count: int
+    """Fewest training rows with a token in the vocabulary."""
     hash_size: int | None
-    """Ids are a hash of the token modulo this; no vocabulary is kept. None: a vocabulary."""
+    """Size of a table whose ids are hashes of tokens; None: ids come from a vocabulary."""
     separator: str | None
-    """Between the tokens of a multi field, or of a history that a raw column lists; None: the
-    history is what the user liked before."""
+    """Separator of the tokens of a multi field or a listed history; None: a history of liked
+    items."""
     max_length: int | None
-    """Most ids of a multi field, the first ones, or of a listed history; None: all."""
+    """Most ids of a multi field or a listed history; None: no limit."""
     prefix: int | None
-    """Tokens are the first so many characters of a category; None: all."""
+    """Length to which tokens of a category are cut; None: not cut."""
     edges: tuple[float, ...] | None
-    """Of the transform ``edges``: ascending; bucket ``i`` is above edge ``i`` and at most edge
-    ``i + 1``, anything outside is missing."""
+    """Ascending edges of the transform ``edges``: bucket ``i`` is above edge ``i`` and at most
+    edge ``i + 1``; numbers outside are missing."""
     keep: str | None = None
-    """Of a listed history longer than ``max_length``: its ``latest`` or its ``first`` ids."""
+    """Ids that a listed history keeps if it is too long: ``latest`` or ``first``."""
     rows: str | None = None
-    """Of a history of liked items: ``train`` (None says the same: training rows alone) or
-    ``earlier`` (all rows before this one in time, whatever their split)."""
+    """Rows that a history of liked items is made from: ``train`` (the same as None) or ``earlier``
+    (all rows before this one in time, whatever their split)."""
 
     @property
     def is_listed(self) -> bool:
-        """Return whether a raw column lists its ids."""
+        """Return whether a raw column lists the ids."""
         return self.separator is not None
 
     @property
     def is_number(self) -> bool:
-        """Return whether it is encoded as a number, not as ids."""
+        """Return whether the field is encoded as a number, not as ids."""
         return self.kind == "numeric" and self.transform in FLOATS
 
     @property
     def learns(self) -> bool:
-        """Return whether training rows say what its numbers become."""
+        """Return whether the transform is learned from training rows."""
         return self.kind == "numeric" and self.transform in ("log1p", "quantile")
 
 
 OPTIONS = tuple(f.name for f in fields(Field))
 _SHARED = ("table", "min_count", "hash_size", "prefix")
-"""What a history has of the field whose ids it holds."""
+"""Options that a history of liked items copies from the field whose ids it holds."""
 LARGEST_HASH = 2**31 - 1 - FIRST_ID
-"""Ids are int32."""
+"""Largest ``hash_size``, since ids are int32."""
 OWNERS = {
     "transform": ("numeric",),
     "edges": ("numeric",),
@@ -82,22 +83,22 @@ OWNERS = {
     "rows": ("history",),
     "prefix": ("categorical",),
 }
-"""Option -> the only kinds that have it."""
-KEPT = ("latest", "first")
+"""Option -> the kinds that accept it."""
+KEEP = ("latest", "first")
 ROWS = ("train", "earlier")
 CHRONOLOGICAL = ("time", "leave_last_out")
-"""Splits in which what is earlier is known when a row is scored."""
+"""Splits in which earlier rows are known when a row is scored."""
 
 
 def resolve_fields(data: Data, kinds: Mapping[str, str]) -> tuple[Field, ...]:
     """Return the fields of ``data``, in order.
 
     Args:
-        data: What the configuration says.
-        kinds: What the format gives, and of which kind it is.
+        data: Options of the data set.
+        kinds: Column or field of the format -> its default kind.
 
     Raises:
-        UserError: An unknown field or option, or a combination that makes no sense.
+        UserError: A field or option is unknown, or the combination is impossible.
     """
     for option in ("min_count", "history_length", "negatives"):
         if getattr(data, option) < 1:
@@ -106,36 +107,36 @@ def resolve_fields(data: Data, kinds: Mapping[str, str]) -> tuple[Field, ...]:
         raise UserError(f"data.on_bad_row={data.on_bad_row}: expected error or skip")
     names = [entry["name"] for entry in _entries(data)]
     if not names:
-        raise UserError("data.fields: empty, expected at least one field")
+        raise UserError("data.fields: empty; name at least one field")
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise UserError(f"data.fields: {', '.join(twice)} named twice; name each field once")
     unknown = [e["name"] for e in _entries(data) if e.get("column", e["name"]) not in kinds]
     if unknown:
         raise UserError(
-            f"data.fields: {data.raw} gives no {', '.join(unknown)}; "
-            f"{nearest(unknown[0], kinds)}it gives {', '.join(kinds)}"
+            f"data.fields: {data.raw} has no {', '.join(unknown)}; "
+            f"{nearest(unknown[0], kinds)}it has {', '.join(kinds)}"
         )
-    found = tuple(_field(entry, data, kinds) for entry in _entries(data))
-    if all(f.is_number for f in found):
-        raise UserError("data.fields: numbers only, expected at least one field with ids")
-    found = tuple(
-        _with_source(f, found, kinds) if f.kind == "history" and not f.is_listed else f
-        for f in found
+    resolved = tuple(_field(entry, data, kinds) for entry in _entries(data))
+    if all(f.is_number for f in resolved):
+        raise UserError("data.fields: all fields are numbers; add at least one field with ids")
+    resolved = tuple(
+        _with_source(f, resolved, kinds) if f.kind == "history" and not f.is_listed else f
+        for f in resolved
     )
-    _check_tables(found)
-    return found
+    _check_tables(resolved)
+    return resolved
 
 
-def fields_to_json(found: tuple[Field, ...]) -> list[dict[str, Any]]:
-    """Return a form that ``json.dumps`` takes; data sets without late options are as before."""
+def fields_to_json(resolved: tuple[Field, ...]) -> list[dict[str, Any]]:
+    """Return plain JSON values; newer options appear only if set, so old hashes stay the same."""
     late = ("keep", "rows")
-    entries = [asdict(field) for field in found]
+    entries = [asdict(field) for field in resolved]
     return [{k: v for k, v in e.items() if k not in late or v is not None} for e in entries]
 
 
 def _entries(data: Data) -> list[dict[str, Any]]:
-    """Return every entry of ``data.fields`` as a dictionary, its words checked."""
+    """Return every entry of ``data.fields`` as a dictionary, with checked keys and values."""
     entries = [{"name": e} if isinstance(e, str) else e for e in data.fields]
     for entry in entries:
         if not isinstance(entry, dict) or not isinstance(entry.get("name"), str):
@@ -144,7 +145,7 @@ def _entries(data: Data) -> list[dict[str, Any]]:
             where = f"data.fields, {entry['name']}: {key}"
             if key not in OPTIONS:
                 raise UserError(f"{where}: {nearest(key, OPTIONS)}one of {', '.join(OPTIONS)}")
-            choices = {"kind": KINDS, "transform": TRANSFORMS, "keep": KEPT, "rows": ROWS}.get(key)
+            choices = {"kind": KINDS, "transform": TRANSFORMS, "keep": KEEP, "rows": ROWS}.get(key)
             if choices and value not in choices:
                 hint = nearest(value, choices)
                 raise UserError(f"{where}={value}: {hint}one of {', '.join(choices)}")
@@ -161,17 +162,17 @@ def _entries(data: Data) -> list[dict[str, Any]]:
             elif key in ("name", "table"):
                 _check_name(where, value)
             elif key == "column" and value.startswith("@"):
-                raise UserError(f"{where}={value}: names that begin with @ are ours; rename it")
+                raise UserError(f"{where}={value}: names with @ in front are reserved; rename it")
     return entries
 
 
 def _check_name(where: str, name: str) -> None:
-    """Refuse names that cannot name a table of a model or a file."""
+    """Check that a name can be the name of a table of a model and of a file."""
     is_plain = re.fullmatch(r"\w[\w -]*", name) is not None and not name.endswith("_first_order")
     if not is_plain or hasattr(nn.ModuleDict, name) or name == "training":
         raise UserError(
-            f"{where}={name}: expected letters, digits, '_', '-' and spaces, and no word that "
-            f"torch has taken; name it otherwise: {{name: other, column: {name}}}"
+            f"{where}={name}: expected letters, digits, '_', '-' and spaces, and no name that "
+            f"torch reserves; choose another: {{name: other, column: {name}}}"
         )
 
 
@@ -179,47 +180,48 @@ def _field(entry: dict[str, Any], data: Data, kinds: Mapping[str, str]) -> Field
     name = entry["name"]
     kind = entry.get("kind", kinds[name if name in kinds else entry.get("column", name)])
     is_listed = kind == "history" and "separator" in entry
-    given = kinds[entry.get("column", name)] if kind != "history" or is_listed else kind
-    allowed = {"numeric": ("numeric",), "time": ("time",)}.get(given, KINDS[:4])
-    if kind != given and (kind not in allowed or (kind == "numeric" and data.format != "csv")):
+    column_kind = kinds[entry.get("column", name)] if kind != "history" or is_listed else kind
+    allowed = {"numeric": ("numeric",), "time": ("time",)}.get(column_kind, KINDS[:4])
+    is_typed = data.format != "csv"
+    if kind != column_kind and (kind not in allowed or (kind == "numeric" and is_typed)):
         raise UserError(
-            f"data.fields, {name}: kind={kind}: the column is {given}, expected "
-            f"{' or '.join(allowed if data.format == 'csv' else (given,))}"
+            f"data.fields, {name}: kind={kind}: the column is {column_kind}, expected "
+            f"{' or '.join((column_kind,) if is_typed else allowed)}"
         )
-    if is_listed and given == "history":
+    if is_listed and column_kind == "history":
         raise UserError(
-            f"data.fields, {name}: separator is of a column that lists ids, this history is what "
-            "the user liked before; leave it out"
+            f"data.fields, {name}: separator requires a column that lists ids, and this is a "
+            "history of liked items; remove separator"
         )
-    own = (data.item or "item") if kind == "history" and not is_listed else name
-    column = entry.get("column", own)
+    is_liked = kind == "history" and not is_listed
+    column = entry.get("column", (data.item or "item") if is_liked else name)
     transform = entry.get("transform", data.numeric) if kind == "numeric" else None
     for key, owners in OWNERS.items():
         if key in entry and kind not in owners:
             owner = " or ".join(owners)
-            raise UserError(f"data.fields, {name}: {key} is of kind {owner}, this is {kind}")
+            raise UserError(f"data.fields, {name}: {key} requires kind {owner} (got {kind})")
     for key in ("max_length", "keep"):
-        if key in entry and kind == "history" and not is_listed:
+        if key in entry and is_liked:
             raise UserError(
-                f"data.fields, {name}: {key} is of a history that a column lists: give its "
+                f"data.fields, {name}: {key} requires a history that a column lists; set its "
                 "separator, or set data.history_length"
             )
     if is_listed and "rows" in entry:
         raise UserError(
-            f"data.fields, {name}: rows is of a history of liked items, this one is listed"
+            f"data.fields, {name}: rows requires a history of liked items; remove separator"
         )
     if entry.get("rows") == "earlier" and data.split.by not in CHRONOLOGICAL:
         raise UserError(
-            f"data.fields, {name}: rows=earlier: with data.split.by={data.split.by} labels of test"
-            f" rows would be inputs; it goes with {' or '.join(CHRONOLOGICAL)}"
+            f"data.fields, {name}: rows=earlier: with data.split.by={data.split.by}, labels of"
+            f" test rows would be inputs; set data.split.by={' or '.join(CHRONOLOGICAL)}"
         )
     if (transform == "edges") != ("edges" in entry):
-        raise UserError(f"data.fields, {name}: edges and transform: edges go together")
+        raise UserError(f"data.fields, {name}: transform: edges and edges go together; set both")
     return Field(
         name=name,
         kind=kind,
         column=column,
-        table=entry.get("table", column if kind == "history" and not is_listed else name),
+        table=entry.get("table", column if is_liked else name),
         transform=transform,
         min_count=entry.get("min_count", data.min_count),
         hash_size=entry.get("hash_size"),
@@ -238,30 +240,30 @@ def _is_ascending(value: object) -> bool:
     return len(value) > 1 and all(a < b for a, b in pairwise(value))
 
 
-def _with_source(history: Field, found: tuple[Field, ...], kinds: Mapping[str, str]) -> Field:
-    """Return the history with table, minimum count and hashing of the field whose ids it holds."""
-    sources = [f for f in found if f.kind == "categorical" and f.column == history.column]
+def _with_source(history: Field, others: tuple[Field, ...], kinds: Mapping[str, str]) -> Field:
+    """Return the history with the ``_SHARED`` options of the field whose ids it holds."""
+    sources = [f for f in others if f.kind == "categorical" and f.column == history.column]
     if sources:
         source = sources[0]
         return replace(history, **{n: getattr(source, n) for n in _SHARED})
     if kinds.get(history.column) != "categorical":
         raise UserError(
-            f"data.fields, {history.name}: column={history.column}: expected a categorical field, "
-            f"this is {kinds.get(history.column, 'unknown')}"
+            f"data.fields, {history.name}: column={history.column}: expected a categorical field "
+            f"(got {kinds.get(history.column, 'unknown')})"
         )
     return history
 
 
-def _check_tables(found: tuple[Field, ...]) -> None:
-    """Check that fields which share a table agree on it, and that histories have a source."""
+def _check_tables(resolved: tuple[Field, ...]) -> None:
+    """Check that fields with equal tables have equal options of the table."""
     first: dict[str, Field] = {}
-    for field in found:
+    for field in resolved:
         if field.is_number or (field.kind == "history" and not field.is_listed):
             continue
         other = first.setdefault(field.table, field)
         facts = [(f.min_count, f.hash_size, f.transform == "quantile") for f in (field, other)]
         if facts[0] != facts[1]:
             raise UserError(
-                f"data.fields: {other.name} and {field.name} share table {field.table}, expected "
-                "the same min_count and hash_size, and quantiles or not"
+                f"data.fields: {other.name} and {field.name} share table {field.table}; give "
+                "both the same min_count and hash_size, and the transform quantile or not"
             )

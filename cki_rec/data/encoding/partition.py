@@ -1,4 +1,4 @@
-"""Which part of the data each row belongs to, when parents train on different rows.
+"""Assign rows to parts, so that sources train on different rows.
 
 Shape legend: N rows.
 """
@@ -17,7 +17,7 @@ from cki_rec.data.permutation import Permutation
 KINDS = ("user", "item", "time", "random", "none")
 MOST_PARTS = 2**16 - 1
 PARTITION_STREAM = 2
-"""Sets the order of this draw apart from others of the same seed."""
+"""Seed word of this permutation; other permutations of the same seed use other words."""
 
 
 def part_of_rows(
@@ -29,23 +29,24 @@ def part_of_rows(
     timestamp: Ints | None,
     is_chronological: bool = False,
 ) -> Iterator[Ints]:
-    """Yield the part, 0 .. parts - 1, of each row, block by block; a function of its arguments.
+    """Yield the part, 0 .. parts - 1, of each row, block by block.
 
-    ``user`` and ``item`` deal the entities, in an order drawn from the seed, into groups whose
+    ``user`` and ``item`` assign users or items, in an order drawn from the seed, to groups whose
     sizes differ by at most one. ``time`` cuts the rows, oldest first (ties by row order), into
-    consecutive windows of equal count; ``random`` cuts them in a drawn order. ``none``: all 0.
+    consecutive windows of equal size. ``random`` cuts them in an order drawn from the seed.
+    ``none`` assigns all rows to part 0.
 
     Args:
-        partition: How to divide.
+        partition: Options of the partition.
         num_rows: N.
         group: ``(N,)`` raw user index, 0 .. users - 1.
         item_index: ``(N,)`` raw item index, 0 .. items - 1.
         timestamp: ``(N,)`` seconds.
-        is_chronological: Whether rows without times stand in the order of time.
+        is_chronological: Whether rows without times are in chronological order.
 
     Raises:
-        UserError: An unknown kind, fewer than one part, more parts than entities, or no such
-            entities.
+        UserError: The kind is unknown, the rows have no such column, or the number of parts is
+            out of range.
     """
     by, parts = partition.by, partition.parts
     if by not in KINDS:
@@ -80,9 +81,13 @@ def part_of_rows(
         yield from (part[entities[start:stop]] for start, stop in blocks(num_rows))
 
 
-def _too_many(parts: int, what: str, found: int) -> UserError:
-    return UserError(f"data.partition.parts={parts}: more parts than {what} ({found}); lower it")
+def _too_many(parts: int, things: str, number: int) -> UserError:
+    return UserError(
+        f"data.partition.parts={parts}: more parts than {things} ({number}); lower it"
+    )
 
 
-def _without(by: str, what: str) -> UserError:
-    return UserError(f"data.partition.by={by}: these rows have no {what}; choose random or none")
+def _without(by: str, things: str) -> UserError:
+    return UserError(
+        f"data.partition.by={by}: these rows have no {things}; set it to random or none"
+    )

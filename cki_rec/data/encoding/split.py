@@ -1,4 +1,4 @@
-"""Which split each row belongs to; rows in windows of time; rows user by user. All streaming.
+"""Assign rows to splits and time windows, and read them user by user; all of it streams.
 
 Shape legend: N rows, W boundaries between windows.
 """
@@ -22,18 +22,18 @@ SPLITS = ("train", "valid", "test")
 """Names of split codes 0, 1, 2."""
 SPLIT_KINDS = ("random", "hash", "time", "leave_last_out", "files")
 SPLIT_STREAM = 1
-"""Sets the order of this draw apart from others of the same seed."""
+"""Seed word of this permutation; other permutations of the same seed use other words."""
 LARGEST_KEY = 2**31
-"""Of one token, before keys are mixed."""
+"""Largest key of one token, before keys are mixed."""
 _DIGIT_BITS = 8
 Keys = NDArray[np.uint64]
 
 
 def check_split(split: Split) -> None:
-    """Refuse options that no data set could satisfy, before anything is read.
+    """Check the options of a split without reading any data.
 
     Raises:
-        UserError: An unknown kind, or shares that are none.
+        UserError: The kind is unknown, or the fractions are not valid.
     """
     if split.by not in SPLIT_KINDS:
         raise UserError(f"data.split.by={split.by}: expected one of {', '.join(SPLIT_KINDS)}")
@@ -42,18 +42,17 @@ def check_split(split: Split) -> None:
     has_shares = split.by in ("random", "hash", "time") or draws_validation(split)
     if has_shares and not is_valid:
         raise UserError(
-            f"data.split.fractions={list(shares)}: expected shares of training, validation and "
-            "test rows, each 0 or more, with sum 1"
+            f"data.split.fractions={list(shares)}: expected the fractions of training, validation "
+            "and test rows, each 0 or more, with sum 1"
         )
 
 
 def draw_validation(split: Split, codes: ColumnFile) -> None:
-    """Make validation rows of a share of the training rows, unless files hold validation rows.
+    """Draw validation rows from the training rows, unless files define validation rows.
 
     Args:
-        split: Its first two ``fractions`` divide the training rows, in an order drawn from its
-            seed.
-        codes: ``(N,)`` position in ``SPLITS`` of each row; changed in place.
+        split: Its first two ``fractions`` are the shares; its seed determines the draw.
+        codes: ``(N,)`` split code of each row; changed in place.
     """
     sizes = np.zeros(3, dtype=np.int64)
     for start, stop in blocks(codes.rows):
@@ -80,29 +79,30 @@ def split_codes(
     rows_per_step: int = 1,
     scratch: Path,
 ) -> Iterator[NDArray[np.integer]]:
-    """Yield the position in ``SPLITS`` of each row, block by block.
+    """Yield the split code (position in ``SPLITS``) of each row, block by block.
 
-    ``random`` deals rows in an order drawn from the seed; ``time`` gives the oldest rows to
-    training and the newest to test, rows without times by their order. ``leave_last_out`` gives
-    each user's last step to test and the one before to validation; users with fewer than 3 steps
-    only train. Ties go by row order.
+    ``random`` cuts the rows in an order drawn from the seed. ``time`` assigns the oldest rows to
+    training and the newest to test; rows without times are in chronological order.
+    ``leave_last_out`` assigns the last step of each user to test and the one before to
+    validation; users with fewer than 3 steps are training users only. Ties are broken by row
+    order.
 
     Args:
-        split: How to divide; not ``files`` or ``hash``.
+        split: Options of the split; ``by`` is neither ``files`` nor ``hash``.
         num_rows: N.
         group: ``(N,)`` user index.
         timestamp: ``(N,)`` seconds.
-        rows_per_step: Rows of a user that stand together for one step.
-        scratch: A folder for temporary files.
+        rows_per_step: Consecutive rows of one user that form one step.
+        scratch: Folder for temporary files.
 
     Raises:
-        UserError: The rows have no users, and ``leave_last_out`` needs them.
+        UserError: ``leave_last_out`` is requested and the rows have no users or no times.
     """
     if split.by == "leave_last_out":
         if group is None or timestamp is None:
             raise UserError(
-                "data.split.by=leave_last_out: these rows have no users or no times; choose "
-                "random, or name data.user and data.time"
+                "data.split.by=leave_last_out: these rows have no users or no times; set it to "
+                "random, or set data.user and data.time"
             )
         path = scratch / "split.tmp"
         code = allocate(path, np.uint8, num_rows)
@@ -129,7 +129,7 @@ def split_codes(
 
 
 def row_keys(frame: pl.DataFrame, columns: Sequence[str]) -> Keys:
-    """Return ``(rows,)`` a hash of the tokens of some columns, and of the time if there is one."""
+    """Return ``(rows,)`` hashes of the tokens of ``columns`` and of the time, if there is one."""
     key = np.zeros(len(frame), dtype=np.uint64)
     for column in columns:
         tokens = hash_tokens(frame[column].cast(pl.String).fill_null(""), LARGEST_KEY)
@@ -138,11 +138,11 @@ def row_keys(frame: pl.DataFrame, columns: Sequence[str]) -> Keys:
 
 
 def codes_by_key(split: Split, keys: ColumnFile) -> Iterator[NDArray[np.integer]]:
-    """Yield the position in ``SPLITS`` of each row by its key: no other row has a say in it.
+    """Yield the split code of each row from its key alone, block by block.
 
     Args:
-        split: Its shares, which are met roughly, and seed.
-        keys: ``(N,)`` of ``row_keys``.
+        split: Its fractions, which are met approximately, and its seed.
+        keys: ``(N,)`` results of ``row_keys``.
     """
     seed = _mixed(np.array([split.seed + 1], dtype=np.uint64))
     boundaries = np.cumsum(split.fractions[:2])
@@ -152,7 +152,7 @@ def codes_by_key(split: Split, keys: ColumnFile) -> Iterator[NDArray[np.integer]
 
 
 def _mixed(values: Keys) -> Keys:
-    """Return a bijection of 64 bits that leaves no pattern.
+    """Return splitmix64, a pseudo-random bijection of 64 bits.
 
     Reference:
         Steele, Lea and Flood, Fast Splittable Pseudorandom Number Generators, OOPSLA 2014.
@@ -167,27 +167,27 @@ def check_sizes(split: Split, sizes: Sequence[int]) -> None:
     """Check that no split is empty.
 
     Raises:
-        UserError: One is.
+        UserError: A split is empty.
     """
-    mend = {
-        "leave_last_out": "it takes users with 3 rows or more; choose another data.split.by",
-        "files": "its file holds none",
+    fix = {
+        "leave_last_out": "it requires users with 3 rows or more; choose another data.split.by",
+        "files": "its file has no rows; choose another data.split.by",
     }.get(split.by, f"raise its share in data.split.fractions={list(split.fractions)}")
     for name, count in zip(SPLITS, sizes, strict=True):
         if count == 0:
-            raise UserError(f"data.split.by={split.by}: no {name} row of {sum(sizes)}; {mend}")
+            raise UserError(f"data.split.by={split.by}: no {name} row of {sum(sizes)}; {fix}")
 
 
 def windows(timestamp: Ints | None, num_rows: int, ends: Sequence[int]) -> Iterator[Ints]:
-    """Yield the window of time of each row, block by block.
+    """Yield the time window of each row, block by block.
 
     Args:
-        timestamp: ``(N,)``; None: rows stand in the order of time.
+        timestamp: ``(N,)``; None: rows are in chronological order.
         num_rows: N.
-        ends: ``(W,)`` ascending numbers of rows, oldest first, that lie before each boundary.
+        ends: ``(W,)`` ascending numbers of rows before each boundary, oldest first.
 
     Yields:
-        ``0 .. W``; ties go by row order.
+        Windows ``0 .. W``; ties are broken by row order.
     """
     if timestamp is None or not len(ends):
         for start, stop in blocks(num_rows):
@@ -211,9 +211,10 @@ def windows(timestamp: Ints | None, num_rows: int, ends: Sequence[int]) -> Itera
 
 
 def order_statistics(values: Ints, ranks: Sequence[int]) -> Ints:
-    """Return the values at some ranks (0: the smallest), in memory that no count of rows bounds.
+    """Return the values at some ranks (0: the smallest), in memory independent of N.
 
-    A radix selection, most significant digits first: one pass over ``values`` per digit.
+    It is a radix selection, most significant digits first, with one pass over ``values`` per
+    digit.
 
     Args:
         values: ``(N,)`` int64, may be memory-mapped.
@@ -243,59 +244,59 @@ def order_statistics(values: Ints, ranks: Sequence[int]) -> Ints:
             chosen = int(np.searchsorted(ends, left[number], side="right"))
             left[number] -= ends[chosen - 1] if chosen else 0
             prefix[number] = (prefix[number] << np.uint64(_DIGIT_BITS)) | np.uint64(chosen)
-    found: Ints = (prefix ^ np.uint64(1 << 63)).astype(np.int64)
-    return found
+    selected: Ints = (prefix ^ np.uint64(1 << 63)).astype(np.int64)
+    return selected
 
 
 def sort_rows(keys: Iterable[NDArray[np.integer]], path: Path, num_rows: int) -> Ints:
-    """Write row numbers by (key, row order) to ``path``; return the rows of each key.
+    """Write row numbers by (key, row order) to ``path``; return the number of rows per key.
 
-    A counting sort on disk: memory holds a count per key and one block.
+    It is a counting sort on disk: memory holds one count per key and one block.
 
     Args:
-        keys: Small integers of all rows, block by block; read twice.
-        path: A ``.npy`` file of 8 bytes a row.
+        keys: Small integers of all rows, block by block; iterated twice.
+        path: A new ``.npy`` file of 8 bytes per row.
         num_rows: N.
     """
     sizes = np.zeros(0, dtype=np.int64)
     for block in keys:
-        found = np.bincount(block, minlength=len(sizes))
-        found[: len(sizes)] += sizes
-        sizes = found
+        counts = np.bincount(block, minlength=len(sizes))
+        counts[: len(sizes)] += sizes
+        sizes = counts
     cursor = np.cumsum(sizes) - sizes
     order = allocate(path, np.int64, num_rows)
     start = 0
     for block in keys:
         by_key = np.argsort(block, kind="stable")
-        found, firsts, counts = np.unique(block[by_key], return_index=True, return_counts=True)
+        values, firsts, counts = np.unique(block[by_key], return_index=True, return_counts=True)
         within = np.arange(len(block)) - np.repeat(firsts, counts)
-        order[np.repeat(cursor[found], counts) + within] = start + by_key
-        cursor[found] += counts
+        order[np.repeat(cursor[values], counts) + within] = start + by_key
+        cursor[values] += counts
         start += len(block)
     return sizes
 
 
 class Blocks:
-    """The blocks of an array, as often as they are asked for."""
+    """The blocks of an array, which can be iterated repeatedly."""
 
     def __init__(self, array: NDArray[np.integer]) -> None:
         self._array = array
 
     def __iter__(self) -> Iterator[NDArray[np.integer]]:
-        """Yield them in order."""
+        """Yield the blocks in order."""
         return (self._array[start:stop] for start, stop in blocks(len(self._array)))
 
 
 def rows_by_user(
     group: Ids, timestamp: Ints, scratch: Path, most_rows: int = 1 << 20
 ) -> Iterator[Ints]:
-    """Yield row numbers by (user, time, row order): whole users, about ``most_rows`` at a time.
+    """Yield row numbers by (user, time, row order): all rows of some users at a time.
 
     Args:
         group: ``(N,)`` user index, 0 .. users - 1.
         timestamp: ``(N,)``.
-        scratch: A folder for a temporary file of 8 bytes a row.
-        most_rows: Bound, unless one user has more.
+        scratch: Folder for a temporary file of 8 bytes per row.
+        most_rows: Most rows at a time, unless one user has more.
     """
     path = scratch / "rows_by_user.tmp"
     sizes = sort_rows(Blocks(group), path, len(group))
@@ -313,5 +314,5 @@ def rows_by_user(
 
 
 def share(part: int, whole: int) -> float | None:
-    """Return ``part / whole``; None where there is no whole."""
+    """Return ``part / whole``; None if ``whole`` is 0."""
     return int(part) / int(whole) if whole else None

@@ -1,4 +1,4 @@
-"""Mixing weights from counts: who has seen a table row in training, and how often.
+"""Mixing weights from evidence: how often each source has seen a table row in training.
 
 Shape legend: K sources, V rows of a table.
 """
@@ -12,12 +12,14 @@ from torch import Tensor
 
 from cki_rec.merging.params import (
     BLOCK,
+    MergeError,
     MixingWeights,
     Params,
     check_same,
     compute_dtype,
     equal_weights,
 )
+from cki_rec.merging.registry import method
 
 
 def row_weights(
@@ -33,14 +35,14 @@ def row_weights(
     Args:
         counts_KV: Counts of any dtype, or another measure of evidence such as the row-wise
             Adagrad state. They are read ``BLOCK`` rows at a time.
-        dtype: Of the result; the division is done in float64.
+        dtype: Type of the result; the division is done in float64.
 
     Returns:
         ``(K, V)``. A row seen by one source only has exactly 1 there and 0 elsewhere; a
         row nobody saw has 1/K everywhere.
 
     Raises:
-        ValueError: A count is negative, NaN or infinite.
+        MergeError: A count is negative, NaN or infinite.
 
     Reference:
         RegMean (Jin et al., ICLR 2023), Eq. 2, for one-hot inputs.
@@ -54,7 +56,7 @@ def row_weights(
         rows = slice(start, start + BLOCK)
         counts = torch.stack([count[rows].to(torch.float64) for count in counts_KV])
         if not bool((torch.isfinite(counts) & (counts >= 0)).all()):
-            raise ValueError("counts must be finite and not negative")
+            raise MergeError("counts must be finite and not negative")
         total = counts.sum(dim=0)
         known = total > 0
         shares[:, rows] = torch.where(
@@ -67,33 +69,39 @@ def evidence_shares(models: Sequence[Params], counts: Sequence[Params]) -> Mixin
     """Return ``(K, V, 1)`` row weights of the tables named in ``counts``, and of no others.
 
     Raises:
-        ValueError: Counts name an unknown parameter, or do not fit its rows or the sources.
+        MergeError: Counts name an unknown parameter, or do not fit its rows or the sources.
     """
     check_same(models)
     if len(counts) != len(models):
-        raise ValueError(f"counts of {len(counts)} sources for {len(models)} models")
+        raise MergeError(f"counts of {len(counts)} sources for {len(models)} models")
     shares = {}
     for name in dict.fromkeys(name for source in counts for name in source):
         if name not in models[0]:
-            raise ValueError(f"{name}: has counts but is no parameter")
+            raise MergeError(f"{name}: has counts but is no parameter")
         table = models[0][name]
         for k, source in enumerate(counts):
             if name not in source:
-                raise ValueError(f"{name}: source {k} has no counts")
+                raise MergeError(f"{name}: source {k} has no counts")
             if table.ndim == 0 or source[name].shape != table.shape[:1]:
                 found, rows = tuple(source[name].shape), tuple(table.shape)
-                raise ValueError(f"{name}: counts {found} of source {k} do not fit {rows}")
+                raise MergeError(f"{name}: counts {found} of source {k} do not fit {rows}")
         try:
             share = row_weights([source[name] for source in counts], compute_dtype(table))
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}") from None
+        except MergeError as error:
+            raise MergeError(f"{name}: {error}") from None
         share = share.to(table.device)
         shares[name] = share.reshape(*share.shape, *[1] * (table.ndim - 1))
     return shares
 
 
-def evidence_weights(models: Sequence[Params], counts: Sequence[Params]) -> MixingWeights:
-    """Weigh table rows by their counts and all other parameters equally.
+@method(
+    needs=("counts",),
+    row_wise=True,
+    averages_dense=True,
+    reference="RegMean (Jin et al., ICLR 2023) for one-hot inputs",
+)
+def evidence(models: Sequence[Params], counts: Sequence[Params]) -> MixingWeights:
+    """Weigh table rows by how often each source saw them, and average the rest.
 
     Args:
         models: One per source.
@@ -103,7 +111,7 @@ def evidence_weights(models: Sequence[Params], counts: Sequence[Params]) -> Mixi
         ``(K, V, 1)`` for tables, ``(K, 1, ..., 1)`` of 1/K for the rest.
 
     Raises:
-        ValueError: As ``evidence_shares``.
+        MergeError: As ``evidence_shares``.
 
     Reference:
         ``row_weights``.

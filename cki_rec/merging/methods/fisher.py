@@ -1,4 +1,4 @@
-"""Mixing weights from how much each entry of each source matters to its own outputs.
+"""Mixing weights from Fisher information: how much a source's outputs depend on each entry.
 
 Shapes: weights are ``(K, *shape)`` per parameter.
 """
@@ -10,20 +10,34 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from cki_rec.merging.params import MixingWeights, Params, check_same, compute_dtype, equal_weights
+from cki_rec.merging.params import (
+    MergeError,
+    MixingWeights,
+    Params,
+    check_same,
+    compute_dtype,
+    equal_weights,
+)
+from cki_rec.merging.registry import method
 
 
-def fisher_weights(
+@method(
+    needs=("fisher",),
+    reference="Fisher merging (Matena and Raffel, NeurIPS 2022)",
+    cost="gradients of each sampled row",
+)
+def fisher(
     models: Sequence[Params],
     fisher: Sequence[Params],
     floor: float = 1e-6,
     normalize: bool = True,
 ) -> MixingWeights:
-    r"""Weigh entries by the diagonal of the Fisher information.
+    r"""Weigh entries by how much the scores of each source depend on them.
 
     .. math:: \alpha_k = F_k \big/ \textstyle\sum_j F_j
 
-    What no source has an F of is averaged: buffers, such as statistics of norms.
+    F is the diagonal of the Fisher information. Parameters without an F are averaged: buffers,
+    such as statistics of norms.
 
     Args:
         models: One per source; a subset of the names of ``fisher`` will do.
@@ -33,7 +47,7 @@ def fisher_weights(
             larger say for being less sure of itself.
 
     Raises:
-        ValueError: Models differ; an F is missing, does not fit, or has entries that are negative,
+        MergeError: Models differ; an F is missing, does not fit, or has entries that are negative,
             NaN or infinite; names the tensor.
 
     Reference:
@@ -45,13 +59,13 @@ def fisher_weights(
     """
     check_same(models)
     if floor < 0:
-        raise ValueError(f"floor={floor}: must not be negative")
+        raise MergeError(f"floor={floor}: must not be negative")
     if len(fisher) != len(models):
-        raise ValueError(f"Fisher information of {len(fisher)} sources for {len(models)} models")
+        raise MergeError(f"Fisher information of {len(fisher)} sources for {len(models)} models")
     for k, source in enumerate(fisher):
         for name, value in source.items():
             if not bool((value.isfinite() & (value >= 0)).all()):
-                raise ValueError(f"{name}: the F of source {k} must be finite and not negative")
+                raise MergeError(f"{name}: the F of source {k} must be finite and not negative")
     scales = [1 / _norm(source) if normalize else 1.0 for source in fisher]
     weights = {}
     for name, tensor in models[0].items():
@@ -61,7 +75,7 @@ def fisher_weights(
         for k, source in enumerate(fisher):
             if name not in source or source[name].shape != tensor.shape:
                 found = tuple(source[name].shape) if name in source else "none"
-                raise ValueError(f"{name}: F of source {k} is {found}, not {tuple(tensor.shape)}")
+                raise MergeError(f"{name}: F of source {k} is {found}, not {tuple(tensor.shape)}")
         each = [
             (source[name].double() * scale).clamp_min(floor)
             for source, scale in zip(fisher, scales, strict=True)

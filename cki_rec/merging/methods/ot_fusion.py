@@ -11,20 +11,25 @@ import torch
 from torch import Tensor
 
 from cki_rec.merging.hidden_units import Layer, copied, hidden_layers, map_units
-from cki_rec.merging.methods.average import average_weights
+from cki_rec.merging.methods.average import average
 from cki_rec.merging.mixing import mix
-from cki_rec.merging.params import Params, check_finite, check_same, compute_dtype
-from cki_rec.merging.projection import units_of
-from cki_rec.merging.symmetry import Symmetry
+from cki_rec.merging.params import MergeError, Params, check_finite, check_same, compute_dtype
+from cki_rec.merging.registry import method
+from cki_rec.merging.symmetry import Symmetry, units_of
 
 
+@method(
+    is_ordered=True,
+    reference="OTFusion (Singh and Jaggi, NeurIPS 2020)",
+    cost="a transport plan a layer",
+)
 def ot_fusion(
     models: Sequence[Params],
     symmetries: Sequence[Symmetry],
     temperature: float = 0.01,
     iterations: int = 500,
 ) -> Params:
-    r"""Average models whose hidden units are moved, layer by layer, onto those of the first.
+    r"""Move hidden units softly onto those of the first source by optimal transport, then average.
 
     .. math:: \hat W_l = n_l T_l^T W_l\, (n_{l-1} T_{l-1})
 
@@ -40,7 +45,7 @@ def ot_fusion(
         iterations: Most steps to a plan.
 
     Raises:
-        ValueError: Models differ, a source has NaN or infinite entries, or an option is not
+        MergeError: Models differ, a source has NaN or infinite entries, or an option is not
             positive.
 
     Reference:
@@ -53,7 +58,7 @@ def ot_fusion(
     check_same(models)
     check_finite(models)
     if temperature <= 0 or iterations < 1:
-        raise ValueError(
+        raise MergeError(
             f"temperature={temperature}, iterations={iterations}: must be positive, at least 1"
         )
     layers = hidden_layers(models[0], symmetries)
@@ -97,7 +102,7 @@ def sinkhorn(cost_SS: Tensor, temperature: float, iterations: int = 500) -> Tens
 
 def averaged(moved: Sequence[Params], like: Params) -> Params:
     """Return the mean of models, in the dtypes of ``like``."""
-    mean = mix(moved, average_weights(moved))
+    mean = mix(moved, average(moved))
     return {n: t.to(compute_dtype(like[n])).to(like[n].dtype) for n, t in mean.items()}
 
 

@@ -1,4 +1,4 @@
-"""Linear layers that give, on their own inputs, what those of all sources give on theirs.
+"""RegMean: linear layers by least squares on the inputs of all sources.
 
 Shape legend: K sources, I inputs of a layer, O outputs.
 """
@@ -10,23 +10,29 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from cki_rec.merging.methods.average import average_weights
+from cki_rec.merging.methods.average import average
 from cki_rec.merging.methods.evidence import evidence_shares
-from cki_rec.merging.methods.soups import check_share
 from cki_rec.merging.mixing import mix
-from cki_rec.merging.params import Params, check_finite, check_same, compute_dtype
+from cki_rec.merging.params import MergeError, Params, check_finite, check_same, compute_dtype
+from cki_rec.merging.registry import method
+from cki_rec.merging.selection import check_fraction
 
 LEAST = 1e-10
 """Directions with less than this share of the largest eigenvalue are not in the inputs."""
 
 
+@method(
+    needs=("moments", "counts"),
+    reference="RegMean (Jin et al., ICLR 2023)",
+    cost="one pass over sampled rows; a matrix inverse a layer",
+)
 def regmean(
     models: Sequence[Params],
     moments: Mapping[str, Tensor],
     counts: Sequence[Params],
     correlation: float = 0.9,
 ) -> Params:
-    r"""Merge every Linear in closed form, tables by counts, and average the rest, biases too.
+    r"""Merge linear layers by least squares on their inputs, tables by counts; average the rest.
 
     .. math:: W^T = \Big(\sum_k G_k\Big)^{-1} \sum_k G_k W_k^T, \quad G_k = E[x_k x_k^T]
 
@@ -42,7 +48,7 @@ def regmean(
             weighs columns by the mean square of their input.
 
     Raises:
-        ValueError: Models differ, a source has NaN or infinite entries, or moments do not fit;
+        MergeError: Models differ, a source has NaN or infinite entries, or moments do not fit;
             names the tensor.
 
     Reference:
@@ -55,8 +61,8 @@ def regmean(
     """
     check_same(models)
     check_finite(models)
-    check_share("correlation", correlation)
-    weights = average_weights(models)
+    check_fraction("correlation", correlation)
+    weights = average(models)
     if counts:
         weights |= evidence_shares(models, counts)
     merged = mix(models, weights)
@@ -74,7 +80,7 @@ def _solve(
     """Return ``(O, I)``: the mean, and what the sources' differences from it come to."""
     inputs = matrices[0].shape[-1] + 1
     if second.shape != (len(matrices), inputs) * 2 or not bool(second.isfinite().all()):
-        raise ValueError(f"{name}: moments {tuple(second.shape)} do not fit, or are not finite")
+        raise MergeError(f"{name}: moments {tuple(second.shape)} do not fit, or are not finite")
     center = mean.double()
     total = torch.zeros(inputs - 1, inputs - 1, dtype=torch.float64)
     product = torch.zeros_like(center.T)

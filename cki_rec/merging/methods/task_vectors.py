@@ -21,40 +21,40 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from cki_rec.merging.methods.soups import Score, best_of, check_share
 from cki_rec.merging.params import (
     STATISTICS,
+    MergeError,
     Params,
     check_base,
     check_finite,
     compute_dtype,
 )
-from cki_rec.merging.sparsification import (
-    keep_largest,
-    keep_random,
-    keep_random_by_rank,
-)
+from cki_rec.merging.registry import method
+from cki_rec.merging.selection import Score, check_fraction, select_best
+from cki_rec.merging.sparsification import keep_largest, keep_random, keep_random_by_rank
 
+SCALED = "one pass; scores of 10 scales"
 SCALES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0, 1.25, 1.5)
-"""What ``scale: null`` chooses from, by validation AUC."""
+"""Values that ``scale: null`` chooses from, by validation AUC."""
 Sparsify: TypeAlias = Callable[[Tensor, str], Tensor]
 """(task vector of one parameter, name of its draws) -> the same with entries left out."""
 
 
+@method(needs=("base",), row_wise=True, reference="Ilharco et al., ICLR 2023", cost=SCALED)
 def task_arithmetic(
     models: Sequence[Params], base: Params, score: Score | None, scale: float | None = None
 ) -> Params:
-    r"""Add the task vectors to the base: :math:`W_0 + \lambda \sum_k \tau_k`.
+    r"""Add the scaled sum of all changes since the base: :math:`W_0 + \lambda \sum_k \tau_k`.
 
     Args:
         models: One per source.
-        base: What they come from.
-        score: Where ``scale`` is None.
+        base: The model that all sources started from.
+        score: Validation AUC of a model; needed if ``scale`` is None.
         scale: :math:`\lambda`; 0: the base; 1/K: the mean. None: the one of ``SCALES`` with the
             best score.
 
     Raises:
-        ValueError: Models or base differ or have NaN or infinite entries; an option is out of
+        MergeError: Models or base differ or have NaN or infinite entries; an option is out of
             range; or there is no score to choose by.
 
     Reference:
@@ -63,6 +63,7 @@ def task_arithmetic(
     return _merge(models, base, score, scale, lambda tau, _: tau, elect=False)
 
 
+@method(needs=("base",), reference="TIES-Merging (Yadav et al., NeurIPS 2023)", cost=SCALED)
 def ties(
     models: Sequence[Params],
     base: Params,
@@ -70,17 +71,17 @@ def ties(
     density: float = 0.2,
     scale: float | None = None,
 ) -> Params:
-    r"""Keep the largest entries, elect a sign per entry, and take the mean of those that agree.
+    r"""Keep the largest changes since the base, and average those that agree in sign.
 
     Args:
         models: One per source.
-        base: What they come from.
-        score: Where ``scale`` is None.
+        base: The model that all sources started from.
+        score: Validation AUC of a model; needed if ``scale`` is None.
         density: Share of the entries of every task vector and parameter that is kept.
         scale: :math:`\lambda`, as in ``task_arithmetic``.
 
     Raises:
-        ValueError: As ``task_arithmetic``.
+        MergeError: As ``task_arithmetic``.
 
     Reference:
         Yadav et al., TIES-Merging, NeurIPS 2023, algorithm 1.
@@ -89,7 +90,7 @@ def ties(
         Thresholds are per parameter, not over the whole vector, where tables would outvote the
         rest; entries equal to the threshold stay.
     """
-    check_share("density", density)
+    check_fraction("density", density)
     return _merge(
         *(models, base, score, scale),
         lambda tau, _: torch.where(keep_largest(tau, density), tau, 0),
@@ -97,6 +98,7 @@ def ties(
     )
 
 
+@method(needs=("base",), is_ordered=True, reference="DARE (Yu et al., ICML 2024)", cost=SCALED)
 def dare(
     models: Sequence[Params],
     base: Params,
@@ -106,24 +108,24 @@ def dare(
     elect: bool = False,
     scale: float | None = None,
 ) -> Params:
-    r"""Drop entries at random, divide the others by ``density``, then add the task vectors.
+    r"""Drop changes since the base at random, divide the others by ``density``, and add them.
 
     Args:
         models: One per source.
-        base: What they come from.
-        score: Where ``scale`` is None.
+        base: The model that all sources started from.
+        score: Validation AUC of a model; needed if ``scale`` is None.
         seed: Of the draws.
         density: Chance of an entry to stay: 1 minus the paper's drop rate p.
         elect: Join by sign election as TIES does, instead of the sum.
         scale: :math:`\lambda`, as in ``task_arithmetic``.
 
     Raises:
-        ValueError: As ``task_arithmetic``.
+        MergeError: As ``task_arithmetic``.
 
     Reference:
         Yu et al., Language models are super Mario, ICML 2024, section 3.
     """
-    check_share("density", density)
+    check_fraction("density", density)
     return _merge(
         *(models, base, score, scale),
         lambda tau, name: keep_random(tau, density, seed, name),
@@ -131,6 +133,12 @@ def dare(
     )
 
 
+@method(
+    needs=("base",),
+    is_ordered=True,
+    reference="DELLA-Merging (Deep et al., arXiv 2406.11617)",
+    cost=SCALED,
+)
 def della(
     models: Sequence[Params],
     base: Params,
@@ -140,12 +148,12 @@ def della(
     window: float = 0.4,
     scale: float | None = None,
 ) -> Params:
-    r"""Drop entries at random, small ones more likely, then join by sign election.
+    r"""Drop changes since the base at random, small ones more often, and elect signs.
 
     Args:
         models: One per source.
-        base: What they come from.
-        score: Where ``scale`` is None.
+        base: The model that all sources started from.
+        score: Validation AUC of a model; needed if ``scale`` is None.
         seed: Of the draws.
         density: Mean chance of an entry to stay.
         window: Chance of the largest entry of a row minus that of the smallest (the paper's
@@ -153,7 +161,7 @@ def della(
         scale: :math:`\lambda`, as in ``task_arithmetic``.
 
     Raises:
-        ValueError: As ``task_arithmetic``.
+        MergeError: As ``task_arithmetic``.
 
     Reference:
         Deep et al., DELLA-Merging, arXiv 2406.11617, section 3 (MagPrune, elect, fuse).
@@ -161,8 +169,8 @@ def della(
     Differs:
         Ranks are centered, so that the mean chance in a row is ``density``.
     """
-    check_share("density", density)
-    check_share("window", window)
+    check_fraction("density", density)
+    check_fraction("window", window)
     return _merge(
         *(models, base, score, scale),
         lambda tau, name: keep_random_by_rank(tau, density, window, seed, name),
@@ -170,6 +178,9 @@ def della(
     )
 
 
+@method(
+    needs=("base",), reference="Model Breadcrumbs (Davari and Belilovsky, ECCV 2024)", cost=SCALED
+)
 def breadcrumbs(
     models: Sequence[Params],
     base: Params,
@@ -178,24 +189,24 @@ def breadcrumbs(
     skipped: float = 0.01,
     scale: float | None = None,
 ) -> Params:
-    r"""Drop the smallest and the very largest entries, then add the task vectors.
+    r"""Drop the smallest and the very largest changes since the base, and add the others.
 
     Args:
         models: One per source.
-        base: What they come from.
-        score: Where ``scale`` is None.
+        base: The model that all sources started from.
+        score: Validation AUC of a model; needed if ``scale`` is None.
         density: Share of the entries of every task vector and parameter that is kept.
         skipped: Share of the largest entries that is dropped, rounded down.
         scale: :math:`\lambda`, as in ``task_arithmetic``.
 
     Raises:
-        ValueError: As ``task_arithmetic``.
+        MergeError: As ``task_arithmetic``.
 
     Reference:
         Davari and Belilovsky, Model Breadcrumbs, ECCV 2024, section 3.
     """
-    check_share("density", density)
-    check_share("skipped", skipped)
+    check_fraction("density", density)
+    check_fraction("skipped", skipped)
     return _merge(
         *(models, base, score, scale),
         lambda tau, _: torch.where(keep_largest(tau, density, skipped), tau, 0),
@@ -215,7 +226,7 @@ def _merge(
     check_finite(models)
     check_finite([base], "the base")
     if scale is not None and scale < 0:
-        raise ValueError(f"scale={scale}: must be at least 0")
+        raise MergeError(f"scale={scale}: must be at least 0")
     moves = {}
     for name, origin in base.items():
         dtype = compute_dtype(origin)
@@ -228,7 +239,7 @@ def _merge(
     num_added = 1 if elect else len(models)
     if scale is None:
         recipes = (_move(base, moves, value, num_added) for value in SCALES)
-        scale = SCALES[best_of(recipes, score, "scale")]
+        scale = SCALES[select_best(recipes, score, "scale")]
     return _move(base, moves, scale, num_added)
 
 

@@ -12,17 +12,24 @@ from torch import Tensor
 
 from cki_rec.merging.hidden_units import Layer, copied, hidden_layers, map_units, unit_covariance
 from cki_rec.merging.methods.ot_fusion import averaged
-from cki_rec.merging.params import Params, check_finite, check_same
+from cki_rec.merging.params import MergeError, Params, check_finite, check_same
+from cki_rec.merging.registry import method
 from cki_rec.merging.symmetry import Symmetry
 
 DIGITS = 6
 """Of correlations; equal ones are told apart by who they are of."""
 
 
+@method(
+    needs=("moments",),
+    is_ordered=True,
+    reference="ZipIt! (Stoica et al., ICLR 2024)",
+    cost="one pass over sampled rows",
+)
 def zipit(
     models: Sequence[Params], symmetries: Sequence[Symmetry], moments: Mapping[str, Tensor]
 ) -> Params:
-    r"""Merge hidden units in pairs, of different models or of one, and average the rest.
+    r"""Merge the most correlated hidden units, of two sources or of one, and average the rest.
 
     Each merged unit is the mean of its members (a matrix M); what read a member reads the merged
     unit in its place (U, the transposed matching):
@@ -40,7 +47,7 @@ def zipit(
         moments: ``MergeInputs.moments``: second moments of what reads the units.
 
     Raises:
-        ValueError: Models differ, a source has NaN or infinite entries, or moments do not fit.
+        MergeError: Models differ, a source has NaN or infinite entries, or moments do not fit.
 
     Reference:
         Stoica et al., ZipIt! Merging Models from Different Tasks without Training, ICLR 2024,
@@ -137,7 +144,7 @@ def _covariance(layer: Layer, moments: Mapping[str, Tensor], num_sources: int) -
         if part.parameter in moments and part.width == 1:
             second = moments[part.parameter].double()
             if second.shape[0] != num_sources or not bool(second.isfinite().all()):
-                raise ValueError(
+                raise MergeError(
                     f"{part.parameter}: moments {tuple(second.shape)} do not fit {num_sources}"
                     " models, or are not finite"
                 )

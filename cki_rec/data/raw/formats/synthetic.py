@@ -23,7 +23,7 @@ from cki_rec.data.raw.formats import avazu, criteo, movielens
 from cki_rec.data.raw.reading import Reading
 from cki_rec.files import new_folder
 
-LAYOUTS: dict[str, tuple[Any, str]] = {
+READERS: dict[str, tuple[Any, str]] = {
     "criteo": (criteo, "train.txt"),
     "avazu": (avazu, "train.csv"),
     "movielens": (movielens, ""),
@@ -54,19 +54,19 @@ def as_published(data: Data) -> Data:
             f"{folder}: cannot be written: {error.strerror or error}; free space or set data.raw "
             "to a folder that can be written"
         ) from None
-    name = LAYOUTS[data.synthetic.layout][1]
+    name = READERS[data.synthetic.layout][1]
     return replace(data, format=data.synthetic.layout, raw=str(folder / name))
 
 
 def files(data: Data) -> list[Path]:
     """Return the files on disk whose bytes decide the content."""
-    found: list[Path] = LAYOUTS[data.synthetic.layout][0].files(as_published(data))
+    found: list[Path] = READERS[data.synthetic.layout][0].files(as_published(data))
     return found
 
 
 def kinds(data: Data) -> dict[str, str]:
     """Return the kind of every field."""
-    found: dict[str, str] = LAYOUTS[data.synthetic.layout][0].kinds(as_published(data))
+    found: dict[str, str] = READERS[data.synthetic.layout][0].kinds(as_published(data))
     return found
 
 
@@ -82,7 +82,7 @@ def item(data: Data) -> str | None:
 
 def read(data: Data, reading: Reading) -> Iterator[pl.DataFrame]:
     """Yield the rows."""
-    yield from LAYOUTS[data.synthetic.layout][0].read(as_published(data), reading)
+    yield from READERS[data.synthetic.layout][0].read(as_published(data), reading)
 
 
 def true_logits(data: Data) -> Path:

@@ -7,16 +7,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor
 
 from cki_rec.merging.methods.cki.gate import apply_gate
-from cki_rec.merging.params import Params, check_same, compute_dtype
+from cki_rec.merging.params import MergeError, Params, check_same, compute_dtype
 
-RANGES = ("own", "shared", "quantile")
-"""What a histogram covers: the range of its own tensor (as released), that of all sources, or from
-the smallest of their 0.1 % quantiles to the largest of their 99.9 % quantiles."""
+Histogram: TypeAlias = Literal["own", "shared", "quantile"]
+"""Range of a histogram: that of its own tensor (as released), that of all sources, or from the
+smallest of their 0.1 % quantiles to the largest of their 99.9 % quantiles."""
 TAIL = 0.001
 
 _CHUNK = 1 << 22
@@ -39,14 +40,14 @@ def entropy(weight: Tensor, bins: int = 10, bounds: tuple[Tensor, Tensor] | None
         bounds: Where it starts and ends, scalars; None: smallest and largest entry.
 
     Raises:
-        ValueError: ``bins`` is not positive, or an entry is NaN or infinite.
+        MergeError: ``bins`` is not positive, or an entry is NaN or infinite.
 
     Reference:
         CKI (arXiv 2501.07596), global assessment, as in the released recommendation code, which
         has it from Filter Grafting (CVPR 2020).
     """
     if bins < 1:
-        raise ValueError(f"bins must be positive, not {bins}")
+        raise MergeError(f"bins must be positive, not {bins}")
     if weight.numel() == 0:
         return 0.0
     flat = weight.detach().reshape(-1)
@@ -54,7 +55,7 @@ def entropy(weight: Tensor, bins: int = 10, bounds: tuple[Tensor, Tensor] | None
     ends = torch.aminmax(flat) if bounds is None else bounds
     low, high = (bound.cpu().to(dtype) for bound in ends)
     if not bool(torch.isfinite(high - low)):
-        raise ValueError("entropy of NaN or infinite entries")
+        raise MergeError("entropy of NaN or infinite entries")
     step = (high - low) / bins  # on the CPU: a GPU multiplies by the rounded reciprocal
     edges = (low + torch.arange(bins + 1) * step).to(flat.device)
     counts = torch.zeros(bins + 2, dtype=torch.int64, device=flat.device)
@@ -65,23 +66,25 @@ def entropy(weight: Tensor, bins: int = 10, bounds: tuple[Tensor, Tensor] | None
     return math.fsum(-share * math.log(share) for share in shares if share > 0)
 
 
-def histogram_bounds(tensors: Sequence[Tensor], over: str = "own") -> list[tuple[Tensor, Tensor]]:
-    """Return where the histogram of each source of one parameter starts and ends (``RANGES``).
+def histogram_bounds(
+    tensors: Sequence[Tensor], histogram: Histogram = "own"
+) -> list[tuple[Tensor, Tensor]]:
+    """Return where the histogram of each source of one parameter starts and ends (``Histogram``).
 
     Raises:
-        ValueError: ``over`` is unknown, or an entry is NaN or infinite.
+        MergeError: ``histogram`` is unknown, or an entry is NaN or infinite.
     """
-    if over not in RANGES:
-        raise ValueError(f"range: {over!r} is none of {', '.join(RANGES)}")
+    if histogram not in get_args(Histogram):
+        raise MergeError(f"histogram: {histogram!r} is none of {', '.join(get_args(Histogram))}")
     if tensors[0].numel() == 0:
         return [(torch.zeros(()), torch.zeros(()))] * len(tensors)
     ends = [torch.aminmax(tensor.detach()) for tensor in tensors]
     bounds = [(low, high) for low, high in ends]
-    if over == "own":
+    if histogram == "own":
         return bounds
     if not all(bool(torch.isfinite(high - low)) for low, high in bounds):
-        raise ValueError("entropy of NaN or infinite entries")
-    if over == "quantile":
+        raise MergeError("entropy of NaN or infinite entries")
+    if histogram == "quantile":
         bounds = [_tails(tensor.detach()) for tensor in tensors]
     low = torch.stack([low for low, _ in bounds]).amin()
     high = torch.stack([high for _, high in bounds]).amax()
@@ -104,7 +107,7 @@ def global_compatibility(
     a: float = 0.4,
     c: float = 500.0,
     bins: int = 10,
-    over: str = "own",
+    histogram: Histogram = "own",
 ) -> Tensor:
     r"""Compare the information content of the sources of one parameter.
 
@@ -117,7 +120,8 @@ def global_compatibility(
         ``(K,)`` float64, between ``(1 - a) / 2`` and ``(1 + a) / 2``.
 
     Raises:
-        ValueError: ``a`` is not in [0, 1], ``over`` is unknown, or ``entropy`` refuses a tensor.
+        MergeError: ``a`` is not in [0, 1], ``histogram`` is unknown, or a tensor has NaN or
+            infinite entries.
 
     Reference:
         CKI (arXiv 2501.07596), global assessment, as in the released recommendation code.
@@ -127,8 +131,8 @@ def global_compatibility(
         other than ``own``: the released histogram mostly measures the two extreme entries.
     """
     if not 0 <= a <= 1:
-        raise ValueError(f"a must be between 0 and 1, not {a}")
-    bounds = histogram_bounds(tensors, over)
+        raise MergeError(f"a must be between 0 and 1, not {a}")
+    bounds = histogram_bounds(tensors, histogram)
     entropies = [entropy(w, bins, ends) for w, ends in zip(tensors, bounds, strict=True)]
     terms = [_global_term(difference, a, c) for difference in compare_entropies(entropies)]
     if len(terms) == 2:
@@ -141,21 +145,21 @@ def compute_global_terms(
     a: float = 0.4,
     c: float = 500.0,
     bins: int = 10,
-    over: str = "own",
+    histogram: Histogram = "own",
 ) -> dict[str, Tensor]:
     """Return ``global_compatibility`` of every parameter; it does not depend on gates.
 
     Raises:
-        ValueError: Models differ, or a tensor has NaN or infinite entries, by name.
+        MergeError: Models differ, or a tensor has NaN or infinite entries, by name.
     """
     check_same(models)
     terms = {}
     for name in models[0]:
         try:
             tensors = [model[name] for model in models]
-            terms[name] = global_compatibility(tensors, a, c, bins, over)
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}") from None
+            terms[name] = global_compatibility(tensors, a, c, bins, histogram)
+        except MergeError as error:
+            raise MergeError(f"{name}: {error}") from None
     return terms
 
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from cki_rec.merging.params import generator
+from cki_rec.merging.params import MergeError, generator
 
 KINDS = ("full", "affine", "diagonal", "low_rank", "scalar", "identity", "none")
 
@@ -37,7 +37,7 @@ def initialize_gate(
         rank: r of ``low_rank``; at most ``in``.
 
     Raises:
-        ValueError: ``kind`` is unknown.
+        MergeError: ``kind`` is unknown.
 
     Reference:
         CKI (arXiv 2501.07596), released code: one matrix per layer, without bias for
@@ -61,7 +61,7 @@ def initialize_gate(
         return torch.ones(())
     if kind == "none":
         return None
-    raise ValueError(f"{name}: gate kind {kind!r} is none of {', '.join(KINDS)}")
+    raise MergeError(f"{name}: gate kind {kind!r} is none of {', '.join(KINDS)}")
 
 
 def num_gate_parameters(shape: Sequence[int], kind: str, rank: int = 8) -> int:
@@ -82,14 +82,14 @@ def check_gate(name: str, shape: Sequence[int], gate: Tensor) -> None:
     """Check that a gate fits a parameter.
 
     Raises:
-        ValueError: It is none of ``(in, in)``, ``(in, in + 1)``, ``(2, in, r)``, ``(in,)``,
+        MergeError: It is none of ``(in, in)``, ``(in, in + 1)``, ``(2, in, r)``, ``(in,)``,
             ``()``.
     """
     size = _num_inputs(shape)
     is_low_rank = gate.ndim == 3 and tuple(gate.shape[:2]) == (2, size)
     if not is_low_rank and tuple(gate.shape) not in ((size, size), (size, size + 1), (size,), ()):
         found, wanted = tuple(gate.shape), tuple(shape)
-        raise ValueError(f"{name}: a gate of shape {found} does not fit a parameter {wanted}")
+        raise MergeError(f"{name}: a gate of shape {found} does not fit a parameter {wanted}")
 
 
 def apply_gate(delta: Tensor, gate: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor
 
 from cki_rec.merging.methods.cki.assessment import (
+    Histogram,
     compute_global_terms,
     dual_compatibility,
     language_shares,
@@ -19,7 +20,7 @@ from cki_rec.merging.methods.cki.assessment import (
 from cki_rec.merging.methods.cki.gate import check_gate
 from cki_rec.merging.methods.evidence import evidence_shares
 from cki_rec.merging.mixing import harden, soften
-from cki_rec.merging.params import MixingWeights, Params, check_same, compute_dtype
+from cki_rec.merging.params import MergeError, MixingWeights, Params, check_same, compute_dtype
 
 DUAL = ("released", "signed", "language")
 """How both perspectives are joined: as the released recommendation code does, as its unused
@@ -39,13 +40,13 @@ def cki_weights(
     a: float = 0.4,
     c: float = 500.0,
     bins: int = 10,
-    over: str = "own",
+    histogram: Histogram = "own",
 ) -> MixingWeights:
     """Weigh every entry by the compatibility of its sources.
 
     Differentiable with respect to the gates when ``splice`` is ``soft``. What was released for a
     recommendation head is ``dual``, ``soft`` and full gates on the weights of its Linear layers,
-    with ``override_weights`` setting biases to ``base_weights``.
+    with ``override_weights`` setting biases to ``first``.
 
     Args:
         models: One per source.
@@ -55,7 +56,7 @@ def cki_weights(
         gates: Per parameter a gate, or None for L = 1/2. Not read by ``global``, nor for
             tables in ``counts``.
         global_terms: What ``compute_global_terms`` gave; None: computed here with ``a``, ``c``,
-            ``bins`` and ``over``.
+            ``bins`` and ``histogram``.
         counts: Per source, ``(V,)`` counts of some tables; their shares are the local term
             of those tables.
         dual: How ``dual`` joins both terms: one of ``DUAL``.
@@ -63,13 +64,13 @@ def cki_weights(
         a: Width of the global term.
         c: Steepness of the global term.
         bins: Of the histogram.
-        over: Its range: one of ``RANGES``.
+        histogram: Range of the histogram.
 
     Returns:
         ``(K, *s)`` per parameter; full shape wherever a gate acts.
 
     Raises:
-        ValueError: An unknown option, differing models, a missing or unfitting gate, by name.
+        MergeError: An unknown option, differing models, a missing or unfitting gate, by name.
 
     Reference:
         CKI (arXiv 2501.07596), released recommendation code for ``dual``; of its language code v1
@@ -81,16 +82,16 @@ def cki_weights(
     """
     check_same(models)
     if perspective not in ("local", "global", "dual"):
-        raise ValueError(f"perspective: {perspective!r} is none of local, global, dual")
+        raise MergeError(f"perspective: {perspective!r} is none of local, global, dual")
     if splice not in ("soft", "hard"):
-        raise ValueError(f"splice: {splice!r} is none of soft, hard")
+        raise MergeError(f"splice: {splice!r} is none of soft, hard")
     if dual not in DUAL:
-        raise ValueError(f"dual: {dual!r} is none of {', '.join(DUAL)}")
+        raise MergeError(f"dual: {dual!r} is none of {', '.join(DUAL)}")
     for name in [*gates, *(global_terms or {})]:
         if name not in models[0]:
-            raise ValueError(f"{name}: has a gate or a global term but is no parameter")
+            raise MergeError(f"{name}: has a gate or a global term but is no parameter")
     if global_terms is None and perspective != "local":
-        global_terms = compute_global_terms(models, a, c, bins, over)
+        global_terms = compute_global_terms(models, a, c, bins, histogram)
     signed = perspective == "dual" and dual == "signed"
     shares = evidence_shares(models, counts) if counts is not None else {}
     weights = {}
@@ -102,7 +103,7 @@ def cki_weights(
         else:
             assert global_terms is not None
             if name not in global_terms:
-                raise ValueError(f"{name}: has no global term")
+                raise MergeError(f"{name}: has no global term")
             scores = global_terms[name].to(tensor.device, compute_dtype(tensor))
             scores = scores.reshape(-1, *[1] * tensor.ndim)
         if perspective == "dual":
@@ -134,7 +135,7 @@ def _local_term(
     if name in shares:
         return shares[name]
     if name not in gates:
-        raise ValueError(f"{name}: has no gate; give None for L = 1/2")
+        raise MergeError(f"{name}: has no gate; give None for L = 1/2")
     gate = gates[name]
     if gate is not None:
         check_gate(name, models[0][name].shape, gate)

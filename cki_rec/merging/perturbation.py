@@ -8,10 +8,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from cki_rec.merging.alignment import random_element
 from cki_rec.merging.params import Params, generator
-from cki_rec.merging.projection import transform
-from cki_rec.merging.symmetry import Symmetry
+from cki_rec.merging.symmetry import Symmetry, random_element, transform
 
 
 def permute(params: Params, symmetries: Sequence[Symmetry], seed: int) -> Params:
