@@ -13,7 +13,7 @@ from functools import cache
 import pytest
 import torch
 
-from cki_rec.checkpoints import checkpoint
+from cki_rec.checkpoints import load
 from cki_rec.cli import main
 from cki_rec.config import CHOICES, UserError, parse
 from cki_rec.data.encoding import store
@@ -248,9 +248,7 @@ def trained(options, tmp_path):
     folder, model = tmp_path / "out" / "train-1", options()
     params = build(model).state_dict()
     tensors = {"model": params, "accumulator": {}, "counts": {}}
-    checkpoint_io.save(
-        folder / "checkpoint", tensors, model, MIXED, Provenance("hash of the data")
-    )
+    checkpoint_io.save(folder / "checkpoint", tensors, model, MIXED, Provenance("data hash"))
     (folder / "record.json").write_text(json.dumps({"run_id": "train-1", "result": {}}))
     return folder
 
@@ -291,7 +289,7 @@ def files(folder):
 
 def test_a_run_is_named_by_id_by_folder_or_by_checkpoint(command, trained, quick, tmp_path):
     (tmp_path / "encoded" / "mine-1").mkdir(parents=True)
-    (tmp_path / "encoded" / "mine-1" / "manifest.json").write_text('{"hash": "hash of the data"}')
+    (tmp_path / "encoded" / "mine-1" / "manifest.json").write_text('{"hash": "data hash"}')
     code, out, _ = command("run=train-1")
     assert code == 0
     assert f"model: {trained}/export/model.pt2\n" in out
@@ -302,7 +300,7 @@ def test_a_run_is_named_by_id_by_folder_or_by_checkpoint(command, trained, quick
     assert about["source"] == {
         "run_id": "train-1",
         "checkpoint_sha256": file_digest(trained / "checkpoint" / "checkpoint.json"),
-        "data_hash": "hash of the data",
+        "data_hash": "data hash",
         "data_set": "mine-1",
     }
     assert about["largest_difference"] <= 1e-5
@@ -415,7 +413,7 @@ def test_rows_of_the_data_set_score_as_in_the_evaluation(run_config, tmp_path):
     pipeline.run(dataclasses.replace(config, run=done.path.name, format="pt2"))
     dataset = store.prepare(config.data, config.runtime.encoded, config.runtime.chunk_mb)
     own = predictions(config, dataset, done.path.name, done.checkpoint)["test"]
-    schema = checkpoint.load(done.checkpoint).schema
+    schema = load(done.checkpoint).schema
     scores = FORMATS["pt2"].read(done.path / "export" / "model.pt2")
     found = [
         scores(inputs_of(b, schema)) for b in Loader(dataset, schema, dataset.rows("test"), 99)
