@@ -415,7 +415,6 @@ def test_rows_of_the_data_set_score_as_in_the_evaluation(run_config, tmp_path):
     own = predictions(config, dataset, done.path.name, done.checkpoint)["test"]
     schema = load(done.checkpoint).schema
     scores = FORMATS["pt2"].read(done.path / "export" / "model.pt2")
-    found = [
-        scores(inputs_of(b, schema)) for b in Loader(dataset, schema, dataset.rows("test"), 99)
-    ]
-    torch.testing.assert_close(torch.cat(found), torch.from_numpy(own), rtol=1e-5, atol=1e-6)
+    batches = Loader(dataset, schema, dataset.rows("test"), 99)
+    exported = torch.cat([scores(inputs_of(batch, schema)) for batch in batches])
+    torch.testing.assert_close(exported, torch.from_numpy(own), rtol=1e-5, atol=1e-6)
