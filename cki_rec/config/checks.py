@@ -19,19 +19,11 @@ CHOICES = {
     "data.partition.by": ("user", "item", "time", "random", "none"),
     "merge.align.by": ("none", "weights", "activations"),
     "merge.repair": ("none", "rescale", "least_squares", "select_units", "project"),
-    "merge.perspective": ("local", "global", "dual"),
-    "merge.local": ("gate", "evidence"),
-    "merge.splice": ("soft", "hard"),
-    "merge.tables": ("same", "evidence", "base"),
-    "merge.bias": ("splice", "base"),
-    "merge.dual": ("released", "signed", "language"),
+    "merge.tables": ("same", "evidence", "first"),
+    "merge.biases": ("merge", "first"),
     "merge.scope": ("all", "head", "hidden", "output"),
-    "merge.range": ("own", "shared", "quantile"),
-    "merge.control": ("none", "permuted", "shuffled"),
-    "merge.gate.kind": (
-        *("full", "affine", "diagonal", "low_rank", "scalar", "identity", "none"),
-    ),
-    "merge.gate.train": ("none", "frozen", "trunk"),
+    "merge.ablation": ("none", "permuted", "shuffled"),
+    "merge.learn.what": ("none", "gates", "trunk"),
     "evaluate.resample": ("user", "row"),
     "model.activation": ("relu", "dice", "prelu", "sigmoid", "tanh"),
     "model.cross.structure": ("parallel", "stacked"),
@@ -73,14 +65,11 @@ AT_LEAST = {
     "model.init_std": 0,
     "merge.align.starts": 1,
     "merge.sample": 1,
-    "merge.gate.learning_rate": 0,
+    "merge.learn.learning_rate": 0,
     "finetune.learning_rate": 0,
     "finetune.table_learning_rate": 0,
     "evaluate.seed": 0,
-    "merge.bins": 2,
-    "merge.gate.epochs": 1,
-    "merge.gate.rank": 1,
-    "merge.gate.scale": 0,
+    "merge.learn.epochs": 1,
     "finetune.epochs": 0,
     "evaluate.bootstrap": 100,
     "runtime.threads": 0,
@@ -121,24 +110,10 @@ def check(config: Config) -> None:
         )
     if not config.merge.sources:
         raise UserError("merge.sources is empty: name at least one model, e.g. [{seed: 1}]")
-    _check_gate(config)
-
-
-def _check_gate(config: Config) -> None:
-    rule, gate = config.merge, config.merge.gate
-    if gate.train == "frozen" and gate.kind in ("identity", "none"):
+    if config.merge.learn.what == "trunk" and config.merge.scope == "all":
         raise UserError(
-            f"merge.gate.train=frozen: a gate of kind {gate.kind} has nothing to learn; use"
-            " full, affine, diagonal, low_rank or scalar"
-        )
-    if gate.train == "frozen" and rule.method != "cki":
-        raise UserError(
-            f"merge.gate.train=frozen: merge.method={rule.method} has no gate to learn"
-        )
-    if gate.train == "trunk" and rule.scope == "all":
-        raise UserError(
-            "merge.gate.train=trunk: what is out of scope trains along; set merge.scope to"
-            " head, hidden or output"
+            "merge.learn.what=trunk: trains the parameters out of scope; set merge.scope to head,"
+            " hidden or output"
         )
 
 

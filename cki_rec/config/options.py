@@ -132,30 +132,25 @@ class Train:
 
 
 @dataclass(slots=True, kw_only=True)
-class Gate:
-    """The local gate of the dual assessment."""
+class Align:
+    """How sources are brought into a shared basis before they are merged."""
 
-    kind: str
-    """``full``, ``affine`` (with a bias), ``diagonal``, ``low_rank``, ``scalar``, ``identity``
-    (not learned) or ``none`` (L = 1/2)."""
-    rank: int
-    """Of ``low_rank``."""
-    scale: float
-    """Of what a gate gives, before the sigmoid."""
-    train: str
-    """``none``, ``frozen`` (only gates learn) or ``trunk`` (what is out of scope learns too)."""
-    epochs: int
-    learning_rate: float
+    by: str
+    """``none``, ``weights`` or ``activations`` (hidden units by their activations on rows)."""
+    starts: int
+    """Starts of the search; the best end is taken."""
 
 
 @dataclass(slots=True, kw_only=True)
-class Align:
-    """How sources are brought into one frame before they are merged."""
+class Learn:
+    """Training inside a merge."""
 
-    by: str
-    """``none``, ``weights`` or ``activations`` (hidden units by what they compute on rows)."""
-    starts: int
-    """Starts of the search; the best end is kept."""
+    what: str
+    """``none``, ``gates`` (of the method, all else frozen) or ``trunk`` (gates, and the parameters
+    out of ``merge.scope``)."""
+    epochs: int
+    learning_rate: float
+    """Learning rate of Adam."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -163,55 +158,42 @@ class Merge:
     """How several models become one."""
 
     method: str
-    """A row of ``cki_rec.merging.registry.METHODS``."""
+    """A registered method, a reference that merges no parameters, or ``auto``."""
     label: str
     """Name of this setting in tables; unique per file of ``conf/merge``."""
     sources: list[dict[str, Any]]
-    """Parents as config deltas, ``[{seed: 1}, {seed: 2}]``, or checkpoints, ``[{path: a}]``."""
+    """Sources as config deltas, ``[{seed: 1}, {seed: 2}]``, or checkpoints, ``[{path: a}]``."""
     base: dict[str, Any] | None
-    """The model that all sources come from, named like one of them; null: there is none."""
+    """The model that all sources started from, named like a source; null: there is none."""
     vocabularies: list[Any]
-    """Folders of encoded data sets (null: look for it), one per source, then one of the start if
-    the method needs it: models with different vocabularies are joined by token. Empty: they must
-    agree. Rows are looked at if ``data.vocabularies`` joins the same."""
+    """Folders of encoded data sets (null: searched), one per source, then one of the base if the
+    method needs it: models with different vocabularies are joined by token. Empty: vocabularies
+    must be equal. Rows can be read if ``data.vocabularies`` joins the same."""
     options: dict[str, Any]
-    """Of the method, by name (``cki-rec merge --list``)."""
+    """Options of the method, by name (``cki-rec merge --list``)."""
     recipes: list[dict[str, Any]]
-    """Of ``best_of``: ways to integrate the sources, as deltas of this section."""
+    """For ``auto``: ways to merge the sources, as changes of this section."""
     align: Align
     repair: str
-    """After merging: ``none``; ``rescale`` (statistics of hidden units); ``fit`` (layers by least
-    squares to the mean of the sources' layers, on the merged tables); ``choose`` (also hidden
-    units chosen from all sources); ``reduce`` (also tables projected from all sources' frames;
-    what multiplies coordinates one by one is one source's, with the tables it reads: each is
-    tried, and the model that is best on validation rows is kept)."""
+    """After merging: ``none``; ``rescale`` (statistics of hidden units); ``least_squares`` (layers
+    fitted to the mean of the sources' layers, on the merged tables); ``select_units`` (also hidden
+    units selected from all sources); ``project`` (also tables projected from all sources' spaces;
+    element-wise modules are copied, together with their tables, from the source with the best
+    validation AUC)."""
     recalibrate: bool
-    """Scale and shift the merged model's logit, by its parameters, to fit validation rows best."""
+    """Scale and shift the merged model's logit, by its parameters, to fit validation rows."""
     sample: int
-    """Training rows that alignment, repair and methods look at, without their labels."""
-    perspective: str
-    """``local``, ``global`` or ``dual``."""
-    dual: str
-    """How both are joined: ``released``, ``signed`` or ``language``."""
-    local: str
-    """Local term of the dual rule on tables: ``gate`` or ``evidence``."""
-    splice: str
-    """``soft`` or ``hard``."""
-    tables: str
-    """Rule for tables: ``same`` as the rest, ``evidence`` or ``base`` (first source)."""
+    """Training rows that alignment, repair and methods read, without their labels."""
     scope: str
-    """What is merged: ``all``, or of the MLP ``head``, its ``hidden`` layers or its ``output``
-    layer; the rest is the first source's."""
-    bias: str
-    """``splice`` or ``base`` (first source, as released)."""
-    a: float
-    c: float
-    bins: int
-    range: str
-    """Of histograms: ``own``, ``shared`` or ``quantile``."""
-    control: str
-    """What becomes of all sources but the first: ``none``, ``permuted`` or ``shuffled``."""
-    gate: Gate
+    """Parameters that are merged: ``all``, or of the MLP ``head`` (all of it), its ``hidden``
+    layers or its ``output`` layer. Others are the first source's."""
+    tables: str
+    """Rule for tables: ``same`` as the rest, ``evidence`` or ``first`` (source)."""
+    biases: str
+    """Rule for vectors: ``merge``, or ``first`` (source, as released)."""
+    ablation: str
+    """Change of all sources but the first: ``none``, ``permuted`` or ``shuffled``."""
+    learn: Learn
 
 
 @dataclass(slots=True, kw_only=True)

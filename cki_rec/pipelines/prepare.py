@@ -8,6 +8,6 @@ from cki_rec.data.encoding.summary import summary_lines
 
 
 def run(config: Config) -> None:
-    """Encode, unless done before, and print what a person wants to know."""
+    """Encode the data set, unless it is encoded already, and print its summary."""
     dataset = store.prepare(config.data, config.runtime.encoded, config.runtime.chunk_mb)
     print("\n".join(summary_lines(dataset)))

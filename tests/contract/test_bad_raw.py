@@ -159,14 +159,14 @@ FILE_FAULTS = {
     "flipped gz": flipped_gz,
 }
 EXPECTED = {
-    "empty": "empty, expected one row a line",
-    "mark alone": "empty, expected one row a line",
+    "empty": "empty, expected one row per line",
+    "mark alone": "empty, expected one row per line",
     "returns": "line 1: lines end with a carriage return alone, expected newlines; ",
     "header alone": "no usable row, expected rows of ",
-    "cut gz": "damaged or cut after line ",
-    "garbage gz": "damaged or cut after line 0 ",
-    "plain gz": "damaged or cut after line 0 ",
-    "flipped gz": "damaged or cut after line ",
+    "cut gz": "damaged or truncated after line ",
+    "garbage gz": "damaged or truncated after line 0 ",
+    "plain gz": "damaged or truncated after line 0 ",
+    "flipped gz": "damaged or truncated after line ",
     "absent": "no ",
 }
 FILE_CASES = [
@@ -235,7 +235,7 @@ def test_bad_row_is_named_or_skipped(tmp_path, good, form, fault):
     message = error_of(sample.data(file), tmp_path / "encoded")
     assert message.startswith(f"{file}, line {sample.bad_line}: {reason}: found ")
     assert ", expected " in message
-    assert message.endswith("; mend the line, or leave such rows out with data.on_bad_row=skip")
+    assert message.endswith("; correct the line, or skip such rows with data.on_bad_row=skip")
     check()
     frame, reading = read_rows(sample.data(file, on_bad_row="skip"))
     want, _ = read_rows(sample.data(tmp_path / "good" / sample.file))

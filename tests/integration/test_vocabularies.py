@@ -210,7 +210,7 @@ def test_what_cannot_be_joined_is_refused_in_one_line(regions, tmp_path, capsys)
     assert "1 folders for 2 models" in error("merge.vocabularies=[null]")
     swapped = error(f"merge.vocabularies=[{south},{north}]")
     assert "vocabulary." in swapped
-    assert "not what the model was trained with" in swapped
+    assert "differs from the tokens that the model was trained with" in swapped
     assert "not there" in error(f"merge.vocabularies=[{north},/nowhere]")
     nothing = error("merge.vocabularies=[null,null]", f"runtime.encoded={tmp_path}")
     assert "merge.vocabularies[0]: no encoded data set" in nothing

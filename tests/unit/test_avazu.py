@@ -154,8 +154,8 @@ def test_test_file_without_clicks_is_refused(tmp_path, on_bad_row):
     lines = [line.replace(f",{line.split(',')[1]},", ",", 1) for line in LINES]
     path = write(tmp_path / "test", lines, header=avazu.HEADER.replace("click,", ""))
     message = error_of(path, on_bad_row=on_bad_row)
-    assert f"{path}, line 1: the header of Avazu's test file, which has no clicks" in message
-    assert "use train (data.split divides it)" in message
+    assert f"{path}, line 1: this is Avazu's test file, which has no clicks" in message
+    assert "use the train file (data.split splits it)" in message
 
 
 @pytest.mark.parametrize("on_bad_row", ["error", "skip"])

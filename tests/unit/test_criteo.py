@@ -93,7 +93,7 @@ def test_zip_of_two_files_is_refused(tmp_path):
     with zipfile.ZipFile(path, "a") as archive:
         archive.writestr("test.txt", "x\n")
     message = error_of(path)
-    assert f"{path}: holds 2 files (train.txt, test.txt), expected one" in message
+    assert f"{path}: contains 2 files (train.txt, test.txt), expected one" in message
     assert "data.raw" in message
 
 
@@ -129,7 +129,7 @@ def test_list_may_hold_patterns(tmp_path):
 
 def test_file_named_twice_is_refused(tmp_path):
     path = write(tmp_path / "day_1", LINES)
-    assert "names a file twice; name each once" in error_of([path, tmp_path / "day_*"])
+    assert "names a file twice; name each file once" in error_of([path, tmp_path / "day_*"])
 
 
 def test_file_whose_name_holds_a_bracket_is_read(tmp_path):
@@ -146,7 +146,7 @@ def test_pattern_that_also_finds_a_folder_is_refused(tmp_path):
     write(tmp_path / "day_1", LINES)
     (tmp_path / "day_2").mkdir()
     message = error_of(tmp_path / "day_*")
-    assert f"{tmp_path}/day_2: is a folder (holds nothing), expected files" in message
+    assert f"{tmp_path}/day_2: is a folder (contains nothing), expected files" in message
 
 
 def test_blank_lines_are_passed_over_and_numbered(tmp_path):

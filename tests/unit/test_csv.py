@@ -260,7 +260,7 @@ def test_columns_may_be_named_like_ours(tmp_path, names):
 def test_column_named_twice_is_refused(tmp_path):
     message = error_of(one_file(tmp_path / "a.csv", ROWS, "label,user,item,user"))
     assert message.startswith(f"{tmp_path}/a.csv, line 1: names user twice, expected every")
-    assert message.endswith("; mend the header")
+    assert message.endswith("; correct the header")
 
 
 @pytest.mark.parametrize("option", ["label", "user", "item", "time"])

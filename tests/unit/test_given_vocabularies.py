@@ -82,14 +82,14 @@ def test_lists_are_joined_in_order_and_named_by_content(encode, tmp_path):
 
 
 def test_what_gives_no_vocabulary_is_refused(encode, tmp_path):
-    assert "vocabulary.user.txt: not there" in one_line_error(encode, vocabularies=["/nowhere"])
+    assert "vocabulary.user.txt: missing" in one_line_error(encode, vocabularies=["/nowhere"])
     own = encode()
     (own.folder / "vocabulary.hour.txt").write_text("1\n")
     damaged = one_line_error(encode, vocabularies=[str(own.folder)])
     assert "vocabulary.hour.txt: damaged" in damaged
     tokens.write_tokens(tmp_path / "bad", "user", ["1"])
     (tmp_path / "bad" / "vocabulary.user.txt").write_bytes(b"\xff\n")
-    assert "no UTF-8" in one_line_error(encode, vocabularies=[str(tmp_path / "bad")])
+    assert "not UTF-8" in one_line_error(encode, vocabularies=[str(tmp_path / "bad")])
 
 
 @pytest.mark.parametrize("transform", ["log1p", "quantile"])

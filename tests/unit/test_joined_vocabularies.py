@@ -20,7 +20,14 @@ from cki_rec.engine.embeddings import table_of
 from cki_rec.merging.methods.evidence import evidence
 from cki_rec.merging.mixing import mix
 from cki_rec.merging.params import equal_weights
-from cki_rec.merging.vocabulary import from_owners, join_tokens, owned, restrict_weights, shared_rows, to_union
+from cki_rec.merging.vocabulary import (
+    from_owners,
+    join_tokens,
+    owned,
+    restrict_weights,
+    shared_rows,
+    to_union,
+)
 
 
 def draws(seed):
@@ -147,28 +154,30 @@ def test_a_model_and_itself_under_a_permuted_vocabulary_give_its_scores(order):
 
 @pytest.fixture
 def folder(tmp_path):
-    token_lists.write(tmp_path, "item", ["b", "a", "\u00e9"])
+    token_lists.write_tokens(tmp_path, "item", ["b", "a", "\u00e9"])
     return tmp_path
 
 
 def test_tokens_are_found_by_their_hash(folder):
     digest = token_lists.hash_of(["b", "a", "\u00e9"])
     assert hashlib.sha256((folder / "vocabulary.item.txt").read_bytes()).hexdigest() == digest
-    assert token_lists.read(folder, "item", digest) == ["b", "a", "\u00e9"]
-    assert token_lists.find([folder / "no", folder], {"item": digest}) == folder
-    assert token_lists.find([folder], {"item": "another"}) is None
+    assert token_lists.read_tokens(folder, "item", digest) == ["b", "a", "\u00e9"]
+    assert token_lists.find_tokens([folder / "no", folder], {"item": digest}) == folder
+    assert token_lists.find_tokens([folder], {"item": "another"}) is None
 
 
 def error_of(*arguments):
     with pytest.raises(UserError) as caught:
-        token_lists.read(*arguments)
+        token_lists.read_tokens(*arguments)
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
 
 def test_other_tokens_are_refused(folder):
-    assert "vocabulary.item.txt: not what the model was trained" in error_of(folder, "item", "x")
-    assert "vocabulary.user.txt: not there" in error_of(folder, "user", "x")
+    assert "vocabulary.item.txt: differs from the tokens that the model was trained" in error_of(
+        folder, "item", "x"
+    )
+    assert "vocabulary.user.txt: missing" in error_of(folder, "user", "x")
 
 
 def test_a_truncated_file_of_an_encoded_data_set_is_refused(folder):

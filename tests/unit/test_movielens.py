@@ -130,13 +130,13 @@ def test_missing_raw_names_path_and_option(tmp_path):
 def test_no_ratings_says_what_was_found(latest, is_folder):
     ratings_of(latest).unlink()
     message = error_of(latest if is_folder else zip_of(latest, "top/"))
-    assert "holds no ratings.csv, ratings.dat or u.data (found" in message
+    assert "contains no ratings.csv, ratings.dat or u.data (found" in message
     assert "movies.csv" in message
 
 
 def test_ratings_without_movies_says_so(latest):
     (latest / "movies.csv").unlink()
-    assert "holds ratings.csv but no movies.csv" in error_of(latest)
+    assert "contains ratings.csv but no movies.csv" in error_of(latest)
 
 
 def test_without_users_the_form_is_that_of_10m(one_million):
@@ -148,7 +148,7 @@ def test_without_users_the_form_is_that_of_10m(one_million):
 def test_two_data_sets_in_one_zip_are_refused(latest):
     for name in ("a", "b"):
         shutil.copytree(latest, latest.parent / "both" / name)
-    assert "holds ratings.csv twice (a/ratings.csv, b/ratings.csv)" in error_of(
+    assert "contains ratings.csv twice (a/ratings.csv, b/ratings.csv)" in error_of(
         latest.parent / "both"
     )
 
@@ -169,7 +169,7 @@ def test_zip_with_flipped_bytes_is_refused(latest):
     middle = info.header_offset + 60 + info.compress_size // 2
     content[middle : middle + 8] = b"\xff" * 8
     path.write_bytes(content)
-    assert "raw.zip (member top/ratings.csv): damaged or cut after line 0" in error_of(path)
+    assert "raw.zip (member top/ratings.csv): damaged or truncated after line 0" in error_of(path)
 
 
 BAD_LINES = {

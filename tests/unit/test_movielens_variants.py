@@ -213,7 +213,7 @@ def test_bad_movies_line_shows_the_line_as_it_stands(k100):
 def test_missing_genre_names_are_asked_for(k100):
     (k100 / "u.genre").unlink()
     message = error_of(k100)
-    assert f"{k100}: holds u.item but no u.genre, expected both; " in message
+    assert f"{k100}: contains u.item but no u.genre, expected both; " in message
     assert "fetch the whole MovieLens data set again" in message
 
 
@@ -221,7 +221,7 @@ def test_missing_genre_names_are_asked_for(k100):
 @pytest.mark.parametrize("content", [b"", b"\n \n"])
 def test_empty_side_file_is_refused(k100, name, content):
     (k100 / name).write_bytes(content)
-    assert f"{k100}/{name}: empty, expected one entry a line" in error_of(k100)
+    assert f"{k100}/{name}: empty, expected one entry per line" in error_of(k100)
 
 
 def test_changed_genre_names_are_another_data_set(k100, tmp_path):

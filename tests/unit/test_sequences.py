@@ -175,8 +175,8 @@ def test_user_without_items_is_a_bad_row(tmp_path, line):
 def test_user_who_met_every_item_is_named(tmp_path, on_bad_row):
     path = write(tmp_path / "Beauty.txt", [*LINES, " ".join(["all", *sorted(ITEMS)])])
     message = error_of(path, on_bad_row=on_bad_row)
-    assert f"{path}, line 6: user all met all 9 items, expected some to draw" in message
-    assert message.endswith("leave the line out")
+    assert f"{path}, line 6: user all has all 9 items, so there are none to draw" in message
+    assert message.endswith("remove the line")
 
 
 @pytest.mark.parametrize("number", [0, 2])
@@ -185,8 +185,8 @@ def test_folder_with_another_number_of_texts_is_refused(tmp_path, number):
     for name in ("a.txt", "b.txt")[:number]:
         write(tmp_path / "raw" / name)
     message = error_of(tmp_path / "raw")
-    assert f"{tmp_path}/raw: holds {number} .txt files (" in message
-    assert "expected one with a line a user; name it in data.raw" in message
+    assert f"{tmp_path}/raw: contains {number} .txt files (" in message
+    assert "expected one with a line per user; set data.raw to it" in message
 
 
 def test_several_paths_are_refused(tmp_path):

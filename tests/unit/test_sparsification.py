@@ -7,7 +7,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cki_rec.merging.sparsification import keep_largest, keep_random, keep_random_by_rank, kth_largest, num_kept, uniform
+from cki_rec.merging.sparsification import (
+    keep_largest,
+    keep_random,
+    keep_random_by_rank,
+    kth_largest,
+    num_kept,
+    uniform,
+)
 
 
 @settings(max_examples=60, deadline=None)

@@ -1,4 +1,4 @@
-"""What a user liked before: windows on the liked training rows, by time.
+"""Histories of liked items: windows on the liked rows of each user, by time.
 
 Shape legend: N rows.
 """
@@ -19,14 +19,14 @@ from cki_rec.data.schema import OOV_ID
 def write_history(
     columns: Staging, name: str, source: Field, length: int, has_earlier: bool = False
 ) -> dict[str, float | None]:
-    """Write the history of every row; return its share of unseen ids in validation and test.
+    """Write the history of every row; return the shares of ``OOV_ID`` in validation and test.
 
     Args:
-        columns: Ids, labels, splits, users and times; a block of users is in memory at a time.
-        name: Of the field.
-        source: The field whose ids it holds.
-        length: Most ids kept.
-        has_earlier: Liked rows of every split are in it, not those of training alone.
+        columns: Ids, labels, splits, users and times; one block of users is in memory at a time.
+        name: Name of the field.
+        source: The field whose ids the history holds.
+        length: Most ids of a history.
+        has_earlier: Include liked rows of every split, not of training alone.
 
     Raises:
         UserError: The rows have no users or no times.
@@ -34,7 +34,7 @@ def write_history(
     files = columns.files
     if "group" not in files or "timestamp" not in files:
         raise UserError(
-            f"data.fields: {name}: these rows have no users or no times; leave it out, or name "
+            f"data.fields: {name}: these rows have no users or no times; remove the field, or set "
             "data.user and data.time"
         )
     group, timestamp, ids, label, split = (
@@ -54,10 +54,10 @@ def write_history(
     ragged = Ragged(values.mapped(), starts, lengths)
     unseen, totals = np.zeros(3, dtype=np.int64), np.zeros(3, dtype=np.int64)
     for start, stop in blocks(columns.rows):
-        found, sizes = ragged.ids(slice(start, stop))
+        values_of_block, sizes = ragged.ids(slice(start, stop))
         code = np.repeat(split[start:stop], sizes)
         totals += np.bincount(code, minlength=3)
-        unseen += np.bincount(code[found == OOV_ID], minlength=3)
+        unseen += np.bincount(code[values_of_block == OOV_ID], minlength=3)
     files[f"field.{name}.values"] = values
     return {n: share(unseen[code], totals[code]) for code, n in enumerate(SPLITS) if code}
 
@@ -65,17 +65,17 @@ def write_history(
 def histories(
     items: Ids, is_liked: NDArray[np.bool_], group: Ids, timestamp: Ints, length: int
 ) -> Ragged:
-    """Return the latest liked items of the row's user at strictly smaller timestamps.
+    """Return the latest items that the user of each row liked at strictly smaller timestamps.
 
     Args:
         items: ``(N,)`` item ids.
-        is_liked: ``(N,)`` rows that may appear in histories.
+        is_liked: ``(N,)`` whether a row may appear in histories.
         group: ``(N,)`` user index.
         timestamp: ``(N,)`` seconds.
-        length: Most items kept.
+        length: Most items of a history.
 
     Returns:
-        One window a row on the liked rows, ordered by user, time and row order.
+        One window per row on the liked rows, which are ordered by user, time and row order.
     """
     rank = np.unique(timestamp, return_inverse=True)[1].astype(np.int64)
     width = int(rank.max(initial=0)) + 1

@@ -1,4 +1,4 @@
-"""Numeric fields -> categories or standardized floats.
+"""Numeric fields -> tokens or standardized floats.
 
 Shape legend: N rows.
 """
@@ -17,21 +17,24 @@ from cki_rec.data.encoding.fields import Field
 from cki_rec.data.encoding.split import order_statistics
 
 LARGEST_FLOAT = float(np.finfo(np.float32).max)
-"""Larger numbers are taken for this."""
+"""Limit to which larger numbers are clipped."""
 LARGEST_INTEGER = 2.0**53
+"""Limit of integers that float64 represents exactly."""
 MISSING_KEY = np.iinfo(np.int64).min
-"""Stands for a missing value among ``ordered_keys``."""
+"""Key of a missing value in ``ordered_keys``."""
 
 
 def as_token(field: Field, missing: float | None) -> pl.Expr:
-    r"""Return the token of a number; a missing one is null.
+    r"""Return the token of a number; the token of a missing number is null.
 
-    ``ln_squared`` is :math:`\lfloor \ln(x)^2 \rfloor` above 2, and the number without its
-    fraction otherwise.
+    ``ln_squared`` is :math:`\lfloor \ln(x)^2 \rfloor` above 2, and the integer part otherwise.
 
     Reference:
-        The preprocessing of Criteo_x4 in BARS (Zhu et al., SIGIR 2022): its code; its text says
-        log2.
+        Zhu et al., BARS: Towards Open Benchmarking for Recommender Systems, SIGIR 2022: the
+        preprocessing of Criteo_x4.
+
+    Differs:
+        Follows the published code; the text of the paper has log2 instead of ln.
     """
     value = _filled(field, missing)
     if field.transform == "ln_squared":
@@ -51,9 +54,9 @@ def as_token(field: Field, missing: float | None) -> pl.Expr:
 
 
 def as_number(field: Field, missing: float | None) -> pl.Expr:
-    """Return the number before standardization; a missing one is NaN.
+    """Return the number before standardization; a missing number is NaN.
 
-    ``log1p`` keeps the sign: log(1 + abs(x)) with the sign of x.
+    ``log1p`` is log(1 + abs(x)) with the sign of x.
     """
     value = _filled(field, missing).cast(pl.Float64).clip(-LARGEST_FLOAT, LARGEST_FLOAT)
     if field.transform == "log1p":
@@ -62,7 +65,7 @@ def as_number(field: Field, missing: float | None) -> pl.Expr:
 
 
 def _filled(field: Field, missing: float | None) -> pl.Expr:
-    """Return the raw number, or what an empty one stands for."""
+    """Return the raw number, or ``missing`` if it is empty."""
     value = pl.col(field.column)
     if missing is None:
         return value
@@ -70,7 +73,7 @@ def _filled(field: Field, missing: float | None) -> pl.Expr:
 
 
 def ordered_keys(values: NDArray[np.float64]) -> Ints:
-    """Return int64 keys in the order of the values; NaN becomes ``MISSING_KEY``."""
+    """Return int64 keys with the order of the values; the key of NaN is ``MISSING_KEY``."""
     bits = (values + 0.0).view(np.int64)  # + 0.0: no negative zero
     keys: Ints = bits ^ ((bits >> 63) & np.iinfo(np.int64).max)
     keys[np.isnan(values)] = MISSING_KEY
@@ -78,18 +81,18 @@ def ordered_keys(values: NDArray[np.float64]) -> Ints:
 
 
 def key_values(keys: Ints) -> NDArray[np.float64]:
-    """Return the values that ``ordered_keys`` took."""
+    """Return the values of ``ordered_keys``."""
     bits = keys ^ ((keys >> 63) & np.iinfo(np.int64).max)
     return bits.view(np.float64)
 
 
 def quantile_edges(keys: Iterator[Ints], buckets: int, scratch: Path) -> Ints:
-    """Return the distinct keys that end the first ``buckets - 1`` of equally filled buckets.
+    """Return the distinct largest keys of the first ``buckets - 1`` buckets of equal size.
 
     Args:
-        keys: Those of training rows, block by block.
-        buckets: How many.
-        scratch: A folder for a temporary file.
+        keys: Keys of training rows, block by block.
+        buckets: Number of buckets.
+        scratch: Folder for a temporary file.
     """
     known = ColumnFile(scratch / "keys.tmp", np.int64)
     for block in keys:
@@ -103,7 +106,7 @@ def quantile_edges(keys: Iterator[Ints], buckets: int, scratch: Path) -> Ints:
 
 
 def bucket_codes(keys: Ints, edges: Ints) -> NDArray[np.int64]:
-    """Return the code of each key: 0 for a missing one, else 1 + the number of smaller edges."""
+    """Return the code of each key: 0 if missing, else 1 + the number of smaller edges."""
     codes = 1 + np.searchsorted(edges, keys, side="left")
     return np.where(keys == MISSING_KEY, 0, codes)
 
@@ -118,16 +121,16 @@ def standardize(
 ) -> NDArray[np.float64]:
     """Standardize columns in place by training rows; missing values become the mean.
 
-    Sums are of float64 and taken block by block in a fixed order, so that the result depends on
-    nothing but the rows.
+    Sums are float64 and are taken block by block in a fixed order, so that the result depends on
+    the rows alone.
 
     Args:
         numbers: ``(N, columns)`` float32 with NaN for missing.
         split: ``(N,)`` split codes.
-        is_scaled: ``(columns,)``: others keep their scale; only their missing values are filled.
+        is_scaled: ``(columns,)``; other columns keep their scale, with missing values filled.
 
     Returns:
-        ``(2, columns)`` float64: what was subtracted, and then divided by.
+        ``(2, columns)`` float64: shift and scale.
     """
     width = len(is_scaled)
     total, squares, known = np.zeros(width), np.zeros(width), np.zeros(width)

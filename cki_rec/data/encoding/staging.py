@@ -1,7 +1,7 @@
-"""The one pass over the text: rows -> columns of codes on disk, and the dictionaries behind them.
+"""The only pass over the text: rows -> columns of codes on disk, and dictionaries of tokens.
 
-A code stands for a token until all rows are read and training rows can be counted. So text is
-parsed once, and memory holds dictionaries and a chunk.
+A code replaces a token until all rows are read and training rows can be counted. So text is parsed
+once, and memory holds the dictionaries and one chunk.
 
 Shape legend: N rows, C columns of ids.
 """
@@ -25,28 +25,33 @@ from cki_rec.data.encoding.vocabulary import Dictionary, hash_tokens
 from cki_rec.data.raw.reading import LABEL, SPLIT, TIME, with_time_fields
 
 USER, ITEM = "user of a row", "item of a row"
-"""Names of the dictionaries behind ``group`` and ``item_index``."""
+"""Names of the dictionaries of ``group`` and ``item_index``."""
 
 
 @dataclass(slots=True)
 class Plan:
-    """Which column of which file every field goes to."""
+    """The file and the column of every field."""
 
     ids: list[Field]
-    """Columns of ``ids.npy``: one id a row. Fields that only a history needs come last."""
+    """Columns of ``ids.npy``, one id per row. Fields that only a history requires come last."""
     multi: list[Field]
-    """Fields whose ids a raw column lists, histories among them."""
+    """Fields whose ids a raw column lists, including listed histories."""
     numbers: list[Field]
+    """Columns of ``numbers.npy``."""
     histories: dict[str, Field]
     """History of liked items -> the field whose ids it holds."""
     user: str | None
+    """Raw column of users."""
     item: str | None
+    """Raw column of items."""
     missing: float | None
-    """What an empty number stands for."""
+    """Value of an empty number; None: it stays missing."""
     buckets: int
+    """Number of quantile buckets."""
     quantiles: list[Field] = field(default_factory=list)
+    """Fields of quantile buckets."""
     is_keyed: bool = False
-    """Whether rows need a key by which they are divided."""
+    """Whether to store a key per row, which determines its split."""
 
 
 def plan_columns(
@@ -56,7 +61,7 @@ def plan_columns(
     missing: float | None,
     buckets: int,
 ) -> Plan:
-    """Return where every field goes."""
+    """Return the file and the column of every field."""
     ids = [f for f in fields if f.kind not in ("multi", "history") and not f.is_number]
     by_column = {f.column: f for f in ids if f.kind == "categorical"}
     histories = {}
@@ -84,8 +89,8 @@ class Staging:
     """Columns that grow chunk by chunk, in a folder.
 
     Args:
-        folder: Where the files go.
-        plan: Which columns there are.
+        folder: Folder of the files.
+        plan: The columns.
     """
 
     def __init__(self, folder: Path, plan: Plan) -> None:
@@ -103,11 +108,11 @@ class Staging:
 
     @property
     def rows(self) -> int:
-        """Return N so far."""
+        """Return the number of rows so far."""
         return self.files["label"].rows if self.files else 0
 
     def append(self, frame: pl.DataFrame) -> None:
-        """Add rows in the common form."""
+        """Append rows in the common form."""
         if frame.is_empty():
             return
         plan = self.plan
@@ -148,10 +153,10 @@ class Staging:
                 stack.callback(file.close)
 
     def _codes(self, frame: pl.DataFrame) -> NDArray[np.int32]:
-        """Return ``(rows, C)`` the codes of one chunk; hashed fields have their ids already."""
+        """Return ``(rows, C)`` codes of one chunk; codes of hashed fields are their ids."""
         missing = self.plan.missing
         expressions = [
-            pl.repeat(0, pl.len(), dtype=pl.UInt32)  # known later
+            pl.repeat(0, pl.len(), dtype=pl.UInt32)  # replaced once edges are known
             if column.transform == "quantile"
             else _hashed(_token(column, missing), column.hash_size)
             if column.hash_size is not None
@@ -159,15 +164,15 @@ class Staging:
             for column in self.plan.ids
         ]
         names = [column.name for column in self.plan.ids]
-        found = frame.select(e.alias(n) for e, n in zip(expressions, names, strict=True))
-        codes: NDArray[np.uint32] = found.to_numpy(order="c")
+        columns = frame.select(e.alias(n) for e, n in zip(expressions, names, strict=True))
+        codes: NDArray[np.uint32] = columns.to_numpy(order="c")
         for column, top in zip(self.plan.ids, codes.max(axis=0).tolist(), strict=True):
             if column.hash_size is None:
                 self.dictionaries[column.table].grow(top)
         return codes.view(np.int32)
 
     def _append_multi(self, frame: pl.DataFrame, column: Field) -> None:
-        """Add the codes of every row in the order of the text; those of a set are distinct."""
+        """Append the codes of every row in the order of the text; codes of a set are distinct."""
         assert column.separator is not None
         split = pl.col(column.column).str.split(column.separator)
         split = split.list.eval(pl.element().filter(pl.element() != ""))
@@ -203,12 +208,12 @@ def _token(column: Field, missing: float | None) -> pl.Expr:
 
 
 def _physical(token: pl.Expr, dictionary: Dictionary) -> pl.Expr:
-    """Return the codes of tokens; a missing one is the empty token, code 0."""
+    """Return the codes of tokens; a missing token is the empty token, code 0."""
     return token.cast(dictionary.dtype).to_physical().fill_null(0)
 
 
 def _hashed(token: pl.Expr, size: int) -> pl.Expr:
-    """Return the ids of tokens in a table of hashes; a missing one is the empty token."""
+    """Return the hashed ids of tokens; a missing token is the empty token."""
     return token.fill_null("").map_batches(
         lambda tokens: hash_tokens(tokens, size), return_dtype=pl.UInt32
     )

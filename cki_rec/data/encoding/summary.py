@@ -1,4 +1,4 @@
-"""What a person wants to know about an encoded data set."""
+"""Summary of an encoded data set, as text."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ FORMS = {
 
 
 def summary_lines(dataset: EncodedDataset) -> list[str]:
-    """Return rows, fields, vocabularies, unseen ids, positive rates, bad rows, time and memory."""
+    """Return lines with rows, fields, vocabularies, positive rates, bad rows, time and memory."""
     manifest, schema = dataset.manifest, dataset.schema
     is_synthetic = ", SYNTHETIC" if manifest["synthetic"] else ""
     lines = [

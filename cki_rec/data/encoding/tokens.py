@@ -1,6 +1,7 @@
-"""Token lists of models: found by the hash that a checkpoint names, in folders that keep them.
+"""Token lists of models, which checkpoints identify by hash.
 
-A folder is an encoded data set, or what ``write_tokens`` left beside a merged model.
+A folder with token lists is an encoded data set, or was written by ``write_tokens`` next to a
+merged model.
 """
 
 from __future__ import annotations
@@ -19,42 +20,42 @@ from cki_rec.data.encoding import vocabulary
 from cki_rec.files import file_digest
 
 FOLDER = "vocabulary"
-"""In the run directory of a merged model: the token lists of its tables."""
+"""Folder of token lists in the run directory of a merged model."""
 HASHED = "crc32 modulo "
-"""Begins the vocabulary hash of a table whose ids are hashes: it has no tokens."""
-WHICH = "name the encoded data set that it was trained on in merge.vocabularies"
+"""Prefix of the vocabulary hash of a table whose ids are hashes, which has no tokens."""
+FIX = "set merge.vocabularies to the encoded data set that the model was trained on"
 
 
 def path_of(folder: Path, table: str) -> Path:
-    """Return where a folder keeps the tokens of a table."""
+    """Return the path of the tokens of a table in a folder."""
     return folder / f"vocabulary.{table}.txt"
 
 
 def read_tokens(folder: Path, table: str, digest: str) -> list[str]:
-    """Return the tokens of a table in the order of ids, if they are those of the hash.
+    """Return the tokens of a table in the order of ids; their hash must be ``digest``.
 
     Raises:
-        UserError: The folder has none, others, or damaged ones; or numbers make the table's ids,
-            whose meaning is not in tokens alone.
+        UserError: The list is missing, different or damaged, or the ids of the table are learned
+            from numbers.
     """
     path = path_of(folder, table)
     if not path.is_file():
-        raise UserError(f"{path}: not there, but the model has such a table; {WHICH}")
-    found = file_digest(path)
-    if found == digest:
+        raise UserError(f"{path}: missing, but the model has this table; {FIX}")
+    actual = file_digest(path)
+    if actual == digest:
         return vocabulary.read_vocabulary(path)
-    kept = _manifest(folder) or {"files": {}, "hashes": {}}
-    written = kept["files"].get(path.stem, {}).get("sha256", found)
-    if written != found:
+    manifest = _manifest(folder) or {"files": {}, "hashes": {}}
+    written = manifest["files"].get(path.stem, {}).get("sha256", actual)
+    if written != actual:
         raise UserError(f"{path}: damaged: its hash differs from {MANIFEST}; encode it again")
-    if kept["hashes"].get(table) == digest:
+    if manifest["hashes"].get(table) == digest:
         raise UserError(
-            f"{path}: ids of table '{table}' are ranges of numbers, learnt from each data set, so"
+            f"{path}: ids of table '{table}' are ranges of numbers that each data set learned, so"
             " they cannot be joined; give data.fields the same edges"
         )
     raise UserError(
-        f"{path}: not what the model was trained with (hash {found[:12]}, its checkpoint has"
-        f" {digest[:12]}), or damaged; {WHICH}"
+        f"{path}: differs from the tokens that the model was trained with (hash {actual[:12]}, its"
+        f" checkpoint has {digest[:12]}); {FIX}"
     )
 
 
@@ -62,17 +63,17 @@ def join_tokens_of(folders: Sequence[str], tables: Iterable[str]) -> dict[str, p
     """Return per table the tokens of all folders, in the order of first appearance.
 
     Args:
-        folders: Encoded data sets, what ``write_tokens`` left, or merged runs that hold it.
-        tables: Which.
+        folders: Encoded data sets, merged runs, or folders that ``write_tokens`` wrote.
+        tables: Names of tables.
 
     Raises:
-        UserError: A list is not there, or is damaged.
+        UserError: A list is missing or damaged.
     """
-    found = {}
+    joined = {}
     for table in tables:
         lists = [_listed(Path(folder), table) for folder in folders]
-        found[table] = pl.concat(lists).unique(maintain_order=True)
-    return found
+        joined[table] = pl.concat(lists).unique(maintain_order=True)
+    return joined
 
 
 def _listed(folder: Path, table: str) -> pl.Series:
@@ -80,20 +81,22 @@ def _listed(folder: Path, table: str) -> pl.Series:
     path = path_of(nested if nested.is_dir() else folder, table)
     if not path.is_file():
         raise UserError(
-            f"data.vocabularies: {path}: not there, but a field has the table '{table}'; name"
-            " encoded data sets or merged runs that have it"
+            f"data.vocabularies: {path}: missing, but a field has the table '{table}'; name"
+            " encoded data sets or merged runs with this table"
         )
-    kept = (_manifest(path.parent) or {"files": {}})["files"].get(path.stem, {})
-    if kept.get("sha256", found := file_digest(path)) != found:
+    facts = (_manifest(path.parent) or {"files": {}})["files"].get(path.stem, {})
+    if facts.get("sha256", actual := file_digest(path)) != actual:
         raise UserError(f"{path}: damaged: its hash differs from {MANIFEST}; encode it again")
     try:
         return pl.Series(table, vocabulary.read_vocabulary(path), dtype=pl.String)
     except UnicodeDecodeError as error:
-        raise UserError(f"data.vocabularies: {path}: damaged: no UTF-8 ({error.reason})") from None
+        raise UserError(
+            f"data.vocabularies: {path}: damaged: not UTF-8 ({error.reason}); encode it again"
+        ) from None
 
 
 def write_tokens(folder: Path, table: str, tokens: Iterable[str]) -> None:
-    """Write the tokens of a table, one a line, as ``learn_vocabulary`` does."""
+    """Write the tokens of a table in the format of ``learn_vocabulary``."""
     path = path_of(folder, table)
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("wb") as file:
@@ -101,7 +104,7 @@ def write_tokens(folder: Path, table: str, tokens: Iterable[str]) -> None:
 
 
 def hash_of(tokens: Iterable[str]) -> str:
-    """Return the vocabulary hash of tokens in the order of ids: that of the file."""
+    """Return the vocabulary hash of tokens in the order of ids, which is that of their file."""
     digest = hashlib.sha256()
     for token in tokens:
         digest.update(f"{token}\n".encode())
@@ -109,11 +112,11 @@ def hash_of(tokens: Iterable[str]) -> str:
 
 
 def find_tokens(folders: Iterable[Path], hashes: Mapping[str, str]) -> Path | None:
-    """Return the first folder that keeps the tables of these hashes; None: there is none."""
+    """Return the first folder with all tables and hashes of ``hashes``; None: there is none."""
     for folder in folders:
-        kept = _manifest(folder)
-        if kept is not None:
-            if hashes.items() <= kept["hashes"].items():
+        manifest = _manifest(folder)
+        if manifest is not None:
+            if hashes.items() <= manifest["hashes"].items():
                 return folder
         elif all(_has(path_of(folder, table), digest) for table, digest in hashes.items()):
             return folder
@@ -125,13 +128,12 @@ def _has(path: Path, digest: str) -> bool:
 
 
 def _manifest(folder: Path) -> dict[str, Any] | None:
-    """Return hashes and files of an encoded data set; None where there is no readable one."""
+    """Return hashes and files of an encoded data set; None if the folder is none."""
     try:
-        found = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        kept = {
-            "hashes": dict(found["schema"]["vocabulary_hashes"]),
-            "files": dict(found["files"]),
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        return {
+            "hashes": dict(manifest["schema"]["vocabulary_hashes"]),
+            "files": dict(manifest["files"]),
         }
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    return kept

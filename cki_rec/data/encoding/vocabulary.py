@@ -1,4 +1,4 @@
-"""Tokens -> ids: dictionaries that grow chunk by chunk, vocabularies of training rows, hashes.
+"""Tokens -> ids: dictionaries that grow chunk by chunk, vocabularies and hashes.
 
 Shape legend: T tokens of a dictionary, V ids of a table.
 """
@@ -18,14 +18,14 @@ from cki_rec.data.schema import FIRST_ID, OOV_ID
 from cki_rec.files import file_digest
 
 LARGEST_TABLE = 2**31 - 1
-"""Ids are int32."""
+"""Largest number of ids of a table, since ids are int32."""
 
 
 class Dictionary:
-    """All tokens met so far, each with a code; codes go by no particular order.
+    """All tokens so far, each with a code; codes are in no particular order.
 
     Args:
-        tokens: Fixed tokens, codes in this order; None: whatever comes.
+        tokens: Fixed tokens in the order of codes; None: the dictionary grows.
     """
 
     def __init__(self, tokens: list[str] | None = None) -> None:
@@ -33,19 +33,19 @@ class Dictionary:
         self.size = 1 if tokens is None else len(tokens)
         """T."""
         self._categories = pl.Categories.random()
-        # polars drops the mapping when no series uses it; the missing token has code 0
+        # polars drops the mapping if no series uses it; the missing token has code 0
         self._keep = pl.Series([""], dtype=self.dtype)
 
     @property
     def dtype(self) -> pl.Categorical:
-        """Return the polars type whose physical values are the codes."""
+        """Return the polars type whose physical values are codes."""
         return pl.Categorical(self._categories)
 
     def grow(self, code: int) -> None:
-        """Remember that there is ``code``, and every one below.
+        """Record that ``code`` and all smaller codes exist.
 
         Raises:
-            UserError: More tokens than ids.
+            UserError: There are more tokens than ids.
         """
         if code >= LARGEST_TABLE:
             raise UserError(
@@ -55,7 +55,7 @@ class Dictionary:
         self.size = max(self.size, code + 1)
 
     def tokens(self) -> pl.Series:
-        """Return ``(T,)`` the tokens, in the order of codes."""
+        """Return ``(T,)`` tokens in the order of codes."""
         if self._fixed is not None:
             return pl.Series(self._fixed, dtype=pl.String)
         codes = pl.Series(np.arange(self.size, dtype=np.uint32))
@@ -69,9 +69,9 @@ class Vocabulary:
     size: int
     """V, reserved ids included."""
     hash: str
-    """sha256 over the tokens in id order."""
+    """sha256 of the tokens in the order of ids."""
     id_of_code: Ids
-    """``(T,)``."""
+    """``(T,)`` id of each code."""
 
 
 def learn_vocabulary(
@@ -82,62 +82,62 @@ def learn_vocabulary(
     path: Path,
     deciding: Ints | None = None,
 ) -> Vocabulary:
-    """Write the vocabulary, one token a line in the order of ids, and return it.
+    """Learn a vocabulary from counts, and write it: one token per line in the order of ids.
 
     Args:
-        table: For messages.
-        tokens: ``(T,)`` in the order of codes.
-        counts: ``(T,)`` training rows that hold each token.
-        min_count: Tokens with fewer share ``OOV_ID``; tokens of no training row always do.
-        path: Where.
-        deciding: ``(T,)`` what ``min_count`` is compared with; None: ``counts``.
+        table: Name of the table, for messages.
+        tokens: ``(T,)`` tokens in the order of codes.
+        counts: ``(T,)`` number of training rows with each token.
+        min_count: Fewest rows of a token; rarer tokens share ``OOV_ID``.
+        path: Path of the file.
+        deciding: ``(T,)`` counts to compare with ``min_count``; None: ``counts``.
 
     Raises:
-        UserError: More tokens than ids.
+        UserError: There are more tokens than ids.
     """
     codes = pl.Series("code", np.arange(len(tokens), dtype=np.uint32))
     frame = pl.DataFrame({"code": codes, "token": tokens, "count": counts})
-    is_kept = (counts if deciding is None else deciding) >= min_count
-    kept = frame.filter(pl.Series(is_kept))
-    kept = kept.sort(["count", "token"], descending=[True, False])
-    size = FIRST_ID + len(kept)
+    is_frequent = (counts if deciding is None else deciding) >= min_count
+    listed = frame.filter(pl.Series(is_frequent))
+    listed = listed.sort(["count", "token"], descending=[True, False])
+    size = FIRST_ID + len(listed)
     if size > LARGEST_TABLE:
         raise UserError(
             f"data.fields: table {table} has {size:,} ids, expected at most {LARGEST_TABLE:,}; "
             f"raise data.min_count or hash the field: {{name: {table}, hash_size: 100000000}}"
         )
     ids = np.full(len(tokens), OOV_ID, dtype=np.int32)
-    ids[kept["code"].to_numpy()] = np.arange(FIRST_ID, size, dtype=np.int32)
-    kept.select("token").write_csv(path, include_header=False, quote_style="never")
+    ids[listed["code"].to_numpy()] = np.arange(FIRST_ID, size, dtype=np.int32)
+    listed.select("token").write_csv(path, include_header=False, quote_style="never")
     return Vocabulary(size, file_digest(path), ids)
 
 
 def write_listed_vocabulary(tokens: pl.Series, listed: pl.Series, path: Path) -> Vocabulary:
-    """Write a vocabulary that is given, as ``learn_vocabulary`` does, and return it.
+    """Write a vocabulary that is a list of tokens, in the format of ``learn_vocabulary``.
 
     Args:
-        tokens: ``(T,)`` in the order of codes; those that are not listed share ``OOV_ID``.
+        tokens: ``(T,)`` tokens in the order of codes; tokens outside the list share ``OOV_ID``.
         listed: All tokens of the vocabulary, in the order of ids.
-        path: Where.
+        path: Path of the file.
     """
     size = FIRST_ID + len(listed)
     ids = pl.DataFrame({"token": listed, "id": np.arange(FIRST_ID, size, dtype=np.int32)})
-    found = pl.DataFrame({"token": tokens}).join(
+    joined = pl.DataFrame({"token": tokens}).join(
         ids, on="token", how="left", maintain_order="left"
     )
     listed.to_frame().write_csv(path, include_header=False, quote_style="never")
-    id_of_code = found["id"].fill_null(OOV_ID).to_numpy()
+    id_of_code = joined["id"].fill_null(OOV_ID).to_numpy()
     return Vocabulary(size, file_digest(path), id_of_code)
 
 
 def read_vocabulary(path: Path) -> list[str]:
-    """Return the tokens that ``learn_vocabulary`` wrote; the first has id ``FIRST_ID``."""
+    """Return the tokens of a vocabulary file; the first one has id ``FIRST_ID``."""
     lines = path.read_bytes().split(b"\n")[:-1]
     return [line.decode() for line in lines]
 
 
 def hash_tokens(tokens: pl.Series, size: int) -> pl.Series:
-    """Return (UInt32) the id of every token in a table of ``size`` hashes, equal everywhere.
+    """Return the ids (UInt32) of tokens in a table of ``size`` hashes, equal on all machines.
 
     Reference:
         Weinberger et al., Feature Hashing for Large Scale Multitask Learning, ICML 2009; the hash
@@ -151,5 +151,5 @@ def hash_tokens(tokens: pl.Series, size: int) -> pl.Series:
 
 
 def hashed_vocabulary(size: int) -> Vocabulary:
-    """Return the vocabulary of a table whose ids are hashes."""
+    """Return the vocabulary of a table of ``size`` hashes."""
     return Vocabulary(FIRST_ID + size, f"crc32 modulo {size}", np.empty(0, np.int32))

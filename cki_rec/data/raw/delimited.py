@@ -1,7 +1,7 @@
-"""Delimited text -> typed frames; a bad row is named by file and line, skipped or counted.
+"""Delimited text -> typed frames. A bad row is reported with file, line and reason, or skipped.
 
-A block of good lines is parsed by polars at once. Only a block that polars or a count of
-separators finds fault with is looked at line by line, to tell which lines are bad and why.
+Polars parses a whole block of lines at once. If polars or the number of separators indicates an
+error, the block is parsed line by line, to find the bad lines and the reasons.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from cki_rec.config import UserError
 from cki_rec.data.raw.reading import BOM, LINE, TIME, Reading, Text
 
 SEPARATOR = "\x1f"
-"""Stands between fields inside, where the file's own separator is longer or text is quoted."""
+"""Internal separator, for files whose separator is longer than a byte or whose text is quoted."""
 TYPES: dict[str, type[pl.DataType]] = {
     "text": pl.String,
     "integer": pl.Int64,
@@ -29,7 +29,7 @@ TYPES: dict[str, type[pl.DataType]] = {
     "seconds": pl.Int64,
 }
 LATEST = 4_102_444_800
-"""The year 2100, in seconds; larger times are milliseconds or no times."""
+"""Latest valid time: the year 2100, in seconds. Larger numbers are milliseconds or no times."""
 _INTEGER = re.compile(r"[ \t]*[+-]?[0-9]+")
 _NUMBER = re.compile(r"[ \t]*[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
 _MEANING = {"integer": "a whole number", "number": "a number", "click": "0 or 1",
@@ -38,42 +38,45 @@ _MEANING = {"integer": "a whole number", "number": "a number", "click": "0 or 1"
 
 @dataclass(frozen=True, slots=True)
 class Known:
-    """The values that a column may hold."""
+    """The values that a column may contain."""
 
     values: pl.Series
     reason: str
-    """Why a row with another value is bad, e.g. ``unknown movie``."""
+    """Reason to report for other values, e.g. ``unknown movie``."""
     expected: str
+    """Description of the values, for messages."""
 
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """What a line holds."""
+    """The columns and the syntax of a line."""
 
     columns: Mapping[str, str]
-    """Name -> a row of ``TYPES``, in order; a ``click`` is 0 or 1."""
+    """Name -> key of ``TYPES``, in order; a ``click`` is 0 or 1."""
     separator: str
+    """Text between fields."""
     header: str | None = None
-    """The first line; None: there is none."""
+    """The first line; None: the file has no header."""
     required: tuple[str, ...] = ()
-    """Columns that may not be empty; a click never is."""
+    """Columns that may not be empty, besides clicks."""
     is_quoted: bool = False
     """Whether a field may be quoted as in csv."""
     wanted: tuple[str, ...] = ()
     """Columns to return; empty: all."""
     known: Mapping[str, Known] = field(default_factory=dict)
+    """Column -> its only valid values."""
 
 
 def read_rows(text: Text, layout: Layout, reading: Reading) -> Iterator[pl.DataFrame]:
-    """Yield the good rows of a text, block by block, with the column ``LINE`` (Int64) besides.
+    """Yield the good rows of a text, block by block, with an extra column ``LINE`` (Int64).
 
     Args:
-        text: What to read.
-        layout: What its lines hold.
-        reading: What to do with bad rows.
+        text: The text to read.
+        layout: Columns and syntax of its lines.
+        reading: State of the pass, with the treatment of bad rows.
 
     Raises:
-        UserError: A bad row, if ``reading`` says so; a file without a good row.
+        UserError: A row is bad and ``reading.on_bad_row`` is ``error``, or no row is good.
     """
     num_rows = 0
     for block in text.blocks(reading):
@@ -93,7 +96,7 @@ def read_rows(text: Text, layout: Layout, reading: Reading) -> Iterator[pl.DataF
         if frame is None:
             raise UserError(
                 f"{text}, lines {first} to {reading.line - 1}: not readable as {_fields(layout)}; "
-                "mend the lines or fetch the file again"
+                "correct the lines or fetch the file again"
             )
         num_rows += frame.height
         if frame.height:
@@ -104,27 +107,27 @@ def read_rows(text: Text, layout: Layout, reading: Reading) -> Iterator[pl.DataF
         )
 
 
-def check_header(text: Text, found: str, expected: str) -> None:
+def check_header(text: Text, header: str, expected: str) -> None:
     """Check the first line.
 
     Raises:
-        UserError: It is another one.
+        UserError: The line differs from the expected header.
     """
-    if found != expected:
+    if header != expected:
         raise UserError(
-            f"{text}, line 1: found {found[:80]!r}, expected the header {expected[:300]!r}; "
+            f"{text}, line 1: found {header[:80]!r}, expected the header {expected[:300]!r}; "
             "restore the header line or fetch the file again"
         )
 
 
 def _parse(block: bytes, layout: Layout, separator: str) -> pl.DataFrame | None:
-    """Return the rows of a block, one a line; None if any of them may be bad."""
+    """Return the rows of a block, one per line; None if a row may be bad."""
     schema = {name: TYPES[kind] for name, kind in layout.columns.items()}
     *_others, last = schema
     wanted = list(layout.wanted or layout.columns)
     if not block:
         return pl.DataFrame(schema=schema).select(wanted)
-    if separator != SEPARATOR:  # as in the file, so nobody has looked at the lines
+    if separator != SEPARATOR:  # the lines are not checked yet
         unusual = [b"\0", b"\r", SEPARATOR.encode(), *([b'"'] if layout.is_quoted else [])]
         if any(word in block for word in unusual) or not (block.isascii() or BOM not in block):
             return None
@@ -152,7 +155,7 @@ def _parse(block: bytes, layout: Layout, separator: str) -> pl.DataFrame | None:
 
 
 def _is_good(layout: Layout, frame: pl.DataFrame) -> pl.Expr:
-    """Return whether all values are allowed."""
+    """Return whether all values are valid."""
     tests = [pl.lit(True)]
     for name, kind in layout.columns.items():
         column = pl.col(name)
@@ -176,7 +179,7 @@ def _is_good(layout: Layout, frame: pl.DataFrame) -> pl.Expr:
 def _good_lines(
     text: Text, first: int, block: bytes, layout: Layout, reading: Reading
 ) -> tuple[list[int], bytes]:
-    """Return the numbers of the good lines, and these with ``SEPARATOR`` between fields."""
+    """Return the numbers of the good lines, and the lines with ``SEPARATOR`` between fields."""
     numbers, good = [], []
     known = {name: {str(v) for v in entry.values} for name, entry in layout.known.items()}
     for number, line in enumerate(block.split(b"\n")[:-1], start=first):
@@ -205,11 +208,11 @@ def _split(line: str, layout: Layout) -> list[str]:
 def _fault(
     line: bytes, shown: str, parts: list[str], layout: Layout, known: Mapping[str, set[str]]
 ) -> tuple[str, str] | None:
-    """Return why a line is bad and what was expected; None for a good line."""
+    """Return the reason and the expectation for a bad line; None for a good line."""
     if b"\0" in line:
         return "NUL byte", "text"
     if b"\r" in line:
-        return "carriage return", "one row a line"
+        return "carriage return", "one row per line"
     if "�" in shown and shown.encode() != line:
         return "not UTF-8", "text in UTF-8"
     if line.startswith(BOM):
@@ -258,7 +261,7 @@ def _number_fault(name: str, kind: str, value: str) -> tuple[str, str] | None:
 
 
 def hours(column: str) -> pl.Expr:
-    """Return the time of whole numbers YYMMDDHH, years 2000 to 2099; null for what is none."""
+    """Return the times of whole numbers YYMMDDHH, years 2000 to 2099; null if invalid."""
     digits = pl.col(column).cast(pl.String).str.zfill(8)
     return (pl.lit("20") + digits + "00").str.strptime(pl.Datetime, "%Y%m%d%H%M", strict=False)
 
@@ -271,7 +274,7 @@ def time_in_seconds(column: str, form: str) -> pl.Expr:
 
 
 def _is_hour(value: int) -> bool:
-    """Return whether one number is a time, by the same rule."""
+    """Return whether one number is a time, by the rule of ``hours``."""
     return not pl.DataFrame({"value": [value]}).select(hours("value").is_null()).item()
 
 

@@ -1,8 +1,8 @@
-"""What every reader of a raw format shares: finding and opening files, bad rows, times.
+"""Parts common to all readers of raw formats: files, bad rows and times.
 
-A reader yields its rows in the common form, chunk by chunk: polars frames with ``LABEL`` (UInt8),
-``TIME`` (Int64 seconds, if rows have times), ``SPLIT`` (UInt8, if files decide it) and the columns
-of its fields: String (null: missing), or Int64 and Float64 for numbers.
+A reader yields chunks of rows in the common form. These are polars frames with ``LABEL`` (UInt8),
+``TIME`` (Int64 seconds, if rows have times), ``SPLIT`` (UInt8, if files define the split) and the
+columns of the fields: String (null: missing), or Int64 and Float64 for numbers.
 """
 
 from __future__ import annotations
@@ -24,10 +24,11 @@ import polars as pl
 from cki_rec.config import Data, Split, UserError
 
 LABEL, TIME, SPLIT, LINE = "@label", "@time", "@split", "@line"
-"""Columns of the common form that are no raw columns."""
+"""Columns of the common form that are not raw columns."""
 EXAMPLES = 3
-"""Skipped rows shown per reason."""
+"""Most skipped rows that are shown per reason."""
 LONGEST_LINE = 1 << 24
+"""Most bytes of a line."""
 BOM = b"\xef\xbb\xbf"
 NOT_READABLE = (zipfile.BadZipFile, gzip.BadGzipFile, zlib.error, EOFError, NotImplementedError)
 TIME_FIELDS = {
@@ -35,40 +36,41 @@ TIME_FIELDS = {
     "weekday": lambda time: (time.dt.weekday() % 7).cast(pl.String),
     "weekend": lambda time: (time.dt.weekday() > 5).cast(pl.Int8).cast(pl.String),
 }
-"""Fields that any format with times gives; Sunday is weekday 0. Times are UTC."""
+"""Fields of every format with times; Sunday is weekday 0, times are UTC."""
 
 
 @dataclass(slots=True)
 class Reading:
-    """One reading of raw files: how to go about it, and what it found besides good rows."""
+    """State of one pass over raw files: options, and facts collected besides the rows."""
 
     on_bad_row: str
-    """``error`` stops at a bad row; ``skip`` counts it and keeps the first examples."""
+    """``error`` stops at a bad row; ``skip`` counts it and stores the first examples."""
     block_bytes: int = 1 << 24
-    """Text read at a time."""
+    """Bytes of text to read at a time."""
     advance: Callable[[int], None] = lambda amount: None
-    """Called with the bytes that were read from disk."""
+    """Callback for progress; receives the number of bytes read from disk."""
     counts: dict[str, int] = field(default_factory=dict)
-    """Skipped rows by reason."""
+    """Number of skipped rows by reason."""
     examples: dict[str, list[str]] = field(default_factory=dict)
+    """First skipped rows by reason."""
     has_published: bool = True
-    """Whether texts may be published ones, which their md5 tells."""
+    """Whether to compute the md5 of texts, which identifies published ones."""
     line: int = 1
-    """The next line of the text in hand."""
+    """Number of the next line in the current text."""
     md5: dict[str, str] = field(default_factory=dict)
-    """Name of a text, without folder and ``.gz`` -> md5 of its content."""
+    """Name of a text without folder and ``.gz`` -> md5 of its content."""
 
-    def skip(self, reason: str, where: str, found: str, expected: str) -> None:
+    def skip(self, reason: str, where: str, text: str, expected: str) -> None:
         """Record one bad row.
 
         Raises:
             UserError: ``on_bad_row`` is ``error``.
         """
-        shown = repr(found if len(found) <= 80 else found[:77] + "...")
+        shown = repr(text if len(text) <= 80 else text[:77] + "...")
         if self.on_bad_row == "error":
             raise UserError(
                 f"{where}: {reason}: found {shown}, expected {expected}; "
-                "mend the line, or leave such rows out with data.on_bad_row=skip"
+                "correct the line, or skip such rows with data.on_bad_row=skip"
             )
         self.counts[reason] = self.counts.get(reason, 0) + 1
         examples = self.examples.setdefault(reason, [])
@@ -85,21 +87,21 @@ class Text:
 
     @property
     def name(self) -> str:
-        """Return its name without folder and ``.gz``."""
+        """Return the name without folder and ``.gz``."""
         return PurePosixPath(self.member or self.path.name).name.removesuffix(".gz")
 
     def __str__(self) -> str:
-        """Return how messages name it."""
+        """Return the name for messages."""
         return f"{self.path} (member {self.member})" if self.member else str(self.path)
 
     def blocks(self, reading: Reading) -> Iterator[bytes]:
-        """Yield some whole lines at a time, each ended by a newline.
+        """Yield blocks of whole lines; every line ends with a newline.
 
-        A byte order mark at the start is dropped, and so are carriage returns before newlines.
-        Whoever counts the lines keeps ``reading.line`` up to date, for messages.
+        A byte order mark at the start and carriage returns before newlines are removed. The caller
+        keeps ``reading.line`` up to date, for messages.
 
         Raises:
-            UserError: Absent, unreadable, cut, empty, or without newlines.
+            UserError: The file is absent, unreadable, truncated, empty or without newlines.
         """
         digest, position, is_empty = hashlib.md5(usedforsecurity=False), 0, True
         reading.line = 1
@@ -118,19 +120,19 @@ class Text:
                     block = block.replace(b"\r\n", b"\n")
                 yield block if block.endswith(b"\n") else block.removesuffix(b"\r") + b"\n"
         if is_empty:
-            raise UserError(f"{self}: empty, expected one row a line; fetch the file again")
+            raise UserError(f"{self}: empty, expected one row per line; fetch the file again")
         if reading.has_published:
             is_new = self.name not in reading.md5
             name = self.name if is_new else f"{self.path.parent.name}/{self.name}"
             reading.md5[name] = digest.hexdigest()
 
     def first_line(self) -> str:
-        """Return the first line, without its end."""
+        """Return the first line without its newline."""
         block = next(self.blocks(Reading("error", block_bytes=1 << 16, has_published=False)))
         return block.split(b"\n", 1)[0].decode("utf-8", errors="replace")
 
     def _read(self, file: IO[bytes], reading: Reading) -> bytes:
-        """Return the next whole lines; nothing at the end."""
+        """Return the next whole lines; an empty text at the end of the file."""
         try:
             block = file.read(max(reading.block_bytes, len(BOM)))
             if block and not block.endswith(b"\n"):
@@ -153,13 +155,13 @@ class Text:
                 "convert the file, e.g. with: tr '\\r' '\\n'"
             )
         return UserError(
-            f"{self}, line {line}: longer than {LONGEST_LINE:,} bytes, expected one row a line; "
-            "is this a text file?"
+            f"{self}, line {line}: longer than {LONGEST_LINE:,} bytes, expected one row per line; "
+            "set data.raw to a text file"
         )
 
     @contextmanager
     def _open(self) -> Iterator[tuple[IO[bytes], IO[bytes]]]:
-        """Yield the content and the file on disk that it comes from."""
+        """Yield the content and the file on disk that contains it."""
         try:
             raw = self.path.open("rb")
         except OSError as error:
@@ -177,7 +179,7 @@ class Text:
             yield file, raw
 
     def _count_lines(self) -> int:
-        """Return how many whole lines of a damaged file can be read."""
+        """Return the number of readable whole lines of a damaged file."""
         lines = 0
         with self._open() as (file, _):
             try:
@@ -189,53 +191,53 @@ class Text:
 
     def _damaged(self, error: BaseException, lines: int) -> UserError:
         return UserError(
-            f"{self}: damaged or cut after line {lines} ({error}), expected a whole file; "
+            f"{self}: damaged or truncated after line {lines} ({error}); "
             "fetch it again or set data.raw"
         )
 
 
 def texts(data: Data) -> list[Text]:
-    """Return the files that ``data.raw`` names, each a text; numbers in names sort as numbers.
+    """Return the texts that ``data.raw`` names; numbers in names sort as numbers.
 
-    A zip must hold one text.
+    A zip must contain exactly one text.
 
     Raises:
-        UserError: A path that is absent, a folder or a zip of several files.
+        UserError: A path is absent, a folder, or a zip of several files.
     """
-    found: list[Text] = []
+    listed_texts: list[Text] = []
     for path in paths(data):
         if path.is_dir():
-            listed = ", ".join(sorted(p.name for p in path.iterdir())[:5]) or "nothing"
+            content = ", ".join(sorted(p.name for p in path.iterdir())[:5]) or "nothing"
             raise UserError(
-                f"{path}: is a folder (holds {listed}), expected files; name them in data.raw, "
+                f"{path}: is a folder (contains {content}), expected files; set data.raw to them, "
                 f"e.g. data.raw='{path}/*'"
             )
         if path.suffix == ".zip":
             members = RawFiles(path).members()
             if len(members) != 1:
                 raise UserError(
-                    f"{path}: holds {len(members)} files ({', '.join(members[:5])}), expected "
-                    "one; unpack it and name the file in data.raw"
+                    f"{path}: contains {len(members)} files ({', '.join(members[:5])}), expected "
+                    "one; unpack it and set data.raw to the file"
                 )
-            found.append(Text(path, members[0]))
+            listed_texts.append(Text(path, members[0]))
         else:
-            found.append(Text(path))
-    names = [(text.path.parent, text.name) for text in found]
+            listed_texts.append(Text(path))
+    names = [(text.path.parent, text.name) for text in listed_texts]
     twice = sorted({name for folder, name in names if names.count((folder, name)) > 1})
     if twice:
         raise UserError(
-            f"data.raw={data.raw}: names {twice[0]} plain and compressed, expected one of them"
+            f"data.raw={data.raw}: names {twice[0]} both plain and compressed; name one of them"
         )
-    return found
+    return listed_texts
 
 
 def text_paths(data: Data) -> list[Path]:
-    """Return the files on disk whose bytes decide the content of ``texts``."""
+    """Return the files on disk that ``texts`` reads."""
     return [text.path for text in texts(data)]
 
 
 def no_column(_: Data) -> None:
-    """Return None: no column of the format says whose row, or of which item, it is."""
+    """Return None: the format has no column of users, or of items."""
     return None
 
 
@@ -243,10 +245,10 @@ def paths(data: Data) -> list[Path]:
     """Return the paths that ``data.raw`` names.
 
     Raises:
-        UserError: One does not exist, or a pattern matches nothing.
+        UserError: A path does not exist, or a pattern matches nothing.
     """
     words = data.raw if isinstance(data.raw, list) else [data.raw]
-    found: list[Path] = []
+    files: list[Path] = []
     for word in words:
         if not isinstance(word, str) or not word:
             raise UserError(f"data.raw={word!r}: expected a path, a pattern or a list of them")
@@ -256,15 +258,15 @@ def paths(data: Data) -> list[Path]:
             if data.download.url is None:
                 how = data.download.by_hand or "get it from its owner"
             raise UserError(
-                f"{word}: no such file or folder; set data.raw to where the raw data is, or {how} "
-                "(data/README.md says more)"
+                f"{word}: no such file or folder; set data.raw to the raw data, or {how} "
+                "(see data/README.md)"
             )
-        found += sorted((Path(match) for match in matches), key=_natural)
-    if len({path.resolve() for path in found}) < len(found):
-        raise UserError(f"data.raw={data.raw}: names a file twice; name each once")
-    if not found:
-        raise UserError("data.raw is empty: name at least one file")
-    return found
+        files += sorted((Path(match) for match in matches), key=_natural)
+    if len({path.resolve() for path in files}) < len(files):
+        raise UserError(f"data.raw={data.raw}: names a file twice; name each file once")
+    if not files:
+        raise UserError("data.raw: empty; name at least one file")
+    return files
 
 
 def draws_validation(split: Split) -> bool:
@@ -276,31 +278,31 @@ def draws_validation(split: Split) -> bool:
 
 
 def with_time_fields(frame: pl.DataFrame, names: list[str]) -> pl.DataFrame:
-    """Return ``frame`` with those of ``TIME_FIELDS`` that ``names`` holds."""
+    """Return ``frame`` with the columns ``names`` of ``TIME_FIELDS``."""
     time = pl.from_epoch(TIME)
     return frame.with_columns(TIME_FIELDS[name](time).alias(name) for name in names)
 
 
 @dataclass(frozen=True, slots=True)
 class RawFiles:
-    """The files of a data set, inside a zip or a folder.
+    """The files of a data set in a zip or a folder.
 
     Raises:
-        UserError: From any method: absent, unreadable or damaged.
+        UserError: From any method: the file is absent, unreadable or damaged.
     """
 
     path: Path
 
     def find(self, name: str) -> str | None:
-        """Return the member called ``name`` at the top or one folder below, or None."""
-        found = [m for m in self.members() if PurePosixPath(m).name == name]
-        found.sort(key=lambda member: (member.count("/"), member))
-        if len(found) > 1 and found[0].count("/") == found[1].count("/"):
+        """Return the member with a file name, at the top or one folder below, or None."""
+        matches = [m for m in self.members() if PurePosixPath(m).name == name]
+        matches.sort(key=lambda member: (member.count("/"), member))
+        if len(matches) > 1 and matches[0].count("/") == matches[1].count("/"):
             raise UserError(
-                f"{self.path}: holds {name} twice ({found[0]}, {found[1]}), expected one data "
-                "set; name the folder of one of them in data.raw"
+                f"{self.path}: contains {name} twice ({matches[0]}, {matches[1]}), expected one "
+                "data set; set data.raw to the folder of one of them"
             )
-        return found[0] if found else None
+        return matches[0] if matches else None
 
     def members(self) -> list[str]:
         """Return the names of all files at the top or one folder below."""
@@ -317,11 +319,11 @@ class RawFiles:
         return [n for n in names if not n.endswith("/") and not n.startswith("__MACOSX/")]
 
     def text(self, member: str) -> Text:
-        """Return one member as a text."""
+        """Return a member as a text."""
         return Text(self.path / member) if self.path.is_dir() else Text(self.path, member)
 
     def read(self, member: str) -> bytes:
-        """Return the content of one member."""
+        """Return the content of a member."""
         try:
             if self.path.is_dir():
                 return (self.path / member).read_bytes()
@@ -333,12 +335,12 @@ class RawFiles:
             raise _unreadable(str(self.text(member)), error) from None
 
     def on_disk(self, members: list[str]) -> list[Path]:
-        """Return the files whose bytes decide the content: the zip, or the members."""
+        """Return the files on disk that contain ``members``: the zip, or the files themselves."""
         return [self.path / m for m in members] if self.path.is_dir() else [self.path]
 
-    def _damaged(self, what: str) -> UserError:
+    def _damaged(self, problem: str) -> UserError:
         return UserError(
-            f"{self.path}: damaged or not a zip ({what}), expected a whole zip file or a folder; "
+            f"{self.path}: damaged or not a zip ({problem}), expected a zip or a folder; "
             "fetch it again or set data.raw"
         )
 

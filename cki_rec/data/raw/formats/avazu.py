@@ -1,6 +1,6 @@
-"""Avazu: ``train`` csv of the Kaggle competition, with its header.
+"""Avazu: the ``train`` csv of the Kaggle competition, with its header.
 
-``id`` is dropped; ``hour`` (YYMMDDHH) gives the time, and with it hour, weekday and weekend.
+``id`` is dropped. ``hour`` (YYMMDDHH) gives the time and the fields hour, weekday and weekend.
 Source: https://www.kaggle.com/c/avazu-ctr-prediction.
 """
 
@@ -48,7 +48,7 @@ def read(data: Data, reading: Reading) -> Iterator[pl.DataFrame]:
     """Yield the rows of all files, in the order of ``data.raw``.
 
     Raises:
-        UserError: A bad row or file; a file without labels.
+        UserError: A row or a file is bad, or a file has no labels.
     """
     for text in texts(data):
         _check_labeled(text)
@@ -60,6 +60,6 @@ def read(data: Data, reading: Reading) -> Iterator[pl.DataFrame]:
 def _check_labeled(text: Text) -> None:
     if text.first_line() == HEADER.replace("click,", ""):
         raise UserError(
-            f"{text}, line 1: the header of Avazu's test file, which has no clicks; use train "
-            "(data.split divides it)"
+            f"{text}, line 1: this is Avazu's test file, which has no clicks; use the train file "
+            "(data.split splits it)"
         )

@@ -1,7 +1,7 @@
-"""Criteo: ``train.txt`` of the Kaggle/DAC set, and the day files of the 1TB set.
+"""Criteo: ``train.txt`` of the Kaggle (DAC) set and the day files of the 1TB set.
 
-Tab separated, no header: label, 13 integers ``I1`` to ``I13``, 26 hashed categories ``C1`` to
-``C26``; empty is missing. Rows stand in the order of time.
+Columns are separated by tabs, without a header: label, 13 integers ``I1`` to ``I13``, 26 hashed
+categories ``C1`` to ``C26``. An empty value is missing. Rows are in chronological order.
 Source: https://ailab.criteo.com/ressources/ (Kaggle Display Advertising Challenge; Terabyte Click
 Logs).
 """
@@ -40,7 +40,7 @@ def read(data: Data, reading: Reading) -> Iterator[pl.DataFrame]:
     """Yield the rows of all files, in the order of ``data.raw``.
 
     Raises:
-        UserError: A bad row or file; a file without labels.
+        UserError: A row or a file is bad, or a file has no labels.
     """
     for text in texts(data):
         _check_labeled(text)
@@ -49,9 +49,9 @@ def read(data: Data, reading: Reading) -> Iterator[pl.DataFrame]:
 
 
 def _check_labeled(text: Text) -> None:
-    found = text.first_line().count("\t") + 1
-    if found == len(LAYOUT.columns) - 1:
+    columns = text.first_line().count("\t") + 1
+    if columns == len(LAYOUT.columns) - 1:
         raise UserError(
-            f"{text}, line 1: {found} columns, expected {len(LAYOUT.columns)}: this looks like "
-            "Criteo's test file, which has no labels; use train.txt (data.split divides it)"
+            f"{text}, line 1: {columns} columns, expected {len(LAYOUT.columns)}: this looks like "
+            "Criteo's test file, which has no labels; use train.txt (data.split splits it)"
         )

@@ -1,9 +1,9 @@
-"""Csv with a header: the published splits of the BARS benchmark, or any other set of that form.
+"""Csv files with a header, e.g. the published splits of the BARS benchmark.
 
 ``data.raw`` is a folder or zip with ``train.csv``, ``valid.csv`` and ``test.csv`` (each may be
-``.csv.gz``; choose ``data.split.by=files``), or files to be divided by another ``data.split.by``.
-Where a benchmark publishes no ``valid.csv``, ``data.split.fractions=[0.9,0.1,0]`` draws validation
-rows from the training rows: nothing is ever chosen on test rows.
+``.csv.gz``) with ``data.split.by=files``, or a list of files with another ``data.split.by``. If a
+benchmark publishes no ``valid.csv``, ``data.split.fractions=[0.9,0.1,0]`` draws validation rows
+from the training rows, so that no choice depends on test rows.
 Source: https://github.com/reczoo/Datasets (Zhu et al., BARS, SIGIR 2022).
 """
 
@@ -34,25 +34,25 @@ SPLIT_FILES = ("train", "valid", "test")
 
 
 def files(data: Data) -> list[Path]:
-    """Return the files on disk whose bytes decide the content."""
+    """Return the files on disk that the rows depend on."""
     return list(dict.fromkeys(text.path for text, _ in _texts(data)))
 
 
 def kinds(data: Data) -> dict[str, str]:
-    """Return the kind of every field: all are categories, unless ``data.fields`` says otherwise.
+    """Return the default kind of every field: columns are categories.
 
     Raises:
-        UserError: The header lacks a column that an option names, or names one twice.
+        UserError: The header lacks a column that an option names, or repeats a column.
     """
     (text, _), *_others = _texts(data)
     names = _header(text, data)
-    found = dict.fromkeys((n for n in names if n != data.label), "categorical")
+    kinds_of = dict.fromkeys((n for n in names if n != data.label), "categorical")
     if data.time is not None:
         derived = [n for n in TIME_FIELDS if n not in names or n == data.time]
-        found.update(dict.fromkeys(derived, "time"))
+        kinds_of.update(dict.fromkeys(derived, "time"))
     if data.time is not None and data.user is not None and data.item is not None:
-        found.setdefault("history", "history")
-    return found
+        kinds_of.setdefault("history", "history")
+    return kinds_of
 
 
 def user(data: Data) -> str | None:
@@ -69,9 +69,9 @@ def read(data: Data, reading: Reading) -> Iterator[pl.DataFrame]:
     """Yield the rows of all files, training rows first.
 
     Raises:
-        UserError: A bad row or file, or files with different headers.
+        UserError: A row or a file is bad, or the headers of files differ.
     """
-    (first, _), *_others = found = _texts(data)
+    (first, _), *_others = split_texts = _texts(data)
     header = first.first_line()
     types = {name: "text" for name in _header(first, data)}
     types.update(dict.fromkeys(_numeric_columns(data), "number"))
@@ -85,7 +85,7 @@ def read(data: Data, reading: Reading) -> Iterator[pl.DataFrame]:
         required=() if data.time is None else (data.time,),
         is_quoted=True,
     )
-    for text, split in found:
+    for text, split in split_texts:
         check_header(text, text.first_line(), header)
         for frame in read_rows(text, layout, reading):
             rows = frame.with_columns(pl.col(data.label).cast(pl.UInt8).alias(LABEL))
@@ -102,29 +102,30 @@ def _numeric_columns(data: Data) -> list[str]:
 
 
 def _texts(data: Data) -> list[tuple[Text, int | None]]:
-    """Return the files, and the split that each holds if the data set comes divided."""
+    """Return the files, and the split code of each if files define the split."""
     if data.split.by != "files":
         return [(text, None) for text in texts(data)]
-    found = paths(data)
-    if len(found) == 1:
-        raw = RawFiles(found[0])
+    listed = paths(data)
+    if len(listed) == 1:
+        raw = RawFiles(listed[0])
         members = {n: raw.find(f"{n}.csv") or raw.find(f"{n}.csv.gz") for n in SPLIT_FILES}
         by_name = {name: raw.text(member) for name, member in members.items() if member}
     else:
-        by_name = {Text(path).name.removesuffix(".csv"): Text(path) for path in found}
+        by_name = {Text(path).name.removesuffix(".csv"): Text(path) for path in listed}
     codes = {name: code for code, name in enumerate(SPLIT_FILES)}
     if draws_validation(data.split) and "valid" not in by_name:
         del codes["valid"]
     missing = [f"{name}.csv" for name in codes if name not in by_name]
     if not missing and len(by_name) == len(codes):
         return [(by_name[name], code) for name, code in codes.items()]
-    if isinstance(data.raw, list) and len(found) == 3:
-        return [(Text(path), code) for code, path in enumerate(found)]
+    if isinstance(data.raw, list) and len(listed) == 3:
+        return [(Text(path), code) for code, path in enumerate(listed)]
+    problem = f"no {', '.join(missing)}" if missing else "other files"
     raise UserError(
-        f"{', '.join(map(str, found))}: {'no ' + ', '.join(missing) if missing else 'other files'}"
-        ", expected train.csv, valid.csv and test.csv; name their folder in data.raw, or a list "
-        "of three files in this order, or divide the rows yourself with data.split.by=random, or "
-        "draw validation rows from train.csv with data.split.fractions=[0.9,0.1,0]"
+        f"{', '.join(map(str, listed))}: {problem}, expected train.csv, "
+        "valid.csv and test.csv; set data.raw to their folder or to a list of three files in this "
+        "order, or split the rows with data.split.by=random, or draw "
+        "validation rows from train.csv with data.split.fractions=[0.9,0.1,0]"
     )
 
 
@@ -140,8 +141,8 @@ def _header(text: Text, data: Data) -> list[str]:
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise UserError(
-            f"{text}, line 1: names {', '.join(twice)} twice, expected every column once; mend "
-            "the header"
+            f"{text}, line 1: names {', '.join(twice)} twice, expected every column once; "
+            "correct the header"
         )
     for option, name in (
         ("label", data.label),

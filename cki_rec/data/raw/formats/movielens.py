@@ -1,8 +1,9 @@
 """MovieLens: 100K (tabs), 1M and 10M (``::``), 20M, 25M, 32M, latest and latest-small (csv).
 
-Zipped as published, or in a folder. The csv form holds ``ratings.csv`` and ``movies.csv`` with a
-header each; 1M and 10M ``ratings.dat``, ``movies.dat`` and (1M only) ``users.dat``; 100K
-``u.data``, ``u.item``, ``u.user`` and ``u.genre``. The last two forms are in latin-1.
+The data set is a zip as published, or a folder. The csv form has ``ratings.csv`` and
+``movies.csv``, each with a header. 1M and 10M have ``ratings.dat``, ``movies.dat`` and (1M only)
+``users.dat``. 100K has ``u.data``, ``u.item``, ``u.user`` and ``u.genre``. The last two forms are
+in latin-1.
 Source: https://grouplens.org/datasets/movielens/ (Harper and Konstan, doi 10.1145/2827872).
 """
 
@@ -24,9 +25,9 @@ from cki_rec.data.raw.reading import LABEL, TIME, TIME_FIELDS, RawFiles, Reading
 RATING_FIELDS = {"user": "categorical", "item": "categorical", "genres": "multi",
                  "year": "categorical", **dict.fromkeys(TIME_FIELDS, "time"),
                  "history": "history"}  # fmt: skip
-"""What every variant gives."""
+"""Fields of every variant."""
 USER_FIELDS = ("gender", "age", "occupation", "zip")
-"""What a file of users adds."""
+"""Fields that a file of users adds."""
 MOVIES_HEADER = "movieId,title,genres"
 _YEAR = re.compile(r"\((\d{4})\)\s*$")
 _RELEASED = re.compile(r"-(\d{4})$")
@@ -36,7 +37,7 @@ _COLUMNS = {"user": "integer", "item": "text", "rating": "number", "timestamp": 
 
 @dataclass(frozen=True, slots=True)
 class Variant:
-    """Names and separators of one form of publication."""
+    """Names and separators of one published form."""
 
     ratings: str
     movies: str
@@ -44,7 +45,7 @@ class Variant:
     separator: str
     header: str | None
     user_order: tuple[str, ...]
-    """Columns of the users' file after the id."""
+    """Columns of the file of users after the id."""
 
 
 VARIANTS = (
@@ -60,7 +61,7 @@ DESCRIBES = frozenset(
 
 
 @dataclass(frozen=True, slots=True)
-class _Found:
+class _Source:
     """The files of a data set."""
 
     raw: RawFiles
@@ -71,12 +72,12 @@ class _Found:
 
 
 def files(data: Data) -> list[Path]:
-    """Return the files on disk whose bytes decide the content."""
-    found = _find(data)
-    others = [found.users] if found.users else []
-    if found.variant.movies == "u.item":
-        others.append(_genres_member(found))
-    return found.raw.on_disk([found.ratings, found.movies, *others])
+    """Return the files on disk that the rows depend on."""
+    source = _find(data)
+    others = [source.users] if source.users else []
+    if source.variant.movies == "u.item":
+        others.append(_genres_member(source))
+    return source.raw.on_disk([source.ratings, source.movies, *others])
 
 
 def kinds(data: Data) -> dict[str, str]:
@@ -96,25 +97,25 @@ def item(_: Data) -> str:
 
 
 def read(data: Data, reading: Reading) -> Iterator[pl.DataFrame]:
-    """Yield the ratings, with what is known of their movies and users.
+    """Yield the ratings with the fields of their movies and users.
 
     Raises:
         UserError: A file is missing or damaged, or a row is bad.
     """
-    found = _find(data)
-    movies = _read_movies(found, reading)
-    users = _read_users(found, reading) if found.users else None
+    source = _find(data)
+    movies = _read_movies(source, reading)
+    users = _read_users(source, reading) if source.users else None
     known = {"item": Known(movies["item"], "unknown movie", "a movie of the movies file")}
     if users is not None:
         known["user"] = Known(users["user"], "unknown user", "a user of the users file")
     layout = Layout(
         columns=_COLUMNS,
-        separator=found.variant.separator,
-        header=found.variant.header,
+        separator=source.variant.separator,
+        header=source.variant.header,
         required=tuple(_COLUMNS),
         known=known,
     )
-    for frame in read_rows(found.raw.text(found.ratings), layout, reading):
+    for frame in read_rows(source.raw.text(source.ratings), layout, reading):
         rows = frame.join(movies, on="item", how="left", maintain_order="left")
         if users is not None:
             rows = rows.join(users, on="user", how="left", maintain_order="left")
@@ -125,12 +126,12 @@ def read(data: Data, reading: Reading) -> Iterator[pl.DataFrame]:
         )
 
 
-def _find(data: Data) -> _Found:
-    """Return the files that hold ratings, movies and, if there are any, users."""
-    found = paths(data)
-    if len(found) != 1:
-        raise UserError(f"data.raw={data.raw}: {len(found)} paths, expected one zip or folder")
-    raw = RawFiles(found[0])
+def _find(data: Data) -> _Source:
+    """Return the files of ratings, movies and, if there are any, users."""
+    listed = paths(data)
+    if len(listed) != 1:
+        raise UserError(f"data.raw={data.raw}: {len(listed)} paths, expected one zip or folder")
+    raw = RawFiles(listed[0])
     for variant in VARIANTS:
         ratings = raw.find(variant.ratings)
         if ratings is None:
@@ -141,23 +142,23 @@ def _find(data: Data) -> _Found:
         )
         if movies not in raw.members():
             raise UserError(
-                f"{raw.path}: holds {ratings} but no {movies}, expected both; "
+                f"{raw.path}: contains {ratings} but no {movies}, expected both; "
                 "fetch the whole MovieLens data set again"
             )
         assert movies is not None
-        return _Found(raw, variant, ratings, movies, users if users in raw.members() else None)
-    listed = ", ".join(raw.members()[:5]) or "nothing"
+        return _Source(raw, variant, ratings, movies, users if users in raw.members() else None)
+    content = ", ".join(raw.members()[:5]) or "nothing"
     raise UserError(
-        f"{raw.path}: holds no ratings.csv, ratings.dat or u.data (found {listed}), expected "
+        f"{raw.path}: contains no ratings.csv, ratings.dat or u.data (found {content}), expected "
         "MovieLens data as published; set data.raw or data.format"
     )
 
 
-def _read_movies(found: _Found, reading: Reading) -> pl.DataFrame:
+def _read_movies(source: _Source, reading: Reading) -> pl.DataFrame:
     """Return item, genres (joined by ``|``; null: none) and year of every movie."""
-    text = found.raw.text(found.movies)
+    text = source.raw.text(source.movies)
     items: dict[str, tuple[str | None, str | None]] = {}
-    for line, shown, parts in _movie_lines(found, text):
+    for line, shown, parts in _movie_lines(source, text):
         if len(parts) < 3 or not parts[0] or parts[0] in items:
             problem = "repeated movie id" if parts and parts[0] in items else "missing field"
             expected = f"movie id (each once), title, genres ({problem})"
@@ -171,19 +172,21 @@ def _read_movies(found: _Found, reading: Reading) -> pl.DataFrame:
                         orient="row")  # fmt: skip
 
 
-def _movie_lines(found: _Found, text: Text) -> Iterator[tuple[int, list[str], list[str]]]:
-    """Yield line number, fields as they are, and id, title, ..., genres (none: bad) of a movie."""
-    content = found.raw.read(found.movies)
-    if found.variant.movies != "u.item":
-        separator = found.variant.separator
+def _movie_lines(source: _Source, text: Text) -> Iterator[tuple[int, list[str], list[str]]]:
+    """Yield line number, raw fields, and id, title, ..., genres of a movie (no entries: bad)."""
+    content = source.raw.read(source.movies)
+    if source.variant.movies != "u.item":
+        separator = source.variant.separator
         header = MOVIES_HEADER if separator == "," else None
         for line, parts in _lines(text, content, separator, header):
             yield line, parts, parts
         return
-    member = _genres_member(found)
-    names = [parts[0] for _, parts in _lines(found.raw.text(member), found.raw.read(member), "|")]
+    member = _genres_member(source)
+    names = [
+        parts[0] for _, parts in _lines(source.raw.text(member), source.raw.read(member), "|")
+    ]
     for line, parts in _lines(text, content, "|"):
-        # id, title, release date, video date, address, then one flag a genre
+        # id, title, release date, video date, address, then one flag per genre
         flags = parts[5:]
         if len(flags) != len(names) or not set(flags) <= {"0", "1"}:
             yield line, parts, []
@@ -195,24 +198,24 @@ def _movie_lines(found: _Found, text: Text) -> Iterator[tuple[int, list[str], li
         yield line, parts, [parts[0], title, "|".join(genres)]
 
 
-def _genres_member(found: _Found) -> str:
-    """Return the file that names the flags of ``u.item``."""
-    member = found.movies.removesuffix("u.item") + "u.genre"
-    if member not in found.raw.members():
+def _genres_member(source: _Source) -> str:
+    """Return the file with the names of the flags of ``u.item``."""
+    member = source.movies.removesuffix("u.item") + "u.genre"
+    if member not in source.raw.members():
         raise UserError(
-            f"{found.raw.path}: holds {found.movies} but no {member}, expected both; "
+            f"{source.raw.path}: contains {source.movies} but no {member}, expected both; "
             "fetch the whole MovieLens data set again"
         )
     return member
 
 
-def _read_users(found: _Found, reading: Reading) -> pl.DataFrame:
+def _read_users(source: _Source, reading: Reading) -> pl.DataFrame:
     """Return user (Int64), gender, age, occupation and the first two digits of the zip code."""
-    assert found.users is not None
-    text, order = found.raw.text(found.users), found.variant.user_order
-    separator = "|" if found.variant.users == "u.user" else found.variant.separator
+    assert source.users is not None
+    text, order = source.raw.text(source.users), source.variant.user_order
+    separator = "|" if source.variant.users == "u.user" else source.variant.separator
     users: dict[str, dict[str, str]] = {}
-    for line, parts in _lines(text, found.raw.read(found.users), separator):
+    for line, parts in _lines(text, source.raw.read(source.users), separator):
         if len(parts) != 5 or not all(parts) or parts[0] in users or not parts[0].isdecimal():
             expected = f"user id (each once), {', '.join(order)}"
             reading.skip("bad users line", f"{text}, line {line}", str(parts), expected)
@@ -227,9 +230,9 @@ def _read_users(found: _Found, reading: Reading) -> pl.DataFrame:
 def _lines(
     text: Text, content: bytes, separator: str, header: str | None = None
 ) -> Iterator[tuple[int, list[str]]]:
-    """Yield line number and fields of a small file; blank lines are passed over."""
+    """Yield line number and fields of a small file; blank lines are skipped."""
     if not content.strip():
-        raise UserError(f"{text}: empty, expected one entry a line; fetch the data set again")
+        raise UserError(f"{text}: empty, expected one entry per line; fetch the data set again")
     if header is not None:
         decoded = content.decode("utf-8-sig", errors="replace")
         check_header(text, decoded.split("\n", 1)[0].rstrip("\r"), header)
@@ -240,7 +243,7 @@ def _lines(
         except csv.Error as error:
             raise UserError(
                 f"{text}, after line {reader.line_num}: {error}, expected quotes that close; "
-                "mend the line or fetch the data set again"
+                "correct the line or fetch the data set again"
             ) from None
         return
     for number, line in enumerate(content.decode("latin-1").split("\n"), start=1):

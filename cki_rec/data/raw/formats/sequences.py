@@ -1,8 +1,8 @@
-"""Sequences: one line a user, ``user item item ...`` in the order of time (e.g. Amazon Beauty).
+"""Sequences: one line per user, ``user item item ...`` in chronological order (Amazon Beauty).
 
-Every item of a user is a clicked row; ``data.negatives`` items that the user never met (in any
-split), drawn uniformly from all items, stand beside it as rows that were not clicked. Time is the
-position in the sequence. A file ``*attributes.json`` beside the sequences (item -> list of
+Every item of a user is a row with a click. It is followed by ``data.negatives`` rows without a
+click, whose items are drawn uniformly from the items that the user has in no split. Time is the
+position in the sequence. The file ``*attributes.json`` next to the sequences (item -> list of
 attributes) gives the field ``attributes``.
 Source of the form: Zhou et al., S3-Rec, CIKM 2020 (its released data).
 """
@@ -23,20 +23,20 @@ from cki_rec.data.raw.delimited import Layout, read_rows
 from cki_rec.data.raw.reading import LABEL, LINE, TIME, RawFiles, Reading, Text, paths
 
 LAYOUT = Layout(columns={"sequence": "text"}, separator="\x1e", required=("sequence",))
-"""A line is one field; words are split later."""
+"""A line is read as one field; words are split later."""
 ATTRIBUTES = "attributes.json"
 
 
 def files(data: Data) -> list[Path]:
-    """Return the files on disk whose bytes decide the content."""
+    """Return the files on disk that the rows depend on."""
     text, attributes = _find(data)
     return list(dict.fromkeys([text.path, *([attributes.path] if attributes else [])]))
 
 
 def kinds(data: Data) -> dict[str, str]:
     """Return the kind of every field."""
-    found = {"user": "categorical", "item": "categorical", "history": "history"}
-    return {**found, **({"attributes": "multi"} if _find(data)[1] else {})}
+    common = {"user": "categorical", "item": "categorical", "history": "history"}
+    return {**common, **({"attributes": "multi"} if _find(data)[1] else {})}
 
 
 def user(_: Data) -> str:
@@ -50,7 +50,7 @@ def item(_: Data) -> str:
 
 
 def rows_per_step(data: Data) -> int:
-    """Return the rows of one step: the clicked item and those drawn."""
+    """Return the number of rows of one step: the clicked item and the drawn ones."""
     return 1 + data.negatives
 
 
@@ -58,7 +58,7 @@ def read(data: Data, reading: Reading) -> Iterator[pl.DataFrame]:
     """Yield the rows, users in the order of the file.
 
     Raises:
-        UserError: A bad line or file; a user who met every item.
+        UserError: A line or a file is bad, or a user has every item.
     """
     text, attributes = _find(data)
     quiet, users = Reading("skip", reading.block_bytes, has_published=False), set[str]()
@@ -103,7 +103,7 @@ def _is_good(words: str, where: str, users: set[str], reading: Reading) -> bool:
     if not sequence:
         reading.skip("missing field", where, words, "a user and at least one item")
     elif name in users:
-        reading.skip("repeated user", where, words, "one line a user")
+        reading.skip("repeated user", where, words, "one line per user")
     else:
         users.add(name)
         return True
@@ -113,12 +113,12 @@ def _is_good(words: str, where: str, users: set[str], reading: Reading) -> bool:
 def _steps(
     line: int, words: list[str], index: dict[str, int], text: Text, data: Data
 ) -> tuple[str, NDArray[np.int64]]:
-    """Return a user and ``(steps, 1 + negatives)`` item numbers, the item that was met first."""
+    """Return a user and ``(steps, 1 + negatives)`` item numbers, the clicked item first."""
     sequence = np.array([index[item] for item in words[1:]], dtype=np.int64)
     if len(set(words[1:])) == len(index):
         raise UserError(
-            f"{text}, line {line}: user {words[0]} met all {len(index)} items, expected some to "
-            "draw negatives from; leave the line out"
+            f"{text}, line {line}: user {words[0]} has all {len(index)} items, so there are none "
+            "to draw negatives from; remove the line"
         )
     generator = np.random.default_rng([data.negatives_seed, line])
     drawn = generator.integers(len(index), size=(len(sequence), data.negatives))
@@ -129,10 +129,12 @@ def _steps(
 
 def _find(data: Data) -> tuple[Text, Text | None]:
     """Return the sequences, and the attributes if there are any."""
-    found = paths(data)
-    if len(found) != 1:
-        raise UserError(f"data.raw={data.raw}: {len(found)} paths, expected a file, zip or folder")
-    path = found[0]
+    listed = paths(data)
+    if len(listed) != 1:
+        raise UserError(
+            f"data.raw={data.raw}: {len(listed)} paths, expected a file, zip or folder"
+        )
+    path = listed[0]
     if path.is_file() and path.suffix != ".zip":
         stem = glob.escape(path.name.removesuffix(".gz").removesuffix(".txt"))
         beside = sorted(path.parent.glob(f"{stem}*{ATTRIBUTES}"))
@@ -141,20 +143,20 @@ def _find(data: Data) -> tuple[Text, Text | None]:
     sequences = [m for m in raw.members() if m.endswith((".txt", ".txt.gz"))]
     if len(sequences) != 1:
         raise UserError(
-            f"{path}: holds {len(sequences)} .txt files ({', '.join(sequences[:5])}), expected "
-            "one with a line a user; name it in data.raw"
+            f"{path}: contains {len(sequences)} .txt files ({', '.join(sequences[:5])}), expected "
+            "one with a line per user; set data.raw to it"
         )
     attributes = [m for m in raw.members() if m.endswith(ATTRIBUTES)]
     return raw.text(sequences[0]), raw.text(attributes[0]) if attributes else None
 
 
 def _read_attributes(text: Text, universe: list[str]) -> pl.DataFrame:
-    """Return item and its attributes, joined by ``|``."""
+    """Return every item and its attributes, joined by ``|``."""
     content = b"".join(text.blocks(Reading("error")))
     try:
         lists = json.loads(content)
         if not all(isinstance(entry, list) for entry in lists.values()):
-            raise TypeError("an entry is no list")
+            raise TypeError("an entry is not a list")
     except (ValueError, AttributeError, TypeError) as error:
         raise UserError(
             f"{text}: not a JSON object of lists ({error}), expected item -> attributes; "

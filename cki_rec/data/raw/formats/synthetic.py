@@ -1,7 +1,7 @@
-"""Synthetic data: raw files in a published format, written from a known click model on first use.
+"""Synthetic data: raw files in a published format, written by a known click model on first use.
 
-``data.raw`` is the folder that the files go into, one folder for each set of options; what reads
-them is the format of ``data.synthetic.layout``.
+Files go to ``data.raw``, in one folder per set of options. The reader of the published format
+(``data.synthetic.layout``) reads them.
 """
 
 from __future__ import annotations
@@ -28,20 +28,20 @@ READERS: dict[str, tuple[Any, str]] = {
     "avazu": (avazu, "train.csv"),
     "movielens": (movielens, ""),
 }
-"""Layout -> module that reads it, and the file in the folder; empty: the folder itself."""
+"""Layout -> module that reads it, and the file to read; empty: the folder."""
 logger = logging.getLogger(__name__)
 
 
 def as_published(data: Data) -> Data:
-    """Return the data set of published form that this one is; writes it if it is not there.
+    """Return the options that read the files in their published format; write absent files.
 
     Raises:
-        UserError: An impossible option, or a folder that cannot be written.
+        UserError: An option is impossible, or the folder is not writable.
     """
     options = asdict(data.synthetic)
     key = hashlib.sha256(json.dumps(options, sort_keys=True).encode()).hexdigest()[:12]
     if not isinstance(data.raw, str):
-        raise UserError(f"data.raw={data.raw}: expected the folder that synthetic files go into")
+        raise UserError(f"data.raw={data.raw}: expected the folder of synthetic files")
     folder = Path(data.raw) / f"synthetic-{data.synthetic.layout}-{key}"
     try:
         if not folder.exists():
@@ -52,22 +52,22 @@ def as_published(data: Data) -> Data:
     except OSError as error:
         raise UserError(
             f"{folder}: cannot be written: {error.strerror or error}; free space or set data.raw "
-            "to a folder that can be written"
+            "to a writable folder"
         ) from None
     name = READERS[data.synthetic.layout][1]
     return replace(data, format=data.synthetic.layout, raw=str(folder / name))
 
 
 def files(data: Data) -> list[Path]:
-    """Return the files on disk whose bytes decide the content."""
-    found: list[Path] = READERS[data.synthetic.layout][0].files(as_published(data))
-    return found
+    """Return the files on disk that the rows depend on."""
+    paths: list[Path] = READERS[data.synthetic.layout][0].files(as_published(data))
+    return paths
 
 
 def kinds(data: Data) -> dict[str, str]:
     """Return the kind of every field."""
-    found: dict[str, str] = READERS[data.synthetic.layout][0].kinds(as_published(data))
-    return found
+    kinds_of: dict[str, str] = READERS[data.synthetic.layout][0].kinds(as_published(data))
+    return kinds_of
 
 
 def user(data: Data) -> str | None:
@@ -86,12 +86,12 @@ def read(data: Data, reading: Reading) -> Iterator[pl.DataFrame]:
 
 
 def true_logits(data: Data) -> Path:
-    """Return the file of the true logits, one per row."""
+    """Return the file of true logits, one per row."""
     return files(data)[0].parent / "logit.npy"
 
 
 def _write(data: Data, folder: Path) -> None:
-    """Write ``folder``, whole or not at all; the lock is held."""
+    """Write ``folder`` whole or not at all; the caller holds the lock."""
     logger.info("writing %s synthetic rows to %s", f"{data.synthetic.rows:,}", folder)
     with new_folder(folder) as temporary:
         write_raw(data.synthetic, temporary)
