@@ -7,7 +7,7 @@ tables with fewer rows than processes. A single process holds everything.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,6 @@ from torch.distributed._shard.sharding_spec import ShardMetadata
 
 from cki_rec import checkpoints
 from cki_rec.checkpoints import TENSORS, Checkpoint
-from cki_rec.checkpoints.checkpoint import check_compatible
 from cki_rec.data.provenance import Provenance
 from cki_rec.data.schema import FeatureSchema
 from cki_rec.engine import checkpoint_io, distributed
@@ -48,25 +47,30 @@ def is_divided(size: int) -> bool:
     return size >= distributed.world_size() > 1
 
 
-def own(schema: FeatureSchema) -> FeatureSchema:
+def local_schema(schema: FeatureSchema) -> FeatureSchema:
     """Return the schema with the table sizes of this process."""
     rows = {table: rows_of(size) for table, size in schema.table_sizes.items()}
     return replace(schema, table_sizes={table: r.stop - r.start for table, r in rows.items()})
 
 
-def load(folders: Sequence[Path], names: Sequence[str]) -> list[Checkpoint]:
+def load(folders: Sequence[Path], check: Callable[[list[Checkpoint]], None]) -> list[Checkpoint]:
     """Return the part of every checkpoint that this process holds.
 
-    Each of several processes reads only its rows, after a check that all checkpoints match.
+    A single process reads whole checkpoints. Each of several processes reads only its rows, after
+    ``check`` has accepted the checkpoints without values.
+
+    Args:
+        folders: The checkpoints.
+        check: Raises an error if checkpoints do not match.
 
     Raises:
-        UserError: As ``checkpoints.load``; on several processes as ``check_compatible``.
+        UserError: As for ``checkpoints.load``.
     """
     if distributed.world_size() == 1:
         return [checkpoints.load(folder) for folder in folders]
     outlines = [checkpoints.outline(folder, distributed.share()) for folder in folders]
-    check_compatible(outlines, list(names))
-    distributed.barrier()  # the files are whole, each process has looked at some
+    check(outlines)
+    distributed.barrier()  # all files are undamaged: each process has checked its share
     return [_filled(*pair) for pair in zip(outlines, folders, strict=True)]
 
 

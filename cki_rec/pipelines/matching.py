@@ -73,7 +73,7 @@ def aligned(
     products = sharded.total(products, saved.schema)
     found = align(models, symmetries, products, moments, starts=options.align.starts, seed=seed)
     found = distributed.from_first(found)  # other machines may round otherwise
-    held = sharded.own(saved.schema)
+    held = sharded.local_schema(saved.schema)
     network = build_model(held, saved.model, torch.device("cpu")).eval()
     batch = random_batch(held, CHECKED_ROWS, seed)
     moved = []

@@ -259,7 +259,10 @@ def _integrate(
     options = config.merge
     everyone = [*sources, *([replace(start, name=f"start {start.name}")] if start else [])]
     names = [source.name for source in everyone]
-    loaded = sharded.load([source.folder for source in everyone], names)
+    loaded = sharded.load(
+        [source.folder for source in everyone],
+        lambda outlines: checkpoint.check_compatible(outlines, names),
+    )
     homes: list[Path] = []
     joined = Joined(loaded)
     if options.vocabularies and options.method != "best_of":  # whose recipes are joined

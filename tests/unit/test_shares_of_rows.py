@@ -25,7 +25,7 @@ def test_shares_are_even_and_cover_a_table_once(monkeypatch, num, size):
     assert [row for share in shares for row in share] == list(range(size))
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
     monkeypatch.setattr(distributed, "rank", lambda: num - 1)
-    assert sharded.own(schema_of(size)).table_sizes == {"item": len(shares[-1])}
+    assert sharded.local_schema(schema_of(size)).table_sizes == {"item": len(shares[-1])}
 
 
 def test_means_are_over_rows_and_not_over_processes(monkeypatch):
