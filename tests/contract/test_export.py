@@ -1,4 +1,4 @@
-"""Exported files: scores of every row of MODELS, what they hold, mistakes of users."""
+"""Exported files: scores of every row of MODELS, contents, mistakes of users."""
 
 from __future__ import annotations
 
@@ -85,8 +85,8 @@ def batches(schema=MIXED, longest=7):
 @torch.no_grad()
 def assert_equal_scores(network, schema, scores):
     for batch in batches(schema):
-        found = scores(inputs_of(batch, schema))
-        torch.testing.assert_close(found, network(batch), rtol=1e-5, atol=1e-5)
+        actual = scores(inputs_of(batch, schema))
+        torch.testing.assert_close(actual, network(batch), rtol=1e-5, atol=1e-5)
 
 
 def round_trip(network, schema, name, folder):
@@ -101,9 +101,9 @@ def test_servable_equals_the_network(options, name, embedding_dim):
     network = build(options(name, embedding_dim))
     servable = Servable(network, MIXED)
     assert_equal_scores(network, MIXED, lambda inputs: servable(inputs)["logit"])
-    found = servable(example_inputs(MIXED))
-    assert list(found) == ["logit", "probability"]
-    assert found["probability"].equal(found["logit"].sigmoid())
+    actual = servable(example_inputs(MIXED))
+    assert list(actual) == ["logit", "probability"]
+    assert actual["probability"].equal(actual["logit"].sigmoid())
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -158,8 +158,8 @@ def test_padding_lies_anywhere(options, name):
             real = of_row[of_row != 0]
             row[len(row) - len(real) :] = real
         for moved in (left, spread):
-            found = servable({**inputs, field: moved})
-            torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+            actual = servable({**inputs, field: moved})
+            torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -201,20 +201,20 @@ def test_files_are_read_without_our_code(options, tmp_path, name):
     inputs = inputs_of(batches()[0], MIXED)
     torch.save(inputs, tmp_path / "inputs")
     load = {
-        "pt2": "found = torch.export.load('model.pt2').module()(inputs)['logit']",
-        "onnx": "found = torch.tensor(__import__('onnxruntime').InferenceSession('model.onnx')"
+        "pt2": "actual = torch.export.load('model.pt2').module()(inputs)['logit']",
+        "onnx": "actual = torch.tensor(__import__('onnxruntime').InferenceSession('model.onnx')"
         ".run(None, {k: v.numpy() for k, v in inputs.items()})[0])",
     }
     code = (
         f"import torch, sys; inputs = torch.load('inputs'); {load[name]};"
-        "torch.save(found, 'found'); print('cki_rec' in sys.modules, 'torchrec' in sys.modules)"
+        "torch.save(actual, 'actual'); print('cki_rec' in sys.modules, 'torchrec' in sys.modules)"
     )
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True
     )
     assert done.stdout == "False False\n"
     expected = network(batches()[0]).detach()
-    torch.testing.assert_close(torch.load(tmp_path / "found"), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(torch.load(tmp_path / "actual"), expected, rtol=1e-5, atol=1e-5)
 
 
 @has_onnx
@@ -226,7 +226,7 @@ def test_large_weights_lie_beside_an_onnx_file(options, tmp_path, monkeypatch):
     assert (tmp_path / "model.onnx.data").exists()
 
 
-def test_the_description_says_what_is_attended_to(options):
+def test_the_description_names_attended_histories(options):
     for name, of_history in (("din", {"attends_to_latest": 3}), ("deepfm", {})):
         model = options(name)
         (history,) = [
@@ -269,7 +269,7 @@ def command(tmp_path, capsys):
 
 @pytest.fixture
 def quick(monkeypatch):
-    """Let ``format=pt2`` keep the network in memory: what is around it is tested."""
+    """Let ``format=pt2`` keep the network in memory, to test the code around it."""
     kept = {}
 
     def write(servable, example, path):
@@ -315,7 +315,7 @@ def test_a_run_is_named_by_id_by_folder_or_by_checkpoint(command, trained, quick
     assert (about["padding_id"], about["unseen_id"], about["first_id"]) == (0, 1, 2)
     for name in (trained, trained / "checkpoint"):
         before = (trained / "export" / "model.pt2").stat().st_ino
-        assert command(f"run={name}")[0] == 0  # replaces what is there
+        assert command(f"run={name}")[0] == 0  # replaces the file
         assert (trained / "export" / "model.pt2").stat().st_ino != before
     elsewhere = tmp_path / "mine"
     (trained / "checkpoint").rename(elsewhere)
@@ -324,7 +324,7 @@ def test_a_run_is_named_by_id_by_folder_or_by_checkpoint(command, trained, quick
 
 
 @pytest.mark.parametrize("wrong", [1e-3, float("nan")])
-def test_scores_that_differ_leave_what_was_there(command, trained, quick, monkeypatch, wrong):
+def test_scores_that_differ_leave_the_previous_file(command, trained, quick, monkeypatch, wrong):
     assert command("run=train-1")[0] == 0
     before = (trained / "export" / "model.pt2").stat().st_ino
     read = FORMATS["pt2"].read
