@@ -27,7 +27,7 @@ from cki_rec.models.comparison import decides, differences
 
 FORMAT = 2
 TENSORS, DESCRIPTION = "tensors", "checkpoint.json"
-OF_RUN = "checkpoint"
+CHECKPOINT = "checkpoint"
 """Name of the checkpoint folder in a run directory."""
 
 
@@ -57,7 +57,7 @@ class Description:
 
 def locate(path: Path) -> Path:
     """Return the checkpoint folder of a run directory; another path is returned unchanged."""
-    nested = path / OF_RUN
+    nested = path / CHECKPOINT
     return nested if nested.is_dir() else path
 
 
