@@ -1,6 +1,7 @@
 """Tensors at rest: read checkpoints, in one process or rank by rank; ``engine`` writes them."""
 
 from cki_rec.checkpoints.checkpoint import (
+    CHECKPOINT,
     DESCRIPTION,
     EXTERNAL,
     FORMAT,
@@ -21,6 +22,7 @@ from cki_rec.checkpoints.digests import file_digests
 from cki_rec.checkpoints.tensors import fill, read_tensors, untrusted
 
 __all__ = [
+    "CHECKPOINT",
     "DESCRIPTION",
     "EXTERNAL",
     "FORMAT",

@@ -30,7 +30,7 @@ FORMAT = 2
 TENSORS, DESCRIPTION = "tensors", "checkpoint.json"
 EXTERNAL = "external-"
 """Prefix of the identity of a checkpoint that is named by its path."""
-OF_RUN = "checkpoint"
+CHECKPOINT = "checkpoint"
 """Name of the checkpoint folder in a run directory."""
 
 
@@ -60,7 +60,7 @@ class Description:
 
 def locate(path: Path) -> Path:
     """Return the checkpoint folder of a run directory; another path is returned unchanged."""
-    nested = path / OF_RUN
+    nested = path / CHECKPOINT
     return nested if nested.is_dir() else path
 
 

@@ -20,7 +20,7 @@ from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 from cki_rec.config import Model, Runtime, Train
 from cki_rec.data.schema import FeatureSchema
 from cki_rec.engine import distributed
-from cki_rec.engine.plans import Sharder, describe, make_plan
+from cki_rec.engine.plans import Sharder, describe_plan, make_plan
 from cki_rec.merging.params import generator
 from cki_rec.models import build_model
 from cki_rec.models.embeddings import FIRST_ORDER, NUMBERS, FieldEmbeddings
@@ -104,7 +104,7 @@ def build(schema: FeatureSchema, model: Model, train: Train, runtime: Runtime) -
             sharders=[Sharder()],
             init_data_parallel=distributed.world_size() > 1,
         )
-    built = ShardedModel(module, network, tables, is_fused, describe(plan), device)
+    built = ShardedModel(module, network, tables, is_fused, describe_plan(plan), device)
     if is_fused:
         owned = {n for n in tables if isinstance(module.state_dict()[n], ShardedTensor)}
         assert owned == tables, f"tables without a fused optimizer: {tables - owned}"

@@ -283,7 +283,7 @@ def example_inputs(schema: FeatureSchema) -> Inputs:
     return inputs_of(draw_batch(schema, EXAMPLE_ROWS, EXAMPLE_LENGTH, generator), schema)
 
 
-def describe(servable: Servable, model: Model) -> dict[str, Any]:
+def describe_servable(servable: Servable, model: Model) -> dict[str, Any]:
     """Return a description of the file for serving programs, as plain JSON values."""
     schema, names = servable.schema, servable.inputs
     attended = {"attends_to_latest": servable.length}

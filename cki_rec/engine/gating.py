@@ -42,7 +42,7 @@ class MergedAtLookup(nn.Module):
         weigh: Function that returns the mixing weights.
         moving: Parameters that are used unmerged.
         schema: The features that ``network`` reads.
-        owners: The rows of a table that each source has (``merging.vocabulary``).
+        row_mask: The rows of a table that each source has (``merging.vocabulary``).
     """
 
     def __init__(
@@ -54,10 +54,10 @@ class MergedAtLookup(nn.Module):
         weigh: Weigh,
         moving: Params,
         schema: FeatureSchema,
-        owners: Mapping[str, Tensor] = {},
+        row_mask: Mapping[str, Tensor] = {},
     ) -> None:
         super().__init__()
-        self.owners = owners
+        self.row_mask = row_mask
         self.network, self.models, self.counts = network, models, counts
         self.gates, self.weigh, self.moving, self.schema = gates, weigh, moving, schema
         names = [name for name in models[0] if name not in moving]
@@ -86,16 +86,16 @@ class MergedAtLookup(nn.Module):
             for name, tensor in self.constant.items()
         }
         moving = {name: at_rows(name, tensor, rows) for name, tensor in self.moving.items()}
-        owners = {n: has[:, rows[table_of(n) or n]] for n, has in self.owners.items()}
-        return {**self._mix(parts, counts, owners), **constant, **moving}
+        row_mask = {n: has[:, rows[table_of(n) or n]] for n, has in self.row_mask.items()}
+        return {**self._mix(parts, counts, row_mask), **constant, **moving}
 
     def _mix(
-        self, parts: Sequence[Params], counts: Sequence[Params], owners: Mapping[str, Tensor]
+        self, parts: Sequence[Params], counts: Sequence[Params], row_mask: Mapping[str, Tensor]
     ) -> Params:
         if not parts[0]:
             return {}
         weights = self.weigh(parts, counts, {n: self.gates[n] for n in parts[0]})
-        return mix(parts, restrict_weights(weights, owners))
+        return mix(parts, restrict_weights(weights, row_mask))
 
 
 def at_rows(name: str, tensor: Tensor, rows: Mapping[str, Tensor]) -> Tensor:
@@ -145,7 +145,7 @@ def train_gates(
     metric: Metric,
     title: str,
     counts: Sequence[Params] = (),
-    owners: Mapping[str, Tensor] = {},
+    row_mask: Mapping[str, Tensor] = {},
 ) -> Learned:
     """Train the gates on training rows, with frozen weights of the sources.
 
@@ -167,7 +167,7 @@ def train_gates(
         metric: Metric on validation rows; larger is better.
         title: Title of the progress display.
         counts: ``(V,)`` per source and table, for ``weigh``.
-        owners: The rows of a table that each source has; requires an empty trunk.
+        row_mask: The rows of a table that each source has; requires an empty trunk.
 
     Returns:
         Gates and trunk of the epoch with the best validation metric.
@@ -188,7 +188,7 @@ def train_gates(
     parameters = [gate for gate in learned.values() if gate is not None]
     parameters += [t.requires_grad_() for name, t in moving.items() if name not in buffers]
     optimizer = torch.optim.Adam(parameters, lr=learning_rate)
-    module = MergedAtLookup(network, models, counts, learned, weigh, moving, schema, owners)
+    module = MergedAtLookup(network, models, counts, learned, weigh, moving, schema, row_mask)
     best = Learned({}, {}, 0, None)
     label = dataset.labels(valid_rows)
     loader = Loader(dataset, schema, train_rows, batch_size, seed=seed)

@@ -54,7 +54,7 @@ def merging_network(saved: Checkpoint, seed: int, is_aligned: bool) -> Network:
     facts = declared(saved)
     module, probe = None, None
     if is_aligned:
-        schema = sharded.own(saved.schema)
+        schema = sharded.local_schema(saved.schema)
         module = build_model(schema, saved.model, torch.device("cpu")).eval()
         probe = random_batch(schema, PROBE_ROWS, seed)
     return Network(facts.symmetries, tables_of(saved), module, probe, facts.logit_scale)

@@ -86,7 +86,7 @@ def make_plan(
     )
 
 
-def describe(plan: ShardingPlan) -> dict[str, dict[str, Any]]:
+def describe_plan(plan: ShardingPlan) -> dict[str, dict[str, Any]]:
     """Return the sharding type and the shards of every table as plain JSON values."""
     return {
         table: {

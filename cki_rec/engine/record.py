@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from torch.backends import cpu
 
 from cki_rec import COMMAND_VARIABLE, project_root
+from cki_rec.checkpoints import CHECKPOINT
 from cki_rec.config import UserError
 from cki_rec.engine import checkpoint_io, distributed
 from cki_rec.engine.resume import RESUME, unfinished_checkpoints
@@ -36,7 +37,6 @@ PACKAGES = (
 )
 """Packages whose versions a record stores."""
 RECORD = "record.json"
-CHECKPOINT = "checkpoint"
 
 
 @dataclass(slots=True)

@@ -49,7 +49,7 @@ def is_divided(size: int) -> bool:
     return size >= distributed.world_size() > 1
 
 
-def own(schema: FeatureSchema) -> FeatureSchema:
+def local_schema(schema: FeatureSchema) -> FeatureSchema:
     """Return the schema with the table sizes of this process."""
     rows = {table: rows_of(size) for table, size in schema.table_sizes.items()}
     return replace(schema, table_sizes={table: r.stop - r.start for table, r in rows.items()})
@@ -66,7 +66,7 @@ def load(folders: Sequence[Path]) -> list[Checkpoint]:
     if distributed.world_size() == 1:
         return [checkpoints.load(folder) for folder in folders]
     outlines = [checkpoints.outline(folder, distributed.share()) for folder in folders]
-    distributed.barrier()  # the files are whole, each process has looked at some
+    distributed.barrier()  # all files are undamaged: each process has checked its share
     return [_filled(*pair) for pair in zip(outlines, folders, strict=True)]
 
 

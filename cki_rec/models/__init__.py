@@ -1,4 +1,9 @@
-"""Networks: ``forward(batch) -> logit_B``, without loss, optimizer or files."""
+"""Networks: ``forward(batch) -> logit_B``, without loss, optimizer or files.
+
+A network is a module with ``sparse``, its ``FieldEmbeddings``, and ``interact``, which maps their
+output to logits. Optional declarations are ``reads`` (``models.comparison``) and the traits of
+``merging.traits``.
+"""
 
 from __future__ import annotations
 

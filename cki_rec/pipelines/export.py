@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from cki_rec import checkpoints
-from cki_rec.checkpoints import DESCRIPTION, Checkpoint
+from cki_rec.checkpoints import CHECKPOINT, DESCRIPTION, Checkpoint
 from cki_rec.config import Config, UserError, nearest
 from cki_rec.engine import distributed
 from cki_rec.engine.export import (
@@ -24,11 +24,11 @@ from cki_rec.engine.export import (
     TOLERANCE,
     Servable,
     check_packages,
-    describe,
+    describe_servable,
     example_inputs,
     largest_difference,
 )
-from cki_rec.engine.record import CHECKPOINT, RECORD, Run
+from cki_rec.engine.record import RECORD, Run
 from cki_rec.environment import installed_version
 from cki_rec.files import file_digest
 from cki_rec.models import build_model
@@ -57,7 +57,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class Source:
+class ExportSource:
     """The model that ``run`` names."""
 
     checkpoint: Path
@@ -99,7 +99,7 @@ def run(config: Config) -> None:
     log.info("  largest difference from the model's own scores: %.1e", difference)
 
 
-def find(config: Config) -> Source:
+def find(config: Config) -> ExportSource:
     """Return the model that ``run`` names: a path, or a run id under ``runtime.out``.
 
     Raises:
@@ -116,7 +116,7 @@ def find(config: Config) -> Source:
     if (folder / DESCRIPTION).is_file():
         is_of_run = folder.name == CHECKPOINT
         home = folder.resolve().parent if is_of_run else folder
-        return Source(folder, home, _run_id(home) if is_of_run else None)
+        return ExportSource(folder, home, _run_id(home) if is_of_run else None)
     if not (folder / RECORD).is_file():
         if (folder / CHECKPOINT).is_dir():
             raise UserError(
@@ -129,7 +129,7 @@ def find(config: Config) -> Source:
         chosen = (record.get("result") or {}).get("kept") or []
         others = f"; its result is another run: run={', run='.join(chosen)}" if chosen else ""
         raise UserError(f"run={config.run}: this run made no model{others}")
-    return Source(folder / CHECKPOINT, folder, _run_id(folder))
+    return ExportSource(folder / CHECKPOINT, folder, _run_id(folder))
 
 
 def restore(saved: Checkpoint, folder: Path) -> nn.Module:
@@ -183,7 +183,7 @@ def write(
             "files": {part.name: file_digest(part) for part in parts},
             "largest_difference": difference,
             **about,
-            **describe(servable, saved.model),
+            **describe_servable(servable, saved.model),
         }
         beside = temporary / f"{target.name}.json"
         beside.write_text(json.dumps(description, indent=1, allow_nan=False))

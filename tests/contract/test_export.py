@@ -1,4 +1,4 @@
-"""Exported files: scores of every row of MODELS, what they hold, mistakes of users."""
+"""Exported files: scores of every row of MODELS, contents, mistakes of users."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from functools import cache
 import pytest
 import torch
 
-from cki_rec.checkpoints import checkpoint
+from cki_rec.checkpoints import load
 from cki_rec.cli import main
 from cki_rec.config import CHOICES, UserError, parse
 from cki_rec.data.encoding import store
@@ -85,8 +85,8 @@ def batches(schema=MIXED, longest=7):
 @torch.no_grad()
 def assert_equal_scores(network, schema, scores):
     for batch in batches(schema):
-        found = scores(inputs_of(batch, schema))
-        torch.testing.assert_close(found, network(batch), rtol=1e-5, atol=1e-5)
+        actual = scores(inputs_of(batch, schema))
+        torch.testing.assert_close(actual, network(batch), rtol=1e-5, atol=1e-5)
 
 
 def round_trip(network, schema, name, folder):
@@ -101,9 +101,9 @@ def test_servable_equals_the_network(options, name, embedding_dim):
     network = build(options(name, embedding_dim))
     servable = Servable(network, MIXED)
     assert_equal_scores(network, MIXED, lambda inputs: servable(inputs)["logit"])
-    found = servable(example_inputs(MIXED))
-    assert list(found) == ["logit", "probability"]
-    assert found["probability"].equal(found["logit"].sigmoid())
+    actual = servable(example_inputs(MIXED))
+    assert list(actual) == ["logit", "probability"]
+    assert actual["probability"].equal(actual["logit"].sigmoid())
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -158,8 +158,8 @@ def test_padding_lies_anywhere(options, name):
             real = of_row[of_row != 0]
             row[len(row) - len(real) :] = real
         for moved in (left, spread):
-            found = servable({**inputs, field: moved})
-            torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+            actual = servable({**inputs, field: moved})
+            torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -201,20 +201,20 @@ def test_files_are_read_without_our_code(options, tmp_path, name):
     inputs = inputs_of(batches()[0], MIXED)
     torch.save(inputs, tmp_path / "inputs")
     load = {
-        "pt2": "found = torch.export.load('model.pt2').module()(inputs)['logit']",
-        "onnx": "found = torch.tensor(__import__('onnxruntime').InferenceSession('model.onnx')"
+        "pt2": "actual = torch.export.load('model.pt2').module()(inputs)['logit']",
+        "onnx": "actual = torch.tensor(__import__('onnxruntime').InferenceSession('model.onnx')"
         ".run(None, {k: v.numpy() for k, v in inputs.items()})[0])",
     }
     code = (
         f"import torch, sys; inputs = torch.load('inputs'); {load[name]};"
-        "torch.save(found, 'found'); print('cki_rec' in sys.modules, 'torchrec' in sys.modules)"
+        "torch.save(actual, 'actual'); print('cki_rec' in sys.modules, 'torchrec' in sys.modules)"
     )
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True
     )
     assert done.stdout == "False False\n"
     expected = network(batches()[0]).detach()
-    torch.testing.assert_close(torch.load(tmp_path / "found"), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(torch.load(tmp_path / "actual"), expected, rtol=1e-5, atol=1e-5)
 
 
 @has_onnx
@@ -226,12 +226,12 @@ def test_large_weights_lie_beside_an_onnx_file(options, tmp_path, monkeypatch):
     assert (tmp_path / "model.onnx.data").exists()
 
 
-def test_the_description_says_what_is_attended_to(options):
+def test_the_description_names_attended_histories(options):
     for name, of_history in (("din", {"attends_to_latest": 3}), ("deepfm", {})):
         model = options(name)
         (history,) = [
             field
-            for field in export.describe(Servable(build(model), MIXED), model)["fields"]
+            for field in export.describe_servable(Servable(build(model), MIXED), model)["fields"]
             if field["name"] == "history"
         ]
         kind = {"name": "history", "table": "item", "kind": "history", "input": "ids.history"}
@@ -248,9 +248,7 @@ def trained(options, tmp_path):
     folder, model = tmp_path / "out" / "train-1", options()
     params = build(model).state_dict()
     tensors = {"model": params, "accumulator": {}, "counts": {}}
-    checkpoint_io.save(
-        folder / "checkpoint", tensors, model, MIXED, Provenance("hash of the data")
-    )
+    checkpoint_io.save(folder / "checkpoint", tensors, model, MIXED, Provenance("data hash"))
     (folder / "record.json").write_text(json.dumps({"run_id": "train-1", "result": {}}))
     return folder
 
@@ -271,7 +269,7 @@ def command(tmp_path, capsys):
 
 @pytest.fixture
 def quick(monkeypatch):
-    """Let ``format=pt2`` keep the network in memory: what is around it is tested."""
+    """Let ``format=pt2`` keep the network in memory, to test the code around it."""
     kept = {}
 
     def write(servable, example, path):
@@ -291,7 +289,7 @@ def files(folder):
 
 def test_a_run_is_named_by_id_by_folder_or_by_checkpoint(command, trained, quick, tmp_path):
     (tmp_path / "encoded" / "mine-1").mkdir(parents=True)
-    (tmp_path / "encoded" / "mine-1" / "manifest.json").write_text('{"hash": "hash of the data"}')
+    (tmp_path / "encoded" / "mine-1" / "manifest.json").write_text('{"hash": "data hash"}')
     code, out, _ = command("run=train-1")
     assert code == 0
     assert f"model: {trained}/export/model.pt2\n" in out
@@ -302,7 +300,7 @@ def test_a_run_is_named_by_id_by_folder_or_by_checkpoint(command, trained, quick
     assert about["source"] == {
         "run_id": "train-1",
         "checkpoint_sha256": file_digest(trained / "checkpoint" / "checkpoint.json"),
-        "data_hash": "hash of the data",
+        "data_hash": "data hash",
         "data_set": "mine-1",
     }
     assert about["largest_difference"] <= 1e-5
@@ -317,7 +315,7 @@ def test_a_run_is_named_by_id_by_folder_or_by_checkpoint(command, trained, quick
     assert (about["padding_id"], about["unseen_id"], about["first_id"]) == (0, 1, 2)
     for name in (trained, trained / "checkpoint"):
         before = (trained / "export" / "model.pt2").stat().st_ino
-        assert command(f"run={name}")[0] == 0  # replaces what is there
+        assert command(f"run={name}")[0] == 0  # replaces the file
         assert (trained / "export" / "model.pt2").stat().st_ino != before
     elsewhere = tmp_path / "mine"
     (trained / "checkpoint").rename(elsewhere)
@@ -326,7 +324,7 @@ def test_a_run_is_named_by_id_by_folder_or_by_checkpoint(command, trained, quick
 
 
 @pytest.mark.parametrize("wrong", [1e-3, float("nan")])
-def test_scores_that_differ_leave_what_was_there(command, trained, quick, monkeypatch, wrong):
+def test_scores_that_differ_leave_the_previous_file(command, trained, quick, monkeypatch, wrong):
     assert command("run=train-1")[0] == 0
     before = (trained / "export" / "model.pt2").stat().st_ino
     read = FORMATS["pt2"].read
@@ -415,9 +413,8 @@ def test_rows_of_the_data_set_score_as_in_the_evaluation(run_config, tmp_path):
     pipeline.run(dataclasses.replace(config, run=done.path.name, format="pt2"))
     dataset = store.prepare(config.data, config.runtime.encoded, config.runtime.chunk_mb)
     own = predictions(config, dataset, done.path.name, done.checkpoint)["test"]
-    schema = checkpoint.load(done.checkpoint).schema
+    schema = load(done.checkpoint).schema
     scores = FORMATS["pt2"].read(done.path / "export" / "model.pt2")
-    found = [
-        scores(inputs_of(b, schema)) for b in Loader(dataset, schema, dataset.rows("test"), 99)
-    ]
-    torch.testing.assert_close(torch.cat(found), torch.from_numpy(own), rtol=1e-5, atol=1e-6)
+    batches = Loader(dataset, schema, dataset.rows("test"), 99)
+    exported = torch.cat([scores(inputs_of(batch, schema)) for batch in batches])
+    torch.testing.assert_close(exported, torch.from_numpy(own), rtol=1e-5, atol=1e-6)

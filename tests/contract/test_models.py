@@ -33,7 +33,7 @@ TITLES = [*CASES, *ON_MIXED]
 
 
 def rowwise(title):
-    """Return a case without what looks at other rows in training, and its schema."""
+    """Return a case without batch statistics in training, and its schema."""
     network, schema = make_case(title, "mixed")
     return network.eval(), schema
 
@@ -82,11 +82,11 @@ def test_lookups_are_those_of_plain_torch(title, key):
     network, schema = make_case(title, key)
     batch = draw_batch(schema, 9)
     emb = embed(network, schema, batch)
-    found, network = network.sparse(batch), network.double().eval()
-    torch.testing.assert_close(found.fields_BFD.double(), emb.fields_BFD, rtol=1e-5, atol=1e-6)
+    actual, network = network.sparse(batch), network.double().eval()
+    torch.testing.assert_close(actual.fields_BFD.double(), emb.fields_BFD, rtol=1e-5, atol=1e-6)
     for name in emb.histories:
-        assert torch.equal(found.masks[name], emb.masks[name])
-        assert torch.equal(found.histories[name].double(), emb.histories[name])
+        assert torch.equal(actual.masks[name], emb.masks[name])
+        assert torch.equal(actual.histories[name].double(), emb.histories[name])
     torch.testing.assert_close(
         network.interact(emb).float(), network.float()(batch), rtol=1e-4, atol=1e-4
     )
@@ -253,8 +253,8 @@ def test_interaction_can_be_exported(title):
     with torch.no_grad():
         program = torch.export.export(Interaction(network), inputs, dynamic_shapes=shapes)
         other = draw_batch(schema, 11, seed=1)
-        found = program.module()(*inputs_of(network, other))
-        torch.testing.assert_close(found, network(other))
+        actual = program.module()(*inputs_of(network, other))
+        torch.testing.assert_close(actual, network(other))
 
 
 TABLES = [f"sparse.collection.embedding_bags.{table}.weight" for table in ("site", "hour")]

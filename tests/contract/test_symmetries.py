@@ -67,10 +67,10 @@ def test_logit_is_scaled_and_shifted(title):
 
 def of_table(symmetries, name):
     """Return the symmetry that moves the columns of a table."""
-    (found,) = [
+    (actual,) = [
         s for s in symmetries if any(f"bags.{name}.weight" in part.parameter for part in s.slices)
     ]
-    return found
+    return actual
 
 
 @pytest.mark.parametrize(("title", "key"), FITTING)
@@ -226,8 +226,8 @@ def test_heads_move_as_a_whole_or_within_themselves():
     ],
 )
 def test_every_table_number_and_hidden_layer_has_its_symmetry(title, kinds):
-    found = [symmetry.kind for symmetry in Subject(title).symmetries]
-    assert {kind: found.count(kind) for kind in set(found)} == kinds
+    actual = [symmetry.kind for symmetry in Subject(title).symmetries]
+    assert {kind: actual.count(kind) for kind in set(actual)} == kinds
 
 
 def test_numbers_move_one_row():

@@ -35,7 +35,7 @@ LONG = (f"train.epochs={EPOCHS}", f"train.patience={EPOCHS}", "train.batch_size=
 
 
 class Killed(BaseException):
-    """Stands for the end of a process: what nothing in between catches."""
+    """Simulates the end of a process; no code catches it."""
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +95,7 @@ def steps_kept(folder: Path) -> list[int]:
 
 
 def lines_of(folder: Path) -> list[dict]:
-    """Return what was logged, but for speeds."""
+    """Return the log without speeds."""
     lines = [json.loads(line) for line in (folder / STEPS).read_text().splitlines()]
     return [{k: v for k, v in line.items() if k != "rows_per_second"} for line in lines]
 
@@ -109,9 +109,9 @@ def check_equal(run: Run, unbroken: Run, resumed: int | None) -> None:
     assert other["provenance"]["resumed_at_step"] is None
     mine, theirs = (checkpoint.load(each.checkpoint) for each in (run, unbroken))
     for group in ("params", "accumulators", "counts"):
-        found, want = getattr(mine, group), getattr(theirs, group)
-        assert found.keys() == want.keys()
-        assert all(tensor.equal(want[name]) for name, tensor in found.items()), group
+        actual, want = getattr(mine, group), getattr(theirs, group)
+        assert actual.keys() == want.keys()
+        assert all(tensor.equal(want[name]) for name, tensor in actual.items()), group
     assert not (run.path / RESUME).exists()
     assert not list(run.path.rglob("*.tmp*"))
     assert lines_of(run.path) == lines_of(unbroken.path)
@@ -324,8 +324,8 @@ def test_events_for_tensorboard_continue(configured, unbroken):
     assert [e.step for e in events.Scalars("train_loss")] == list(range(1, 58))
     assert [e.step for e in events.Scalars("valid_auc")] == [19, 38, 57]
     losses = {x["step"]: x["train_loss"] for x in lines_of(run.path) if "epoch" not in x}
-    found = {e.step: e.value for e in events.Scalars("train_loss")}
-    assert found == pytest.approx(losses, abs=1e-6)
+    actual = {e.step: e.value for e in events.Scalars("train_loss")}
+    assert actual == pytest.approx(losses, abs=1e-6)
     assert not (unbroken().path / EVENTS).exists()
 
 
@@ -340,8 +340,8 @@ def start_and_wait(words: list[str], out: Path, num_lines: int) -> subprocess.Po
     )
     deadline = time.time() + 120
     while time.time() < deadline and process.poll() is None:
-        found = list(out.glob(f"train-*/{STEPS}"))
-        if found and len(found[0].read_text().splitlines()) >= num_lines:
+        actual = list(out.glob(f"train-*/{STEPS}"))
+        if actual and len(actual[0].read_text().splitlines()) >= num_lines:
             break
         time.sleep(0.002)
     assert process.poll() is None, "the training ended before it could be killed"

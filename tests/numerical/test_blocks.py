@@ -70,7 +70,7 @@ def test_fm_interaction_has_the_right_gradient():
 def test_mlp_is_linear_norm_activation(name, scores):
     mlp = random(MLP(3, [5, 4], 0.5, name, batch_norm=True, scores=scores))
     state, x = mlp.state_dict(), draw(6, 3)
-    found, width = mlp(x), scores or 4
+    actual, width = mlp(x), scores or 4
     for layer in range(2):
         x = x @ state[f"layers.{layer}.weight"].T + state[f"layers.{layer}.bias"]
         mean, variance = (state[f"norms.{layer}.running_{key}"] for key in ("mean", "var"))
@@ -85,7 +85,7 @@ def test_mlp_is_linear_norm_activation(name, scores):
     if scores:
         x = x @ state["layers.2.weight"].T + state["layers.2.bias"]
     assert mlp.width == width
-    torch.testing.assert_close(found, x[:, 0] if scores == 1 else x)
+    torch.testing.assert_close(actual, x[:, 0] if scores == 1 else x)
 
 
 @pytest.mark.parametrize(("scores", "width"), [(0, 3), (1, 1), (2, 2)])
@@ -110,7 +110,7 @@ def test_dice_in_training_uses_and_remembers_the_batch():
     torch.testing.assert_close(dice.norm.running_var, 0.9 + 0.1 * variance * 10 / 9)
 
 
-def test_dice_in_evaluation_uses_what_it_remembers():
+def test_dice_in_evaluation_uses_running_statistics():
     dice, x = random(Dice(3)), draw(4, 3)
     torch.testing.assert_close(
         dice(x), dice_of({f"d.{k}": v for k, v in dice.state_dict().items()}, "d")(x)
@@ -192,7 +192,7 @@ def test_activation_unit(softmax):
     torch.testing.assert_close(
         unit(queries, keys, mask), torch.stack([e.double() for e in expected])
     )
-    other = keys.masked_fill(~mask.unsqueeze(2), 7.0)  # what is masked does not matter
+    other = keys.masked_fill(~mask.unsqueeze(2), 7.0)  # masked keys do not matter
     torch.testing.assert_close(unit(queries, other, mask), unit(queries, keys, mask))
 
 

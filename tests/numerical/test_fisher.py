@@ -11,7 +11,7 @@ from cki_rec.engine.fisher import fisher_diagonal
 
 
 def by_rows(network, schema, state, batch):
-    """Return F as its definition says: autograd row by row, through plain lookups."""
+    """Return F by its definition: autograd row by row, through plain lookups."""
     names = [name for name, _ in network.named_parameters()]
     total = {name: torch.zeros_like(state[name]) for name in names}
     for row in range(len(batch)):
@@ -46,14 +46,14 @@ def subject(title, key, rows=7):
 @pytest.mark.parametrize(("title", "key"), [pair for pair in FITTING if pair[1] != "one"])
 def test_fisher_is_its_definition(title, key):
     network, schema, params, batch = subject(title, key)
-    found = fisher_diagonal(network, params, [batch], torch.float64)
+    actual = fisher_diagonal(network, params, [batch], torch.float64)
     state = {name: tensor.double() for name, tensor in params.items()}
     expected = by_rows(network.double(), schema, state, batch)
-    assert found.keys() == expected.keys()
+    assert actual.keys() == expected.keys()
     for name, value in expected.items():
         scale = float(value.max()) or 1.0
         torch.testing.assert_close(
-            found[name].double(), value, rtol=2e-5, atol=1e-7 * scale + 1e-15, msg=name
+            actual[name].double(), value, rtol=2e-5, atol=1e-7 * scale + 1e-15, msg=name
         )
 
 
@@ -71,13 +71,13 @@ def test_an_id_read_twice_in_a_row_is_squared_once():
     """A history of one id n times has its gradients summed, then squared."""
     network, schema, params, batch = subject("din", "short", rows=3)
     batch.values[:] = 3
-    found = fisher_diagonal(network, params, [batch], torch.float64)
+    actual = fisher_diagonal(network, params, [batch], torch.float64)
     state = {name: tensor.double() for name, tensor in params.items()}
     expected = by_rows(network.double(), schema, state, batch)
-    (name,) = [n for n in found if "embedding_bags" in n]
-    torch.testing.assert_close(found[name].double(), expected[name], rtol=1e-5, atol=1e-9)
-    assert bool((found[name][4:] == 0).all())
-    assert float(found[name][3].sum()) > 0
+    (name,) = [n for n in actual if "embedding_bags" in n]
+    torch.testing.assert_close(actual[name].double(), expected[name], rtol=1e-5, atol=1e-9)
+    assert bool((actual[name][4:] == 0).all())
+    assert float(actual[name][3].sum()) > 0
 
 
 def test_no_rows_give_zeros_and_inputs_stay():

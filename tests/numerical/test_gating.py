@@ -67,7 +67,7 @@ def rule(models, counts=None):
 def gradients(logit_B, batch, gates):
     loss = binary_cross_entropy_with_logits(logit_B, batch.label)
     learned = [gate for gate in gates.values() if gate is not None]
-    # tables that no row of the batch tells apart from others have no say in the loss
+    # tables with equal rows for the whole batch do not change the loss
     return torch.autograd.grad(loss, learned, allow_unused=True, materialize_grads=True)
 
 
@@ -81,9 +81,9 @@ def compare(network, schema, models, gates, weigh, counts=()):
     merged = mix(models, weigh(models, counts, gates))
     whole_B = functional_call(network, {n: t.clone() for n, t in merged.items()}, (batch,))
     torch.testing.assert_close(logit_B, whole_B, rtol=1e-6, atol=1e-6)
-    found, wanted = (gradients(logit, batch, gates) for logit in (logit_B, whole_B))
-    assert sum(float(gradient.abs().sum()) for gradient in found) > 0
-    for own, whole in zip(found, wanted, strict=True):
+    actual, wanted = (gradients(logit, batch, gates) for logit in (logit_B, whole_B))
+    assert sum(float(gradient.abs().sum()) for gradient in actual) > 0
+    for own, whole in zip(actual, wanted, strict=True):
         torch.testing.assert_close(own, whole, rtol=1e-6, atol=1e-6)
     return batch
 
@@ -174,8 +174,8 @@ def test_places_stand_for_the_ids_they_replace(key):
         own = renumbered.values[start : start + size]
         assert torch.equal(rows[feature.table][own], before[start : start + size])
         start += size
-    for found in rows.values():
-        assert len(found.unique()) == len(found) > 0
+    for actual in rows.values():
+        assert len(actual.unique()) == len(actual) > 0
 
 
 def test_one_id_each_needs_no_lengths_and_an_unread_table_keeps_a_row():
@@ -183,7 +183,7 @@ def test_one_id_each_needs_no_lengths_and_an_unread_table_keeps_a_row():
     batch = Batch(torch.tensor([3, 3, 5, 7]), None, torch.zeros(2))
     renumbered, rows = rows_read(batch, schema)
     assert renumbered.values.tolist() == [0, 0, 0, 1]
-    assert {table: found.tolist() for table, found in rows.items()} == {
+    assert {table: actual.tolist() for table, actual in rows.items()} == {
         "site": [3],
         "hour": [5, 7],
     }

@@ -52,16 +52,16 @@ def test_moments_are_those_of_the_inputs(case):
 
 def test_empty_places_of_histories_have_no_say():
     """Moments and fitted models are the same, however many places no history fills."""
-    found, fitted = [], []
+    actual, fitted = [], []
     for length in (4, 9):
         pair = Pair("din")
         changes = {**NETWORKS["din"][1], "attention__length": length}
         pair.network = build(SCHEMAS["mixed"], name="din", **changes).eval()
         pair.batches = [draw_batch(pair.schema, 64, seed, longest=4) for seed in range(4)]
         observe = ActivationStatistics(pair.network, pair.batches)
-        found.append(observe(pair.models).second)
+        actual.append(observe(pair.models).second)
         fitted.append(fit_layers(pair.average, pair.models, HALVES, observe, pair.symmetries))
-    for short, long in (found, fitted):
+    for short, long in (actual, fitted):
         assert short.keys() == long.keys()
         for name in short:
             torch.testing.assert_close(short[name], long[name], rtol=1e-4, atol=1e-5)
@@ -72,8 +72,8 @@ def test_gradients_are_those_of_the_bias_row_by_row(case):
     pair = Pair(case)
     batches = pair.batches[:2]
     layers = list(linear_moments(pair.network, pair.models, batches).logit)
-    found = output_gradients(pair.network, pair.models, batches, layers)
-    assert set(found) == set(layers)
+    actual = output_gradients(pair.network, pair.models, batches, layers)
+    assert set(actual) == set(layers)
     for name in layers:
         bias = name.removesuffix("weight") + "bias"
         if bias not in pair.average:
@@ -91,7 +91,7 @@ def test_gradients_are_those_of_the_bias_row_by_row(case):
             for model in pair.models
         ]).double()  # fmt: skip
         expected = torch.einsum("kbo,jbp->kojp", g, g) / g.shape[1]
-        torch.testing.assert_close(found[name], expected, atol=1e-6, rtol=1e-4)
+        torch.testing.assert_close(actual[name], expected, atol=1e-6, rtol=1e-4)
 
 
 def test_layers_of_constant_inputs_are_left_out_whatever_the_batches():

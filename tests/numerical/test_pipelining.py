@@ -62,7 +62,7 @@ def state_of(model):
 @pytest.mark.parametrize("name", ["deepfm", "dcnv2", "din"])
 def test_pipeline_takes_the_same_steps(compose, raw_zip, folder, name):
     logging.getLogger("torchrec").setLevel(logging.ERROR)  # it misses the streams of CUDA
-    found = []
+    actual = []
     for has_pipeline in (False, True):
         model, adam, step, loader = start(compose, raw_zip, folder, f"model={name}")
         losses = []
@@ -77,12 +77,12 @@ def test_pipeline_takes_the_same_steps(compose, raw_zip, folder, name):
         with torch.no_grad():  # the model is its own again
             model.module.eval()
             logits = torch.cat([model.module(batch) for batch in loader])
-        found.append((losses, state_of(model), logits))
-    assert [len(epoch) for epoch in found[0][0]] == [6, 6]
-    assert sum(rows for _, rows in found[0][0][1]) == ROWS
-    assert found[0][0] == found[1][0]
-    assert all(torch.equal(a, b) for a, b in zip(found[0][1], found[1][1], strict=True))
-    assert torch.equal(found[0][2], found[1][2])
+        actual.append((losses, state_of(model), logits))
+    assert [len(epoch) for epoch in actual[0][0]] == [6, 6]
+    assert sum(rows for _, rows in actual[0][0][1]) == ROWS
+    assert actual[0][0] == actual[1][0]
+    assert all(torch.equal(a, b) for a, b in zip(actual[0][1], actual[1][1], strict=True))
+    assert torch.equal(actual[0][2], actual[1][2])
 
 
 def test_a_loss_that_is_not_finite_changes_nothing(compose, raw_zip, folder):

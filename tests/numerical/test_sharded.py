@@ -65,9 +65,9 @@ def test_five_steps_equal_a_float64_reference(sharded, schema, make_batch, optim
                 accumulator += squared
                 params[name] -= 0.05 * params[name].grad / (accumulator.sqrt() + 1e-8)
                 params[name].grad = None
-    found = state_of(model)
+    actual = state_of(model)
     for name, tensor in params.items():
-        torch.testing.assert_close(found[name].double(), tensor.detach(), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(actual[name].double(), tensor.detach(), rtol=1e-5, atol=1e-5)
     for name, tensor in accumulators_of(model).items():
         want = state[name][:, 0] if optimizer == "rowwise_adagrad" else state[name]
         torch.testing.assert_close(tensor.double(), want, rtol=1e-4, atol=1e-7)

@@ -235,7 +235,7 @@ def test_every_gate_learns_and_sources_stay(config, dataset, read_schema, source
         assert not torch.equal(gate, gates[name]), name
         assert not gate.requires_grad
         initial = initialize_gate(sources[0][name].shape, kind, 1, name)
-        assert torch.equal(gates[name], initial)  # what was given is untouched, too
+        assert torch.equal(gates[name], initial)  # the arguments are untouched, too
     assert trained.trunk == {}
     assert 1 <= trained.epoch <= 2
     assert 0.5 < trained.valid_metric < 1

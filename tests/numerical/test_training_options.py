@@ -90,9 +90,9 @@ def test_learning_rates_fall_no_lower_than_allowed(schema, make_batch, embedding
     for scale, dense, table in ((1.0, 0.01, 0.05), (0.1, 0.003, 0.005), (0.01, 0.003, 0.003)):
         set_learning_rates(model, adam, schedule, scale)
         assert [group["lr"] for group in adam.param_groups] == pytest.approx([dense])
-        found = [group["lr"] for group in model.module.fused_optimizer.param_groups]
-        assert found == pytest.approx([table] * len(found))
-        assert bool(found) == (embeddings == "fused")
+        actual = [group["lr"] for group in model.module.fused_optimizer.param_groups]
+        assert actual == pytest.approx([table] * len(actual))
+        assert bool(actual) == (embeddings == "fused")
 
 
 # whole trainings
@@ -141,8 +141,8 @@ def test_a_gain_must_be_more_than_the_smallest(config, dataset):
         min_learning_rate=1e-4,
     )  # fmt: skip
     assert [e["epoch"] for e in history if e["is_best"]] == [1, 4]
-    found = [epoch["learning_rate"] for epoch in history]
-    assert found == pytest.approx([0.01, 0.01, 1e-3, 1e-4, 1e-4, 1e-4])
+    actual = [epoch["learning_rate"] for epoch in history]
+    assert actual == pytest.approx([0.01, 0.01, 1e-3, 1e-4, 1e-4, 1e-4])
     _, short = train(config, dataset, scripted(*values), epochs=6, patience=2, min_gain=0.025)
     assert len(short) == 3
 
@@ -160,19 +160,19 @@ def test_monitor_is_a_weighted_sum_of_metrics(config, dataset):
         monitor = dataclasses.replace(
             config.train.monitor, **dict(zip(want, weights, strict=True))
         )
-        found = monitored(monitor, dataset, rows)(label, logits)
+        actual = monitored(monitor, dataset, rows)(label, logits)
         value = sum(w * v for w, v in zip(weights, want.values(), strict=True))
-        assert found.pop("monitor") == pytest.approx(value, abs=1e-12)
-        assert found == {k: v for k, v in want.items() if k != "gauc" or weights[2]}
+        assert actual.pop("monitor") == pytest.approx(value, abs=1e-12)
+        assert actual == {k: v for k, v in want.items() if k != "gauc" or weights[2]}
 
 
 def test_the_monitored_sum_chooses_the_epoch(config, dataset):
     """By AUC the second epoch is best, by AUC - LogLoss the first."""
-    found = iter([(0.70, 0.50), (0.72, 0.60)] * 2)
+    actual = iter([(0.70, 0.50), (0.72, 0.60)] * 2)
 
     def metrics(weight):
         def measure(*_):
-            auc_value, loss = next(found)
+            auc_value, loss = next(actual)
             return {"auc": auc_value, "monitor": auc_value + weight * loss}
 
         return measure
@@ -238,7 +238,7 @@ def test_the_average_is_evaluated_and_saved_and_trains_nothing(config, dataset, 
 
 
 def test_nothing_that_ran_before_changes_a_training(config, dataset):
-    """Dropout of a step is drawn from (seed, step, process), whatever else draws in between."""
+    """Dropout of a step depends on (seed, step, process) alone."""
     results = []
     for number in (0, 7):
         torch.manual_seed(number)

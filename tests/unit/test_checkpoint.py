@@ -54,13 +54,13 @@ def saved(tmp_path, tensors, schema):
 def test_everything_comes_back_bit_for_bit(saved, tensors, schema):
     loaded = checkpoint.load(saved)
     assert (loaded.model, loaded.schema, loaded.origin) == (MODEL, schema, Provenance("data hash"))
-    for group, found in (
+    for group, actual in (
         ("model", loaded.params),
         ("accumulator", loaded.accumulators),
         ("counts", loaded.counts),
     ):
-        assert set(found) == set(tensors[group])
-        for name, tensor in found.items():
+        assert set(actual) == set(tensors[group])
+        for name, tensor in actual.items():
             assert type(tensor) is torch.Tensor
             assert tensor.dtype == plain(tensors[group][name]).dtype
             assert torch.equal(tensor, plain(tensors[group][name])), name
@@ -250,7 +250,7 @@ def one_tensor_more(loaded):
         (one_tensor_more, "tensor extra is (1,) against None"),
     ],
 )
-def test_what_does_not_fit_is_named(saved, change, part):
+def test_differences_are_named(saved, change, part):
     loaded = checkpoint.load(saved)
     with pytest.raises(UserError) as caught:
         checkpoint.check_compatible([loaded, loaded, change(loaded)], ["a", "b", "c"])
@@ -292,7 +292,7 @@ def test_a_changed_byte_is_noticed(saved):
     assert "damaged checkpoint" in error_of(saved)
 
 
-def test_what_torch_says_of_a_full_disk_is_an_os_error(saved, tensors, schema, monkeypatch):
+def test_a_full_disk_is_an_os_error(saved, tensors, schema, monkeypatch):
     def full(*_, **__):
         raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 704 vs 598")
 
@@ -317,15 +317,15 @@ def test_tensors_of_any_layout_are_filled(saved):
 
 def test_an_outline_has_shapes_and_no_numbers(saved):
     outline, loaded = checkpoint.outline(saved), checkpoint.load(saved)
-    for found, expected in (
+    for actual, expected in (
         (outline.params, loaded.params),
         (outline.accumulators, loaded.accumulators),
         (outline.counts, loaded.counts),
     ):
-        assert {n: (t.shape, t.dtype) for n, t in found.items()} == {
+        assert {n: (t.shape, t.dtype) for n, t in actual.items()} == {
             n: (t.shape, t.dtype) for n, t in expected.items()
         }
-        assert all(tensor.is_meta for tensor in found.values())
+        assert all(tensor.is_meta for tensor in actual.values())
     checkpoint.check_compatible([outline, loaded], ["a", "b"])
 
 

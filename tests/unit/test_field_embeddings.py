@@ -35,8 +35,8 @@ def test_ids_are_pooled_by_mean_whatever_the_width(dim, first_order):
         weight = table(layer, name)
         assert weight.shape[1] == -(-dim // 4) * 4
         means = [weight[ids, :dim].mean(0) if len(ids) else torch.zeros(dim) for ids in rows]
-        found = emb.fields_BFD[:, layer.fields.index(name)]
-        torch.testing.assert_close(found, torch.stack(means))
+        actual = emb.fields_BFD[:, layer.fields.index(name)]
+        torch.testing.assert_close(actual, torch.stack(means))
 
 
 def test_fields_leave_table_by_table_and_keep_their_sources():

@@ -1,4 +1,4 @@
-"""Parts of a training step against what they state: penalty, clipping, moving average, Adam."""
+"""Parts of a training step against their definitions: penalty, clipping, average, Adam."""
 
 from __future__ import annotations
 
@@ -57,19 +57,19 @@ def started(*words: str):
 
 
 def lookups_of(model, batch: Batch, scale: float, l2: float) -> list[torch.Tensor]:
-    """Return what the penalty adds to the gradient of every lookup of the network."""
+    """Return the gradients that the penalty adds to every lookup of the network."""
     penalty = TableL2(model, l2)
     penalty.scale = scale
-    found = model.sparse(batch)
+    actual = model.sparse(batch)
     penalty.remove()
-    values = [found.fields_BFD, *found.histories.values()]
+    values = [actual.fields_BFD, *actual.histories.values()]
     return list(torch.autograd.grad(sum(value.sum() for value in values), values))
 
 
 def gradients_of(model, batch: Batch, l2: float) -> list[torch.Tensor]:
     """Return the gradient of ``l2 * sum ||e||^2 / rows`` at the lookups, by autograd."""
-    found = model.sparse(batch)
-    values = [found.fields_BFD, *found.histories.values()]
+    actual = model.sparse(batch)
+    values = [actual.fields_BFD, *actual.histories.values()]
     leaves = [value.detach().requires_grad_() for value in values]
     fields, *histories = leaves
     looked_up = [fields[:, : len(model.sparse.looked_up)], *histories]
@@ -82,10 +82,10 @@ def test_fused_penalty_is_the_gradient_of_its_term(name):
     """Numbers, whose vectors Adam trains, are left out; attended histories are not."""
     model, batch = started(f"model={name}", "model.histories=true"), draw()
     assert len(model.sparse.fields) > len(model.sparse.looked_up)
-    found = lookups_of(model, batch, 1 / ROWS, L2)
+    actual = lookups_of(model, batch, 1 / ROWS, L2)
     want = gradients_of(model, batch, L2)
-    assert len(found) == {"deepfm": 1, "din": 2}[name]
-    for one, other in zip(found, want, strict=True):
+    assert len(actual) == {"deepfm": 1, "din": 2}[name]
+    for one, other in zip(actual, want, strict=True):
         torch.testing.assert_close(one - 1, other, rtol=1e-5, atol=1e-6)  # the sum gives ones
         assert other.any()
     assert not want[0][:, len(model.sparse.looked_up) :].any()
@@ -103,9 +103,9 @@ def test_penalty_is_not_computed_in_evaluation():
     model, batch = started(), draw()
     penalty = TableL2(model, L2)
     with torch.no_grad():
-        found = model.sparse(batch)
+        actual = model.sparse(batch)
     penalty.remove()
-    assert not found.fields_BFD.requires_grad
+    assert not actual.fields_BFD.requires_grad
 
 
 @pytest.mark.parametrize("embeddings", ["fused", "dense"])
@@ -113,8 +113,8 @@ def test_a_removed_penalty_is_gone(embeddings):
     model, batch = started(f"train.embeddings={embeddings}"), draw()
     TableL2(model, L2).remove()
     values = model.sparse(batch).fields_BFD
-    (found,) = torch.autograd.grad(values.sum(), values)
-    assert torch.equal(found, torch.ones_like(found))
+    (actual,) = torch.autograd.grad(values.sum(), values)
+    assert torch.equal(actual, torch.ones_like(actual))
 
 
 @pytest.mark.parametrize("name", ["deepfm", "din"])
@@ -211,9 +211,9 @@ def test_average_is_applied_within_the_block_only(embeddings, raised):
 
 
 @EMBEDDINGS
-def test_state_made_beforehand_is_what_adam_makes_itself(embeddings):
+def test_the_initialized_state_equals_the_state_of_adam(embeddings):
     words = (f"train.embeddings={embeddings}",)
-    states, found = [], []
+    states, actual = [], []
     for is_lazy in (False, True):
         model = started(*words)
         adam = initialized_adam(model, 0.01)
@@ -225,10 +225,10 @@ def test_state_made_beforehand_is_what_adam_makes_itself(embeddings):
         for seed in range(3):
             step(model, draw(seed), options(*words).train, adam)
         states.append(state_of(model))
-        found.append(moments(model, adam))
+        actual.append(moments(model, adam))
     assert equal(*states)
-    assert equal(*found)
-    assert all(value == 3 for name, value in found[0].items() if name.startswith("step."))
+    assert equal(*actual)
+    assert all(value == 3 for name, value in actual[0].items() if name.startswith("step."))
 
 
 def test_parts_of_a_table_are_the_tensors_in_use():

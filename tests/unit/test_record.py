@@ -38,7 +38,7 @@ def test_a_new_run_is_an_empty_folder(tmp_path):
         assert run.checkpoint.parent == run.path
 
 
-def test_what_a_killed_run_left_is_removed(tmp_path):
+def test_leftovers_of_a_killed_run_are_removed(tmp_path):
     left = tmp_path / "train-1" / "checkpoint.tmp-7"
     left.mkdir(parents=True)
     (left / "tensors").write_text("half")
@@ -68,7 +68,7 @@ def test_a_finished_run_stays_unless_forced(tmp_path, force):
         assert (run.record is None) == force
 
 
-def test_record_holds_what_was_found(tmp_path, monkeypatch):
+def test_record_holds_the_results(tmp_path, monkeypatch):
     monkeypatch.setenv(record.COMMAND_VARIABLE, "cki-rec train")
     with open_run(tmp_path, "train-1") as run:
         with run.phase("train"):
@@ -167,8 +167,8 @@ def test_sweep_lists_each_finished_run_once_in_order(tmp_path):
     with open_run(tmp_path, "e-4") as unfinished:
         add_to_sweep(tmp_path, "n", unfinished)
     add_to_sweep(tmp_path, "n", Run(tmp_path / "e-deleted"))
-    found, num_missing = sweep_runs(tmp_path, "n")
-    assert [run.path.name for run in found] == ["e-2", "e-1", "e-3"]
+    actual, num_missing = sweep_runs(tmp_path, "n")
+    assert [run.path.name for run in actual] == ["e-2", "e-1", "e-3"]
     assert num_missing == 2
     add_to_sweep(tmp_path, "n", None)  # a job that has nothing to do is not missing
     with (tmp_path / "sweeps" / "n" / "members.jsonl").open("a") as file:
@@ -180,8 +180,8 @@ def test_a_new_sweep_forgets_the_old_one(tmp_path):
     run = finished(tmp_path, "e-1")
     add_to_sweep(tmp_path, "n", run)
     add_to_sweep(tmp_path, "n", run)
-    found, num_missing = sweep_runs(tmp_path, "n")  # single runs, no sweep: none is missing
-    assert (len(found), num_missing) == (1, 0)
+    actual, num_missing = sweep_runs(tmp_path, "n")  # single runs, no sweep: none is missing
+    assert (len(actual), num_missing) == (1, 0)
     start_sweep(tmp_path, "n", 2)
     assert sweep_runs(tmp_path, "n") == ([], 2)
     assert sweep_runs(tmp_path, "other") == ([], 0)

@@ -25,12 +25,12 @@ def test_shares_are_even_and_cover_a_table_once(monkeypatch, num, size):
     assert [row for share in shares for row in share] == list(range(size))
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
     monkeypatch.setattr(distributed, "rank", lambda: num - 1)
-    assert sharded.own(schema_of(size)).table_sizes == {"item": len(shares[-1])}
+    assert sharded.local_schema(schema_of(size)).table_sizes == {"item": len(shares[-1])}
 
 
 def test_means_are_over_rows_and_not_over_processes(monkeypatch):
     monkeypatch.setattr(distributed, "world_size", lambda: 2)
     parts = [{TABLE: [1.0, 0.0], "bias": [0.5, 0.5]}, {TABLE: [0.25, 0.75], "bias": [0.5, 0.5]}]
     monkeypatch.setattr(distributed, "exchange", lambda _: parts)
-    found = sharded.mean_shares(parts[0], schema_of(3))  # one row and two
-    assert found == {TABLE: [0.5, 0.5], "bias": [0.5, 0.5]}
+    actual = sharded.mean_shares(parts[0], schema_of(3))  # one row and two
+    assert actual == {TABLE: [0.5, 0.5], "bias": [0.5, 0.5]}
