@@ -12,6 +12,7 @@ from functools import cache
 
 import pytest
 import torch
+from cki_rec.pipelines.scores import predictions
 
 from cki_rec.checkpoints import load
 from cki_rec.cli import main
@@ -26,7 +27,6 @@ from cki_rec.files import file_digest
 from cki_rec.models import MODELS, build_model, model_schema
 from cki_rec.pipelines import export as pipeline
 from cki_rec.pipelines import train
-from cki_rec.pipelines.scores import predictions
 
 MIXED = FeatureSchema(
     features=(

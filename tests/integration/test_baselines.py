@@ -7,6 +7,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from cki_rec.pipelines.listing import method_table
 
 from cki_rec.checkpoints import checkpoint
 from cki_rec.cli import main
@@ -14,7 +15,6 @@ from cki_rec.data.dataset import EncodedDataset
 from cki_rec.engine import checkpoint_io
 from cki_rec.merging.options import defaults
 from cki_rec.merging.registry import METHODS
-from cki_rec.pipelines.listing import method_table
 
 TINY = [
     *("runtime.threads=1", "train.epochs=2", "train.batch_size=256", "model.hidden=[16,8]"),
@@ -154,10 +154,11 @@ def test_chosen_scale_is_no_worse_than_any_given_one(options, folder):
 
 
 def test_score_is_the_validation_auc_of_evaluation(options, folder, run_config):
+    from cki_rec.pipelines.scores import scorer
+
     from cki_rec.config import with_delta
     from cki_rec.data.encoding import store
     from cki_rec.pipelines import train
-    from cki_rec.pipelines.scores import scorer
 
     config = with_delta(run_config(folder), {"seed": 1})
     done = train.ensure(config)

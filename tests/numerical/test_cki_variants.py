@@ -5,14 +5,29 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from cki_rec.merging.noise import entropy_differences
 from test_golden_cki import LAYERS, layer_tensors, reference_entropy
 
-from cki_rec.merging.methods.cki.assessment import RANGES, compare_entropies, compute_global_terms, entropy, global_compatibility, histogram_bounds, language_shares, local_compatibility, signed_compatibility
-from cki_rec.merging.methods.cki.gate import apply_gate, check_gate, initialize_gate, num_gate_parameters
+from cki_rec.merging.methods.cki.assessment import (
+    RANGES,
+    compare_entropies,
+    compute_global_terms,
+    entropy,
+    global_compatibility,
+    histogram_bounds,
+    language_shares,
+    local_compatibility,
+    signed_compatibility,
+)
+from cki_rec.merging.methods.cki.gate import (
+    apply_gate,
+    check_gate,
+    initialize_gate,
+    num_gate_parameters,
+)
 from cki_rec.merging.methods.cki.weights import cki_weights
 from cki_rec.merging.methods.filter_grafting import filter_grafting
 from cki_rec.merging.mixing import mix
-from cki_rec.merging.noise import entropy_differences
 
 
 def noise(*shape, seed=0):

@@ -6,17 +6,17 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from cki_rec.pipelines.matching import coordinatewise, moved_tables
 from pairs import HALVES, Pair
 
 from cki_rec.engine.embeddings import table_of
+from cki_rec.merging.alignment import table_products
 from cki_rec.merging.methods.average import average
 from cki_rec.merging.methods.evidence import evidence
-from cki_rec.merging.mixing import source_shares
-from cki_rec.merging.projection import project_tables, anchor_weights
-from cki_rec.merging.alignment import table_products
+from cki_rec.merging.mixing import mix, source_shares
+from cki_rec.merging.projection import anchor_weights, project_tables
 from cki_rec.merging.repair import fit_layers
 from cki_rec.pipelines import matching
-from cki_rec.pipelines.matching import coordinatewise, moved_tables
 
 
 @pytest.mark.parametrize("case", ["deepfm", "dcn", "fm"])
