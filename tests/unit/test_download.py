@@ -1,4 +1,4 @@
-"""A file from the web: whole and checked, or not there and the next call goes on."""
+"""Downloads: a file is complete and verified, or absent, and the next call resumes it."""
 
 import errno
 import hashlib
@@ -190,7 +190,7 @@ def test_unknown_length(server, target, framing):
 
 
 @pytest.mark.parametrize("fault", ["end", "reset", "stall"])
-def test_cut_connection_is_resumed(server, target, fault, monkeypatch):
+def test_broken_connection_is_resumed(server, target, fault, monkeypatch):
     monkeypatch.setattr(download, "TIMEOUT", 0.2)
     server.cuts, server.fault = 2, fault
     fetch(server.url, target)
@@ -199,7 +199,7 @@ def test_cut_connection_is_resumed(server, target, fault, monkeypatch):
     assert server.conditions == [None, '"one"', '"one"']
 
 
-def test_cut_chunk_is_resumed(server, target):
+def test_broken_chunk_is_resumed(server, target):
     server.framing, server.cuts = "chunked", 1
     fetch(server.url, target)
     assert_whole(target)
@@ -223,22 +223,22 @@ def test_without_validator_every_connection_starts_anew(server, target):
     assert server.requests == [None, None]
 
 
-def test_always_cut_keeps_the_part_and_the_next_call_finishes(server, target):
+def test_repeated_interruption_leaves_the_part_and_the_next_call_finishes(server, target):
     server.cut_at, server.cuts = 20_000, 99
     message = error_of(server.url, target)
     assert server.url in message
-    assert f"120,000 bytes are kept in {part_of(target)}" in message
-    assert "run the same command again to go on" in message
+    assert f"120,000 bytes are in {part_of(target)}" in message
+    assert "run the same command again to resume" in message
     assert len(server.requests) == 1 + download.RETRIES
     server.cuts = 0
     assert_goes_on(server, target)
 
 
 @pytest.mark.parametrize("cut_at", [0, CUT])
-def test_cut_without_progress_is_not_retried(server, target, cut_at):
+def test_interruption_without_progress_is_not_retried(server, target, cut_at):
     server.has_ranges, server.cuts, server.cut_at = False, 99, cut_at
     message = error_of(server.url, target)
-    assert ("100,000 bytes are kept" if cut_at else "check the URL and the connection") in message
+    assert ("100,000 bytes are" if cut_at else "check the URL and the connection") in message
     assert len(server.requests) == (2 if cut_at else 1)
 
 
@@ -311,11 +311,11 @@ def test_whole_part_is_used_but_not_a_longer_one(server, target, says_size, surp
 
 def test_length_that_is_too_large_is_a_cut(server, target):
     server.extra_length = 7
-    assert "cut 7 bytes before the end" in error_of(server.url, target)
+    assert "the connection ended 7 bytes before the end" in error_of(server.url, target)
 
 
 @pytest.mark.parametrize("name", ["md5", "sha256"])
-def test_wrong_digest_deletes_what_arrived(server, target, name):
+def test_wrong_digest_deletes_the_part(server, target, name):
     wrong = digest(name, b"other")
     message = error_of(server.url, target, **{name: wrong})
     assert f"{server.url}: expected {name} {wrong}, found {digest(name)}" in message
@@ -343,7 +343,7 @@ def test_existing_target_is_only_checked(server, target):
 def test_answer_that_is_no_file(server, target, status, reason):
     server.status, server.reason = status, reason
     message = error_of(server.url, target)
-    assert message.startswith(f"{server.url}: the server answers {status} {reason}".strip() + ";")
+    assert message.startswith(f"{server.url}: the server returned {status} {reason}".strip() + ";")
     assert f"fetch the file by hand and put it at {target}" in message
     assert not target.exists()
 
@@ -351,7 +351,7 @@ def test_answer_that_is_no_file(server, target, status, reason):
 def test_failing_server_keeps_the_part(server, target):
     leave_part(server, target)
     server.status = 503
-    assert f"100,000 bytes are kept in {part_of(target)}" in error_of(server.url, target)
+    assert f"100,000 bytes are in {part_of(target)}" in error_of(server.url, target)
     server.status = None
     assert_goes_on(server, target)
 
@@ -404,7 +404,7 @@ def test_full_disk_keeps_the_part(server, target, monkeypatch):
     assert_goes_on(server, target)
 
 
-def test_folder_that_cannot_be_made(tmp_path):
+def test_folder_that_cannot_be_created(tmp_path):
     (tmp_path / "file").write_text("")
     message = error_of("http://127.0.0.1:1/x", tmp_path / "file" / "raw" / "x.zip")
     assert message.startswith(f"{tmp_path / 'file'}")
