@@ -1,4 +1,4 @@
-"""Figures as SVG text: metrics with intervals, and what was spliced from whom.
+"""Figures as SVG text: metrics with intervals, and mixing weights.
 
 The same input gives the same bytes: ids are salted with a constant, no date is written, and the
 user's matplotlib settings are not read. Text stays text in the viewer's sans-serif font.
@@ -18,7 +18,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from .display import LOWER_IS_BETTER, METHOD_NAMES, METRIC_NAMES, is_undefined
+from .display import METHOD_NAMES, is_undefined
+from .metrics import METRICS
 from .tables import BASELINES
 
 COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#999999")
@@ -48,12 +49,12 @@ def metric_plot(summary: pd.DataFrame, runs: pd.DataFrame, metric: str) -> str:
     """Return a dot plot of a metric per method, one panel per suite.
 
     Large marks are means over repetitions with their interval, ticks single repetitions.
-    Vertical lines show the direct best parent and output ensemble.
+    Vertical lines show the direct best source and output ensemble.
 
     Args:
         summary: Of ``summary_frame``.
         runs: Of ``runs_frame``, the same runs.
-        metric: One of ``tables.METRICS``.
+        metric: Name of one that has an interval over repetitions.
 
     Returns:
         SVG text.
@@ -67,8 +68,8 @@ def metric_plot(summary: pd.DataFrame, runs: pd.DataFrame, metric: str) -> str:
         for axes, suite, part in zip(panels, suites, parts, strict=True):
             _metric_panel(axes, part, runs[runs["suite"] == suite], metric)
             axes.set_title(suite)
-        better = "lower" if metric in LOWER_IS_BETTER else "higher"
-        panels[-1].set_xlabel(f"{METRIC_NAMES[metric]} on test rows ({better} is better)")
+        row = METRICS[metric]
+        panels[-1].set_xlabel(f"{row.title} on test rows ({row.better} is better)")
         entries: dict[str, Any] = {}
         for axes in panels:
             marks, names = axes.get_legend_handles_labels()
@@ -80,13 +81,15 @@ def metric_plot(summary: pd.DataFrame, runs: pd.DataFrame, metric: str) -> str:
     return _svg(5.2, max(sum(heights) + 0.9, 3.0), draw)
 
 
-def splice_plot(
+def mixing_plot(
     records: Sequence[Mapping[str, Any]],
     suite: str | None = None,
     seed: int | None = None,
     methods: Sequence[str] | None = None,
 ) -> str:
-    """Return the share of each source in each tensor: rows tensors, columns methods.
+    """Return the mixing weights: the share of each source in each tensor.
+
+    Rows are tensors, columns are methods.
 
     Args:
         records: Of evaluated models; those with ``shares`` and without fine-tuning are drawn.

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy.special import expit, logit
 
-from .metrics import Floats, checked, row_losses
+from .rows import Floats, checked, row_losses
 
 MAX_STEPS = 100
 TOLERANCE = 1e-12
@@ -49,7 +49,7 @@ def recalibration(label: npt.ArrayLike, logits: npt.ArrayLike) -> Recalibration:
         logits: ``(B,)``, log odds of a click.
 
     Raises:
-        ValueError: See ``metrics.checked``.
+        ValueError: See ``rows.checked``.
 
     Reference:
         Platt, Probabilistic Outputs for Support Vector Machines, Advances in Large Margin
