@@ -108,9 +108,10 @@ def reading_notes(summary: pd.DataFrame, runs: pd.DataFrame) -> list[str]:
     percent = "".join(f"{value * 100:g} %" for value in summary["confidence"].unique())
     settings = runs[["bootstrap", "resample"]].drop_duplicates().dropna()
     drawn = " and ".join(f"{count} resamples of {unit}s" for count, unit in settings.to_numpy())
+    primary = " and ".join(metric.title for metric in PRIMARY)
     lines = [
-        "Each row is the mean over its repetitions (seeds). Brackets after "
-        f"{' and '.join(metric.title for metric in PRIMARY)}: {percent} Student t interval over repetitions; none with one repetition.",
+        f"Each row is the mean over its repetitions (seeds). Brackets after {primary}: "
+        f"{percent} Student t interval over repetitions; none with one repetition.",
         "Differences are paired: same repetition, same test rows. Their brackets: "
         f"{percent} percentile bootstrap interval of the mean over repetitions"
         + (f", {drawn} of the test rows" if drawn else "")
@@ -225,14 +226,20 @@ def markdown_table(
         lines += ["## Methods", ""]
         lines += [f"- {method_name(name, False)}: {text}" for name, text in methods.items()]
         lines.append("")
-    lines += ["## How to read the tables", "", *(f"- {note}" for note in reading_notes(summary, runs))]
+    lines += [
+        "## How to read the tables",
+        "",
+        *(f"- {note}" for note in reading_notes(summary, runs)),
+    ]
     return "\n".join(lines) + "\n"
 
 
 def _mean(row: Mapping[Any, Any], metric: Metric) -> str:
     """Return a metric's mean; with its interval if it is a primary one."""
-    bounds = [row[f"{metric.name}_{end}"] if metric.primary else None for end in ("low", "high")]
-    return bounded(row[metric.name], *bounds, digits=metric.digits)
+    mean = row[metric.name]
+    if not metric.primary:
+        return number(mean, metric.digits)
+    return bounded(mean, row[f"{metric.name}_low"], row[f"{metric.name}_high"], metric.digits)
 
 
 def _difference(row: Mapping[Any, Any], metric: Metric, baseline: str) -> str:

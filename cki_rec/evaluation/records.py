@@ -32,4 +32,7 @@ def current(record: Mapping[str, Any]) -> dict[str, Any]:
     result["method"] = current_name(result["method"])
     if result["difference"]:
         result["difference"] = {current_name(k): v for k, v in result["difference"].items()}
-    return {**record, "result": result}
+    config = {**record["config"]}
+    if "parents" in config:
+        config["sources"] = config.pop("parents")
+    return {**record, "result": result, "config": config}

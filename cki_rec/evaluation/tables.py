@@ -183,7 +183,7 @@ def _run_row(record: Mapping[str, Any], domains: Sequence[str]) -> dict[str, Any
         row[f"{DOMAIN}{domain}"] = test["domains"].get(domain, {}).get("auc")
     for baseline in BASELINES:
         of_baseline = (result["difference"] or {}).get(baseline) or {}
-        if baseline == ENSEMBLE and len(set(record["config"].get("parents", ()))) == 1:
+        if baseline == ENSEMBLE and len(set(record["config"].get("sources", ()))) == 1:
             of_baseline = {}  # of one model: it is the best source
         for metric in COMPARED:
             interval = of_baseline.get(metric.name) or {}

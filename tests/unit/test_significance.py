@@ -6,15 +6,14 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from cki_rec.evaluation.bootstrap import bootstrap_auc, resampling_weights
 from cki_rec.evaluation.metrics import auc
 from cki_rec.evaluation.statistics import (
     Interval,
     auc_variance,
-    bootstrap_auc,
     bootstrap_p_value,
     delong,
     holm,
-    resampling_weights,
     win_tie_loss,
 )
 
