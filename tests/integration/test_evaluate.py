@@ -45,7 +45,7 @@ def test_recalibration_and_delong_follow_from_logits(options, tmp_path):
 
     valid, test = (all_labels(dataset)[dataset.rows(split)] for split in ("valid", "test"))
     own = logits(record["config"]["members"])
-    ensemble = logits(record["config"]["parents"])
+    ensemble = logits(record["config"]["sources"])
     losses, fits = [], []
     for each in (own, ensemble):
         fits.append(recalibration(valid, each["valid"]))
@@ -67,7 +67,7 @@ def test_recalibration_and_delong_follow_from_logits(options, tmp_path):
 
 
 def test_nothing_but_the_evaluation_depends_on_test_labels(options, tmp_path):
-    words = ["evaluate", "merge=cki_gate", "merge.gate.epochs=1", "finetune=one_epoch"]
+    words = ["evaluate", "merge=cki_gate", "merge.learn.epochs=1", "finetune=one_epoch"]
     assert main([*words, *options]) == 0
     dataset = opened(tmp_path / "encoded")
     path = dataset.folder / dataset.manifest["files"]["label"]["file"]
@@ -78,7 +78,7 @@ def test_nothing_but_the_evaluation_depends_on_test_labels(options, tmp_path):
     assert main([*words, *options, f"runtime.out={tmp_path / 'flipped'}"]) == 0
     one, two = records(tmp_path / "out"), records(tmp_path / "flipped")
     assert one.keys() == two.keys()
-    assert len(one) == 5  # two parents, an integration, a fine-tuning, an evaluation
+    assert len(one) == 5  # two sources, a merge, a fine-tuning, an evaluation
     for run_id, record in one.items():
         other = two[run_id]["result"]
         if not run_id.startswith("evaluate"):
