@@ -34,7 +34,7 @@ def resampling_weights(
 ) -> Resamples:
     """Return how often each unit is drawn in each resample (U draws with replacement).
 
-    Weights are kept per unit in one byte and expanded one resample at a time by their readers.
+    Weights take one byte per unit. Readers expand one resample at a time.
 
     Args:
         unit: ``(B,)``; ``arange(B)`` resamples rows, user ids resample users with all their rows

@@ -123,14 +123,13 @@ def reading_notes(summary: pd.DataFrame, runs: pd.DataFrame) -> list[str]:
     ]
     if (summary["num_seeds"] > 1).any():
         lines.append(
-            "W/T/L: repetitions whose own interval of the AUC difference lies above, around, "
-            "below 0."
+            "W/T/L: repetitions whose interval of the AUC difference lies above, around, below 0."
         )
     if delong_columns(runs):
         lines.append(
             "DeLong p (runs.csv, and per run in the report): of no difference in AUC, taking test "
             "rows as independent. Where users have several rows it is too small; brackets, marks "
-            "and W/T/L resample what is named above."
+            "and W/T/L resample the unit that is named above."
         )
     if summary["finetuned"].any():
         lines.append(
@@ -158,7 +157,7 @@ def delong_columns(runs: pd.DataFrame) -> dict[str, str]:
 
 
 def facts(runs: pd.DataFrame) -> dict[str, str]:
-    """Return what the runs have in common: data, rows, seeds, hardware, commands.
+    """Return the facts that the runs share: data, rows, seeds, hardware, commands.
 
     Args:
         runs: Rows of ``runs_frame``, usually those of one suite.
@@ -171,7 +170,7 @@ def facts(runs: pd.DataFrame) -> dict[str, str]:
     if skipped := [f"{n:,}" for n in runs["rows_skipped"].dropna().unique() if n]:
         rows.append(f"{' or '.join(skipped)} bad rows skipped")
     kinds = {True: "synthetic data", False: "real data"}
-    said = "no test row is in raw files that only the models were trained on; nothing checks it"
+    assumed = "no test row is in raw files that only the models were trained on"
     commands = list(dict.fromkeys(runs["command"]))
     shown = commands[:MAX_COMMANDS]
     if len(commands) > len(shown):
@@ -181,7 +180,7 @@ def facts(runs: pd.DataFrame) -> dict[str, str]:
         + f" ({' and '.join(kinds[bool(flag)] for flag in runs['synthetic'].unique())})",
         "Data hash": _joined(runs["data_hash"]),
         "Rows": ", ".join(rows),
-        **({"Taken as said": said} if runs["disjoint_files"].any() else {}),
+        **({"Assumed, not checked": assumed} if runs["disjoint_files"].any() else {}),
         "Seeds": ", ".join(str(seed) for seed in sorted(runs["seed"].unique())),
         "Hardware": _joined(runs["hardware"]),
         "Command": "\n".join(shown),
@@ -201,8 +200,8 @@ def markdown_table(
         summary: Of ``summary_frame``.
         runs: Of ``runs_frame``, the same runs.
         title: First heading.
-        suites: Suite -> one sentence on what its sources differ in.
-        methods: Method -> one sentence on what it is.
+        suites: Suite -> one sentence on the difference between its sources.
+        methods: Method -> one sentence that describes it.
     """
     shown = display_frame(summary)
     lines = [f"# {title}", ""]

@@ -1,6 +1,6 @@
 """Metrics of click predictions, exact and in float64.
 
-A metric that is not defined on the given rows is None, never 0 or NaN: results become JSON.
+A metric that is undefined on some rows is None, never 0 or NaN: results become JSON.
 
 Shape legend: B rows, G groups.
 """

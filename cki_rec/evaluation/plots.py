@@ -23,7 +23,7 @@ from .metrics import METRICS
 from .tables import BASELINES
 
 COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#999999")
-"""Okabe and Ito: told apart by readers with any common color blindness."""
+"""Colors of Okabe and Ito: distinct under all common color blindness."""
 STAGES = {False: ("direct", COLORS[0], "o", -0.14), True: ("fine-tuned", COLORS[5], "D", 0.14)}
 """Name, color, marker and vertical offset of direct and fine-tuned results."""
 MIN_LABELED_SHARE = 0.2
@@ -139,9 +139,9 @@ def mixing_plot(
 
 
 def tensor_names(keys: Sequence[str]) -> dict[str, str]:
-    """Return readable names of tensors, tables before layers, otherwise in the given order.
+    """Return readable names of tensors, tables before layers, otherwise in their order.
 
-    Words that say nothing (``model``, ``embedding_bags``, ``weight``) are dropped unless two
+    Words without information (``model``, ``embedding_bags``, ``weight``) are dropped unless two
     tensors would then share a name.
     """
     tables = [key for key in keys if "embedding" in key or "table" in key.split(".")]
@@ -213,7 +213,7 @@ def _own_settings() -> Iterator[None]:
 
 
 def _svg(width: float, height: float, draw: Callable[[Figure], None]) -> str:
-    """Return the SVG text of what ``draw`` puts on a figure of the given size in inches."""
+    """Return the SVG text of a figure of a size in inches, filled by ``draw``."""
     with _own_settings():
         figure = Figure(figsize=(width, height), layout="constrained", facecolor="white")
         draw(figure)

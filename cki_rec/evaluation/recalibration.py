@@ -1,7 +1,7 @@
 """Two-parameter recalibration of logits: fitted on validation rows, applied to test rows.
 
 Merging may shrink or shift logits, which costs LogLoss and can be undone by two numbers. LogLoss
-after recalibration says what a model knows beyond them.
+after recalibration leaves these two numbers out of the comparison.
 
 Shape legend: B rows.
 """
@@ -23,7 +23,7 @@ TOLERANCE = 1e-12
 
 @dataclass(frozen=True, slots=True)
 class Recalibration:
-    """``scale * logit + shift``, or why there is none."""
+    """``scale * logit + shift``, or the reason why there is none."""
 
     scale: float | None
     shift: float | None
@@ -41,8 +41,8 @@ def recalibration(label: npt.ArrayLike, logits: npt.ArrayLike) -> Recalibration:
 
     Newton's method with halved steps on standardized logits, from the base rate. The likelihood is
     concave; it has one maximum unless a threshold on the logit separates the classes or all logits
-    are equal. Then nothing is returned but the reason: the identity would pass for a fit. The
-    scale may be negative, which says that the model ranks rows the wrong way round.
+    are equal. Then only the reason is returned: the identity would pass for a fit. The
+    scale may be negative: then the model ranks rows in reverse.
 
     Args:
         label: ``(B,)``, 0 or 1.

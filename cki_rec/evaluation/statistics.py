@@ -93,7 +93,7 @@ def paired_difference(
 ) -> Interval:
     """Return the interval of metric(a) - metric(b) for two models on the same resamples.
 
-    It covers the choice of test rows, given the two trained models; not the luck of training.
+    It covers the choice of test rows for two fixed models, not the luck of training.
 
     Args:
         replicates_a: ``(R,)``.
@@ -132,7 +132,7 @@ def mean_of_paired(
 def mean_interval(values: npt.ArrayLike, confidence: float) -> Interval:
     """Return the mean over repetitions with its Student t interval.
 
-    It covers the luck of training, given the test rows, if repetitions are independent and near
+    It covers the luck of training on fixed test rows, if repetitions are independent and near
     normal. One value has no interval.
 
     Args:
@@ -179,7 +179,7 @@ def delong(label: npt.ArrayLike, score_a: npt.ArrayLike, score_b: npt.ArrayLike)
         score_b: ``(B,)``.
 
     Returns:
-        p = 1 if both models place every row alike: nothing tells them apart. All None without both
+        p = 1 if both models place every row alike. All None without both
         classes; variance and p None with fewer than two rows of a class; p None if the variance is
         0 and the difference is not (such as perfect against reversed).
 
@@ -202,7 +202,7 @@ def delong(label: npt.ArrayLike, score_a: npt.ArrayLike, score_b: npt.ArrayLike)
 
 
 def holm(p_values: Sequence[float | None]) -> list[float | None]:
-    """Return p values adjusted for looking at all of them; the family-wise error is kept.
+    """Return p values adjusted for multiple tests (family-wise error).
 
     The i-th smallest of M is multiplied by M - i (from 0), made as large as those before it, and
     cut at 1. No assumption on their dependence.

@@ -61,8 +61,8 @@ def runs_frame(
 
     Rows are sorted by suite, method, direct before fine-tuned, and seed.
 
-    A suite of one source has no ensemble: differences to it are left undefined. So is what older
-    records do not hold.
+    A suite of one source has no ensemble: differences to it are left undefined. So are numbers
+    that older records lack.
 
     Args:
         records: Of evaluated models, in any order.
@@ -182,17 +182,7 @@ def _run_row(record: Mapping[str, Any], domains: Sequence[str]) -> dict[str, Any
     for domain in domains:
         row[f"{DOMAIN}{domain}"] = test["domains"].get(domain, {}).get("auc")
     for baseline in BASELINES:
-        of_baseline = (result["difference"] or {}).get(baseline) or {}
-        if baseline == ENSEMBLE and len(set(record["config"].get("sources", ()))) == 1:
-            of_baseline = {}  # of one model: it is the best source
-        for metric in COMPARED:
-            interval = of_baseline.get(metric.name) or {}
-            column = difference_column(metric.name, baseline)
-            row[column] = interval.get("estimate")
-            row[f"{column}_low"] = interval.get("low")
-            row[f"{column}_high"] = interval.get("high")
-        of_auc = of_baseline.get("auc") or {}
-        row[f"{difference_column('auc', baseline)}_delong_p"] = of_auc.get("delong_p")
+        row |= _difference_cells(record, baseline)
     row["inference_cost"] = result["inference_cost"]
     row["parameters"] = result["parameters"]
     for split in ("train", "valid", "test"):
@@ -209,6 +199,21 @@ def _run_row(record: Mapping[str, Any], domains: Sequence[str]) -> dict[str, Any
     row["run_id"] = record["run_id"]
     row["fingerprint"] = record["fingerprint"]
     return row
+
+
+def _difference_cells(record: Mapping[str, Any], baseline: str) -> dict[str, Any]:
+    """Return the differences to a baseline with their bounds, and DeLong's p value."""
+    difference = (record["result"]["difference"] or {}).get(baseline) or {}
+    if baseline == ENSEMBLE and len(set(record["config"].get("sources", ()))) == 1:
+        difference = {}  # an ensemble of one model is the best source
+    cells: dict[str, Any] = {}
+    for metric in COMPARED:
+        interval = difference.get(metric.name) or {}
+        bounds = (interval.get(key) for key in ("estimate", "low", "high"))
+        columns = _with_bounds(difference_column(metric.name, baseline))
+        cells |= dict(zip(columns, bounds, strict=True))
+    p_value = (difference.get("auc") or {}).get("delong_p")
+    return {**cells, f"{difference_column('auc', baseline)}_delong_p": p_value}
 
 
 def _typed(frame: pd.DataFrame) -> pd.DataFrame:

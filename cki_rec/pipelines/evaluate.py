@@ -60,7 +60,7 @@ def _refusal(config: Config) -> str | None:
 
 
 def ensure(config: Config, force: bool = False) -> Run:
-    """Return the finished evaluation of ``config``; train and merge first what is missing.
+    """Return the finished evaluation of ``config``; train and merge missing models first.
 
     Differences are paired, on the same test rows and resamples, to the best source (by validation
     AUC) and to the output ensemble of the suite's sources. For LogLoss after recalibration, each
@@ -188,7 +188,7 @@ def _check_unseen(
     if assumed and not options.disjoint_files:
         raise UserError(
             f"{assumed[0]}: also trained on other raw files than {dataset.folder.name} is of;"
-            " if they hold none of its test rows, which nothing checks, say so:"
+            " if they hold none of its test rows, which nothing checks, set"
             " evaluate.disjoint_files=true"
         )
     return assumed

@@ -89,7 +89,7 @@ def _frames(
     except ValueError as error:
         raise UserError(
             f"name={name} holds runs that do not belong in one table ({error}); evaluate"
-            " them again, each setting under a name of its own"
+            " them again, each setting under a separate name"
         ) from None
 
 

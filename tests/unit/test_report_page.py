@@ -108,8 +108,8 @@ def test_page_is_standalone_and_well_formed(frames):
     summary, runs = frames
     figures = {"AUC per method": metric_plot(summary, runs, "auc")}
     build = {"provenance": {"commit": "c0ffee"}, "suites": {"seeds": "Same rows."}}
-    page = report_page("Quick", summary, runs, figures, ["What came out."], **build)
-    assert page == report_page("Quick", summary, runs, figures, ["What came out."], **build)
+    page = report_page("Quick", summary, runs, figures, ["One note."], **build)
+    assert page == report_page("Quick", summary, runs, figures, ["One note."], **build)
     parsed = Page(page)
     tags = [tag for tag, _ in parsed.tags]
     assert not {"script", "link", "iframe", "img"} & set(tags)
@@ -123,7 +123,7 @@ def test_page_is_standalone_and_well_formed(frames):
     assert "@import" not in page
     assert not re.search(r"url\((?!#)", page)
     text = " ".join(parsed.text)
-    for part in ("What came out.", "Same rows.", "c0ffee", "cki-rec evaluate", "bootstrap"):
+    for part in ("One note.", "Same rows.", "c0ffee", "cki-rec evaluate", "bootstrap"):
         assert part in text
     assert "nan" not in re.split(r"\W+", text.lower())
 

@@ -1,4 +1,4 @@
-"""Resamples and intervals: what they cover, what they leave undefined."""
+"""Resamples and intervals: coverage and undefined values."""
 
 import time
 

@@ -233,7 +233,7 @@ def test_display_marks_differences_that_exclude_zero():
     assert "AUC vs output ensemble" not in shown.columns
 
 
-def test_marks_say_what_is_left_after_holm():
+def test_double_marks_need_significance_after_holm():
     """Ten methods at z = 2.4, p = .016: each alone is significant, ten looks together are not."""
     methods = [f"m{number}" for number in range(10)]
     runs = runs_frame([record(method, auc=0.724) for method in methods])
@@ -307,7 +307,7 @@ def test_one_source_has_no_ensemble_to_be_compared_with():
         assert ("AUC vs output ensemble" in shown) == is_shown
 
 
-def test_markdown_tells_what_the_numbers_are():
+def test_markdown_describes_the_numbers():
     records, replicates = experiment()
     runs = runs_frame(records)
     text = markdown_table(summary_frame(runs, replicates, 0.9), runs, "Quick", {"seeds": "Luck."})
@@ -326,17 +326,17 @@ def test_markdown_tells_what_the_numbers_are():
     assert len({line.count("|") for line in tables[:7]}) == 1
 
 
-def test_markdown_says_what_was_taken_as_said():
-    plain, said = record(), record()
-    said["config"]["evaluate"]["disjoint_files"] = True
+def test_markdown_names_the_assumption_that_nothing_checks():
+    plain, assumed = record(), record()
+    assumed["config"]["evaluate"]["disjoint_files"] = True
     shown = []
-    for one in (plain, said):
+    for one in (plain, assumed):
         runs = runs_frame([one])
-        shown.append("Taken as said" in markdown_table(summary_frame(runs, {}), runs))
+        shown.append("Assumed, not checked" in markdown_table(summary_frame(runs, {}), runs))
     assert shown == [False, True]
 
 
-def test_markdown_says_when_data_is_synthetic():
+def test_markdown_marks_synthetic_data():
     one = record()
     one["data"]["synthetic"] = True
     runs = runs_frame([one])
