@@ -7,6 +7,7 @@ user's matplotlib settings are not read. Text stays text in the viewer's sans-se
 from __future__ import annotations
 
 import io
+import itertools
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -109,30 +110,11 @@ def mixing_plot(
     names = sorted(shares_of) if methods is None else [m for m in methods if m in shares_of]
     if not names:
         return ""
-    tensors = tensor_names(list(dict.fromkeys(key for name in names for key in shares_of[name])))
-    num_sources = max(len(shares) for name in names for shares in shares_of[name].values())
+    shares_of = {name: shares_of[name] for name in names}
+    tensors = tensor_names(list(dict.fromkeys(itertools.chain(*shares_of.values()))))
 
     def draw(figure: Figure) -> None:
-        axes = figure.subplots()
-        for column, name in enumerate(names):
-            for row, key in enumerate(tensors):
-                if key in shares_of[name]:
-                    _stacked_bar(axes, 1.12 * column, row, shares_of[name][key])
-        axes.set_xlim(-0.04, 1.12 * len(names))
-        axes.set_ylim(len(tensors) - 0.4, -0.6)
-        axes.set_yticks(range(len(tensors)), list(tensors.values()))
-        columns = [1.12 * column + 0.5 for column in range(len(names))]
-        axes.set_xticks(columns, [_wrapped(METHOD_NAMES.get(name, name)) for name in names])
-        axes.tick_params(length=0, labelbottom=False, labeltop=True)
-        axes.spines[:].set_visible(False)
-        colors = [COLORS[source % len(COLORS)] for source in range(num_sources)]
-        figure.legend(
-            handles=[Patch(color=color) for color in colors],
-            labels=[f"source {source + 1}" for source in range(num_sources)],
-            loc="outside lower left",
-            ncols=4,
-            frameon=False,
-        )
+        _mixing_panel(figure, shares_of, tensors)
         figure.suptitle(f"{suite}, repetition {seed}", x=0.01, ha="left", fontweight="bold")
 
     return _svg(max(2.2 + 1.25 * len(names), 5.0), 0.3 * len(tensors) + 1.6, draw)
@@ -180,6 +162,34 @@ def _metric_panel(axes: Axes, part: pd.DataFrame, runs: pd.DataFrame, metric: st
     axes.grid(axis="y", color="#E5E5E5", lw=0.8)
     axes.set_axisbelow(True)
     axes.tick_params(axis="y", length=0)
+
+
+def _mixing_panel(
+    figure: Figure,
+    shares_of: Mapping[str, Mapping[str, Sequence[float]]],
+    tensors: Mapping[str, str],
+) -> None:
+    """Draw one column of stacked bars per method, one bar per tensor."""
+    axes = figure.subplots()
+    for column, shares in enumerate(shares_of.values()):
+        for row, key in enumerate(tensors):
+            if key in shares:
+                _stacked_bar(axes, 1.12 * column, row, shares[key])
+    axes.set_xlim(-0.04, 1.12 * len(shares_of))
+    axes.set_ylim(len(tensors) - 0.4, -0.6)
+    axes.set_yticks(range(len(tensors)), list(tensors.values()))
+    columns = [1.12 * column + 0.5 for column in range(len(shares_of))]
+    axes.set_xticks(columns, [_wrapped(METHOD_NAMES.get(name, name)) for name in shares_of])
+    axes.tick_params(length=0, labelbottom=False, labeltop=True)
+    axes.spines[:].set_visible(False)
+    num_sources = max(len(part) for shares in shares_of.values() for part in shares.values())
+    figure.legend(
+        handles=[Patch(color=COLORS[source % len(COLORS)]) for source in range(num_sources)],
+        labels=[f"source {source + 1}" for source in range(num_sources)],
+        loc="outside lower left",
+        ncols=4,
+        frameon=False,
+    )
 
 
 def _stacked_bar(axes: Axes, left: float, row: int, shares: Sequence[float]) -> None:
