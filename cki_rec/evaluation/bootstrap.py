@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from .rows import Floats, checked, row_losses
+from cki_rec.evaluation.rows import Floats, checked, row_losses
 
 CHUNK = 1 << 24
 """Elements of one float64 block of weights in ``bootstrap_log_loss`` (128 MB)."""

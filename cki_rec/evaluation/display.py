@@ -8,8 +8,8 @@ from typing import Any
 
 import pandas as pd
 
-from .metrics import COMPARED, PRIMARY, SHOWN, Metric
-from .tables import (
+from cki_rec.evaluation.metrics import COMPARED, PRIMARY, SHOWN, Metric
+from cki_rec.evaluation.tables import (
     BASELINES,
     BEST_SOURCE,
     DOMAIN,

@@ -10,8 +10,8 @@ from typing import Any
 import pandas as pd
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from . import display
-from .metrics import REPEATED
+from cki_rec.evaluation import display
+from cki_rec.evaluation.metrics import REPEATED
 
 _TEMPLATES = Environment(
     autoescape=True,

@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from .bootstrap import Resamples
-from .metrics import COMPARED, METRICS, PRIMARY
-from .recalibration import Recalibration, recalibration
-from .rows import Floats, checked
-from .statistics import Interval, delong, paired_difference
+from cki_rec.evaluation.bootstrap import Resamples
+from cki_rec.evaluation.metrics import COMPARED, METRICS, PRIMARY
+from cki_rec.evaluation.recalibration import Recalibration, recalibration
+from cki_rec.evaluation.rows import Floats, checked
+from cki_rec.evaluation.statistics import Interval, delong, paired_difference
 
 Logits = Mapping[str, Floats]
 """Split (``valid``, ``test``) -> ``(B,)`` logits."""

@@ -16,8 +16,8 @@ import numpy.typing as npt
 from scipy.special import expit
 from sklearn.metrics import roc_auc_score
 
-from .bootstrap import Resamples, bootstrap_auc, bootstrap_log_loss
-from .rows import Floats, checked, row_losses
+from cki_rec.evaluation.bootstrap import Resamples, bootstrap_auc, bootstrap_log_loss
+from cki_rec.evaluation.rows import Floats, checked, row_losses
 
 NUM_BINS = 10
 """Equal-count bins of the calibration error."""

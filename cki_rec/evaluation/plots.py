@@ -19,9 +19,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from .display import METHOD_NAMES, is_undefined
-from .metrics import METRICS
-from .tables import BASELINES
+from cki_rec.evaluation.display import METHOD_NAMES, is_undefined
+from cki_rec.evaluation.metrics import METRICS
+from cki_rec.evaluation.tables import BASELINES
 
 COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#999999")
 """Colors of Okabe and Ito: distinct under all common color blindness."""

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy.special import expit, logit
 
-from .rows import Floats, checked, row_losses
+from cki_rec.evaluation.rows import Floats, checked, row_losses
 
 MAX_STEPS = 100
 TOLERANCE = 1e-12

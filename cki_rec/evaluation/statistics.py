@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy import stats
 
-from .rows import Floats, checked
+from cki_rec.evaluation.rows import Floats, checked
 
 
 @dataclass(frozen=True, slots=True)

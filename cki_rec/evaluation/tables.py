@@ -14,8 +14,8 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from .metrics import COMPARED, METRICS, REPEATED
-from .statistics import (
+from cki_rec.evaluation.metrics import COMPARED, METRICS, REPEATED
+from cki_rec.evaluation.statistics import (
     Interval,
     bootstrap_p_value,
     holm,

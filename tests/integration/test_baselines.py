@@ -7,13 +7,13 @@ import json
 import numpy as np
 import pytest
 import torch
-from cki_rec.pipelines.method_list import method_table
 
 from cki_rec.checkpoints import checkpoint
 from cki_rec.cli import main
 from cki_rec.data.dataset import EncodedDataset
 from cki_rec.engine import checkpoint_io
 from cki_rec.merging.methods import METHODS
+from cki_rec.pipelines.method_list import method_table
 
 TINY = [
     *("runtime.threads=1", "train.epochs=2", "train.batch_size=256", "model.hidden=[16,8]"),

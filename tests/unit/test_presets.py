@@ -12,7 +12,7 @@ from cki_rec.config import UserError, parse
 from cki_rec.merging.methods import METHODS
 from cki_rec.merging.perturbation import permute, shuffle
 from cki_rec.merging.steps import initial_gates
-from cki_rec.pipelines.merge import fixed_rules, out_of_scope
+from cki_rec.pipelines.merge_inputs import fixed_rules, out_of_scope
 from cki_rec.pipelines.preflight import check_options, entry_of
 
 PRESETS = sorted(path.stem for path in (ROOT / "conf" / "merge").glob("*.yaml"))
