@@ -81,9 +81,13 @@ def blocks(path: Path, lines: list[tuple[int, str]]) -> Iterator[Text]:
             current = []
         if is_fence:
             is_fenced = not is_fenced
+        elif is_fenced:
+            continue
         elif stripped.startswith("|"):
             yield from (Text(path, number, cell) for cell in CODE.sub("Code", stripped).split("|"))
-        elif stripped and not is_fenced:
+        elif stripped.startswith("#"):
+            yield Text(path, number, stripped)
+        elif stripped:
             start = start if current else number
             current.append(stripped)
 
