@@ -313,7 +313,7 @@ ROW_WISE = [
 
 
 def test_row_wise_methods():
-    assert {BOTH[case][0] for case in ROW_WISE} == {
+    assert {BOTH[case][0] for case in ROW_WISE} >= {
         *("first", "average", "weighted_average", "task_arithmetic", "evidence")
     }
 
