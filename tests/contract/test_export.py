@@ -386,7 +386,7 @@ def test_models_that_are_not_there_or_not_whole(command, trained, tmp_path):
     about["model"]["hidden"] = [8, 8]
     description.write_text(json.dumps(about))
     assert "its tensors do not fit its network" in command("run=train-1")[2]
-    kept = {"run_id": "merge-1", "result": {"kept": ["train-1"]}}
+    kept = {"run_id": "merge-1", "result": {"chosen": ["train-1"]}}
     (tmp_path / "out" / "merge-1").mkdir()
     (tmp_path / "out" / "merge-1" / "record.json").write_text(json.dumps(kept))
     code, _, error = command("run=merge-1")

@@ -50,7 +50,7 @@ EXACT = {
 ALIGNED = {"aligned": ("merge=aligned_weights",)}
 """The same up to rounding."""
 MISTAKES = {
-    "best_of": ("cki-rec: merge.method=best_of: needs whole models", ()),
+    "best_of": ("cki-rec: merge.method=auto: needs whole models", ()),
     "ties": (
         "on several, each with some rows of every table, merge.method is one of first, aver",
         ("merge=ties",),

@@ -69,7 +69,7 @@ def test_the_best_candidate_is_kept_and_can_be_fine_tuned(options, folder):
     chosen = next(
         r for r in records(folder, "merge") if r["config"]["merge"]["method"] == "best_of"
     )
-    (kept,) = chosen["result"]["kept"]
+    (kept,) = chosen["result"]["chosen"]
     assert kept in [record["run_id"] for record in records(folder, "merge")]
     assert records(folder, "evaluate")[-1]["result"]["finetuned"]
 
@@ -86,7 +86,7 @@ def test_the_same_command_gives_the_same_bits(options, folder):
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (["merge=evidence", "merge.method=best_of"], "merge.recipes is empty"),
+        (["merge=evidence", "merge.method=auto"], "merge.recipes is empty"),
         (["merge.align.by=weight"], "did you mean 'weights'"),
         (["merge.repair=fix"], "merge.repair=fix"),
         (
@@ -222,9 +222,9 @@ def test_the_source_that_leads_is_the_best_and_is_recorded(options, folder, suit
     (record,) = (
         r
         for r in records(folder, "merge")
-        if r["result"]["lead"] and len(r["config"]["sources"]) == (2 if suite == "seeds" else 5)
+        if r["result"]["anchor"] and len(r["config"]["sources"]) == (2 if suite == "seeds" else 5)
     )
-    scores, source = record["result"]["lead"]["valid_auc"], record["result"]["lead"]["source"]
+    scores, source = record["result"]["anchor"]["valid_auc"], record["result"]["anchor"]["source"]
     assert source == scores.index(max(scores))
     assert len(set(scores)) == len(scores)
     alone = [float(k == source) for k in range(len(scores))]

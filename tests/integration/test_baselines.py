@@ -174,7 +174,7 @@ def test_tables_by_evidence_whatever_makes_the_rest(options, folder):
     evidence = params_of(folder, records(folder, "merge")[-1]["run_id"])
     assert main(["merge", "merge=karcher", "merge.tables=evidence", *words]) == 0
     merged = params_of(folder, records(folder, "merge")[-1]["run_id"])
-    assert main(["merge", "merge=karcher", "merge.bias=base", *words]) == 0
+    assert main(["merge", "merge=karcher", "merge.biases=first", *words]) == 0
     based = records(folder, "merge")[-1]
     first = params_of(folder, based["config"]["sources"][0])
     based = params_of(folder, based["run_id"])

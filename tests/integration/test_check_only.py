@@ -198,7 +198,7 @@ def test_unmet_needs_are_named(trained, check, tmp_path):
 
 def test_every_candidate_of_best_of_is_checked(trained, check):
     trained("one")
-    words = ["merge.method=best_of", "merge.recipes=[{method: average},{method: ties}]"]
+    words = ["merge.method=auto", "merge.recipes=[{method: average},{method: ties}]"]
     code, out, error = check([trained("one"), trained("two")], *words)
     assert code == 2
     assert "merge.recipes[1]: merge.method=ties" in error

@@ -66,7 +66,7 @@ def test_sweep_reports_every_method_once(options, tmp_path, capsys):
 
 def test_same_seed_gives_equal_records(options, tmp_path):
     first = tmp_path / "first"
-    arguments = ["evaluate", "suite=shards", "merge=cki_gate", "merge.gate.epochs=1"]
+    arguments = ["evaluate", "suite=shards", "merge=cki_gate", "merge.learn.epochs=1"]
     for out in (first, tmp_path / "second"):
         assert main([*arguments, *options, f"runtime.out={out / 'out'}"]) == 0
     one, two = records(first), records(tmp_path / "second")
@@ -279,9 +279,9 @@ def test_checkpoints_are_compared_with_themselves_only(options, tmp_path, capsys
     assert "suite.sources=[{path: ...},{path: ...}]" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("words", [["merge.splice=hard"], ["merge.sources=[{seed: 1}]"]])
+@pytest.mark.parametrize("words", [["merge.options.splice=hard"], ["merge.sources=[{seed: 1}]"]])
 def test_learned_gates_go_with_every_splicing(options, tmp_path, words):
-    gate = ["merge=cki_gate", "merge.gate.epochs=1"]
+    gate = ["merge=cki_gate", "merge.learn.epochs=1"]
     assert main(["merge", *options, *gate, *words]) == 0
     (record,) = records(tmp_path, "merge").values()
     for shares in record["result"]["shares"].values():
@@ -291,7 +291,7 @@ def test_learned_gates_go_with_every_splicing(options, tmp_path, words):
 def test_released_protocol_splices_the_mlp_and_trains_the_rest(options, tmp_path):
     from cki_rec.checkpoints import checkpoint
 
-    gate = ["merge=cki_released", "merge.gate.epochs=1", "suite=shards"]
+    gate = ["merge=cki_released", "merge.learn.epochs=1", "suite=shards"]
     assert main(["merge", *options, *gate]) == 0
     (record,) = records(tmp_path, "merge").values()
     assert {name.split(".")[0] for name in record["result"]["shares"]} == {"mlp"}

@@ -11,7 +11,7 @@ from torch.func import functional_call
 
 from cki_rec.merging.hidden_units import hidden_layers, unit_covariance
 from cki_rec.merging.methods.distillation import distillation
-from cki_rec.merging.methods.fisher import fisher
+from cki_rec.merging.methods.fisher import fisher as merge_by_fisher
 from cki_rec.merging.methods.ot_fusion import ot_fusion, sinkhorn
 from cki_rec.merging.methods.regmean import regmean
 from cki_rec.merging.methods.zipit import pair_up, zip_units, zipit
@@ -70,7 +70,7 @@ class Planted:
 def test_fisher_weights_are_the_formula():
     models = [{"w": draw(3, 2, seed=k)} for k in range(3)]
     fisher = [{"w": draw(3, 2, seed=k).square()} for k in range(3)]
-    found = mix(models, fisher(models, fisher, floor=0.0, normalize=False))["w"]
+    found = mix(models, merge_by_fisher(models, fisher, floor=0.0, normalize=False))["w"]
     above = sum(f["w"] * m["w"] for f, m in zip(fisher, models, strict=True))
     torch.testing.assert_close(found, above / sum(f["w"] for f in fisher))
 
@@ -79,9 +79,9 @@ def test_fisher_norms_do_not_count_but_when_asked_to():
     models = [{"w": draw(4, seed=k)} for k in range(2)]
     fisher = [{"w": draw(4, seed=k).square() + 0.1} for k in range(2)]
     louder = [fisher[0], {"w": 1e5 * fisher[1]["w"]}]
-    same = [fisher(models, f)["w"] for f in (fisher, louder)]
+    same = [merge_by_fisher(models, f)["w"] for f in (fisher, louder)]
     torch.testing.assert_close(*same)
-    one = fisher(models, louder, normalize=False)["w"]
+    one = merge_by_fisher(models, louder, normalize=False)["w"]
     assert float(one[1].min()) > 0.99
     assert bool((one != same[0]).all())
 
@@ -89,14 +89,14 @@ def test_fisher_norms_do_not_count_but_when_asked_to():
 def test_fisher_floor_averages_what_matters_to_nobody():
     models, fisher = [{"w": draw(2)}] * 2, [{"w": torch.tensor([1.0, 0])}, {"w": torch.zeros(2)}]
     for floor in (0.0, 1e-6):
-        weights = fisher(models, fisher, floor=floor)["w"]
+        weights = merge_by_fisher(models, fisher, floor=floor)["w"]
         assert weights[:, 1].tolist() == [0.5, 0.5]
         assert float(weights[0, 0]) == pytest.approx(1, abs=1e-5)
 
 
 def test_buffers_without_fisher_are_averaged():
     models = [{"w": draw(2), "running_var": draw(2, seed=k)} for k in range(2)]
-    weights = fisher(models, [{"w": torch.ones(2)}] * 2)
+    weights = merge_by_fisher(models, [{"w": torch.ones(2)}] * 2)
     assert weights["running_var"].flatten().tolist() == [0.5, 0.5]
 
 
@@ -112,7 +112,7 @@ def test_buffers_without_fisher_are_averaged():
 )
 def test_fisher_that_does_not_fit_is_named(fisher, message):
     with pytest.raises(ValueError, match=message):
-        fisher([{"w": draw(2)}] * 2, fisher)
+        merge_by_fisher([{"w": draw(2)}] * 2, fisher)
 
 
 @pytest.mark.parametrize("num_sources", [2, 3])
@@ -271,7 +271,7 @@ def test_dtypes_stay_and_one_source_comes_back(title, dtype):
         (lambda m: regmean(m, {}, [], correlation=1.5), "correlation=1.5"),
         (lambda m: regmean(m, {"b.weight": torch.ones(2, 2, 2, 2)}, []), "b.weight: moments"),
         (lambda m: zipit(m, TWO_LAYERS, {"b.weight": torch.ones(3, 3, 3, 3)}), "b.weight: mom"),
-        (lambda m: fisher(m, [], floor=-1.0), "floor=-1.0"),
+        (lambda m: merge_by_fisher(m, [], floor=-1.0), "floor=-1.0"),
         (lambda m: distillation(m, None, None), "source=null"),
         (lambda m: distillation(m, None, None, source=2), "source=2: sources are 0 to 1"),
         (lambda m: distillation(m, None, None, epochs=-1), "epochs=-1"),

@@ -99,7 +99,7 @@ def test_version(command):
         (["train", "seed=one"], "seed"),
         (["train", "+train.momentum=1"], "train.momentum"),
         (["train", "model.dropout=2"], "model.dropout=2"),
-        (["train", "merge.splice=sofd"], "did you mean 'soft'?"),
+        (["train", "merge.options.splice=sofd"], "did you mean 'soft'?"),
         (["train", "seed=[1"], ""),
         (["train", "-m", "sed=1,2"], "no option 'sed': did you mean 'seed'?"),
         (["train", "-m", "model=deepfm,depfm"], "model=depfm: did you mean 'deepfm'?"),

@@ -71,7 +71,7 @@ def test_unknown_keys_and_wrong_types(tree, key, value, part):
 @pytest.mark.parametrize(
     ("key", "value", "part"),
     [
-        ("merge.splice", "sofd", "merge.splice=sofd: did you mean 'soft'? one of soft, h"),
+        ("merge.splice", "sofd", "merge.options.splice=sofd: did you mean 'soft'? one of soft, h"),
         ("data.split.by", "tim", "data.split.by=tim: did you mean 'time'?"),
         ("runtime.device", "tpu", "one of auto, cpu, cuda"),
         ("merge.gate.kind", "diag", "did you mean 'diagonal'?"),
