@@ -227,8 +227,8 @@ def test_always_cut_keeps_the_part_and_the_next_call_finishes(server, target):
     server.cut_at, server.cuts = 20_000, 99
     message = error_of(server.url, target)
     assert server.url in message
-    assert f"120,000 bytes are kept in {part_of(target)}" in message
-    assert "run the same command again to go on" in message
+    assert f"120,000 bytes are in {part_of(target)}" in message
+    assert "run the same command again to resume" in message
     assert len(server.requests) == 1 + download.RETRIES
     server.cuts = 0
     assert_goes_on(server, target)
@@ -238,7 +238,7 @@ def test_always_cut_keeps_the_part_and_the_next_call_finishes(server, target):
 def test_cut_without_progress_is_not_retried(server, target, cut_at):
     server.has_ranges, server.cuts, server.cut_at = False, 99, cut_at
     message = error_of(server.url, target)
-    assert ("100,000 bytes are kept" if cut_at else "check the URL and the connection") in message
+    assert ("100,000 bytes are" if cut_at else "check the URL and the connection") in message
     assert len(server.requests) == (2 if cut_at else 1)
 
 
@@ -311,7 +311,7 @@ def test_whole_part_is_used_but_not_a_longer_one(server, target, says_size, surp
 
 def test_length_that_is_too_large_is_a_cut(server, target):
     server.extra_length = 7
-    assert "cut 7 bytes before the end" in error_of(server.url, target)
+    assert "the connection ended 7 bytes before the end" in error_of(server.url, target)
 
 
 @pytest.mark.parametrize("name", ["md5", "sha256"])
@@ -343,7 +343,7 @@ def test_existing_target_is_only_checked(server, target):
 def test_answer_that_is_no_file(server, target, status, reason):
     server.status, server.reason = status, reason
     message = error_of(server.url, target)
-    assert message.startswith(f"{server.url}: the server answers {status} {reason}".strip() + ";")
+    assert message.startswith(f"{server.url}: the server returned {status} {reason}".strip() + ";")
     assert f"fetch the file by hand and put it at {target}" in message
     assert not target.exists()
 
@@ -351,7 +351,7 @@ def test_answer_that_is_no_file(server, target, status, reason):
 def test_failing_server_keeps_the_part(server, target):
     leave_part(server, target)
     server.status = 503
-    assert f"100,000 bytes are kept in {part_of(target)}" in error_of(server.url, target)
+    assert f"100,000 bytes are in {part_of(target)}" in error_of(server.url, target)
     server.status = None
     assert_goes_on(server, target)
 

@@ -1,7 +1,7 @@
-"""One file from the web: resumed when it is cut, checked before it appears under its name.
+"""Download one file: resume it after a broken connection, and verify it before it appears.
 
-Until then ``<target>.part`` holds what has arrived, and ``<target>.part.json`` to which file on
-the server those bytes belong.
+Until then, ``<target>.part`` holds the received bytes, and ``<target>.part.json`` identifies the
+file on the server that they belong to.
 """
 
 from __future__ import annotations
@@ -22,46 +22,48 @@ from cki_rec.files import file_digest
 from cki_rec.progress import progress
 
 BLOCK = 1 << 20
-"""Most bytes held in memory."""
+"""Most bytes in memory."""
 TIMEOUT = 60.0
-"""Seconds without a byte after which a connection counts as cut."""
+"""Seconds without a byte after which a connection counts as broken."""
 RETRIES = 5
+"""Most retries without progress in between."""
 PAUSE = 1.0
-"""Seconds before the first retry, twice as many before the second, and so on."""
+"""Seconds before the first retry; before retry n, n times as many."""
 _RANGE = re.compile(r"bytes (?:(\d+)-\d+|\*)/(?:(\d+)|\*)")
 
 log = logging.getLogger(__name__)
 
 
 class _Unavailable(Exception):
-    """The server does not give the file; says why."""
+    """The server does not provide the file; the message is the reason."""
 
 
 class _Cut(_Unavailable):
-    """The connection broke; what had arrived is in the part."""
+    """The connection broke; the part holds the received bytes."""
 
 
 def fetch(url: str, target: Path, *, md5: str | None = None, sha256: str | None = None) -> None:
-    """Download ``url`` to ``target``; a file that is there already is only checked.
+    """Download ``url`` to ``target``; an existing file is only verified.
 
-    Whatever stops it, the part stays and the next call goes on from there, unless its digest is
-    wrong. ``target`` appears by one rename.
+    An interrupted download leaves the part, and the next call resumes it. A part with a wrong
+    digest is deleted. ``target`` appears by one rename.
 
     Args:
-        url: http or https.
-        target: Its folder is made.
-        md5: Expected digest in hexadecimal.
-        sha256: The same.
+        url: An http or https URL.
+        target: Path of the file; its folder is created.
+        md5: Expected md5 in hexadecimal digits.
+        sha256: Expected sha256 in hexadecimal digits.
 
     Raises:
-        UserError: Not reachable, cut too often, not the expected file, or not writable.
+        UserError: The file is unreachable, interrupted too often, not the expected one, or not
+            writable.
     """
     part = target.with_name(f"{target.name}.part")
     try:
         if target.exists():
             if problem := _problem(target, md5, sha256):
-                raise UserError(f"{target}: {problem}; delete it, then it is fetched again")
-            log.info("%s: already there, not fetched again", target)
+                raise UserError(f"{target}: {problem}; delete it and run the command again")
+            log.info("%s: exists already, not fetched again", target)
             return
         target.parent.mkdir(parents=True, exist_ok=True)
         _download(url, part)
@@ -69,27 +71,27 @@ def fetch(url: str, target: Path, *, md5: str | None = None, sha256: str | None 
             part.unlink()
             _facts_path(part).unlink(missing_ok=True)
             raise UserError(
-                f"{url}: {problem}; what arrived is deleted, run the same command again, and if "
-                "that does not help report that the file has changed at its source"
+                f"{url}: {problem}; the download is deleted, run the same command again. If that "
+                "does not help, the file has changed at its source: report it"
             )
         if md5 is None and sha256 is None:
             log.info("%s: no published checksum; sha256 %s", target, file_digest(part, "sha256"))
         part.replace(target)
         _facts_path(part).unlink(missing_ok=True)
     except _Unavailable as error:
-        kept = f"{_size(part):,} bytes are kept in {part}, run the same command again to go on"
-        mend = kept if _size(part) else "check the URL and the connection and run it again"
+        resume = f"{_size(part):,} bytes are in {part}, run the same command again to resume"
+        fix = resume if _size(part) else "check the URL and the connection and run it again"
         by_hand = f"fetch the file by hand and put it at {target}"
-        raise UserError(f"{url}: {error}; {mend}, or {by_hand}") from None
+        raise UserError(f"{url}: {error}; {fix}, or {by_hand}") from None
     except OSError as error:
         raise UserError(
-            f"{error.filename or part}: {error.strerror or error}; free space or choose a place "
-            "that can be read and written, and run the same command again: what arrived is kept"
+            f"{error.filename or part}: {error.strerror or error}; free space or choose a "
+            "writable folder, and run the same command again, which resumes the download"
         ) from None
 
 
 def _download(url: str, part: Path) -> None:
-    """Fetch the part until it is whole, over as many connections as it takes."""
+    """Download the part until it is complete, over several connections if necessary."""
     reached = 0
     for retry in range(1, RETRIES + 2):
         try:
@@ -100,13 +102,17 @@ def _download(url: str, part: Path) -> None:
             size = _size(part)
             if size <= reached or retry > RETRIES:
                 raise
-            log.info("%s: cut after %s bytes (%s), going on", url, f"{size:,}", cut)
+            log.info("%s: interrupted after %s bytes (%s), resuming", url, f"{size:,}", cut)
         reached = size
         time.sleep(PAUSE * retry)
 
 
 def _attempt(url: str, part: Path) -> bool:
-    """Fetch what is missing over one connection; False: the part did not fit and is deleted."""
+    """Fetch the missing bytes over one connection.
+
+    Returns:
+        Whether the part fits the file on the server; if not, it is deleted.
+    """
     facts = _read_facts(url, part)
     start = _size(part) if facts else 0
     headers = {"User-Agent": "cki-rec"}  # some servers refuse the default of urllib
@@ -128,19 +134,19 @@ def _attempt(url: str, part: Path) -> bool:
             if response.status == 416 and is_same and sizes == {start}:
                 return True
             if first != str(start) or not is_same or len(sizes) > 1:
-                log.info("%s: %s bytes kept earlier do not fit, starting anew", url, f"{start:,}")
+                log.info("%s: the %s received bytes do not fit, starting anew", url, f"{start:,}")
                 part.unlink()
                 return False
             size = max(sizes, default=None)
         else:
             reason = getattr(response, "reason", "")  # none after a redirect to ftp
-            raise _Unavailable(_text(f"the server answers {response.status} {reason}"))
+            raise _Unavailable(_text(f"the server returned {response.status} {reason}"))
         _receive(response, part, None if size is None else size - start)
     return True
 
 
 def _open(url: str, headers: dict[str, str]) -> Any:
-    """Return the response, whatever its status."""
+    """Return the response, whatever its status is."""
     try:
         if urllib.parse.urlsplit(url).scheme not in ("http", "https"):
             raise _Unavailable("expected a URL that starts with http:// or https://")
@@ -157,25 +163,25 @@ def _open(url: str, headers: dict[str, str]) -> Any:
 
 
 def _receive(response: HTTPResponse, part: Path, left: int | None) -> None:
-    """Append what arrives, block by block, until ``left`` bytes or, if None, the end."""
+    """Append received bytes, block by block: ``left`` of them, or up to the end if None."""
     title = f"fetching {part.stem}"
     with part.open("ab") as file, progress(title, left or 0, unit="bytes") as advance:
         while left is None or left > 0:
-            try:  # read1 hands over what is there: a cut loses none of it
+            try:  # read1 returns the available bytes, so a broken connection loses none
                 block = response.read1(BLOCK if left is None else min(BLOCK, left))
             except (OSError, HTTPException) as error:
                 raise _Cut(_text(error)) from None
             if not block and left is None:
                 return
             if not block:
-                raise _Cut(f"cut {left:,} bytes before the end")
+                raise _Cut(f"the connection ended {left:,} bytes before the end")
             file.write(block)
             advance(len(block))
             left = None if left is None else left - len(block)
 
 
 def _read_facts(url: str, part: Path) -> dict[str, Any]:
-    """Return what ``_attempt`` wrote; empty if the part cannot be resumed."""
+    """Return the facts that ``_attempt`` wrote; empty if the part cannot be resumed."""
     try:
         facts = json.loads(_facts_path(part).read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):
@@ -186,8 +192,11 @@ def _read_facts(url: str, part: Path) -> dict[str, Any]:
 
 def _problem(path: Path, md5: str | None, sha256: str | None) -> str:
     for name, expected in (("md5", md5), ("sha256", sha256)):
-        if expected is not None and (found := file_digest(path, name)) != expected.strip().lower():
-            return f"expected {name} {expected}, found {found}"
+        if expected is None:
+            continue
+        actual = file_digest(path, name)
+        if actual != expected.strip().lower():
+            return f"expected {name} {expected}, found {actual}"
     return ""
 
 
@@ -196,7 +205,7 @@ def _facts_path(part: Path) -> Path:
 
 
 def _text(error: object) -> str:
-    """Return the reason in one line: the system's words, the message, or the kind of error."""
+    """Return the reason in one line: the system's text, the message, or the type of the error."""
     return " ".join((getattr(error, "strerror", "") or str(error) or repr(error)).split())
 
 
