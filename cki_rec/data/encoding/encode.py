@@ -42,6 +42,7 @@ from cki_rec.data.encoding.vocabulary import (
     learn_vocabulary,
     write_listed_vocabulary,
 )
+from cki_rec.data.raw.formats import FORMATS
 from cki_rec.data.raw.reading import draws_validation
 from cki_rec.data.schema import Feature, FeatureSchema
 
@@ -185,7 +186,7 @@ def _split(
     check_sizes(split, sizes.tolist())
     if clicks[0] in (0, sizes[0]):
         label = int(clicks[0] > 0)
-        if data.format == "movielens":
+        if FORMATS[data.format].has_threshold:
             where = f"data.label_threshold={data.label_threshold}"
             fix = "choose a threshold inside the range of ratings"
         else:

@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from cki_rec.config import CHOICES, Data, UserError, nearest
+from cki_rec.data.raw.formats import FORMATS
 from cki_rec.data.schema import FIRST_ID
 
 KINDS = ("categorical", "numeric", "multi", "history", "time")
@@ -182,11 +183,11 @@ def _field(entry: dict[str, Any], data: Data, kinds: Mapping[str, str]) -> Field
     is_listed = kind == "history" and "separator" in entry
     column_kind = kinds[entry.get("column", name)] if kind != "history" or is_listed else kind
     allowed = {"numeric": ("numeric",), "time": ("time",)}.get(column_kind, KINDS[:4])
-    is_typed = data.format != "csv"
-    if kind != column_kind and (kind not in allowed or (kind == "numeric" and is_typed)):
+    is_free = FORMATS[data.format].has_free_kinds
+    if kind != column_kind and (kind not in allowed or (kind == "numeric" and not is_free)):
         raise UserError(
             f"data.fields, {name}: kind={kind}: the column is {column_kind}, expected "
-            f"{' or '.join((column_kind,) if is_typed else allowed)}"
+            f"{' or '.join(allowed if is_free else (column_kind,))}"
         )
     if is_listed and column_kind == "history":
         raise UserError(

@@ -33,7 +33,7 @@ from cki_rec.data.encoding.tokens import hash_of, join_tokens_of
 from cki_rec.data.parts import NO_PARTITION
 from cki_rec.data.prefetch import prefetch
 from cki_rec.data.raw.click_model import best_possible
-from cki_rec.data.raw.formats import FORMATS, Format, recorded_name, synthetic
+from cki_rec.data.raw.formats import FORMATS, Format, recorded_name
 from cki_rec.data.raw.reading import Reading
 from cki_rec.data.raw.source import (
     fetch_if_absent,
@@ -235,7 +235,7 @@ def _write_manifest(
     manifest = {
         "format_version": FORMAT_VERSION,
         "hash": _hash([schema, options, hashes]),
-        "synthetic": data.format == "synthetic",
+        "synthetic": reader.true_logits is not None,
         "source": source,
         "published": published_names(data, reading.md5),
         "should_be_published_as": data.published,
@@ -259,9 +259,10 @@ def _write_manifest(
 
 def _best_possible(data: Data, folder: Path) -> dict[str, Any] | None:
     """Return AUC and LogLoss of the true click model per split; None if it is unknown."""
-    if data.format != "synthetic":
+    true_logits = FORMATS[data.format].true_logits
+    if true_logits is None:
         return None
-    logit = np.load(synthetic.true_logits(data), mmap_mode="r")
+    logit = np.load(true_logits(data), mmap_mode="r")
     split = np.load(folder / "split.npy", mmap_mode="r")
 
     def logits(code: int) -> Iterator[np.ndarray[Any, np.dtype[np.float32]]]:
@@ -296,7 +297,7 @@ def _options(
     """Return the options that the encoded content depends on."""
     options: dict[str, Any] = {name: getattr(data, name) for name in _CONTENT_OPTIONS}
     options["format"] = recorded_name(data.format)
-    if data.format == "synthetic":
+    if FORMATS[data.format].true_logits is not None:
         options["synthetic"] = asdict(data.synthetic)
     if listed is not None:  # by content: their paths do not matter
         options["vocabularies"] = {table: hash_of(tokens) for table, tokens in listed.items()}

@@ -185,7 +185,7 @@ def _parts(
     layout: SyntheticLayout, options: Synthetic, tokens: Block, time: Doubles
 ) -> list[Floats]:
     """Return the unscaled term of every entry of ``layout.importance``, ``(N,)`` each."""
-    own_domain = (tokens[layout.domain] % options.domains).astype(np.uint64) << np.uint64(32)
+    domain = (tokens[layout.domain] % options.domains).astype(np.uint64) << np.uint64(32)
     to_start: Floats = np.cos(math.pi / 2 * time).astype(np.float32)
     to_end: Floats = np.sin(math.pi / 2 * time).astype(np.float32)
 
@@ -202,8 +202,8 @@ def _parts(
         shared = normal(f"shared/{purpose}", token, True)
         if not options.difference:
             return shared
-        own = normal(f"domain/{purpose}", token | own_domain, True)
-        return _blend(shared, own, options.difference)
+        of_domain = normal(f"domain/{purpose}", token | domain, True)
+        return _blend(shared, of_domain, options.difference)
 
     def carrier(name: str) -> Words:
         token = tokens[name] if layout.sizes[name] else COUNT_BUCKETS.take(tokens[name])

@@ -29,7 +29,7 @@ def fetch_if_absent(data: Data) -> None:
     """
     if not isinstance(data.raw, str):
         raise UserError(f"data.raw={data.raw}: several paths with data.fetch=true; set one path")
-    if data.format == "synthetic" or glob.glob(data.raw):
+    if FORMATS[data.format].true_logits is not None or glob.glob(data.raw):
         return
     target = Path(data.raw)
     if data.download.url is None:

@@ -35,6 +35,12 @@ class Format:
     """Whether rows without times are in chronological order."""
     rows_per_step: Callable[[Data], int] = lambda data: 1
     """Consecutive rows of one user that form one step in time."""
+    has_free_kinds: bool = False
+    """Whether ``data.fields`` may make a numeric field of any column."""
+    has_threshold: bool = False
+    """Whether ``data.label_threshold`` defines the labels."""
+    true_logits: Callable[[Data], Path] | None = None
+    """The file of the true logits of the rows; None: rows are not synthetic."""
     describes: frozenset[str] = frozenset()
     """Names of raw files that describe users or items and hold no rows."""
     recorded_as: str | None = None
@@ -49,15 +55,19 @@ def _format(module: Any, **traits: Any) -> Format:
 FORMATS: dict[str, Format] = {
     "criteo": _format(criteo, is_chronological=lambda data: True),
     "avazu": _format(avazu),
-    "movielens": _format(movielens, has_published=True, describes=movielens.DESCRIBES),
-    "csv": _format(csv, has_published=True, recorded_as="bars"),
+    "movielens": _format(
+        movielens, has_published=True, has_threshold=True, describes=movielens.DESCRIBES
+    ),
+    "csv": _format(csv, has_published=True, has_free_kinds=True, recorded_as="bars"),
     "sequences": _format(
         sequences,
         rows_per_step=sequences.rows_per_step,
         describes=frozenset({sequences.ATTRIBUTES}),
     ),
     "synthetic": _format(
-        synthetic, is_chronological=lambda data: data.synthetic.layout == "criteo"
+        synthetic,
+        is_chronological=lambda data: data.synthetic.layout == "criteo",
+        true_logits=synthetic.true_logits,
     ),
 }
 
