@@ -1,4 +1,4 @@
-"""Every format, every damage: one line that names file and line; the good data set stays."""
+"""Every damage of every format gives one line with file and line; the good set stays."""
 
 import errno
 import gc

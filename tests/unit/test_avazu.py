@@ -134,7 +134,7 @@ def test_hour_that_is_no_number_is_a_bad_row(tmp_path, hour, reason):
     assert error_of(path).startswith(f"{path}, line 32: {reason}: found ")
 
 
-def test_first_bad_row_is_reported_whatever_its_fault(tmp_path):
+def test_first_bad_row_is_reported_for_every_fault(tmp_path):
     path = write(tmp_path / "train", [line_of(1, hour="14139999"), *LINES, "1,2"])
     assert error_of(path).startswith(f"{path}, line 2: not a time")
 

@@ -1,4 +1,4 @@
-"""Raw files from a known click model: formats, determinism, and that the truth is the truth."""
+"""Raw files of a known click model: formats, determinism and true metrics."""
 
 import json
 import re
@@ -171,7 +171,7 @@ def test_first_rows_do_not_depend_on_how_many_follow(tmp_path):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("changes", [{}, {"drift": 1.0, "difference": 0.5, "domains": 3}])
-def test_truth_is_what_the_files_say(layout, changes, tmp_path):
+def test_truth_agrees_with_the_files(layout, changes, tmp_path):
     rows = 40_000
     folder = write(tmp_path, layout=layout, rows=rows, **changes)
     truth, label = truth_of(folder), labels_of(folder, layout)
@@ -345,7 +345,7 @@ def test_difference_makes_rates_of_one_domain_worse_for_another(tmp_path):
     assert auc[1.0] < auc[0.0] - 0.05
 
 
-def test_domains_have_enough_tokens_to_be_told_apart():
+def test_every_domain_has_a_token():
     for layout, chosen in LAYOUTS.items():
         many = options(layout=layout, domains=20, vocabulary=0.001)
         assert vocabulary_size(many, chosen.domain) == 20

@@ -1,4 +1,4 @@
-"""Criteo's raw files -> rows in the common form: ways of storing, missing values, no labels."""
+"""Criteo's raw files -> rows in the common form: archives, missing values, missing labels."""
 
 import gzip
 import random
@@ -97,7 +97,7 @@ def test_zip_of_two_files_is_refused(tmp_path):
     assert "data.raw" in message
 
 
-def test_zip_ignores_what_macos_adds(tmp_path):
+def test_zip_ignores_files_of_macos(tmp_path):
     path = write(tmp_path / "train.zip", LINES)
     with zipfile.ZipFile(path, "a") as archive:
         archive.writestr("__MACOSX/._train.txt", "x\n")
@@ -199,7 +199,7 @@ def test_no_row_depends_on_the_block_size(tmp_path, name, block_bytes):
 
 
 @pytest.mark.parametrize("block_bytes", [1, 3, 4, 1000])
-def test_byte_order_mark_is_dropped_whatever_the_block_size(tmp_path, block_bytes):
+def test_byte_order_mark_is_dropped_at_every_block_size(tmp_path, block_bytes):
     path = write(tmp_path / "train.txt", LINES)
     want = read(path)
     path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
@@ -224,7 +224,7 @@ BAD_VALUES = [
 
 
 @pytest.mark.parametrize(("column", "value", "reason", "expected"), BAD_VALUES)
-def test_bad_value_names_line_and_what_was_expected(tmp_path, column, value, reason, expected):
+def test_bad_value_names_line_and_expectation(tmp_path, column, value, reason, expected):
     path = write(tmp_path / "train.txt", [*LINES, line_of(2, **{column: value})])
     message = error_of(path)
     assert message.startswith(f"{path}, line 25: {reason}: found ")
@@ -298,7 +298,7 @@ def test_time_split_goes_by_the_order_of_rows(tmp_path):
     assert dataset.timestamp is None
 
 
-def test_files_of_one_name_are_told_apart(tmp_path):
+def test_files_of_equal_names_are_distinguished(tmp_path):
     files = []
     for part in ("a", "b"):
         (tmp_path / part).mkdir()

@@ -1,4 +1,4 @@
-"""Csv with a header, divided into files or not -> rows; published splits and their digests."""
+"""Csv files with a header -> rows in the common form; published splits and their digests."""
 
 import gzip
 import hashlib
@@ -370,3 +370,13 @@ def test_every_published_choice_prepares_a_small_sample(tmp_path, choice, caplog
     assert (dataset.group is not None) == (data.user is not None)
     plain = next(e["name"] for e in reversed(entries) if set(e) == {"name"} and e["name"] in names)
     assert tokens_of(dataset, plain)[:3] == [f"{plain}{n}" for n in range(3)]
+
+
+def test_sets_of_release_01e8936_keep_their_name_and_hash(tmp_path):
+    """The format was called ``bars`` then."""
+    split = Split(by="hash", fractions=[0.6, 0.2, 0.2], seed=0)
+    data = one_file(tmp_path / "rows.csv", ROWS, split=split, user="user", item="item")
+    dataset = prepare(data, tmp_path / "encoded")
+    assert dataset.folder.name == "frappe_x1-366e7c94f3d4"
+    assert dataset.hash == "b0fd72c7048936ff15409b84f11739e14749d8c4e54676b6327d9b620a1855b7"
+    assert '"format": "bars"' in (dataset.source_rows.rule or "")

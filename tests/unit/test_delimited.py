@@ -1,4 +1,4 @@
-"""Delimited text read by either path: rows come back exactly, bad lines are named and left out."""
+"""Delimited text, read by both paths: rows come back exactly, bad lines are named and skipped."""
 
 import string
 from pathlib import Path
@@ -149,7 +149,7 @@ CASES += [("number", word) for word in NUMBER_WORDS] + [("click", word) for word
 
 
 @pytest.mark.parametrize(("kind", "word"), CASES)
-def test_word_means_the_same_whatever_stands_beside(tmp_path, kind, word):
+def test_word_means_the_same_next_to_bad_lines(tmp_path, kind, word):
     layout = Layout(columns={"a": "click", "b": kind, "c": "text"}, separator="|")
     lines = ["1|1|first", f"0|{word}|second"]
     alone, found = read(tmp_path / "alone.txt", lines, layout)
@@ -160,7 +160,7 @@ def test_word_means_the_same_whatever_stands_beside(tmp_path, kind, word):
 
 
 @pytest.mark.parametrize("is_alone", [True, False])
-def test_control_character_is_bad_whatever_stands_beside(tmp_path, is_alone):
+def test_control_character_is_bad_next_to_bad_lines(tmp_path, is_alone):
     lines = ["1,a", "0,b\x1fc", *([] if is_alone else ["0"])]
     _, reading = read(tmp_path / "rows.txt", lines, layout_of(["text"]))
     assert reading.counts.get("control character") == 1
@@ -185,7 +185,7 @@ def test_known_values(tmp_path):
     assert reading.counts == {"unknown item": 1}
 
 
-def test_faults_that_even_out_are_found(tmp_path):
+def test_faults_that_even_out_are_detected(tmp_path):
     """A block with as many separators as it should have, but not in each line."""
     layout = layout_of(["text", "text"])
     lines = ["1,a,b", "1,a", "1,a,b,c", "", "1,a,b,c,d", "0,x,y"]
@@ -206,7 +206,7 @@ def test_return_in_a_line_is_a_bad_row(tmp_path, block_bytes, end):
 
 
 @pytest.mark.parametrize("block_bytes", [8, 1 << 20])
-def test_mark_in_the_middle_of_a_file_is_a_bad_row_whatever_the_block(tmp_path, block_bytes):
+def test_mark_in_the_middle_of_a_file_is_a_bad_row_at_every_block_size(tmp_path, block_bytes):
     path = tmp_path / "rows.txt"
     path.write_bytes(b"a,1,bcde\n\xef\xbb\xbfa,1,b\n")
     layout = Layout(columns={"x": "text", "click": "click", "y": "text"}, separator=",")

@@ -1,4 +1,4 @@
-"""A file from the web: whole and checked, or not there and the next call goes on."""
+"""Downloads: a file is complete and verified, or absent, and the next call resumes it."""
 
 import errno
 import hashlib
@@ -190,7 +190,7 @@ def test_unknown_length(server, target, framing):
 
 
 @pytest.mark.parametrize("fault", ["end", "reset", "stall"])
-def test_cut_connection_is_resumed(server, target, fault, monkeypatch):
+def test_broken_connection_is_resumed(server, target, fault, monkeypatch):
     monkeypatch.setattr(download, "TIMEOUT", 0.2)
     server.cuts, server.fault = 2, fault
     fetch(server.url, target)
@@ -199,7 +199,7 @@ def test_cut_connection_is_resumed(server, target, fault, monkeypatch):
     assert server.conditions == [None, '"one"', '"one"']
 
 
-def test_cut_chunk_is_resumed(server, target):
+def test_broken_chunk_is_resumed(server, target):
     server.framing, server.cuts = "chunked", 1
     fetch(server.url, target)
     assert_whole(target)
@@ -223,7 +223,7 @@ def test_without_validator_every_connection_starts_anew(server, target):
     assert server.requests == [None, None]
 
 
-def test_always_cut_keeps_the_part_and_the_next_call_finishes(server, target):
+def test_repeated_interruption_leaves_the_part_and_the_next_call_finishes(server, target):
     server.cut_at, server.cuts = 20_000, 99
     message = error_of(server.url, target)
     assert server.url in message
@@ -235,7 +235,7 @@ def test_always_cut_keeps_the_part_and_the_next_call_finishes(server, target):
 
 
 @pytest.mark.parametrize("cut_at", [0, CUT])
-def test_cut_without_progress_is_not_retried(server, target, cut_at):
+def test_interruption_without_progress_is_not_retried(server, target, cut_at):
     server.has_ranges, server.cuts, server.cut_at = False, 99, cut_at
     message = error_of(server.url, target)
     assert ("100,000 bytes are" if cut_at else "check the URL and the connection") in message
@@ -315,7 +315,7 @@ def test_length_that_is_too_large_is_a_cut(server, target):
 
 
 @pytest.mark.parametrize("name", ["md5", "sha256"])
-def test_wrong_digest_deletes_what_arrived(server, target, name):
+def test_wrong_digest_deletes_the_part(server, target, name):
     wrong = digest(name, b"other")
     message = error_of(server.url, target, **{name: wrong})
     assert f"{server.url}: expected {name} {wrong}, found {digest(name)}" in message
@@ -404,7 +404,7 @@ def test_full_disk_keeps_the_part(server, target, monkeypatch):
     assert_goes_on(server, target)
 
 
-def test_folder_that_cannot_be_made(tmp_path):
+def test_folder_that_cannot_be_created(tmp_path):
     (tmp_path / "file").write_text("")
     message = error_of("http://127.0.0.1:1/x", tmp_path / "file" / "raw" / "x.zip")
     assert message.startswith(f"{tmp_path / 'file'}")

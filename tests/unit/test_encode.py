@@ -122,7 +122,7 @@ def test_ids_follow_count_then_token_of_training_rows(encode_files):
     assert (PADDING_ID, OOV_ID, FIRST_ID) == (0, 1, 2)
 
 
-def test_no_vocabulary_token_comes_from_held_out_rows_alone(encode_frame):
+def test_no_vocabulary_token_comes_from_validation_or_test_rows_alone(encode_frame):
     frame = pl.DataFrame(
         {
             "rating": [5.0, 1.0, 5.0, 1.0],
@@ -234,7 +234,7 @@ def test_history_of_embedded_data_equals_brute_force_on_some_rows(encode_files):
             assert ids_of(encoded, "history", row) == encoded.column("item")[liked].tolist()
 
 
-def test_labels_of_held_out_rows_enter_no_input(encode_frame):
+def test_labels_of_validation_and_test_rows_enter_no_input(encode_frame):
     """Flipping every held-out label changes no field."""
     frame, _ = read_rows(make_data())
     encoded = encode_frame(frame, name="as_is")

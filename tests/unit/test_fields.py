@@ -1,4 +1,4 @@
-"""What ``data.fields`` may say, and what is refused before anything is encoded."""
+"""Valid and invalid entries of ``data.fields``; all errors come before the encoding."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_impossible_field_is_named(csv, field, message):
     assert message in error_of(csv([field, "user"]))
 
 
-def test_name_that_is_taken_can_be_given_another(csv, tmp_path):
+def test_reserved_name_can_be_replaced(csv, tmp_path):
     data = csv([{"name": "kind_of", "column": "type"}, {"name": "a_b", "column": "a.b"}])
     dataset = prepare(data, tmp_path / "encoded")
     assert dataset.vocabulary("kind_of") == ["y"]
@@ -96,7 +96,7 @@ def test_user_may_be_a_number_too(csv, tmp_path):
     assert sorted(set(dataset.group.tolist())) == list(range(5))
 
 
-def test_own_weekday_of_a_csv_is_kept_and_others_are_derived(csv, tmp_path):
+def test_column_weekday_of_a_csv_is_used_and_other_time_fields_are_derived(csv, tmp_path):
     dataset = prepare(csv(["weekday", "weekend"], time="at"), tmp_path / "encoded")
     assert dataset.vocabulary("weekday") == ["w"]
     assert sorted(dataset.vocabulary("weekend")) == ["0", "1"]
@@ -111,7 +111,7 @@ def test_milliseconds_are_no_seconds(csv, tmp_path):
 
 
 @pytest.mark.parametrize("by", ["user", "item"])
-def test_partition_by_what_rows_lack_is_refused_before_encoding(csv, tmp_path, by):
+def test_partition_by_an_absent_column_is_refused_before_encoding(csv, tmp_path, by):
     with pytest.raises(UserError, match=f"data.partition.by={by}: these rows have no {by}s"):
         prepare(csv(["c"], partition=Partition(by=by, parts=2, seed=0)), tmp_path / "encoded")
     assert not (tmp_path / "encoded").exists() or not list((tmp_path / "encoded").glob("*-*"))
@@ -128,7 +128,7 @@ def test_impossible_partition_does_not_cost_the_encoding(csv, tmp_path):
     assert (folder / "ids.npy").stat().st_mtime_ns == written
 
 
-def test_scale_and_edges_are_part_of_what_a_schema_means(csv, tmp_path):
+def test_scale_and_edges_enter_the_hashes_of_a_schema(csv, tmp_path):
     fields = [
         {"name": "log", "column": "n", "kind": "numeric", "transform": "log1p"},
         {"name": "bucket", "column": "n", "kind": "numeric", "transform": "quantile"},

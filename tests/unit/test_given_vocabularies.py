@@ -1,4 +1,4 @@
-"""Data sets encoded with token lists that are given; which rows a model may have seen."""
+"""Data sets that are encoded with listed tokens; rows that a model may have seen."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_lists_are_joined_in_order_and_named_by_content(encode, tmp_path):
     assert again.folder == found.folder
 
 
-def test_what_gives_no_vocabulary_is_refused(encode, tmp_path):
+def test_folder_without_a_vocabulary_is_refused(encode, tmp_path):
     assert "vocabulary.user.txt: missing" in one_line_error(encode, vocabularies=["/nowhere"])
     own = encode()
     (own.folder / "vocabulary.hour.txt").write_text("1\n")
@@ -93,7 +93,7 @@ def test_what_gives_no_vocabulary_is_refused(encode, tmp_path):
 
 
 @pytest.mark.parametrize("transform", ["log1p", "quantile"])
-def test_what_is_learnt_about_numbers_is_refused(tmp_path, transform):
+def test_transform_that_is_learned_from_rows_is_refused(tmp_path, transform):
     raw = tmp_path / "raw.csv"
     raw.write_text("label,price\n" + "".join(f"{i % 2},{i}.5\n" for i in range(40)))
     price = {"name": "price", "kind": "numeric", "transform": transform}
@@ -115,7 +115,7 @@ def test_rows_do_not_depend_on_vocabularies_but_on_split_and_labels(encode):
         assert changed.division != own.division
 
 
-def test_rows_divided_by_what_they_are_need_users_or_items(tmp_path):
+def test_split_by_hash_requires_users_or_items(tmp_path):
     raw = tmp_path / "raw.csv"
     raw.write_text("label,price\n" + "".join(f"{i % 2},{i}.5\n" for i in range(40)))
     split = Split(by="hash", fractions=[0.6, 0.2, 0.2], seed=0)
@@ -124,7 +124,7 @@ def test_rows_divided_by_what_they_are_need_users_or_items(tmp_path):
     assert "neither users nor items" in one_line_error(prepare, data, tmp_path / "encoded")
 
 
-def test_files_that_only_tell_of_items_are_no_rows(encode):
+def test_files_that_describe_items_have_no_rows(encode):
     assert (LATEST / "movies.csv").is_file()
     (only,) = encode().source_rows.files
     assert only == hashlib.sha256((LATEST / "ratings.csv").read_bytes()).hexdigest()
@@ -186,7 +186,7 @@ ONE, OTHER = Rows(("a", "b"), "1"), Rows(("b", "c"), "1")
         ((Rows(("x",), "1"),), False, True),
     ],
 )
-def test_a_file_in_two_divisions_may_leak_and_other_files_are_told(seen, is_leak, has_others):
+def test_a_file_with_two_splits_may_leak_and_other_files_are_reported(seen, is_leak, has_others):
     origin = Provenance("several", seen)
     assert origin.may_have_seen(ONE) is is_leak
     assert origin.has_other_files(ONE) is has_others
@@ -204,7 +204,7 @@ def test_one_rule_for_every_row_agrees_with_itself_in_any_file():
     assert Provenance.from_json(Provenance("h", (one,)).to_json()) == Provenance("h", (one,))
 
 
-def test_a_merged_model_has_seen_what_its_sources_have():
+def test_a_merged_model_has_seen_the_rows_of_its_sources():
     one, other = Provenance("h", (ONE,)), Provenance("i", (ONE, OTHER))
     assert Provenance.union([one, one]) == one
     assert Provenance.union([one, other]) == Provenance("several", (ONE, OTHER))

@@ -1,4 +1,4 @@
-"""Tables of different vocabularies on one: every token keeps its row, and who has it decides."""
+"""Tables on a joined vocabulary: the sources with a token determine its row."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ LISTS = st.lists(st.lists(st.sampled_from("abcdefgh"), unique=True), min_size=1,
 
 
 @given(LISTS)
-def test_every_token_has_one_row_and_the_first_source_keeps_its_own(lists):
+def test_every_token_has_one_row_and_the_first_source_keeps_its_ids(lists):
     union, maps = join_tokens(lists, FIRST_ID)
     assert sorted(union) == sorted({token for own in lists for token in own})
     assert maps[0].tolist() == list(range(FIRST_ID + len(lists[0])))
@@ -76,7 +76,7 @@ def test_rows_that_a_source_lacks_are_its_unseen_row():
 
 
 @pytest.mark.parametrize("shape", [(2, 1, 1), (2, 6, 1), (2, 6, 4)])
-def test_lone_rows_are_taken_whole_and_shared_rows_as_the_method_says(shape):
+def test_rows_of_one_source_are_copied_and_shared_rows_are_merged(shape):
     _, moved, _, owners = two_sources()
     weight = torch.rand(shape, generator=draws(2))
     weights = {"t": weight / weight.sum(0)}
@@ -98,7 +98,7 @@ def test_weight_of_sources_without_a_row_goes_to_those_that_have_it():
     torch.testing.assert_close(found, torch.tensor([0.5, 0.5, 0.0]))
 
 
-def test_a_lone_row_that_its_owner_never_saw_is_still_its_own():
+def test_a_row_of_one_source_is_copied_although_the_source_never_saw_it():
     _, moved, _, owners = two_sources()
     weights = evidence(moved, [{"t": torch.zeros(6)}] * 2)
     merged = mix(moved, restrict_weights(weights, owners))["t"]
@@ -158,7 +158,7 @@ def folder(tmp_path):
     return tmp_path
 
 
-def test_tokens_are_found_by_their_hash(folder):
+def test_tokens_are_identified_by_their_hash(folder):
     digest = token_lists.hash_of(["b", "a", "\u00e9"])
     assert hashlib.sha256((folder / "vocabulary.item.txt").read_bytes()).hexdigest() == digest
     assert token_lists.read_tokens(folder, "item", digest) == ["b", "a", "\u00e9"]

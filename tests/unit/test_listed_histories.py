@@ -1,4 +1,4 @@
-"""Histories that a csv column lists, and validation rows drawn where none are published."""
+"""Histories that a csv column lists; validation rows drawn from training rows."""
 
 import numpy as np
 import pytest
@@ -65,7 +65,7 @@ def test_history_keeps_order_and_repetitions(encode):
         ({"max_length": 9, "keep": "first"}, ["i0", "i1", "i2", "i3"]),
     ],
 )
-def test_long_history_is_cut_at_the_end_that_is_named(encode, options, want):
+def test_long_history_is_cut_at_the_chosen_end(encode, options, want):
     dataset = encode(["i3", "i0^i1^i2^i3", "", "i0^i1^i2^i3"], ["i0^i1^i2^i3"], PAST | options)
     assert tokens(dataset) == [["i3"], want, [], want]
     assert tokens(dataset, split=2) == [want]

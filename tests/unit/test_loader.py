@@ -1,4 +1,4 @@
-"""Batches hold the rows asked for, feature by feature."""
+"""Batches hold the requested rows, feature by feature."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Every row once over any number of ranks, positions that fit other ranks, batches as columns."""
+"""Every row comes once at any number of ranks; positions can be loaded at other numbers."""
 
 import csv
 import json

@@ -1,4 +1,4 @@
-"""Raw MovieLens files -> rows in the common form, and every way they can be wrong."""
+"""Raw MovieLens files -> rows in the common form; damaged and inconsistent files."""
 
 import shutil
 import zipfile
@@ -104,7 +104,7 @@ def test_no_genres_listed_is_empty_and_missing_year_is_null(latest):
     assert frame.filter(frame["item"] == "10")["year"].to_list() == ["1999"] * 4
 
 
-def test_repeated_user_item_rows_are_kept(sample):
+def test_repeated_user_item_rows_remain(sample):
     frame = read(sample)
     assert len(frame) == 20
     assert len(frame.filter((frame["user"] == "2") & (frame["item"] == "10"))) == 2
@@ -127,14 +127,14 @@ def test_missing_raw_names_path_and_option(tmp_path):
 
 
 @pytest.mark.parametrize("is_folder", [True, False])
-def test_no_ratings_says_what_was_found(latest, is_folder):
+def test_missing_ratings_are_reported_with_the_existing_files(latest, is_folder):
     ratings_of(latest).unlink()
     message = error_of(latest if is_folder else zip_of(latest, "top/"))
     assert "contains no ratings.csv, ratings.dat or u.data (found" in message
     assert "movies.csv" in message
 
 
-def test_ratings_without_movies_says_so(latest):
+def test_ratings_without_movies_are_refused(latest):
     (latest / "movies.csv").unlink()
     assert "contains ratings.csv but no movies.csv" in error_of(latest)
 
@@ -288,7 +288,7 @@ def test_bad_users_line_is_refused(one_million):
     assert f"{path}, line 6: bad users line" in error_of(one_million)
 
 
-def test_field_the_format_lacks_lists_what_exists(latest):
+def test_unknown_field_is_reported_with_the_existing_ones(latest):
     message = error_of(latest, fields=["user", "gender", "zip"])
     assert "has no gender, zip; " in message
 

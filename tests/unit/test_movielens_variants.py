@@ -115,7 +115,7 @@ def test_100k_year_of_the_title_stands_in_for_a_missing_release(k100):
     assert years["4"] == "1990"
 
 
-def test_100k_letters_of_zip_codes_are_kept(k100):
+def test_100k_letters_of_zip_codes_remain(k100):
     frame = read(k100, fields=["zip"])
     assert set(frame["zip"]) == {"85", "94", "T8"}
 
@@ -270,7 +270,7 @@ def test_bad_100k_rating_is_named(k100, line, reason):
 
 
 @pytest.mark.parametrize("is_alone", [True, False])
-def test_user_with_leading_zero_is_known_whatever_stands_beside(m10, k100, is_alone):
+def test_user_with_leading_zero_is_known_next_to_bad_lines(m10, k100, is_alone):
     add_line(k100 / "u.data", "01\t1\t4\t881250949")
     if not is_alone:
         add_line(k100 / "u.data", "1\t1")

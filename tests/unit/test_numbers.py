@@ -1,4 +1,4 @@
-"""Numbers as categories and as floats; selections, windows and sorts that read blocks."""
+"""Numbers as categories and as floats; selections, windows and sorts by blocks."""
 
 import csv
 import math
@@ -200,7 +200,7 @@ def test_numeric_missing_takes_the_place_of_missing_numbers(encode_numbers):
     assert dataset.column("x").tolist() == [1.0, -1.0, 2.5] * 20
 
 
-def test_number_too_large_for_float32_is_refused_or_kept_finite(encode_numbers):
+def test_number_too_large_for_float32_is_refused_or_stays_finite(encode_numbers):
     try:
         dataset = encode_numbers([*["1", "", "3"] * 20, "1e39"], "as_is")
     except UserError:
@@ -236,7 +236,7 @@ def test_quantile_buckets(buckets, kind, encode_numbers):
     assert len(sizes) <= buckets
 
 
-def test_quantiles_are_learnt_from_training_rows_only(encode_numbers):
+def test_quantiles_are_learned_from_training_rows_only(encode_numbers):
     draw = np.random.default_rng(3)
     texts = [str(x) for x in draw.normal(size=400)]
     first = encode_numbers(texts, "quantile", buckets=7)

@@ -1,4 +1,4 @@
-"""Parts of the data: equal, disjoint, functions of the seed."""
+"""Parts of the data are equal in size, disjoint and determined by the seed."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Orders drawn row by row: bijections, functions of their words, and without a visible pattern."""
+"""Permutations are bijections, determined by their words and without a visible pattern."""
 
 import tracemalloc
 

@@ -67,7 +67,7 @@ def test_every_item_is_a_clicked_row_and_drawn_ones_follow(tmp_path, negatives):
     assert frame["user"].to_list() == np.repeat(users, 1 + negatives).tolist()
 
 
-def test_drawn_items_are_never_among_those_of_the_user(tmp_path):
+def test_drawn_items_are_never_items_of_the_user(tmp_path):
     frame = read(write(tmp_path / "Beauty.txt"), negatives=200)
     for user, items in SEQUENCES.items():
         drawn = frame.filter((pl.col("user") == user) & (pl.col(LABEL) == 0))["item"]
@@ -132,7 +132,7 @@ def test_leave_last_out_holds_out_whole_steps(tmp_path, negatives):
     assert all_labels(dataset)[dataset.split == 2].mean() == 1 / (1 + negatives)
 
 
-def test_history_is_what_the_user_clicked_in_earlier_training_steps(tmp_path):
+def test_history_has_the_clicks_of_earlier_training_steps(tmp_path):
     data = options(write(tmp_path / "Beauty.txt"), negatives=2, history_length=3)
     dataset = prepare(data, tmp_path / "encoded")
     row = 0
@@ -172,7 +172,7 @@ def test_user_without_items_is_a_bad_row(tmp_path, line):
 
 
 @pytest.mark.parametrize("on_bad_row", ["error", "skip"])
-def test_user_who_met_every_item_is_named(tmp_path, on_bad_row):
+def test_user_with_every_item_is_named(tmp_path, on_bad_row):
     path = write(tmp_path / "Beauty.txt", [*LINES, " ".join(["all", *sorted(ITEMS)])])
     message = error_of(path, on_bad_row=on_bad_row)
     assert f"{path}, line 6: user all has all 9 items, so there are none to draw" in message
@@ -267,7 +267,7 @@ def test_amazon_beauty_has_its_published_size():
     assert frame.filter(pl.col(LABEL) == 0).join(met, on=["user", "item"]).is_empty()
 
 
-def test_three_steps_are_needed_to_be_held_out(tmp_path):
+def test_leave_last_out_requires_three_steps(tmp_path):
     lines = ["a 1 2", "b 2 3", "c 4 1"]
     data = options(write(tmp_path / "Beauty.txt", lines), split=LEAVE_LAST_OUT)
     with pytest.raises(UserError, match="it requires users with 3 rows or more"):

@@ -1,4 +1,4 @@
-"""Encoded data sets on disk: found again, complete or absent, refused when damaged."""
+"""Encoded data sets on disk are reused, complete or absent, and refused if damaged."""
 
 import errno
 import json
@@ -229,7 +229,7 @@ def test_interrupt_leaves_nothing(tmp_path, monkeypatch):
     assert len(prepare(make_data(), tmp_path)) == 20
 
 
-def test_folder_that_cannot_be_made_is_named(tmp_path):
+def test_folder_that_cannot_be_created_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     message = error_of(make_data(), tmp_path / "file" / "encoded")
     assert f"{tmp_path / 'file' / 'encoded'}: cannot be written" in message

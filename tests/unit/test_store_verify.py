@@ -1,4 +1,4 @@
-"""Damage found at open; parts of the data made when asked for, once, and whole or not at all."""
+"""Damage is detected on opening; parts of the data are written once, whole or not at all."""
 
 import errno
 import gc
@@ -73,7 +73,7 @@ def test_full_verification_finds_one_changed_byte(folder, name, place):
 
 @pytest.mark.parametrize("name", VERIFIED)
 @pytest.mark.parametrize("verify", ["fast", "full"])
-def test_changed_size_is_found_either_way(folder, name, verify):
+def test_changed_size_is_detected_by_both_modes(folder, name, verify):
     path = folder / name
     path.write_bytes(path.read_bytes() + b"\n")
     size = path.stat().st_size
@@ -111,7 +111,7 @@ def test_damage_of_one_data_set_leaves_others_usable(folder):
     assert len(EncodedDataset(other.folder, "full")) == 20
 
 
-def test_changed_vocabulary_of_same_size_is_found_when_read(folder):
+def test_changed_vocabulary_of_same_size_is_detected_when_read(folder):
     flip(folder / "vocabulary.year.txt", 0)
     dataset = EncodedDataset(folder)
     message = error_of(lambda: dataset.vocabulary("year"))
@@ -119,7 +119,7 @@ def test_changed_vocabulary_of_same_size_is_found_when_read(folder):
     assert dataset.vocabulary("item")
 
 
-def test_parts_are_made_when_asked_for_and_kept(folder, monkeypatch):
+def test_parts_are_written_on_first_use(folder, monkeypatch):
     dataset = EncodedDataset(folder)
     made = folder / "parts-user-2-3"
     assert not made.exists()
@@ -173,7 +173,7 @@ def test_parts_that_fail_leave_nothing(folder, monkeypatch, fails, error):
     assert len(EncodedDataset(folder).parts(BY_USER).part) == 20
 
 
-def test_what_a_killed_process_left_is_removed(folder):
+def test_leftovers_of_a_killed_process_are_removed(folder):
     (folder / "parts-user-2-3.tmp-1").mkdir()
     (folder / "parts-user-2-3.tmp-1" / "part.npy").write_bytes(b"half")
     (folder / "parts-item-2-3.tmp-1").mkdir()  # of another: stays
@@ -230,7 +230,7 @@ def test_damaged_file_of_parts_is_named(folder, name, how):
     assert f"delete the folder {path.parent}" in message
 
 
-def test_parts_of_a_deleted_folder_are_made_again(folder):
+def test_parts_of_a_deleted_folder_are_written_again(folder):
     first = np.array(EncodedDataset(folder).parts(BY_USER).order)
     for path in (folder / "parts-user-2-3").iterdir():
         path.unlink()

@@ -1,4 +1,4 @@
-"""No chunk, thread, hash seed or interruption changes a byte; memory does not grow with rows."""
+"""Bytes do not depend on chunks, threads, hash seeds or interruptions, nor memory on rows."""
 
 import hashlib
 import os
@@ -113,7 +113,7 @@ def small_blocks(monkeypatch):
     return make
 
 
-def test_data_set_holds_what_the_tests_are_about(in_one_chunk):
+def test_data_set_has_the_tested_features(in_one_chunk):
     files = {name: set(found) for name, found in in_one_chunk.items()}
     assert {"manifest.json", "ids.npy", "numbers.npy", "vocabulary.shared.txt"} <= files["criteo"]
     assert {"parts-random-3-1/counts.C3.npy", "parts-none/order.npy"} <= files["criteo"]

@@ -242,7 +242,7 @@ def test_history_reads_the_table_of_its_items(tmp_path, field):
 
 
 @pytest.mark.parametrize("column", ["hour", "genres"])
-def test_history_of_what_is_no_category_is_refused(tmp_path, column):
+def test_history_of_a_number_is_refused(tmp_path, column):
     fields = ["user", "item", "hour", "genres", {"name": "history", "column": column}]
     with pytest.raises(UserError, match="history"):
         prepare(make_data(fields=fields), tmp_path)
