@@ -8,9 +8,11 @@ from networks import draw_batch, make_case
 from torch.func import functional_call
 from torch.nn import Linear
 
+from cki_rec.engine.embeddings import table_of
 from cki_rec.merging.methods.average import average
 from cki_rec.merging.mixing import mix
 from cki_rec.merging.statistics import ActivationStatistics
+from cki_rec.merging.steps import Network
 
 CASES = [
     "final_mlp batch norm",
@@ -68,3 +70,9 @@ class Pair:
 
     def readers(self):
         return {f"{n}.weight" for n, m in self.network.named_modules() if isinstance(m, Linear)}
+
+
+def moved_tables(symmetries):
+    """Return the tables that symmetries move."""
+    names = [part.parameter for symmetry in symmetries for part in symmetry.slices]
+    return Network(symmetries, [name for name in names if table_of(name)]).moved_tables()

@@ -8,10 +8,10 @@ from typing import Any
 
 import pandas as pd
 
-from .tables import (
+from cki_rec.evaluation.metrics import COMPARED, PRIMARY, SHOWN, Metric
+from cki_rec.evaluation.tables import (
     BASELINES,
-    BEST_PARENT,
-    DIFFERENCES,
+    BEST_SOURCE,
     DOMAIN,
     ENSEMBLE,
     JOINT,
@@ -20,24 +20,17 @@ from .tables import (
     domain_columns,
 )
 
-METRIC_NAMES = {
-    "auc": "AUC",
-    "log_loss": "LogLoss",
-    "log_loss_recalibrated": "LogLoss recal.",
-    "gauc": "gAUC",
-}
 METHOD_NAMES = {
-    BEST_PARENT: "best parent",
-    "newest_source": "newest parent",
+    BEST_SOURCE: "best source",
+    "newest_source": "newest source",
     ENSEMBLE: "output ensemble",
     JOINT: "joint",
 }
-LOWER_IS_BETTER = frozenset({"log_loss", "log_loss_recalibrated"})
 METHOD_NOTES = {
-    BEST_PARENT: "The one parent with the best validation AUC, as it was trained.",
-    "newest_source": "The last of the parents, as it was trained.",
-    ENSEMBLE: "The mean of the parents' logits; every prediction runs all parents.",
-    JOINT: "One model trained on all rows of all parents; an upper reference, not an integration.",
+    BEST_SOURCE: "The source with the best validation AUC, without merging.",
+    "newest_source": "The last of the sources, without merging.",
+    ENSEMBLE: "The mean of the sources' logits; every prediction runs all sources.",
+    JOINT: "One model trained on all rows of all sources; an upper reference, not a merge.",
 }
 MAX_COMMANDS = 3
 """Commands shown before the reader is sent to runs.csv."""
@@ -91,14 +84,11 @@ def display_frame(summary: pd.DataFrame) -> pd.DataFrame:
             "seeds": str(row["num_seeds"]),
             "cost": number(row["inference_cost"], digits=0),
         }
-        for metric in ("auc", "log_loss"):
-            bounds = (row[f"{metric}_low"], row[f"{metric}_high"])
-            cells[METRIC_NAMES[metric]] = bounded(row[metric], *bounds)
-        for metric in ("log_loss_recalibrated", "gauc"):
-            cells[METRIC_NAMES[metric]] = number(row[metric])
+        once = [metric for metric in SHOWN if not metric.over_repetitions]
+        cells |= {metric.title: _mean(row, metric) for metric in SHOWN if metric not in once}
         for baseline in BASELINES:
-            for metric in DIFFERENCES:
-                column = f"{METRIC_NAMES[metric]} vs {METHOD_NAMES[baseline]}"
+            for metric in COMPARED:
+                column = f"{metric.title} vs {METHOD_NAMES[baseline]}"
                 cells[column] = _difference(row, metric, baseline)
             column = f"W/T/L vs {METHOD_NAMES[baseline]}"
             is_one = is_undefined(row[f"{WINS}{baseline}"]) or row["num_seeds"] == 1
@@ -106,20 +96,21 @@ def display_frame(summary: pd.DataFrame) -> pd.DataFrame:
         cells["recovered"] = number(row["recovered_share"], digits=2)
         for column in domain_columns(summary):
             cells[f"AUC {column.removeprefix(DOMAIN)}"] = number(row[column])
-        cells["pred./clicks"] = number(row["calibration_ratio"], digits=3)
+        cells |= {metric.title: _mean(row, metric) for metric in once}
         rows.append(cells)
     frame = pd.DataFrame(rows, dtype=object)
     return frame[[column for column in frame.columns if (frame[column] != "").any()]]
 
 
-def notes(summary: pd.DataFrame, runs: pd.DataFrame) -> list[str]:
+def reading_notes(summary: pd.DataFrame, runs: pd.DataFrame) -> list[str]:
     """Return how to read the columns and how intervals were made, from the records' settings."""
     level = "".join(f"{(1 - value) * 100:g} %" for value in summary["confidence"].unique())
     percent = "".join(f"{value * 100:g} %" for value in summary["confidence"].unique())
     settings = runs[["bootstrap", "resample"]].drop_duplicates().dropna()
     drawn = " and ".join(f"{count} resamples of {unit}s" for count, unit in settings.to_numpy())
+    primary = " and ".join(metric.title for metric in PRIMARY)
     lines = [
-        "Each row is the mean over its repetitions (seeds). Brackets after AUC and LogLoss: "
+        f"Each row is the mean over its repetitions (seeds). Brackets after {primary}: "
         f"{percent} Student t interval over repetitions; none with one repetition.",
         "Differences are paired: same repetition, same test rows. Their brackets: "
         f"{percent} percentile bootstrap interval of the mean over repetitions"
@@ -132,36 +123,24 @@ def notes(summary: pd.DataFrame, runs: pd.DataFrame) -> list[str]:
     ]
     if (summary["num_seeds"] > 1).any():
         lines.append(
-            "W/T/L: repetitions whose own interval of the AUC difference lies above, around, "
-            "below 0."
+            "W/T/L: repetitions whose interval of the AUC difference lies above, around, below 0."
         )
     if delong_columns(runs):
         lines.append(
             "DeLong p (runs.csv, and per run in the report): of no difference in AUC, taking test "
             "rows as independent. Where users have several rows it is too small; brackets, marks "
-            "and W/T/L resample what is named above."
+            "and W/T/L resample the unit that is named above."
         )
     if summary["finetuned"].any():
         lines.append(
-            "Fine-tuned rows are compared with the best parent and the ensemble as they are, "
+            "Fine-tuned rows are compared with the best source and the ensemble as they are, "
             "without fine-tuning."
         )
-    lines.append("LogLoss: lower is better, so a negative difference is an improvement.")
-    if summary["log_loss_recalibrated"].notna().any():
-        lines.append(
-            "LogLoss recal.: after logits are scaled and shifted by the two numbers that fit "
-            "validation rows best, those of the baseline by its own two. A gain in LogLoss by "
-            "milder logits alone is not counted here."
-        )
-    lines += [
-        "gAUC: AUC within each user, weighted by the user's rows; users with one class are left "
-        "out.",
-        "pred./clicks: mean predicted probability / observed click rate; 1 is calibrated.",
-        "cost: forward passes per prediction, in models.",
-    ]
+    lines += [m.note for m in SHOWN if m.note and summary[m.name].notna().any()]
+    lines.append("cost: forward passes per prediction, in models.")
     if summary["recovered_share"].notna().any():
         lines.append(
-            "recovered: (AUC - best parent) / (joint - best parent), a ratio of means over "
+            "recovered: (AUC - best source) / (joint - best source), a ratio of means over "
             "repetitions; 1 equals training on all rows. Blank if joint is not the better one."
         )
     lines.append("A blank cell is undefined or was not measured; it is never a zero.")
@@ -178,7 +157,7 @@ def delong_columns(runs: pd.DataFrame) -> dict[str, str]:
 
 
 def facts(runs: pd.DataFrame) -> dict[str, str]:
-    """Return what the runs have in common: data, rows, seeds, hardware, commands.
+    """Return the facts that the runs share: data, rows, seeds, hardware, commands.
 
     Args:
         runs: Rows of ``runs_frame``, usually those of one suite.
@@ -191,7 +170,7 @@ def facts(runs: pd.DataFrame) -> dict[str, str]:
     if skipped := [f"{n:,}" for n in runs["rows_skipped"].dropna().unique() if n]:
         rows.append(f"{' or '.join(skipped)} bad rows skipped")
     kinds = {True: "synthetic data", False: "real data"}
-    said = "no test row is in raw files that only the models were trained on; nothing checks it"
+    assumed = "no test row is in raw files that only the models were trained on"
     commands = list(dict.fromkeys(runs["command"]))
     shown = commands[:MAX_COMMANDS]
     if len(commands) > len(shown):
@@ -201,7 +180,7 @@ def facts(runs: pd.DataFrame) -> dict[str, str]:
         + f" ({' and '.join(kinds[bool(flag)] for flag in runs['synthetic'].unique())})",
         "Data hash": _joined(runs["data_hash"]),
         "Rows": ", ".join(rows),
-        **({"Taken as said": said} if runs["disjoint_files"].any() else {}),
+        **({"Assumed, not checked": assumed} if runs["disjoint_files"].any() else {}),
         "Seeds": ", ".join(str(seed) for seed in sorted(runs["seed"].unique())),
         "Hardware": _joined(runs["hardware"]),
         "Command": "\n".join(shown),
@@ -221,8 +200,8 @@ def markdown_table(
         summary: Of ``summary_frame``.
         runs: Of ``runs_frame``, the same runs.
         title: First heading.
-        suites: Suite -> one sentence on what its parents differ in.
-        methods: Method -> one sentence on what it is.
+        suites: Suite -> one sentence on the difference between its sources.
+        methods: Method -> one sentence that describes it.
     """
     shown = display_frame(summary)
     lines = [f"# {title}", ""]
@@ -246,19 +225,31 @@ def markdown_table(
         lines += ["## Methods", ""]
         lines += [f"- {method_name(name, False)}: {text}" for name, text in methods.items()]
         lines.append("")
-    lines += ["## How to read the tables", "", *(f"- {note}" for note in notes(summary, runs))]
+    lines += [
+        "## How to read the tables",
+        "",
+        *(f"- {note}" for note in reading_notes(summary, runs)),
+    ]
     return "\n".join(lines) + "\n"
 
 
-def _difference(row: Mapping[Any, Any], metric: str, baseline: str) -> str:
-    column = difference_column(metric, baseline)
+def _mean(row: Mapping[Any, Any], metric: Metric) -> str:
+    """Return a metric's mean; with its interval if it is a primary one."""
+    mean = row[metric.name]
+    if not metric.primary:
+        return number(mean, metric.digits)
+    return bounded(mean, row[f"{metric.name}_low"], row[f"{metric.name}_high"], metric.digits)
+
+
+def _difference(row: Mapping[Any, Any], metric: Metric, baseline: str) -> str:
+    column = difference_column(metric.name, baseline)
     low, high = row[f"{column}_low"], row[f"{column}_high"]
-    text = bounded(row[column], low, high, sign=True)
+    text = bounded(row[column], low, high, metric.digits, sign=True)
     if is_undefined(low) or is_undefined(high) or low <= 0 <= high:
         return text
     adjusted = row[f"{column}_holm"]
     is_sure = not is_undefined(adjusted) and adjusted < 1 - row["confidence"]
-    mark = "+" if (low > 0) != (metric in LOWER_IS_BETTER) else "-"
+    mark = "+" if (low > 0) != (metric.better == "lower") else "-"
     return f"{text} ({mark * (2 if is_sure else 1)})"
 
 

@@ -1,55 +1,26 @@
 """Metrics of click predictions, exact and in float64.
 
-A metric that is not defined on the given rows is None, never 0 or NaN: results become JSON.
+A metric that is undefined on some rows is None, never 0 or NaN: results become JSON.
 
 Shape legend: B rows, G groups.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 from scipy.special import expit
 from sklearn.metrics import roc_auc_score
 
-Floats = npt.NDArray[np.float64]
+from cki_rec.evaluation.bootstrap import Resamples, bootstrap_auc, bootstrap_log_loss
+from cki_rec.evaluation.rows import Floats, checked, row_losses
 
 NUM_BINS = 10
 """Equal-count bins of the calibration error."""
-
-
-@dataclass(frozen=True, slots=True)
-class Calibration:
-    """How far predicted probabilities are from observed click rates."""
-
-    ratio: float | None
-    """Mean prediction / mean label; None without positives. 1 is perfect, above 1 too high."""
-    error: float | None
-    """Expected calibration error over equal-count bins; None without rows."""
-
-
-def checked(label: npt.ArrayLike, score: npt.ArrayLike) -> tuple[Floats, Floats]:
-    """Return labels and scores as float64 vectors of one length.
-
-    Raises:
-        ValueError: Shapes differ, a label is not 0 or 1, or a score is not finite; the message
-            names the first such row.
-    """
-    label_B = np.asarray(label, dtype=np.float64)
-    score_B = np.asarray(score, dtype=np.float64)
-    if label_B.ndim != 1 or label_B.shape != score_B.shape:
-        raise ValueError(f"label {label_B.shape} and score {score_B.shape} must be equal vectors")
-    wrong = np.flatnonzero((label_B != 0) & (label_B != 1))
-    if wrong.size:
-        raise ValueError(f"label of row {wrong[0]} is {label_B[wrong[0]]}, not 0 or 1")
-    wrong = np.flatnonzero(~np.isfinite(score_B))
-    if wrong.size:
-        raise ValueError(f"score of row {wrong[0]} is {score_B[wrong[0]]}, not finite")
-    return label_B, score_B
 
 
 def auc(label: npt.ArrayLike, score: npt.ArrayLike) -> float | None:
@@ -63,7 +34,7 @@ def auc(label: npt.ArrayLike, score: npt.ArrayLike) -> float | None:
         Area under the ROC curve; None unless both classes are present.
 
     Raises:
-        ValueError: See ``checked``.
+        ValueError: See ``rows.checked``.
 
     Reference:
         Hanley and McNeil, The meaning and use of the area under a ROC curve, Radiology 1982.
@@ -72,25 +43,6 @@ def auc(label: npt.ArrayLike, score: npt.ArrayLike) -> float | None:
     if label_B.size == 0 or label_B.min() == label_B.max():
         return None
     return float(roc_auc_score(label_B, score_B))
-
-
-def row_losses(label: npt.ArrayLike, logit: npt.ArrayLike) -> Floats:
-    """Return each row's negative log likelihood, computed from the logit without overflow.
-
-    Args:
-        label: ``(B,)``, 0 or 1.
-        logit: ``(B,)``, log odds of a click.
-
-    Returns:
-        ``(B,)``, in nats.
-
-    Raises:
-        ValueError: See ``checked``.
-    """
-    label_B, logit_B = checked(label, logit)
-    # -log sigmoid(z) = log(1 + exp(-z)); a row of label 0 has the sign of its logit flipped
-    loss_B: Floats = np.logaddexp(0.0, np.where(label_B == 1, -logit_B, logit_B))
-    return loss_B
 
 
 def log_loss(label: npt.ArrayLike, logit: npt.ArrayLike) -> float | None:
@@ -103,7 +55,7 @@ def log_loss(label: npt.ArrayLike, logit: npt.ArrayLike) -> float | None:
         logit: ``(B,)``, log odds of a click.
 
     Raises:
-        ValueError: See ``checked``.
+        ValueError: See ``rows.checked``.
     """
     loss_B = row_losses(label, logit)
     return float(loss_B.mean()) if loss_B.size else None
@@ -123,7 +75,7 @@ def grouped_auc(label: npt.ArrayLike, score: npt.ArrayLike, group: npt.ArrayLike
         None when no group holds both classes.
 
     Raises:
-        ValueError: See ``checked``.
+        ValueError: See ``rows.checked``.
 
     Reference:
         Zhou et al., Deep Interest Network for Click-Through Rate Prediction, KDD 2018, section 6
@@ -158,86 +110,176 @@ def grouped_auc(label: npt.ArrayLike, score: npt.ArrayLike, group: npt.ArrayLike
     return float(np.average(auc_G, weights=rows_G[has_both_G]))
 
 
-def calibration(label: npt.ArrayLike, logit: npt.ArrayLike) -> Calibration:
-    """Return the calibration ratio and the expected calibration error.
-
-    The error sorts rows by prediction, cuts them into ``NUM_BINS`` bins of equal count and
-    averages |mean prediction - mean label| over bins, weighted by rows. Rows of equal prediction
-    count with their mean label, so the order of rows does not matter.
+def calibration_ratio(label: npt.ArrayLike, logit: npt.ArrayLike) -> float | None:
+    """Return mean prediction / mean label; 1 is perfect, above 1 is too high.
 
     Args:
         label: ``(B,)``, 0 or 1.
         logit: ``(B,)``, log odds of a click.
 
+    Returns:
+        None without positives.
+
     Raises:
-        ValueError: See ``checked``.
+        ValueError: See ``rows.checked``.
 
     Reference:
-        Ratio: He et al., Practical Lessons from Predicting Clicks on Ads at Facebook, ADKDD 2014.
-        Error: Naeini et al., Obtaining Well Calibrated Probabilities Using Bayesian Binning,
-        AAAI 2015. Differs: bins of equal count instead of equal width.
+        He et al., Practical Lessons from Predicting Clicks on Ads at Facebook, ADKDD 2014.
+    """
+    label_B, logit_B = checked(label, logit)
+    positives = label_B.sum()
+    return float(_probabilities(logit_B).sum() / positives) if positives else None
+
+
+def calibration_error(label: npt.ArrayLike, logit: npt.ArrayLike) -> float | None:
+    """Return the expected calibration error over ``NUM_BINS`` bins of equal count.
+
+    Rows are sorted by prediction and cut into bins. The result is the mean over bins of
+    |mean prediction - mean label|, weighted by rows. Rows of equal prediction count with their
+    mean label, so the order of rows does not matter.
+
+    Args:
+        label: ``(B,)``, 0 or 1.
+        logit: ``(B,)``, log odds of a click.
+
+    Returns:
+        None without rows.
+
+    Raises:
+        ValueError: See ``rows.checked``.
+
+    Reference:
+        Naeini et al., Obtaining Well Calibrated Probabilities Using Bayesian Binning, AAAI 2015.
+
+    Differs:
+        Bins have equal count instead of equal width.
     """
     label_B, logit_B = checked(label, logit)
     num_rows = label_B.size
     if num_rows == 0:
-        return Calibration(ratio=None, error=None)
-    predicted_B = np.asarray(expit(logit_B), dtype=np.float64)
-    positives = label_B.sum()
-    ratio = float(predicted_B.sum() / positives) if positives else None
+        return None
+    predicted_B = _probabilities(logit_B)
     tie_B = np.unique(predicted_B, return_inverse=True)[1]
     tie_label = np.bincount(tie_B, weights=label_B) / np.bincount(tie_B)
     order_B = np.argsort(tie_B, kind="stable")
     gap_B = (predicted_B - tie_label[tie_B])[order_B]
     edges = np.unique(np.arange(NUM_BINS + 1) * num_rows // NUM_BINS)
-    error = float(np.abs(np.add.reduceat(gap_B, edges[:-1])).sum() / num_rows)
-    return Calibration(ratio=ratio, error=error)
+    return float(np.abs(np.add.reduceat(gap_B, edges[:-1])).sum() / num_rows)
 
 
-def summarize(
-    label: npt.ArrayLike,
-    logit: npt.ArrayLike,
-    group: npt.ArrayLike | None = None,
-    domain: npt.ArrayLike | None = None,
-    domain_names: Sequence[str] | None = None,
-) -> dict[str, Any]:
-    """Return every metric of one set of rows, ready for JSON; undefined ones are None.
+def _probabilities(logit_B: Floats) -> Floats:
+    return np.asarray(expit(logit_B), dtype=np.float64)
 
-    Args:
-        label: ``(B,)``, 0 or 1.
-        logit: ``(B,)``, log odds of a click.
-        group: ``(B,)``, users for gAUC.
-        domain: ``(B,)``, part of the data each row belongs to; metrics are given for each too.
-        domain_names: Name of domain i when ``domain`` holds indices; otherwise its values name it.
 
-    Returns:
-        ``rows, positive_rate, auc, log_loss, gauc, calibration_ratio, calibration_error`` and
-        ``domains``: name to ``rows, auc, log_loss`` (empty without ``domain``).
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Metric:
+    """One metric: its computation, and its place in tables, figures and notes."""
 
-    Raises:
-        ValueError: See ``checked``.
-    """
-    label_B, logit_B = checked(label, logit)
-    calibrated = calibration(label_B, logit_B)
-    domains: dict[str, dict[str, Any]] = {}
-    if domain is not None:
-        domain_B = np.asarray(domain)
-        if domain_B.shape != label_B.shape:
-            raise ValueError(f"domain {domain_B.shape} and label {label_B.shape} must be equal")
-        for value in np.unique(domain_B):
-            of_domain = domain_B == value
-            name = str(value) if domain_names is None else domain_names[int(value)]
-            domains[name] = {
-                "rows": int(of_domain.sum()),
-                "auc": auc(label_B[of_domain], logit_B[of_domain]),
-                "log_loss": log_loss(label_B[of_domain], logit_B[of_domain]),
-            }
-    return {
-        "rows": int(label_B.size),
-        "positive_rate": float(label_B.mean()) if label_B.size else None,
-        "auc": auc(label_B, logit_B),
-        "log_loss": log_loss(label_B, logit_B),
-        "gauc": None if group is None else grouped_auc(label_B, logit_B, group),
-        "calibration_ratio": calibrated.ratio,
-        "calibration_error": calibrated.error,
-        "domains": domains,
-    }
+    name: str
+    """Key in records and column of frames."""
+    title: str
+    """Heading for readers."""
+    function: Callable[..., float | None]
+    """``(label, logit)``, or ``(label, logit, group)`` with ``needs_group``, to a number."""
+    better: Literal["higher", "lower", "near 1"]
+    """Direction of improvement."""
+    note: str = ""
+    """Explanation below the tables."""
+    bootstrap: Callable[[npt.ArrayLike, npt.ArrayLike, Resamples], Floats] | None = None
+    """``(label, logit, resamples)`` to ``(R,)``; with it, differences to baselines are made."""
+    needs_group: bool = False
+    """Whether rows must have users."""
+    recalibrated: bool = False
+    """Whether it is computed on test rows only, after recalibration on validation rows."""
+    primary: bool = False
+    """Whether it has a figure, a number per domain and an interval in tables."""
+    over_repetitions: bool = True
+    """Whether its mean over repetitions has a Student t interval."""
+    shown: bool = True
+    """Whether tables show it; others are in records and CSV only."""
+    digits: int = 4
+    """Decimals in tables."""
+
+    def __call__(
+        self, label: npt.ArrayLike, logit: npt.ArrayLike, group: npt.ArrayLike | None = None
+    ) -> float | None:
+        """Return the metric of some rows; None where it is undefined.
+
+        Raises:
+            ValueError: See ``rows.checked``.
+        """
+        if not self.needs_group:
+            return self.function(label, logit)
+        return None if group is None else self.function(label, logit, group)
+
+
+METRICS = {
+    metric.name: metric
+    for metric in (
+        Metric(
+            name="auc",
+            title="AUC",
+            function=auc,
+            better="higher",
+            bootstrap=bootstrap_auc,
+            primary=True,
+        ),
+        Metric(
+            name="log_loss",
+            title="LogLoss",
+            function=log_loss,
+            better="lower",
+            bootstrap=bootstrap_log_loss,
+            primary=True,
+            note="LogLoss: lower is better, so a negative difference is an improvement.",
+        ),
+        Metric(
+            name="log_loss_recalibrated",
+            title="LogLoss recal.",
+            function=log_loss,
+            better="lower",
+            bootstrap=bootstrap_log_loss,
+            recalibrated=True,
+            note="LogLoss recal.: LogLoss after logits are scaled and shifted by the two numbers "
+            "that fit validation rows best. The baseline has its own two numbers. A gain in "
+            "LogLoss by milder logits alone is not counted here.",
+        ),
+        Metric(
+            name="gauc",
+            title="gAUC",
+            function=grouped_auc,
+            better="higher",
+            needs_group=True,
+            note="gAUC: AUC within each user, weighted by the user's rows. Users with one class "
+            "are left out.",
+        ),
+        Metric(
+            name="calibration_ratio",
+            title="pred./clicks",
+            function=calibration_ratio,
+            better="near 1",
+            over_repetitions=False,
+            digits=3,
+            note="pred./clicks: mean predicted probability / observed click rate; 1 is "
+            "calibrated.",
+        ),
+        Metric(
+            name="calibration_error",
+            title="calibration error",
+            function=calibration_error,
+            better="lower",
+            over_repetitions=False,
+            shown=False,
+        ),
+    )
+}
+"""Every metric by name, in the order of tables. A new metric is one function and one row."""
+
+SHOWN = [metric for metric in METRICS.values() if metric.shown]
+"""Metrics in tables."""
+PRIMARY = [metric for metric in METRICS.values() if metric.primary]
+"""Metrics with a figure, a number per domain and an interval in tables."""
+COMPARED = [metric for metric in METRICS.values() if metric.bootstrap is not None]
+"""Metrics with paired differences to the baselines."""
+REPEATED = [metric for metric in METRICS.values() if metric.over_repetitions]
+"""Metrics with an interval over repetitions."""

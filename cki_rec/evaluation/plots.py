@@ -1,4 +1,4 @@
-"""Figures as SVG text: metrics with intervals, and what was spliced from whom.
+"""Figures as SVG text: metrics with intervals, and mixing weights.
 
 The same input gives the same bytes: ids are salted with a constant, no date is written, and the
 user's matplotlib settings are not read. Text stays text in the viewer's sans-serif font.
@@ -7,6 +7,7 @@ user's matplotlib settings are not read. Text stays text in the viewer's sans-se
 from __future__ import annotations
 
 import io
+import itertools
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,11 +19,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from .display import LOWER_IS_BETTER, METHOD_NAMES, METRIC_NAMES, is_undefined
-from .tables import BASELINES
+from cki_rec.evaluation.display import METHOD_NAMES, is_undefined
+from cki_rec.evaluation.metrics import METRICS
+from cki_rec.evaluation.tables import BASELINES
 
 COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#999999")
-"""Okabe and Ito: told apart by readers with any common color blindness."""
+"""Colors of Okabe and Ito: distinct under all common color blindness."""
 STAGES = {False: ("direct", COLORS[0], "o", -0.14), True: ("fine-tuned", COLORS[5], "D", 0.14)}
 """Name, color, marker and vertical offset of direct and fine-tuned results."""
 MIN_LABELED_SHARE = 0.2
@@ -48,12 +50,12 @@ def metric_plot(summary: pd.DataFrame, runs: pd.DataFrame, metric: str) -> str:
     """Return a dot plot of a metric per method, one panel per suite.
 
     Large marks are means over repetitions with their interval, ticks single repetitions.
-    Vertical lines show the direct best parent and output ensemble.
+    Vertical lines show the direct best source and output ensemble.
 
     Args:
         summary: Of ``summary_frame``.
         runs: Of ``runs_frame``, the same runs.
-        metric: One of ``tables.METRICS``.
+        metric: Name of one that has an interval over repetitions.
 
     Returns:
         SVG text.
@@ -67,8 +69,8 @@ def metric_plot(summary: pd.DataFrame, runs: pd.DataFrame, metric: str) -> str:
         for axes, suite, part in zip(panels, suites, parts, strict=True):
             _metric_panel(axes, part, runs[runs["suite"] == suite], metric)
             axes.set_title(suite)
-        better = "lower" if metric in LOWER_IS_BETTER else "higher"
-        panels[-1].set_xlabel(f"{METRIC_NAMES[metric]} on test rows ({better} is better)")
+        row = METRICS[metric]
+        panels[-1].set_xlabel(f"{row.title} on test rows ({row.better} is better)")
         entries: dict[str, Any] = {}
         for axes in panels:
             marks, names = axes.get_legend_handles_labels()
@@ -80,13 +82,15 @@ def metric_plot(summary: pd.DataFrame, runs: pd.DataFrame, metric: str) -> str:
     return _svg(5.2, max(sum(heights) + 0.9, 3.0), draw)
 
 
-def splice_plot(
+def mixing_plot(
     records: Sequence[Mapping[str, Any]],
     suite: str | None = None,
     seed: int | None = None,
     methods: Sequence[str] | None = None,
 ) -> str:
-    """Return the share of each source in each tensor: rows tensors, columns methods.
+    """Return the mixing weights: the share of each source in each tensor.
+
+    Rows are tensors, columns are methods.
 
     Args:
         records: Of evaluated models; those with ``shares`` and without fine-tuning are drawn.
@@ -106,39 +110,20 @@ def splice_plot(
     names = sorted(shares_of) if methods is None else [m for m in methods if m in shares_of]
     if not names:
         return ""
-    tensors = tensor_names(list(dict.fromkeys(key for name in names for key in shares_of[name])))
-    num_sources = max(len(shares) for name in names for shares in shares_of[name].values())
+    shares_of = {name: shares_of[name] for name in names}
+    tensors = tensor_names(list(dict.fromkeys(itertools.chain(*shares_of.values()))))
 
     def draw(figure: Figure) -> None:
-        axes = figure.subplots()
-        for column, name in enumerate(names):
-            for row, key in enumerate(tensors):
-                if key in shares_of[name]:
-                    _stacked_bar(axes, 1.12 * column, row, shares_of[name][key])
-        axes.set_xlim(-0.04, 1.12 * len(names))
-        axes.set_ylim(len(tensors) - 0.4, -0.6)
-        axes.set_yticks(range(len(tensors)), list(tensors.values()))
-        columns = [1.12 * column + 0.5 for column in range(len(names))]
-        axes.set_xticks(columns, [_wrapped(METHOD_NAMES.get(name, name)) for name in names])
-        axes.tick_params(length=0, labelbottom=False, labeltop=True)
-        axes.spines[:].set_visible(False)
-        colors = [COLORS[source % len(COLORS)] for source in range(num_sources)]
-        figure.legend(
-            handles=[Patch(color=color) for color in colors],
-            labels=[f"source {source + 1}" for source in range(num_sources)],
-            loc="outside lower left",
-            ncols=4,
-            frameon=False,
-        )
+        _mixing_panel(figure, shares_of, tensors)
         figure.suptitle(f"{suite}, repetition {seed}", x=0.01, ha="left", fontweight="bold")
 
     return _svg(max(2.2 + 1.25 * len(names), 5.0), 0.3 * len(tensors) + 1.6, draw)
 
 
 def tensor_names(keys: Sequence[str]) -> dict[str, str]:
-    """Return readable names of tensors, tables before layers, otherwise in the given order.
+    """Return readable names of tensors, tables before layers, otherwise in their order.
 
-    Words that say nothing (``model``, ``embedding_bags``, ``weight``) are dropped unless two
+    Words without information (``model``, ``embedding_bags``, ``weight``) are dropped unless two
     tensors would then share a name.
     """
     tables = [key for key in keys if "embedding" in key or "table" in key.split(".")]
@@ -179,6 +164,34 @@ def _metric_panel(axes: Axes, part: pd.DataFrame, runs: pd.DataFrame, metric: st
     axes.tick_params(axis="y", length=0)
 
 
+def _mixing_panel(
+    figure: Figure,
+    shares_of: Mapping[str, Mapping[str, Sequence[float]]],
+    tensors: Mapping[str, str],
+) -> None:
+    """Draw one column of stacked bars per method, one bar per tensor."""
+    axes = figure.subplots()
+    for column, shares in enumerate(shares_of.values()):
+        for row, key in enumerate(tensors):
+            if key in shares:
+                _stacked_bar(axes, 1.12 * column, row, shares[key])
+    axes.set_xlim(-0.04, 1.12 * len(shares_of))
+    axes.set_ylim(len(tensors) - 0.4, -0.6)
+    axes.set_yticks(range(len(tensors)), list(tensors.values()))
+    columns = [1.12 * column + 0.5 for column in range(len(shares_of))]
+    axes.set_xticks(columns, [_wrapped(METHOD_NAMES.get(name, name)) for name in shares_of])
+    axes.tick_params(length=0, labelbottom=False, labeltop=True)
+    axes.spines[:].set_visible(False)
+    num_sources = max(len(part) for shares in shares_of.values() for part in shares.values())
+    figure.legend(
+        handles=[Patch(color=COLORS[source % len(COLORS)]) for source in range(num_sources)],
+        labels=[f"source {source + 1}" for source in range(num_sources)],
+        loc="outside lower left",
+        ncols=4,
+        frameon=False,
+    )
+
+
 def _stacked_bar(axes: Axes, left: float, row: int, shares: Sequence[float]) -> None:
     for source, share in enumerate(shares):
         color = COLORS[source % len(COLORS)]
@@ -210,7 +223,7 @@ def _own_settings() -> Iterator[None]:
 
 
 def _svg(width: float, height: float, draw: Callable[[Figure], None]) -> str:
-    """Return the SVG text of what ``draw`` puts on a figure of the given size in inches."""
+    """Return the SVG text of a figure of a size in inches, filled by ``draw``."""
     with _own_settings():
         figure = Figure(figsize=(width, height), layout="constrained", facecolor="white")
         draw(figure)

@@ -1,7 +1,7 @@
 """Two-parameter recalibration of logits: fitted on validation rows, applied to test rows.
 
 Merging may shrink or shift logits, which costs LogLoss and can be undone by two numbers. LogLoss
-after recalibration says what a model knows beyond them.
+after recalibration leaves these two numbers out of the comparison.
 
 Shape legend: B rows.
 """
@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy.special import expit, logit
 
-from .metrics import Floats, checked, row_losses
+from cki_rec.evaluation.rows import Floats, checked, row_losses
 
 MAX_STEPS = 100
 TOLERANCE = 1e-12
@@ -23,7 +23,7 @@ TOLERANCE = 1e-12
 
 @dataclass(frozen=True, slots=True)
 class Recalibration:
-    """``scale * logit + shift``, or why there is none."""
+    """``scale * logit + shift``, or the reason why there is none."""
 
     scale: float | None
     shift: float | None
@@ -41,15 +41,15 @@ def recalibration(label: npt.ArrayLike, logits: npt.ArrayLike) -> Recalibration:
 
     Newton's method with halved steps on standardized logits, from the base rate. The likelihood is
     concave; it has one maximum unless a threshold on the logit separates the classes or all logits
-    are equal. Then nothing is returned but the reason: the identity would pass for a fit. The
-    scale may be negative, which says that the model ranks rows the wrong way round.
+    are equal. Then only the reason is returned: the identity would pass for a fit. The
+    scale may be negative: then the model ranks rows in reverse.
 
     Args:
         label: ``(B,)``, 0 or 1.
         logits: ``(B,)``, log odds of a click.
 
     Raises:
-        ValueError: See ``metrics.checked``.
+        ValueError: See ``rows.checked``.
 
     Reference:
         Platt, Probabilistic Outputs for Support Vector Machines, Advances in Large Margin

@@ -7,16 +7,15 @@ from anywhere else. ``display`` turns summaries into text.
 from __future__ import annotations
 
 import itertools
-import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from .statistics import (
+from cki_rec.evaluation.metrics import COMPARED, METRICS, REPEATED
+from cki_rec.evaluation.statistics import (
     Interval,
     bootstrap_p_value,
     holm,
@@ -25,13 +24,10 @@ from .statistics import (
     win_tie_loss,
 )
 
-JOINT, BEST_PARENT, ENSEMBLE = "joint", "best_source", "output_ensemble"
-"""Methods that are references: trained on all data; one parent; mean of all parents' outputs."""
-BASELINES = (BEST_PARENT, ENSEMBLE)
-METRICS = ("auc", "log_loss", "log_loss_recalibrated", "gauc")
-"""Metrics that get an interval over repetitions."""
-DIFFERENCES = ("auc", "log_loss", "log_loss_recalibrated")
-"""Metrics that are compared with each baseline."""
+JOINT, BEST_SOURCE, ENSEMBLE = "joint", "best_source", "output_ensemble"
+"""References: trained on all data; one source; mean of all sources' outputs."""
+BASELINES = (BEST_SOURCE, ENSEMBLE)
+"""References that every model is compared with."""
 
 DOMAIN = "auc_domain_"
 """Begins the columns of one domain's AUC."""
@@ -65,12 +61,12 @@ def runs_frame(
 
     Rows are sorted by suite, method, direct before fine-tuned, and seed.
 
-    A suite of one parent has no ensemble: differences to it are left undefined. So is what older
-    records do not hold.
+    A suite of one source has no ensemble: differences to it are left undefined. So are numbers
+    that older records lack.
 
     Args:
         records: Of evaluated models, in any order.
-        methods: Order of methods; others follow by name. By default best parent, integrated
+        methods: Order of methods; others follow by name. By default best source, merged
             models by name, output ensemble, joint.
 
     Returns:
@@ -83,8 +79,8 @@ def runs_frame(
         raise ValueError("no records to report")
     if methods is None:
         names = {record["result"]["method"] for record in records}
-        references = {BEST_PARENT, ENSEMBLE, JOINT}
-        methods = [BEST_PARENT, *sorted(names - references), ENSEMBLE, JOINT]
+        references = {BEST_SOURCE, ENSEMBLE, JOINT}
+        methods = [BEST_SOURCE, *sorted(names - references), ENSEMBLE, JOINT]
     place = {method: index for index, method in enumerate(methods)}
     domains = sorted({name for record in records for name in record["result"]["test"]["domains"]})
     rows = [_run_row(record, domains) for record in records]
@@ -104,17 +100,12 @@ def runs_frame(
     return _typed(pd.DataFrame(rows))
 
 
-def write_csv(frame: pd.DataFrame, path: Path) -> None:
-    """Write a frame as CSV: shortest text that reads back to the same float, blank if undefined.
+def csv_bytes(frame: pd.DataFrame) -> bytes:
+    """Return a frame as CSV: shortest text that reads back to the same float, blank if undefined.
 
-    The same frame gives the same bytes. The file appears whole or not at all.
+    The same frame gives the same bytes.
     """
-    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
-    try:
-        temporary.write_bytes(frame.to_csv(index=False, lineterminator="\n", na_rep="").encode())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    return frame.to_csv(index=False, lineterminator="\n", na_rep="").encode()
 
 
 def summary_frame(
@@ -125,7 +116,7 @@ def summary_frame(
     Metrics get a Student t interval over repetitions. Differences get a percentile bootstrap
     interval of their mean over repetitions, which needs the replicates of every run of the row
     that has the difference. A mean over repetitions is undefined if one of its values is.
-    Differences of fine-tuned rows are, as recorded, to the direct best parent and ensemble.
+    Differences of fine-tuned rows are, as recorded, to the direct best source and ensemble.
 
     Holm's correction is over the single models of a suite, direct and fine-tuned, for each metric
     and baseline; their p values are of the same resamples as the intervals.
@@ -152,9 +143,8 @@ def summary_frame(
     groups = runs.groupby(["suite", "method", "finetuned"], sort=False)
     rows = [_summary_row(group, replicates, confidence) for _, group in groups]
     frame = pd.DataFrame(rows)
-    for baseline in BASELINES:
-        for metric in DIFFERENCES:
-            _add_holm(frame, difference_column(metric, baseline))
+    for baseline, metric in itertools.product(BASELINES, COMPARED):
+        _add_holm(frame, difference_column(metric.name, baseline))
     frame["recovered_share"] = _recovered_shares(runs, frame)
     return _typed(frame[[*_SUMMARY_COLUMNS, *domain_columns(runs)]])
 
@@ -165,11 +155,11 @@ def domain_columns(frame: pd.DataFrame) -> list[str]:
 
 
 def recovered_share(auc: float, best_source: float, joint: float) -> float | None:
-    """Return how much of the way from the best parent to the joint model was made, in AUC.
+    """Return how much of the way from the best source to the joint model was made, in AUC.
 
     Returns:
         (auc - best_source) / (joint - best_source); 1 equals training on all data. None when the
-        joint model is not better than the best parent.
+        joint model is not better than the best source.
     """
     return (auc - best_source) / (joint - best_source) if joint > best_source else None
 
@@ -184,7 +174,7 @@ def _run_row(record: Mapping[str, Any], domains: Sequence[str]) -> dict[str, Any
         "finetuned": bool(result["finetuned"]),
         "disjoint": bool(record["config"].get("disjoint")),
     }
-    for name in (*METRICS, "calibration_ratio", "calibration_error"):
+    for name in METRICS:
         row[name] = test.get(name)
     row["valid_auc"] = result.get("valid", {}).get("auc")
     for name in ("scale", "shift"):
@@ -192,17 +182,7 @@ def _run_row(record: Mapping[str, Any], domains: Sequence[str]) -> dict[str, Any
     for domain in domains:
         row[f"{DOMAIN}{domain}"] = test["domains"].get(domain, {}).get("auc")
     for baseline in BASELINES:
-        of_baseline = (result["difference"] or {}).get(baseline) or {}
-        if baseline == ENSEMBLE and len(set(record["config"].get("parents", ()))) == 1:
-            of_baseline = {}  # of one model: it is the best parent
-        for metric in DIFFERENCES:
-            interval = of_baseline.get(metric) or {}
-            column = difference_column(metric, baseline)
-            row[column] = interval.get("estimate")
-            row[f"{column}_low"] = interval.get("low")
-            row[f"{column}_high"] = interval.get("high")
-        of_auc = of_baseline.get("auc") or {}
-        row[f"{difference_column('auc', baseline)}_delong_p"] = of_auc.get("delong_p")
+        row |= _difference_cells(record, baseline)
     row["inference_cost"] = result["inference_cost"]
     row["parameters"] = result["parameters"]
     for split in ("train", "valid", "test"):
@@ -219,6 +199,21 @@ def _run_row(record: Mapping[str, Any], domains: Sequence[str]) -> dict[str, Any
     row["run_id"] = record["run_id"]
     row["fingerprint"] = record["fingerprint"]
     return row
+
+
+def _difference_cells(record: Mapping[str, Any], baseline: str) -> dict[str, Any]:
+    """Return the differences to a baseline with their bounds, and DeLong's p value."""
+    difference = (record["result"]["difference"] or {}).get(baseline) or {}
+    if baseline == ENSEMBLE and len(set(record["config"].get("sources", ()))) == 1:
+        difference = {}  # an ensemble of one model is the best source
+    cells: dict[str, Any] = {}
+    for metric in COMPARED:
+        interval = difference.get(metric.name) or {}
+        bounds = (interval.get(key) for key in ("estimate", "low", "high"))
+        columns = _with_bounds(difference_column(metric.name, baseline))
+        cells |= dict(zip(columns, bounds, strict=True))
+    p_value = (difference.get("auc") or {}).get("delong_p")
+    return {**cells, f"{difference_column('auc', baseline)}_delong_p": p_value}
 
 
 def _typed(frame: pd.DataFrame) -> pd.DataFrame:
@@ -242,36 +237,54 @@ def _summary_row(group: pd.DataFrame, replicates: Replicates, confidence: float)
         "num_seeds": len(group),
         "seeds": " ".join(str(seed) for seed in group["seed"]),
     }
-    for metric in METRICS:
-        values = group[metric].to_numpy(dtype=np.float64)
-        interval = mean_interval(values, confidence)
-        row[metric], row[f"{metric}_low"] = interval.estimate, interval.low
-        row[f"{metric}_high"] = interval.high
-    for name in ("calibration_ratio", "calibration_error", *domain_columns(group)):
+    for name, metric in METRICS.items():
+        if metric in REPEATED:
+            interval = mean_interval(group[name].to_numpy(dtype=np.float64), confidence)
+            row |= _bounds(name, interval)
+        else:
+            row[name] = group[name].mean(skipna=False)
+    for name in domain_columns(group):
         row[name] = group[name].mean(skipna=False)
     for baseline in BASELINES:
-        for metric in DIFFERENCES:
-            column = difference_column(metric, baseline)
-            estimates = group[column].to_numpy(dtype=np.float64)
-            row |= dict.fromkeys(_with_bounds(column)) | {f"{column}_p": None}
-            if np.isnan(estimates).any():
-                continue
-            row[column] = estimates.mean()
-            of_runs = [(replicates.get(run) or {}).get(baseline) for run in group["run_id"]]
-            found = [of_run[metric] for of_run in of_runs if of_run is not None]
-            if len(found) < len(group):
-                continue
-            if len({len(values) for values in found}) > 1:
-                raise ValueError(f"method {first['method']}: repetitions differ in resamples")
-            stacked = np.stack(found)
-            interval = mean_of_paired(stacked, estimates, confidence)
-            row[f"{column}_low"], row[f"{column}_high"] = interval.low, interval.high
-            row[f"{column}_p"] = bootstrap_p_value(stacked.mean(axis=0), interval.estimate)
+        for metric in COMPARED:
+            row |= _mean_difference(group, metric.name, baseline, replicates, confidence)
         row[f"{WINS}{baseline}"] = _wins(group, difference_column("auc", baseline))
     for name in ("inference_cost", "parameters"):
         row[name] = first[name] if group[name].nunique(dropna=False) == 1 else None
     row["confidence"] = confidence
     return row
+
+
+def _mean_difference(
+    group: pd.DataFrame, metric: str, baseline: str, replicates: Replicates, confidence: float
+) -> dict[str, float | None]:
+    """Return the mean difference over repetitions, its bounds and its p value.
+
+    Raises:
+        ValueError: The repetitions have different numbers of resamples.
+    """
+    column = difference_column(metric, baseline)
+    estimates = group[column].to_numpy(dtype=np.float64)
+    cells = {**dict.fromkeys(_with_bounds(column)), f"{column}_p": None}
+    if np.isnan(estimates).any():
+        return cells
+    cells[column] = estimates.mean()
+    of_runs = [(replicates.get(run) or {}).get(baseline) or {} for run in group["run_id"]]
+    arrays = [of_run[metric] for of_run in of_runs if metric in of_run]
+    if len(arrays) < len(group):
+        return cells
+    if len({len(values) for values in arrays}) > 1:
+        raise ValueError(f"method {group['method'].iloc[0]}: repetitions differ in resamples")
+    stacked = np.stack(arrays)
+    interval = mean_of_paired(stacked, estimates, confidence)
+    cells |= _bounds(column, interval)
+    cells[f"{column}_p"] = bootstrap_p_value(stacked.mean(axis=0), interval.estimate)
+    return cells
+
+
+def _bounds(column: str, interval: Interval) -> dict[str, float | None]:
+    bounds = (interval.estimate, interval.low, interval.high)
+    return dict(zip(_with_bounds(column), bounds, strict=True))
 
 
 def _wins(group: pd.DataFrame, column: str) -> str | None:
@@ -293,7 +306,7 @@ def _add_holm(summary: pd.DataFrame, column: str) -> None:
 def _recovered_shares(runs: pd.DataFrame, summary: pd.DataFrame) -> list[float | None]:
     """Return the share per summary row: a ratio of means over the seeds that have all three.
 
-    It is of suites whose parents saw disjoint rows: there a joint model knows more than they do.
+    It is of suites whose sources saw disjoint rows: there a joint model knows more than they do.
     """
     disjoint = runs.groupby("suite")["disjoint"].all()
     auc_of: dict[tuple[str, str, bool], dict[int, float]] = {}
@@ -309,12 +322,12 @@ def _recovered_shares(runs: pd.DataFrame, summary: pd.DataFrame) -> list[float |
             auc_of.get(key, {})
             for key in (
                 (suite, method, finetuned),
-                (suite, BEST_PARENT, False),
+                (suite, BEST_SOURCE, False),
                 (suite, JOINT, False),
             )
         ]
         seeds = sorted(set.intersection(*(set(part) for part in parts)))
-        is_reference = method in (BEST_PARENT, JOINT) and not finetuned
+        is_reference = method in (BEST_SOURCE, JOINT) and not finetuned
         if not disjoint[suite] or is_reference or not seeds:
             shares.append(None)
         else:
@@ -329,12 +342,12 @@ def _with_bounds(*columns: str) -> list[str]:
 
 _SUMMARY_COLUMNS = [
     *("suite", "method", "finetuned", "num_seeds", "seeds"),
-    *_with_bounds(*METRICS),
-    *("calibration_ratio", "calibration_error"),
+    *_with_bounds(*(metric.name for metric in REPEATED)),
+    *(name for name, metric in METRICS.items() if metric not in REPEATED),
     *(
-        f"{difference_column(metric, baseline)}{end}"
+        f"{difference_column(metric.name, baseline)}{end}"
         for baseline in BASELINES
-        for metric in DIFFERENCES
+        for metric in COMPARED
         for end in ("", "_low", "_high", "_p", "_holm")
     ),
     *(f"{WINS}{baseline}" for baseline in BASELINES),

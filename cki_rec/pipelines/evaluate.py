@@ -5,12 +5,11 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from cki_rec.checkpoints import describe, outline
 from cki_rec.config import Config, Evaluate, UserError, run_id, section
@@ -18,19 +17,12 @@ from cki_rec.data.encoding import store
 from cki_rec.data.encoding.store import EncodedDataset
 from cki_rec.data.test_labels import all_labels
 from cki_rec.engine.record import Run, add_to_sweep, open_run, save_arrays
-from cki_rec.evaluation.metrics import log_loss, summarize
-from cki_rec.evaluation.recalibration import Recalibration, recalibration
-from cki_rec.evaluation.statistics import (
-    Interval,
-    Resamples,
-    bootstrap_auc,
-    bootstrap_log_loss,
-    delong,
-    paired_difference,
-    resampling_weights,
-)
+from cki_rec.evaluation.bootstrap import Resamples, resampling_weights
+from cki_rec.evaluation.measure import Logits, Rows, compare
+from cki_rec.evaluation.metrics import PRIMARY
+from cki_rec.evaluation.rows import Floats
 from cki_rec.pipelines import finetune, merge, preflight, train
-from cki_rec.pipelines.predictions import predictions, valid_auc
+from cki_rec.pipelines.predictions import SPLITS, predictions, valid_auc
 from cki_rec.pipelines.provenance import check_rows
 from cki_rec.pipelines.references import Reference, mean_logits
 from cki_rec.pipelines.sources import Source, Sources, are_disjoint
@@ -38,19 +30,6 @@ from cki_rec.pipelines.sources import Source, Sources, are_disjoint
 log = logging.getLogger(__name__)
 
 REPLICATES = "replicates.npz"
-Floats = NDArray[np.float64]
-Logits = dict[str, Floats]
-
-
-@dataclass(frozen=True, slots=True)
-class Measured:
-    """What one model, or mean of models, is on validation and on test rows."""
-
-    valid: dict[str, Any]
-    test: dict[str, Any]
-    recalibration: Recalibration
-    replicates: dict[str, Floats]
-    """Metric -> ``(R,)`` on resamples of the test rows; without metrics that are undefined."""
 
 
 def run(config: Config) -> float | None:
@@ -64,13 +43,8 @@ def run(config: Config) -> float | None:
     assert done.record is not None
     add_to_sweep(Path(config.runtime.out), config.name, done)
     test = done.record["result"]["test"]
-    log.info(
-        "  test AUC %s, LogLoss %s: %s%s",
-        _shown(test["auc"]),
-        _shown(test["log_loss"]),
-        label,
-        ", fine-tuned" if is_tuned else "",
-    )
+    shown = ", ".join(f"{metric.title} {_shown(test[metric.name])}" for metric in PRIMARY)
+    log.info("  test %s: %s%s", shown, label, ", fine-tuned" if is_tuned else "")
     valid: float | None = done.record["result"]["valid"]["auc"]
     return valid
 
@@ -86,7 +60,7 @@ def _refusal(config: Config) -> str | None:
 
 
 def ensure(config: Config, force: bool = False) -> Run:
-    """Return the finished evaluation of ``config``; train and merge first what is missing.
+    """Return the finished evaluation of ``config``; train and merge missing models first.
 
     Differences are paired, on the same test rows and resamples, to the best source (by validation
     AUC) and to the output ensemble of the suite's sources. For LogLoss after recalibration, each
@@ -165,46 +139,34 @@ def _evaluate(
     """Return the result for the record, and the bootstrap replicates of its differences."""
     for name in _check_unseen(options, dataset, [*models.suite, *members]):
         log.info("  %s: evaluate.disjoint_files covers its other raw files", name)
+    is_tuned = config.finetune.epochs > 0
     best = max(models.suite, key=lambda source: valid_auc(config, dataset, source))
-    logits = _logits(config, dataset, members)
-    references = {
+    baselines: dict[str, Logits | None] = {
         "best_source": mean_logits([predictions(config, dataset, best)]),
         "output_ensemble": mean_logits([predictions(config, dataset, s) for s in models.suite]),
     }
-    rows = dataset.rows("test")
-    unit = np.arange(len(rows))
-    if options.resample == "user":
-        assert dataset.group is not None
-        unit = dataset.group[rows].astype(unit.dtype)
-    resamples = _resamples(unit.tobytes(), str(unit.dtype), options.bootstrap, options.seed)
-    own = _measure(config, dataset, logits, resamples)
-    result: dict[str, Any] = {
+    if config.merge.label in baselines and not is_tuned:
+        baselines[config.merge.label] = None  # the baseline itself
+    model, difference, replicates = compare(
+        _logits(config, dataset, members),
+        baselines,
+        {split: _rows(config, dataset, split) for split in SPLITS},
+        _resamples(options, dataset),
+        options.confidence,
+    )
+    result = {
         "suite": config.suite.name,
         "seed": config.seed,
         "method": config.merge.label,
-        "finetuned": config.finetune.epochs > 0,
+        "finetuned": is_tuned,
         "inference_cost": len(members),
         "parameters": _num_parameters(members[0].folder) * len(members),
-        "valid": own.valid,
-        "test": own.test,
-        "recalibration": asdict(own.recalibration),
-        "difference": {},
+        "valid": model.valid,
+        "test": model.test,
+        "recalibration": asdict(model.recalibration),
+        "difference": difference,
         "shares": _shares(config, models),
     }
-    replicates = {}
-    for name, reference in references.items():
-        if result["method"] == name and not result["finetuned"]:
-            result["difference"][name] = None  # the reference itself
-            continue
-        other = _measure(config, dataset, reference, resamples)
-        found = _differences(own, other, options.confidence)
-        test = delong(all_labels(dataset)[rows], logits["test"], reference["test"])
-        found["auc"]["delong_p"] = test.p_value
-        result["difference"][name] = found
-        for metric in own.replicates:
-            if metric in other.replicates:
-                difference_R = own.replicates[metric] - other.replicates[metric]
-                replicates[f"{name}/{metric}"] = difference_R
     return result, replicates
 
 
@@ -214,7 +176,8 @@ def _check_unseen(
     """Check that no test row was a training row; return the models that the user answers for.
 
     Raises:
-        UserError: A model was trained on other raw files, and ``evaluate.disjoint_files`` is false.
+        UserError: A model was trained on other raw files, and ``evaluate.disjoint_files`` is
+            false.
     """
     assumed = []
     for model in dict.fromkeys(models):
@@ -225,61 +188,36 @@ def _check_unseen(
     if assumed and not options.disjoint_files:
         raise UserError(
             f"{assumed[0]}: also trained on other raw files than {dataset.folder.name} is of;"
-            " if they hold none of its test rows, which nothing checks, say so:"
+            " if they hold none of its test rows, which nothing checks, set"
             " evaluate.disjoint_files=true"
         )
     return assumed
 
 
-def _measure(
-    config: Config, dataset: EncodedDataset, logits: Logits, resamples: Resamples
-) -> Measured:
-    """Return metrics of both splits; what recalibrates test logits is fitted on validation."""
-    valid, test = (_summary(config, dataset, split, logits[split]) for split in ("valid", "test"))
-    fitted = recalibration(dataset.labels(dataset.rows("valid")), logits["valid"])
-    label = all_labels(dataset)[dataset.rows("test")]
-    replicates = {
-        "auc": bootstrap_auc(label, logits["test"], resamples),
-        "log_loss": bootstrap_log_loss(label, logits["test"], resamples),
-    }
-    test["log_loss_recalibrated"] = None
-    recalibrated = fitted.apply(logits["test"])
-    if recalibrated is not None:
-        test["log_loss_recalibrated"] = log_loss(label, recalibrated)
-        replicates["log_loss_recalibrated"] = bootstrap_log_loss(label, recalibrated, resamples)
-    return Measured(valid, test, fitted, replicates)
-
-
-def _differences(own: Measured, other: Measured, confidence: float) -> dict[str, dict[str, Any]]:
-    """Return metric -> estimate and bounds of own minus other, paired, on test rows."""
-    found = {}
-    for metric in ("auc", "log_loss", "log_loss_recalibrated"):
-        a, b = own.test[metric], other.test[metric]
-        interval = Interval(estimate=None, low=None, high=None)
-        if a is not None and b is not None:
-            pair = own.replicates[metric], other.replicates[metric]
-            interval = paired_difference(*pair, a - b, confidence)
-        found[metric] = asdict(interval)
-    return found
-
-
-def _summary(
-    config: Config, dataset: EncodedDataset, split: str, logits: Floats
-) -> dict[str, Any]:
-    """Return all metrics on one split; the domains are the parts of ``data.partition``."""
+def _rows(config: Config, dataset: EncodedDataset, split: str) -> Rows:
+    """Return the labelled rows of a split; the domains are the parts of ``data.partition``."""
     rows = dataset.rows(split)
-    label = all_labels(dataset)[rows]
     partition = config.data.partition
-    has_domains = partition.by != "none" and partition.parts > 1
-    domain = dataset.parts(partition).part[rows] if has_domains else None
-    names = None if domain is None else np.char.add(f"{partition.by} part ", domain.astype(str))
+    domain = None
+    if partition.by != "none" and partition.parts > 1:
+        part = dataset.parts(partition).part[rows]
+        domain = np.char.add(f"{partition.by} part ", part.astype(str))
     group = None if dataset.group is None else dataset.group[rows]
-    return summarize(label, logits, group=group, domain=names)
+    return Rows(all_labels(dataset)[rows], group, domain)
+
+
+def _resamples(options: Evaluate, dataset: EncodedDataset) -> Resamples:
+    """Return the resamples of the test rows, which all models of an experiment share."""
+    rows = dataset.rows("test")
+    unit = np.arange(len(rows))
+    if options.resample == "user":
+        assert dataset.group is not None
+        unit = dataset.group[rows].astype(unit.dtype)
+    return _drawn(unit.tobytes(), str(unit.dtype), options.bootstrap, options.seed)
 
 
 @functools.lru_cache(maxsize=2)
-def _resamples(unit: bytes, dtype: str, num_resamples: int, seed: int) -> Resamples:
-    """Return the resamples that all models of an experiment share."""
+def _drawn(unit: bytes, dtype: str, num_resamples: int, seed: int) -> Resamples:
     return resampling_weights(
         np.frombuffer(unit, dtype=dtype), num_resamples, np.random.default_rng(seed)
     )

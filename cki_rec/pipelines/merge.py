@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import logging
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -12,29 +11,22 @@ from typing import Any
 import torch
 
 from cki_rec.checkpoints import Checkpoint, Description, describe
-from cki_rec.config import Config, Merge, UserError, run_id, section, with_delta
+from cki_rec.config import Config, UserError, run_id, section
 from cki_rec.data.encoding import store, tokens
 from cki_rec.data.encoding.store import EncodedDataset
 from cki_rec.data.provenance import Provenance
-from cki_rec.data.schema import Batch
 from cki_rec.engine import distributed, sharded
-from cki_rec.engine.distillation import imitate
-from cki_rec.engine.embeddings import table_of
-from cki_rec.engine.fisher import fisher_diagonal
-from cki_rec.engine.gating import train_gates
-from cki_rec.engine.networks import declared, merging_network
+from cki_rec.engine.networks import merging_network
 from cki_rec.engine.record import Run, open_run
 from cki_rec.engine.sampling import sample_statistics
-from cki_rec.evaluation.metrics import auc
 from cki_rec.merging import api
 from cki_rec.merging.optimizer_state import merge_accumulators, merge_counts
-from cki_rec.merging.params import MergeError, Params
-from cki_rec.merging.perturbation import permute, shuffle
-from cki_rec.merging.statistics import ActivationStatistics
-from cki_rec.merging.steps import Gates, Learn, Learned, Rule, ScarceSample, Weigh
+from cki_rec.merging.params import MergeError
+from cki_rec.merging.steps import Learned, ScarceSample
 from cki_rec.models import build_model
 from cki_rec.pipelines import preflight, sources, train, vocabularies
 from cki_rec.pipelines.compatibility import compare, counts_of, require
+from cki_rec.pipelines.merge_inputs import ablated, fisher, fixed_rules, imitation, learning
 from cki_rec.pipelines.predictions import calibrator, scorer, valid_auc
 from cki_rec.pipelines.preflight import AUTO
 from cki_rec.pipelines.references import REFERENCES
@@ -42,9 +34,6 @@ from cki_rec.pipelines.sources import Source, Sources
 from cki_rec.pipelines.vocabularies import Joined
 
 log = logging.getLogger(__name__)
-
-HEAD = re.compile(r"mlp\.(?:layers\.(\d+)\.)?")
-"""Start of the names of the MLP's parameters, with the number of their layer."""
 
 
 def run(config: Config) -> None:
@@ -270,7 +259,7 @@ def _merge_params(
 ) -> api.MergeResult:
     """Call the merge of the library with all that the configuration names."""
     options, first = config.merge, checkpoints[0]
-    models = [first.params, *(_ablated(config, c) for c in checkpoints[1:])]
+    models = [first.params, *(ablated(config, c) for c in checkpoints[1:])]
     activations = None
     if preflight.needs_activations(options):
         assert dataset is not None
@@ -287,10 +276,10 @@ def _merge_params(
         starts=options.align.starts,
         repair=options.repair,  # type: ignore[arg-type]
         activations=activations,
-        fisher=_fisher(config, first, dataset, activations),
-        imitate=_imitation(config, first, dataset),
+        fisher=fisher(config, first, dataset, activations),
+        imitate=imitation(config, first, dataset),
         score=None if dataset is None else scorer(config, dataset, first),
-        learn=_learning(config, checkpoints, dataset, joined),
+        learn=learning(config, checkpoints, dataset, joined),
         calibrate=calibrator(config, dataset, first) if dataset and options.recalibrate else None,
         fixed=fixed_rules(options, first.params),
         row_mask=joined.owners,
@@ -301,140 +290,6 @@ def _merge_params(
     )
 
 
-def fixed_rules(options: Merge, params: Params) -> dict[str, Rule]:
-    """Return the parameters whose mixing weights options decide, not the method.
-
-    Raises:
-        UserError: The scope holds no parameter, as in a model without an MLP.
-    """
-    rules: dict[str, Rule] = {}
-    if options.tables != "same":
-        rule: Rule = "evidence" if options.tables == "evidence" else "first"
-        rules |= {name: rule for name in params if table_of(name)}
-    if options.biases == "first":
-        rules |= {name: "first" for name, tensor in params.items() if tensor.ndim == 1}
-    return rules | {name: "first" for name in out_of_scope(options, params)}
-
-
-def out_of_scope(options: Merge, params: Params) -> list[str]:
-    """Return the parameters that stay the first source's (``merge.scope``).
-
-    Raises:
-        UserError: The scope holds no parameter.
-    """
-    if options.scope == "all":
-        return []
-    head = {name: match.group(1) for name in params if (match := HEAD.match(name))}
-    last = max((int(layer) for layer in head.values() if layer), default=None)
-    output = {name for name, layer in head.items() if layer and int(layer) == last}
-    inside = {"head": set(head), "output": output, "hidden": set(head) - output}[options.scope]
-    if not inside:
-        raise UserError(
-            f"merge.scope={options.scope}: the model has no such layers; merge.scope=all merges"
-            " all parameters"
-        )
-    return [name for name in params if name not in inside]
-
-
-def _ablated(config: Config, source: Checkpoint) -> Params:
-    """Return the parameters of a source after the first, changed by ``merge.ablation``."""
-    if config.merge.ablation == "none":
-        return source.params
-    if config.merge.ablation == "shuffled":
-        return shuffle(source.params, config.seed)
-    return permute(source.params, declared(source).symmetries, config.seed)
-
-
-def _fisher(
-    config: Config,
-    first: Checkpoint,
-    dataset: EncodedDataset | None,
-    activations: ActivationStatistics | None,
-) -> Callable[[Sequence[Params]], Sequence[Params]] | None:
-    """Return a function (models) -> Fisher information of each, on rows it was trained on.
-
-    A source whose shard is known (``data.part``) has it on rows of that shard, others on the
-    sample of all training rows.
-    """
-    if dataset is None or activations is None:
-        return None
-
-    def rows_of(delta: Mapping[str, Any]) -> Sequence[Batch]:
-        if "path" in delta:
-            return activations.batches
-        shard = with_delta(config, dict(delta))
-        if shard.data.part is None or shard.train.start is not None:
-            return activations.batches
-        rows = dataset.rows("train", shard.data.partition, shard.data.part)
-        size, seed = config.merge.sample, config.seed
-        return sample_statistics(
-            activations.network, dataset, first.schema, size, seed, rows
-        ).batches
-
-    return lambda models: [
-        fisher_diagonal(activations.network, model, rows_of(delta))
-        for model, delta in zip(models, config.merge.sources, strict=True)
-    ]
-
-
-def _imitation(
-    config: Config, first: Checkpoint, dataset: EncodedDataset | None
-) -> Callable[[Sequence[Params], Params, int, float], Params] | None:
-    """Return a function that trains a model to give the mean logit of its teachers."""
-    if dataset is None:
-        return None
-
-    def train_student(
-        teachers: Sequence[Params], start: Params, epochs: int, learning_rate: float
-    ) -> Params:
-        distributed.start(config.runtime)
-        return imitate(
-            build_model(first.schema, first.model, torch.device("cpu")),
-            *(teachers, start, dataset, first.schema, epochs, learning_rate),
-            *(config.train.batch_size, config.seed, _title(config)),
-        )
-
-    return train_student
-
-
-def _learning(
-    config: Config,
-    checkpoints: Sequence[Checkpoint],
-    dataset: EncodedDataset | None,
-    joined: Joined,
-) -> Learn | None:
-    """Return the training of gates, and of parameters out of scope, that is configured."""
-    options, first = config.merge, checkpoints[0]
-    is_alone = options.learn.what == "gates" and len(checkpoints) == 1
-    if dataset is None or options.learn.what == "none" or is_alone:
-        return None
-
-    def learn(models: Sequence[Params], gates: Gates, weigh: Weigh) -> Learned:
-        distributed.start(config.runtime)
-        trunk = out_of_scope(options, first.params) if options.learn.what == "trunk" else []
-        return train_gates(
-            build_model(first.schema, first.model, torch.device("cpu")),
-            models,
-            gates,
-            weigh,
-            trunk,
-            dataset,
-            first.schema,
-            dataset.rows("train"),
-            dataset.rows("valid"),
-            options.learn.epochs,
-            options.learn.learning_rate,
-            config.train.batch_size,
-            config.seed,
-            auc,
-            f"gates of {_title(config)}",
-            counts_of(checkpoints, is_needed=False),
-            joined.owners,
-        )
-
-    return learn
-
-
 def _learning_facts(learned: Learned | None) -> dict[str, Any] | None:
     if learned is None:
         return None
@@ -443,7 +298,3 @@ def _learning_facts(learned: Learned | None) -> dict[str, Any] | None:
 
 def _data_facts(dataset: EncodedDataset | None, first: Checkpoint | Description) -> dict[str, Any]:
     return train.data_facts(dataset) if dataset else {"hash": first.origin.data_hash}
-
-
-def _title(config: Config) -> str:
-    return f"{config.merge.label}, {config.suite.name}, seed {config.seed}"

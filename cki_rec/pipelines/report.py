@@ -14,14 +14,21 @@ from rich.table import Table
 
 from cki_rec.config import Config, UserError, first_comment
 from cki_rec.engine.record import Run, sweep_runs
-from cki_rec.evaluation.display import display_frame, markdown_table
+from cki_rec.evaluation.display import METHOD_NAMES, display_frame, markdown_table
 from cki_rec.evaluation.html import report_page
-from cki_rec.evaluation.plots import metric_plot, splice_plot
-from cki_rec.evaluation.tables import runs_frame, summary_frame, write_csv
+from cki_rec.evaluation.metrics import METRICS, PRIMARY
+from cki_rec.evaluation.plots import metric_plot, mixing_plot
+from cki_rec.evaluation.records import current, current_name
+from cki_rec.evaluation.tables import BASELINES, csv_bytes, runs_frame, summary_frame
 from cki_rec.files import write_atomically
 from cki_rec.pipelines.evaluate import REPLICATES
 
-TERMINAL_COLUMNS = ("method", "AUC", "LogLoss", "AUC vs best parent", "AUC vs output ensemble")
+TERMINAL_COLUMNS = (
+    "method",
+    *(metric.title for metric in PRIMARY),
+    *(f"{METRICS['auc'].title} vs {METHOD_NAMES[baseline]}" for baseline in BASELINES),
+)
+"""Columns printed to the terminal."""
 
 
 def run(config: Config) -> None:
@@ -36,57 +43,71 @@ def run(config: Config) -> None:
             f"name={config.name}: no run is recorded under it in {config.runtime.out}; start with"
             f" cki-rec evaluate -m experiment={config.name}, or evaluate name={config.name} ..."
         )
-    records = [run.record for run in runs if run.record is not None]
-    methods = list(dict.fromkeys(record["result"]["method"] for record in records))
-    confidences = {record["config"]["evaluate"]["confidence"] for record in records}
-    try:
-        if len(confidences) > 1:
-            raise ValueError(f"intervals of confidence {sorted(confidences)}")
-        frame = runs_frame(records, methods)
-        replicates = {run.path.name: _replicates(run) for run in runs}
-        summary = summary_frame(frame, replicates, *confidences)
-    except ValueError as error:
-        raise UserError(
-            f"name={config.name} holds runs that do not belong in one table ({error}); evaluate"
-            " them again, each setting under a name of its own"
-        ) from None
+    records = [current(run.record) for run in runs if run.record is not None]
+    labels = list(dict.fromkeys(record["result"]["method"] for record in records))
+    frame, summary = _frames(config.name, runs, records, labels)
     incomplete = (
         [f"Incomplete: {num_missing} jobs of the sweep are missing."] if num_missing else []
     )
-
     suites = {name: first_comment("suite", name) for name in frame["suite"].unique()}
-    names = {name: first_comment("merge", name) for name in methods}
-    figures = {"AUC on test rows": metric_plot(summary, frame, "auc")}
-    figures["LogLoss on test rows"] = metric_plot(summary, frame, "log_loss")
-    for suite in frame["suite"].unique():
-        if picture := splice_plot(records, suite=suite, methods=methods):
-            figures[f"What was spliced from whom, suite {suite} (blank: trained, not spliced)"] = (
-                picture
-            )
-
-    folder = Path(config.runtime.reports) / config.name
-    folder.mkdir(parents=True, exist_ok=True)
-    write_csv(frame, folder / "runs.csv")
-    title = " ".join([config.name, *incomplete])
-    table = markdown_table(summary, frame, title=title, suites=suites, methods=names)
-    write_atomically(folder / "table.md", table.encode())
-    for caption, picture in figures.items():
-        write_atomically(folder / f"{_file_name(caption)}.svg", picture.encode())
+    methods = {name: first_comment("merge", name) for name in labels}
+    figures = _figures(records, frame, summary, labels)
     page = report_page(
-        config.name,
-        summary,
-        frame,
-        figures,
-        notes=incomplete,
-        provenance=_provenance(records),
-        methods=names,
-        suites=suites,
+        config.name, summary, frame, figures, incomplete, _provenance(records), methods, suites
     )
-    write_atomically(folder / "report.html", page.encode())
+    title = " ".join([config.name, *incomplete])
+    contents = {
+        "runs.csv": csv_bytes(frame),
+        "table.md": markdown_table(summary, frame, title, suites, methods).encode(),
+        **{f"{_file_name(caption)}.svg": svg.encode() for caption, svg in figures.items()},
+        "report.html": page.encode(),
+    }
+    folder = Path(config.runtime.reports) / config.name
+    for name, content in contents.items():
+        write_atomically(folder / name, content)
 
     _print(summary)
     print(" ".join([f"{len(runs)} evaluated models.", *incomplete]))
     print(f"report: {folder / 'report.html'}")
+
+
+def _frames(
+    name: str, runs: Sequence[Run], records: Sequence[dict[str, Any]], labels: Sequence[str]
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Return the frame of runs and the frame of their summaries.
+
+    Raises:
+        UserError: The runs do not belong in one table.
+    """
+    confidences = {record["config"]["evaluate"]["confidence"] for record in records}
+    try:
+        if len(confidences) > 1:
+            raise ValueError(f"intervals of confidence {sorted(confidences)}")
+        frame = runs_frame(records, labels)
+        replicates = {run.path.name: _replicates(run) for run in runs}
+        return frame, summary_frame(frame, replicates, *confidences)
+    except ValueError as error:
+        raise UserError(
+            f"name={name} holds runs that do not belong in one table ({error}); evaluate"
+            " them again, each setting under a separate name"
+        ) from None
+
+
+def _figures(
+    records: Sequence[dict[str, Any]],
+    frame: pd.DataFrame,
+    summary: pd.DataFrame,
+    labels: Sequence[str],
+) -> dict[str, str]:
+    """Return caption -> SVG text: the primary metrics, and the mixing weights of each suite."""
+    figures = {
+        f"{metric.title} on test rows": metric_plot(summary, frame, metric.name)
+        for metric in PRIMARY
+    }
+    for suite in frame["suite"].unique():
+        if svg := mixing_plot(records, suite=suite, methods=labels):
+            figures[f"Mixing weights, suite {suite} (blank: trained, not mixed)"] = svg
+    return figures
 
 
 def _print(summary: pd.DataFrame) -> None:
@@ -106,30 +127,30 @@ def _print(summary: pd.DataFrame) -> None:
 
 
 def _replicates(run: Run) -> dict[str, dict[str, NDArray[np.float64]]]:
-    """Return reference -> metric -> replicates of the difference."""
+    """Return baseline -> metric -> replicates of the difference."""
     nested: dict[str, dict[str, NDArray[np.float64]]] = {}
     with np.load(run.path / REPLICATES, allow_pickle=False) as arrays:
         for key in arrays.files:
-            reference, metric = key.split("/")
-            nested.setdefault(reference, {})[metric] = arrays[key]
+            baseline, metric = key.split("/")
+            nested.setdefault(current_name(baseline), {})[metric] = arrays[key]
     return nested
 
 
 def _provenance(records: Sequence[dict[str, Any]]) -> dict[str, str]:
-    """Return what the records say about where they were made, each distinct value once."""
-    found = [record["provenance"] for record in records]
-    commits = [f"{p['commit']}{' with changes' if p['dirty'] else ''}" for p in found]
-    versions = [", ".join(f"{k} {v}" for k, v in p["versions"].items()) for p in found]
-    memory = max(p["peak_memory_mb"] for p in found)
+    """Return commit, versions, hardware and memory of the records, each distinct value once."""
+    provenances = [record["provenance"] for record in records]
+    commits = [f"{p['commit']}{' with changes' if p['dirty'] else ''}" for p in provenances]
+    versions = [", ".join(f"{k} {v}" for k, v in p["versions"].items()) for p in provenances]
+    memory = max(p["peak_memory_mb"] for p in provenances)
     return {
         "Commit": "; ".join(dict.fromkeys(commits)),
         "Versions": "; ".join(dict.fromkeys(versions)),
-        "Hardware": "; ".join(dict.fromkeys(p["hardware"] for p in found)),
+        "Hardware": "; ".join(dict.fromkeys(p["hardware"] for p in provenances)),
         "Peak memory of a process": f"{memory:,.0f} MB",
     }
 
 
 def _file_name(caption: str) -> str:
-    """Return ``auc_on_test_rows`` for "AUC on test rows"; what follows a bracket is left out."""
+    """Return ``auc_on_test_rows`` for "AUC on test rows"; text after a bracket is left out."""
     words = caption.partition(" (")[0].lower().replace(",", " ").split()
     return "_".join(words)

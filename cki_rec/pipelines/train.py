@@ -38,7 +38,7 @@ from cki_rec.engine.restoration import restore
 from cki_rec.engine.resume import RESUME, Checkpointer
 from cki_rec.engine.steps import StepLog
 from cki_rec.engine.trainer import Metrics, fit
-from cki_rec.evaluation.metrics import auc, grouped_auc, log_loss
+from cki_rec.evaluation.metrics import METRICS, PRIMARY
 from cki_rec.models import model_schema
 from cki_rec.models.comparison import decides, differences
 from cki_rec.pipelines.provenance import check_data
@@ -274,23 +274,23 @@ def monitored(weights: Monitor, dataset: EncodedDataset, rows: NDArray[np.int64]
     """Return a function (labels, logits) -> metrics of ``rows``, and the sum that decides.
 
     Raises:
-        UserError: ``gauc`` is asked for, and rows have no users.
+        UserError: A metric of users has a weight, and rows have no users.
     """
-    if weights.gauc and dataset.group is None:
-        raise UserError("train.monitor.gauc: the rows of this data set have no users")
+    weight_of = {name: weight for name, weight in section(weights).items() if weight}
     group = None if dataset.group is None else dataset.group[rows]
+    for name in weight_of:
+        if METRICS[name].needs_group and group is None:
+            raise UserError(f"train.monitor.{name}: the rows of this data set have no users")
+    names = dict.fromkeys([*(metric.name for metric in PRIMARY), *weight_of])
 
     def measure(
         label: NDArray[np.float32], logits: NDArray[np.float32]
     ) -> dict[str, float | None]:
-        found = {"auc": auc(label, logits), "log_loss": log_loss(label, logits)}
-        if weights.gauc:
-            assert group is not None
-            found["gauc"] = grouped_auc(label, logits, group)
-        terms = [(found[name], w) for name, w in section(weights).items() if w]
+        values = {name: METRICS[name](label, logits, group) for name in names}
+        terms = [(values[name], weight) for name, weight in weight_of.items()]
         known = [value * weight for value, weight in terms if value is not None]
-        found["monitor"] = sum(known) if len(known) == len(terms) else None
-        return found
+        values["monitor"] = sum(known) if len(known) == len(terms) else None
+        return values
 
     return measure
 

@@ -26,7 +26,8 @@ from cki_rec.files import file_digest
 from cki_rec.models import MODELS, build_model, model_schema
 from cki_rec.pipelines import export as pipeline
 from cki_rec.pipelines import train
-from cki_rec.pipelines.scores import predictions
+from cki_rec.pipelines.predictions import predictions
+from cki_rec.pipelines.sources import Source
 
 MIXED = FeatureSchema(
     features=(
@@ -412,7 +413,7 @@ def test_rows_of_the_data_set_score_as_in_the_evaluation(run_config, tmp_path):
     done = train.ensure(config)
     pipeline.run(dataclasses.replace(config, run=done.path.name, format="pt2"))
     dataset = store.prepare(config.data, config.runtime.encoded, config.runtime.chunk_mb)
-    own = predictions(config, dataset, done.path.name, done.checkpoint)["test"]
+    own = predictions(config, dataset, Source("model", done.path.name, done.checkpoint))["test"]
     schema = load(done.checkpoint).schema
     scores = FORMATS["pt2"].read(done.path / "export" / "model.pt2")
     batches = Loader(dataset, schema, dataset.rows("test"), 99)

@@ -9,16 +9,23 @@ import torch
 from networks import draw_batch, make_case
 
 from cki_rec.engine.fisher import fisher_diagonal
-from cki_rec.merging.methods.slerp import combine, slerp
+from cki_rec.merging.methods import METHODS
+from cki_rec.merging.methods.average import simplex, weighted_average
 from cki_rec.merging.methods.karcher import karcher
 from cki_rec.merging.methods.model_stock import model_stock
-from cki_rec.merging.methods.soups import greedy_soup
 from cki_rec.merging.methods.pruning import pruning
-from cki_rec.merging.methods.average import simplex, weighted_average
-from cki_rec.merging.methods.task_vectors import SCALES, breadcrumbs, dare, della, task_arithmetic, ties
+from cki_rec.merging.methods.slerp import combine, slerp
+from cki_rec.merging.methods.soups import greedy_soup
+from cki_rec.merging.methods.task_vectors import (
+    SCALES,
+    breadcrumbs,
+    dare,
+    della,
+    task_arithmetic,
+    ties,
+)
 from cki_rec.merging.mixing import mix
-from cki_rec.merging.options import defaults
-from cki_rec.merging.registry import METHODS, MergeInputs, check_options, needs_of
+from cki_rec.merging.registry import MergeInputs
 from cki_rec.merging.statistics import linear_moments
 
 SHAPES = {"table": (40, 8), "weight": (5, 3), "bias": (5,), "one": (1,), "zero": ()}
@@ -205,7 +212,7 @@ def test_pruning_and_soups_choose_by_score():
     assert_equal(mix(models, weighted_average(models, score, [0.0, 1.0, 0.0])), models[1])
 
 
-def test_greedy_soup_keeps_what_does_not_lose():
+def test_greedy_soup_keeps_sources_that_do_not_lower_the_score():
     models = [{"w": torch.tensor([value])} for value in (1.0, -0.9, 5.0)]
     weights = greedy_soup(models, lambda params: -abs(float(params["w"][0])))
     assert weights["w"].flatten().tolist() == [0.5, 0.5, 0.0]
@@ -252,8 +259,8 @@ def test_grids_are_small_and_begin_even(num_sources, count):
         (lambda m, s: ties(m, s, None, scale=-1.0), "scale=-1.0"),
         (lambda m, s: della(m, s, None, 1, window=2.0, scale=1.0), "window=2.0"),
         (lambda m, s: breadcrumbs(m, s, None, skipped=-1.0, scale=1.0), "skipped=-1.0"),
-        (lambda m, s: model_stock(m, {}), "the start .*does not fit: table"),
-        (lambda m, s: ties(m, {**s, "bias": torch.zeros(2)}, None), "the start .*: bias: shapes"),
+        (lambda m, s: model_stock(m, {}), "the base .*does not fit: table"),
+        (lambda m, s: ties(m, {**s, "bias": torch.zeros(2)}, None), "the base .*: bias: shapes"),
     ],
 )
 def test_impossible_options_are_named(call, message):
@@ -263,21 +270,33 @@ def test_impossible_options_are_named(call, message):
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize(
-    "name", [name for name, method in METHODS.items() if method.merge is not None]
+    "name", [name for name, method in METHODS.items() if not method.returns_weights]
 )
 def test_entries_that_are_no_numbers_are_refused_by_name(name, value):
     models = [draw(1), draw(2)]
     models[1]["weight"][2, 1] = value
-    options = {"scale": 1.0} if "scale" in defaults(METHODS[name].options) else {}
+    method = METHODS[name]
+    options = {"scale": 1.0} if "scale" in method.options else {}
     options = {"source": 1} if name == "pruning" else options
+    inputs = inputs_with(base=draw(0))
     with pytest.raises(ValueError, match="weight: source 1 has NaN or infinite entries"):
-        METHODS[name].merge(models, MergeInputs(start=draw(0)), **options)
-    if "base" in METHODS[name].needs:
-        with pytest.raises(ValueError, match="weight: the start has NaN or infinite entries"):
-            METHODS[name].merge([draw(1), draw(2)], MergeInputs(start=models[1]), **options)
+        method(models, inputs, **options)
+    if "base" in method.inputs:
+        with pytest.raises(ValueError, match="weight: the base has NaN or infinite entries"):
+            method([draw(1), draw(2)], inputs_with(base=models[1]), **options)
 
 
-def test_what_is_not_used_may_be_anything():
+def inputs_with(**changes):
+    return MergeInputs(
+        counts=[{}, {}],
+        moments={"x": torch.zeros(2, 1, 2, 1)},
+        score=lambda _: 0.5,
+        imitate=lambda first, *_: first,
+        **changes,
+    )
+
+
+def test_unused_sources_may_hold_nan():
     models = [draw(1), draw_like(draw(1))]
     assert_equal(slerp(models, 0.0), models[0])
     assert_equal(pruning(models, None, density=1.0, source=0), models[0])
@@ -304,56 +323,55 @@ def test_combine_of_coefficients_that_do_not_sum_to_1():
         ("pruning", {"source": 0.5}, "source=0.5: must be a whole number or null"),
         ("weighted_average", {"weights": [1, "a"]}, "weights=.*must be a list"),
         ("greedy_soup", {"x": 1}, "no option 'x': greedy_soup takes none"),
-        ("cki", {"perspective": "dual"}, "no option 'perspective': cki takes none"),
+        ("cki", {"perspective": "both"}, "perspective=both: must be one of local, global, dual"),
+        ("cki", {"kind": "full"}, "no option 'kind'"),
     ],
 )
 def test_options_are_checked_by_name_and_type(name, options, message):
     with pytest.raises(ValueError, match=message):
-        check_options(name, options)
+        METHODS[name].check(options)
 
 
-@pytest.mark.parametrize("name", METHODS)
-def test_default_options_pass_their_own_check(name):
-    check_options(name, defaults(METHODS[name].options))
+def test_default_options_pass_their_own_check():
+    for method in METHODS.values():
+        method.check(method.options)
 
 
 def test_needs_follow_options():
-    assert needs_of("weighted_average", {}) == {"labels"}
-    assert needs_of("weighted_average", {"weights": [0.5, 0.5]}) == set()
-    assert needs_of("ties", {"scale": 1.0}) == {"start"}
-    assert needs_of("ties", {}) == {"start", "labels"}
+    needs = {name: method.needs for name, method in METHODS.items()}
+    assert needs["weighted_average"]({}) == {"score"}
+    assert needs["weighted_average"]({"weights": [0.5, 0.5]}) == set()
+    assert needs["ties"]({"scale": 1.0}) == {"base"}
+    assert needs["ties"]({}) == {"base", "score"}
+    assert needs["cki"]({}) == set()
+    assert needs["cki"]({"local": "evidence"}) == {"counts"}
 
 
 NETWORKS = ["deepfm", "dcn", "dcnv2", "din"]
 ON_NETWORKS = {
-    name: dict.fromkeys(defaults(method.options).keys() & {"scale", "density"}, 1.0)
+    name: dict.fromkeys(method.options.keys() & {"scale", "density"}, 1.0)
     | ({"temperature": 1e-3} if name == "ot_fusion" else {})
     for name, method in METHODS.items()
-    if method.merges_parameters
 }
 
 
 def run_on(name, network, batch, models, **changes):
     method = METHODS[name]
-    own = {n: t.clone() for n, t in network.state_dict().items()}
-    given = MergeInputs(
+    before = {n: t.clone() for n, t in network.state_dict().items()}
+    inputs = MergeInputs(
         fisher=[fisher_diagonal(network, model, [batch]) for model in models],
         moments=linear_moments(network, models, [batch]).second,
         symmetries=network.symmetries(),
-        imitate=lambda start, *_: {n: t.clone() for n, t in start.items()},
+        imitate=lambda first, *_: {n: t.clone() for n, t in first.items()},
         seed=1,
         counts=[{} for _ in models],
-        start=models[0],
+        base=models[0],
         score=lambda params: -float(sum(t.double().abs().sum() for t in params.values())),
+        gates=dict.fromkeys(models[0]),
     )
-    assert_equal(network.state_dict(), own)
-    options = {**ON_NETWORKS[name], **changes}
-    if name == "cki":
-        gates = dict.fromkeys(models[0])
-        options = {"perspective": "dual", "splice": "soft", "gates": gates}
-    if method.merge is not None:
-        return method.merge(models, given, **options)
-    return mix(models, method.weigh(models, given, **options))
+    assert_equal(network.state_dict(), before)
+    result = method(models, inputs, **{**ON_NETWORKS[name], **changes})
+    return mix(models, result) if method.returns_weights else result
 
 
 @pytest.fixture(scope="module", params=NETWORKS)

@@ -1,18 +1,19 @@
-"""What every row of METHODS promises, for every kind of model it may meet."""
+"""The contract of every registered method, for every kind of model it may meet."""
 
 from __future__ import annotations
 
 import itertools
-from typing import get_args
+from dataclasses import fields
 
 import pytest
 import torch
 
+from cki_rec.merging.methods import METHODS
 from cki_rec.merging.methods.cki.assessment import compute_global_terms
 from cki_rec.merging.methods.cki.weights import cki_weights
-from cki_rec.merging.mixing import source_shares
-from cki_rec.merging.params import check_weights
-from cki_rec.merging.registry import METHODS, MergeInputs, Need
+from cki_rec.merging.mixing import mix, source_shares
+from cki_rec.merging.params import MixingWeights, Params, check_weights
+from cki_rec.merging.registry import MergeInputs, method
 from cki_rec.merging.symmetry import Slice, Symmetry
 
 SHAPES = {"table": (6, 4), "tower.weight": (3, 4), "tower.bias": (3,), "one": (1,), "zero": ()}
@@ -56,17 +57,9 @@ def draw_gates(full):
     return gates
 
 
-def cki_options(perspective, splice_rule, full=True, evidence=False, dual="released"):
-    def options(num_sources):
-        return {
-            "perspective": perspective,
-            "splice": splice_rule,
-            "gates": draw_gates(full),
-            "counts": draw_counts(num_sources) if evidence else None,
-            "dual": dual,
-        }
-
-    return options
+def cki_case(perspective, splice, full=True, dual="released", local="gate"):
+    options = {"perspective": perspective, "splice": splice, "dual": dual, "local": local}
+    return ("cki", lambda _: options, lambda _: {"gates": draw_gates(full)})
 
 
 CASES = {
@@ -84,20 +77,22 @@ CASES = {
     "fisher": ("fisher", lambda _: {}),
     "fisher_as_it_is": ("fisher", lambda _: {"floor": 0.0, "normalize": False}),
     **{
-        f"cki_{perspective}_{rule}": ("cki", cki_options(perspective, rule))
+        f"cki_{perspective}_{rule}": cki_case(perspective, rule)
         for perspective in ("local", "global", "dual")
         for rule in ("soft", "hard")
     },
     **{
-        f"cki_{dual}_{rule}": ("cki", cki_options("dual", rule, dual=dual))
+        f"cki_{dual}_{rule}": cki_case("dual", rule, dual=dual)
         for dual in ("signed", "language")
         for rule in ("soft", "hard")
     },
-    "cki_language_evidence": ("cki", cki_options("dual", "soft", evidence=True, dual="language")),
-    "cki_no_gate": ("cki", cki_options("dual", "soft", full=False)),
-    "cki_evidence": ("cki", cki_options("dual", "soft", evidence=True)),
-    "cki_evidence_hard": ("cki", cki_options("local", "hard", evidence=True)),
+    "cki_language_evidence": cki_case("dual", "soft", dual="language", local="evidence"),
+    "cki_no_gate": cki_case("dual", "soft", full=False),
+    "cki_evidence": cki_case("dual", "soft", local="evidence"),
+    "cki_evidence_hard": cki_case("local", "hard", local="evidence"),
+    "cki": ("cki", lambda _: {}),
 }
+"""Methods that return mixing weights: title -> name, options, and inputs of its own."""
 MERGES = {
     "pruning": ("pruning", lambda _: {"density": 1.0}),
     "slerp": ("slerp", lambda _: {"t": 0.3}),
@@ -119,12 +114,12 @@ MERGES = {
     "distillation": ("distillation", lambda _: {"epochs": 0, "source": 0}),
     "distillation_chosen": ("distillation", lambda _: {}),
 }
-"""Methods that make parameters, with options that give equal sources back."""
+"""Methods that return parameters, with options that return equal sources unchanged."""
 BY_DIFFERENCES = {
     *("task_arithmetic", "ties", "dare", "dare_elect", "della", "breadcrumbs"),
     *("ot_fusion",),  # a plan is never quite a permutation
 }
-"""Those that give them back up to rounding: start + (source - start)."""
+"""Those that return them up to rounding: base + (source - base)."""
 BOTH = {**CASES, **MERGES}
 all_cases = pytest.mark.parametrize("case", BOTH)
 weighing_cases = pytest.mark.parametrize("case", CASES)
@@ -135,19 +130,19 @@ def score(params):
     return -sum(float((tensor.double() - 0.1).square().sum()) for tensor in params.values())
 
 
-def draw_given(models, **changes):
-    start = draw_models(4)[3]
-    start = {n: start[n].to(t.dtype) for m in models[:1] for n, t in m.items() if n in start}
+def draw_inputs(models, **changes):
+    base = draw_models(4)[3]
+    base = {n: base[n].to(t.dtype) for m in models[:1] for n, t in m.items() if n in base}
     return MergeInputs(
         **{
             "seed": 3,
             "counts": draw_counts(len(models)),
-            "start": start,
+            "base": base,
             "score": score,
             "fisher": draw_fisher(len(models)),
             "moments": draw_moments(len(models)),
             "symmetries": SYMMETRIES,
-            "imitate": lambda start, *_: {name: tensor.clone() for name, tensor in start.items()},
+            "imitate": lambda first, *_: {name: tensor.clone() for name, tensor in first.items()},
             **changes,
         }
     )
@@ -170,22 +165,21 @@ def draw_moments(num_sources):
     return {"tower.weight": torch.einsum("bki,bjm->kijm", inputs, inputs) / 9}
 
 
-def weigh(case, models):
-    name, options = CASES[case]
-    return METHODS[name].weigh(models, draw_given(models), **options(len(models)))
+def call(case, models, **changes):
+    name, options, *more = BOTH[case]
+    inputs = {**(more[0](len(models)) if more else {}), **changes}
+    return METHODS[name](models, draw_inputs(models, **inputs), **options(len(models)))
 
 
 def merge(case, models, **changes):
-    name, options = BOTH[case]
-    method, given = METHODS[name], draw_given(models, **changes)
-    if method.merge is not None:
-        return method.merge(models, given, **options(len(models)))
-    return mix(models, method.weigh(models, given, **options(len(models))))
+    result = call(case, models, **changes)
+    return mix(models, result) if METHODS[BOTH[case][0]].returns_weights else result
 
 
 def skip_unfitting(case, num_sources):
-    if METHODS[BOTH[case][0]].models == "2" and num_sources > 2:
-        pytest.skip("takes two models")
+    most = METHODS[BOTH[case][0]].max_models
+    if most is not None and num_sources > most:
+        pytest.skip(f"takes {most} models")
 
 
 def equal_bits(left, right):
@@ -195,22 +189,50 @@ def equal_bits(left, right):
     )
 
 
-def test_every_method_with_a_function_is_tested():
-    assert {name for name, _ in BOTH.values()} == {
-        name for name, method in METHODS.items() if method.merges_parameters
-    }
+def test_every_method_is_tested():
+    assert {name for name, *_ in BOTH.values()} == set(METHODS)
+    assert all(METHODS[name].returns_weights for name, *_ in CASES.values())
+    assert not any(METHODS[name].returns_weights for name, *_ in MERGES.values())
 
 
-@pytest.mark.parametrize("name", METHODS)
-def test_method_row_is_complete(name):
-    method = METHODS[name]
-    assert method.idea
-    assert method.reference
-    assert method.needs <= set(get_args(Need))
-    if not method.merges_parameters:
-        assert "not a parameter method" in method.idea
-    else:
-        assert method.single
+def test_declarations_are_complete():
+    known = {field.name for field in fields(MergeInputs)}
+    for name, declared in METHODS.items():
+        assert all((declared.summary, declared.reference, declared.cost)), name
+        assert not declared.summary.endswith("."), name
+        assert declared.needs({}) <= set(declared.inputs) <= known, name
+
+
+def test_a_missing_input_is_named():
+    for name, declared in METHODS.items():
+        for need in declared.needs({}):
+            empty = () if need in ("counts", "fisher") else {} if need == "moments" else None
+            inputs = draw_inputs(draw_models(2), **{need: empty})
+            with pytest.raises(ValueError, match=f"method {name} needs"):
+                declared(draw_models(2), inputs)
+
+
+def test_a_method_of_ones_own_is_registered_with_its_options():
+    @method(needs=("counts",), row_wise=True, reference="mine")
+    def mine(models, *, counts, temperature: float = 1.0) -> MixingWeights:
+        """Mix by counts."""
+        return METHODS["evidence"].function(models, counts)
+
+    try:
+        declared = METHODS["mine"]
+        assert (declared.summary, declared.returns_weights) == ("Mix by counts", True)
+        assert dict(declared.options) == {"temperature": 1.0}
+        assert declared.needs({}) == {"counts"}
+        declared.check({"temperature": 2})
+        with pytest.raises(ValueError, match="did you mean 'temperature'"):
+            declared.check({"temperatur": 2})
+        with pytest.raises(ValueError, match="parameter unknown is no input"):
+
+            @method(reference="mine")
+            def other(models, unknown) -> Params: ...
+
+    finally:
+        del METHODS["mine"]
 
 
 @weighing_cases
@@ -218,7 +240,7 @@ def test_method_row_is_complete(name):
 @pytest.mark.parametrize("kind", KINDS)
 def test_weights_are_shares_and_result_is_finite(case, num_sources, kind):
     models = draw_models(num_sources, kind)
-    weights = weigh(case, models)
+    weights = call(case, models)
     check_weights(weights, models)
     for weight in weights.values():
         assert bool((weight >= 0).all())
@@ -251,11 +273,11 @@ def test_inputs_are_untouched_and_not_aliased(case, num_sources):
     models = draw_models(num_sources)
     skip_unfitting(case, num_sources)
     before = [{name: tensor.clone() for name, tensor in model.items()} for model in models]
-    start = draw_given(models).start
-    start_before = {name: tensor.clone() for name, tensor in start.items()}
-    for tensor in merge(case, models, start=start).values():
+    base = draw_inputs(models).base
+    base_before = {name: tensor.clone() for name, tensor in base.items()}
+    for tensor in merge(case, models, base=base).values():
         tensor += 1
-    assert all(torch.equal(start[name], old) for name, old in start_before.items())
+    assert all(torch.equal(base[name], old) for name, old in base_before.items())
     for model, old in zip(models, before, strict=True):
         assert all(torch.equal(model[name], old[name]) for name in old)
 
@@ -266,9 +288,9 @@ def test_bfloat16_stays_bfloat16_and_is_computed_wider(case, num_sources):
     models = draw_models(num_sources, dtype=torch.bfloat16)
     skip_unfitting(case, num_sources)
     wide = [{name: tensor.float() for name, tensor in model.items()} for model in models]
-    start = draw_given(models).start
-    merged = merge(case, models, start=start)
-    exact = merge(case, wide, start={name: tensor.float() for name, tensor in start.items()})
+    base = draw_inputs(models).base
+    merged = merge(case, models, base=base)
+    exact = merge(case, wide, base={name: tensor.float() for name, tensor in base.items()})
     for name, tensor in merged.items():
         assert equal_bits(tensor, exact[name].bfloat16()), name
 
@@ -283,41 +305,41 @@ def test_same_options_give_same_bits(case):
         assert equal_bits(tensor, reordered[name])
 
 
-APART = [
+ROW_WISE = [
     c
-    for c, (name, _) in BOTH.items()
+    for c, (name, *_) in BOTH.items()
     if METHODS[name].row_wise and c != "weighted_average"  # shares chosen by a score of models
 ]
 
 
-def test_methods_that_take_rows_apart():
-    assert {BOTH[case][0] for case in APART} == {
+def test_row_wise_methods():
+    assert {BOTH[case][0] for case in ROW_WISE} >= {
         *("first", "average", "weighted_average", "task_arithmetic", "evidence")
     }
 
 
-@pytest.mark.parametrize("case", APART)
+@pytest.mark.parametrize("case", ROW_WISE)
 @pytest.mark.parametrize("num_sources", [1, 2, 3, 5])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_rows_merged_apart_are_those_of_the_whole_bit_for_bit(case, num_sources, dtype):
     noise = torch.Generator().manual_seed(num_sources)
-    models, start = draw_models(num_sources, dtype=dtype), draw_models(4, dtype=dtype)[3]
-    for params in (*models, start):
+    models, base = draw_models(num_sources, dtype=dtype), draw_models(4, dtype=dtype)[3]
+    for params in (*models, base):
         params["table"] = torch.randn(203, 5, generator=noise).to(dtype)
     counts = [{"table": torch.randint(0, 9, (203,), generator=noise)} for _ in models]
-    whole, bounds = merge(case, models, counts=counts, start=start), [0, 1, 2, 19, 120, 203]
+    whole, bounds = merge(case, models, counts=counts, base=base), [0, 1, 2, 19, 120, 203]
     parts = []
     for rows in itertools.starmap(slice, itertools.pairwise(bounds)):
-        *cut, first = [{**m, "table": m["table"][rows]} for m in (*models, start)]
+        *cut, first = [{**m, "table": m["table"][rows]} for m in (*models, base)]
         seen = [{"table": count["table"][rows]} for count in counts]
-        parts.append(merge(case, cut, counts=seen, start=first))
+        parts.append(merge(case, cut, counts=seen, base=first))
     assert equal_bits(torch.cat([part["table"] for part in parts]), whole["table"])
     for name in SHAPES.keys() - {"table"}:
         assert all(equal_bits(part[name], whole[name]) for part in parts)
 
 
 @pytest.mark.parametrize(
-    "case", [c for c, (name, _) in BOTH.items() if not METHODS[name].is_ordered and name != "cki"]
+    "case", [c for c, (name, *_) in BOTH.items() if not METHODS[name].is_ordered and name != "cki"]
 )
 def test_order_of_sources_does_not_matter(case):
     models, counts, fisher = draw_models(3), draw_counts(3), draw_fisher(3)
@@ -361,10 +383,9 @@ def test_models_that_differ_are_refused_by_name(case, problem):
 
 @all_cases
 def test_no_models_are_refused(case):
-    name, options = BOTH[case]
-    method = METHODS[name]
+    name, options, *_ = BOTH[case]
     with pytest.raises(ValueError, match="no models"):
-        (method.weigh or method.merge)([], MergeInputs(start={}), **options(2))
+        METHODS[name]([], MergeInputs(base={}), **options(2))
 
 
 @pytest.mark.parametrize("full", [True, False])
@@ -394,5 +415,5 @@ def test_two_sources_give_the_pair_formula_bit_for_bit(perspective, rule):
         s_a, s_b = g_a.expand(6, 4), g_b.expand(6, 4)
     alpha_b = torch.softmax(torch.stack([s_a, s_b]), 0)[1] if perspective == "dual" else s_b
     expected = a + alpha_b * (b - a) if rule == "soft" else torch.where(s_b > s_a, b, a)
-    weights = weigh(f"cki_{perspective}_{rule}", models)
+    weights = call(f"cki_{perspective}_{rule}", models)
     assert equal_bits(mix(models, weights)["table"], expected)

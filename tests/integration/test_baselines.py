@@ -12,9 +12,8 @@ from cki_rec.checkpoints import checkpoint
 from cki_rec.cli import main
 from cki_rec.data.dataset import EncodedDataset
 from cki_rec.engine import checkpoint_io
-from cki_rec.merging.options import defaults
-from cki_rec.merging.registry import METHODS
-from cki_rec.pipelines.listing import method_table
+from cki_rec.merging.methods import METHODS
+from cki_rec.pipelines.method_list import method_table
 
 TINY = [
     *("runtime.threads=1", "train.epochs=2", "train.batch_size=256", "model.hidden=[16,8]"),
@@ -61,7 +60,7 @@ def test_every_baseline_is_evaluated(options, folder, method):
     result = evaluated["result"]
     assert result["method"] == method
     assert result["test"]["auc"] > 0.5
-    assert (result["shares"] is None) == (METHODS[method].merge is not None)
+    assert (result["shares"] is None) == (not METHODS[method].returns_weights)
     assert (merged["config"]["merge"]["start"] is not None) == (method in FROM_START)
 
 
@@ -157,7 +156,7 @@ def test_score_is_the_validation_auc_of_evaluation(options, folder, run_config):
     from cki_rec.config import with_delta
     from cki_rec.data.encoding import store
     from cki_rec.pipelines import train
-    from cki_rec.pipelines.scores import scorer
+    from cki_rec.pipelines.predictions import scorer
 
     config = with_delta(run_config(folder), {"seed": 1})
     done = train.ensure(config)
@@ -280,7 +279,7 @@ def test_list_shows_every_method_with_its_options(capsys):
     shown = capsys.readouterr().out
     for name, method in METHODS.items():
         assert any(line.split()[:1] == [name] for line in shown.splitlines()), name
-        for option in defaults(method.options):
+        for option in method.options:
             assert f"{option}=" in shown
     wide = method_table(180)
     for word in ("idea", "models", "needs", "cost", "reference", "common start", "density=0.2"):

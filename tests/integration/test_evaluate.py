@@ -1,4 +1,4 @@
-"""What evaluate records follows from kept logits; nothing before it depends on test labels."""
+"""Evaluations follow from stored logits; nothing before them depends on test labels."""
 
 import json
 from dataclasses import asdict
@@ -23,8 +23,8 @@ def options(raw_zip, tmp_path):
 
 
 def records(folder):
-    found = [json.loads(path.read_text()) for path in folder.glob("*/record.json")]
-    return {record["run_id"]: record for record in found}
+    by_id = [json.loads(path.read_text()) for path in folder.glob("*/record.json")]
+    return {record["run_id"]: record for record in by_id}
 
 
 def opened(folder):
@@ -34,8 +34,8 @@ def opened(folder):
 
 def test_recalibration_and_delong_follow_from_logits(options, tmp_path):
     assert main(["evaluate", "merge=average", *options]) == 0
-    dataset, found = opened(tmp_path / "encoded"), records(tmp_path / "out")
-    (record,) = (r for r in found.values() if r["run_id"].startswith("evaluate"))
+    dataset, by_id = opened(tmp_path / "encoded"), records(tmp_path / "out")
+    (record,) = (r for r in by_id.values() if r["run_id"].startswith("evaluate"))
     result = record["result"]
 
     def logits(identities):
@@ -44,10 +44,10 @@ def test_recalibration_and_delong_follow_from_logits(options, tmp_path):
         return {s: np.mean([a[s].astype(np.float64) for a in arrays], 0) for s in arrays[0]}
 
     valid, test = (all_labels(dataset)[dataset.rows(split)] for split in ("valid", "test"))
-    own = logits(record["config"]["members"])
-    ensemble = logits(record["config"]["parents"])
+    model = logits(record["config"]["members"])
+    ensemble = logits(record["config"]["sources"])
     losses, fits = [], []
-    for each in (own, ensemble):
+    for each in (model, ensemble):
         fits.append(recalibration(valid, each["valid"]))
         losses.append(log_loss(test, fits[-1].apply(each["test"])))
     assert result["recalibration"] == asdict(fits[0])
@@ -57,7 +57,7 @@ def test_recalibration_and_delong_follow_from_logits(options, tmp_path):
     recalibrated = difference["log_loss_recalibrated"]
     assert recalibrated["estimate"] == pytest.approx(losses[0] - losses[1], abs=1e-12)
     assert recalibrated["low"] < recalibrated["estimate"] < recalibrated["high"]
-    expected = delong(test, own["test"], ensemble["test"])
+    expected = delong(test, model["test"], ensemble["test"])
     assert difference["auc"]["delong_p"] == pytest.approx(expected.p_value, rel=1e-9)
     assert difference["auc"]["estimate"] == pytest.approx(expected.estimate, abs=1e-12)
     with np.load(tmp_path / "out" / record["run_id"] / "replicates.npz") as arrays:
@@ -67,7 +67,7 @@ def test_recalibration_and_delong_follow_from_logits(options, tmp_path):
 
 
 def test_nothing_but_the_evaluation_depends_on_test_labels(options, tmp_path):
-    words = ["evaluate", "merge=cki_gate", "merge.gate.epochs=1", "finetune=one_epoch"]
+    words = ["evaluate", "merge=cki_gate", "merge.learn.epochs=1", "finetune=one_epoch"]
     assert main([*words, *options]) == 0
     dataset = opened(tmp_path / "encoded")
     path = dataset.folder / dataset.manifest["files"]["label"]["file"]
@@ -78,7 +78,7 @@ def test_nothing_but_the_evaluation_depends_on_test_labels(options, tmp_path):
     assert main([*words, *options, f"runtime.out={tmp_path / 'flipped'}"]) == 0
     one, two = records(tmp_path / "out"), records(tmp_path / "flipped")
     assert one.keys() == two.keys()
-    assert len(one) == 5  # two parents, an integration, a fine-tuning, an evaluation
+    assert len(one) == 5  # two sources, a merge, a fine-tuning, an evaluation
     for run_id, record in one.items():
         other = two[run_id]["result"]
         if not run_id.startswith("evaluate"):

@@ -13,7 +13,7 @@ from cki_rec.cli import main
 from cki_rec.data.encoding import tokens
 from cki_rec.engine import checkpoint_io
 from cki_rec.engine.embeddings import table_of
-from cki_rec.pipelines import matching
+from cki_rec.pipelines import preflight
 
 
 @pytest.fixture(scope="module")
@@ -134,12 +134,12 @@ def test_rows_that_stand_in_have_no_say_in_alignment_without_counts(regions, tmp
 
 
 def test_no_source_is_chosen_on_rows_of_one_encoding(regions, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(matching, "coordinatewise", lambda _: {"tower.0.weight"})
+    monkeypatch.setattr(preflight, "has_anchor", lambda *_: True)
     home, found = regions
     words = [f"runtime.out={tmp_path}", "merge.vocabularies=[null,null]"]
     words += ["merge.repair=project", f"data.raw={home / 'north.zip'}", "data.name=north"]
     assert merge_sources(home, found.values(), *words) == 2
-    assert "merge.repair=project: chooses a source by validation rows" in capsys.readouterr().err
+    assert "merge.repair=project chooses a source by validation rows" in capsys.readouterr().err
     assert not list(tmp_path.glob("merge-*/checkpoint"))
 
 

@@ -7,21 +7,17 @@ import itertools
 import pytest
 import torch
 from networks import CASES, MIXED, act, draw_batch, make_case
+from pairs import moved_tables
 from torch.func import functional_call
 
-from cki_rec.config import UserError
 from cki_rec.data.schema import random_batch
 from cki_rec.engine.embeddings import table_of
-from cki_rec.merging.alignment import agreement, align
-from cki_rec.merging.symmetry import random_element
+from cki_rec.merging.alignment import agreement, align, table_products
 from cki_rec.merging.methods.average import average
 from cki_rec.merging.mixing import mix
-from cki_rec.merging.params import generator
-from cki_rec.merging.alignment import table_products
-from cki_rec.merging.symmetry import transform
+from cki_rec.merging.params import MergeError, generator
 from cki_rec.merging.statistics import linear_moments
-from cki_rec.merging.symmetry import Slice, Symmetry
-from cki_rec.pipelines.matching import check_scores, moved_tables
+from cki_rec.merging.symmetry import Slice, Symmetry, check_scores, random_element, transform
 
 MODELS = ["deepfm", "dcn", "dcnv2", "din"]
 all_cases = pytest.mark.parametrize("case", CASES)
@@ -275,7 +271,7 @@ def test_false_symmetries_are_noticed():
     subject = Subject("dcnv2")
     lie = Symmetry("rotation", 8, (Slice(subject.tables[0], 1),))
     moved = transform(subject.params, [lie], [random_element(lie, generator(1, "lie"))])
-    with pytest.raises(UserError, match=r"source 1: alignment changed its scores"):
+    with pytest.raises(MergeError, match=r"source 1: alignment changed its scores"):
         check_scores(subject.score(moved), subject.score(subject.params), "source 1")
 
 

@@ -2,17 +2,32 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import numpy as np
 import pytest
 import torch
 from test_golden_cki import LAYERS, layer_tensors, reference_entropy
 
-from cki_rec.merging.methods.cki.assessment import RANGES, compare_entropies, compute_global_terms, entropy, global_compatibility, histogram_bounds, language_shares, local_compatibility, signed_compatibility
-from cki_rec.merging.methods.cki.gate import apply_gate, check_gate, initialize_gate, num_gate_parameters
+from cki_rec.merging.methods.cki.assessment import (
+    Histogram,
+    compute_global_terms,
+    entropy,
+    global_compatibility,
+    histogram_bounds,
+    language_shares,
+    local_compatibility,
+    signed_compatibility,
+)
+from cki_rec.merging.methods.cki.gate import (
+    apply_gate,
+    check_gate,
+    initialize_gate,
+    num_gate_parameters,
+)
 from cki_rec.merging.methods.cki.weights import cki_weights
 from cki_rec.merging.methods.filter_grafting import filter_grafting
 from cki_rec.merging.mixing import mix
-from cki_rec.merging.noise import entropy_differences
 
 
 def noise(*shape, seed=0):
@@ -56,7 +71,7 @@ OPTIONS = {
 
 def merge(variant, models, gate, **more):
     if variant == "grafting":
-        weights = filter_grafting(models, **more)
+        weights = filter_grafting(models, more.pop("global_terms", None), **more)
     else:
         options = {"perspective": "dual", "splice": "soft", **OPTIONS[variant], **more}
         weights = cki_weights(models, gates={"weight": gate}, **options)
@@ -184,62 +199,30 @@ def test_ranges_cover_what_they_say():
     shares = np.array([100, 200, 200, 200, 200, 101]) / 1001
     wanted = -(shares * np.log(shares)).sum()
     assert entropy(tensors[0], 10, histogram_bounds(tensors, "shared")[0]) == pytest.approx(wanted)
-    with pytest.raises(ValueError, match="range: 'all' is none of own, shared, quantile"):
+    with pytest.raises(ValueError, match="histogram: 'all' is none of own, shared, quantile"):
         histogram_bounds(tensors, "all")
 
 
-@pytest.mark.parametrize("over", RANGES)
-def test_every_range_takes_edges(over):
+@pytest.mark.parametrize("histogram", get_args(Histogram))
+def test_every_range_takes_edges(histogram):
     for shape in ((0, 3), (1,), (), (4, 2)):
         same = [torch.zeros(shape)] * 2
-        assert global_compatibility(same, over=over).tolist() == [0.5, 0.5]
-        assert set(entropy_differences(same, over=over)["noise"]) == {0.0}
+        assert global_compatibility(same, histogram=histogram).tolist() == [0.5, 0.5]
     bad = [torch.tensor([0.0, float("nan")]), torch.ones(2)]
     with pytest.raises(ValueError, match="NaN or infinite"):
-        global_compatibility(bad, over=over)
+        global_compatibility(bad, histogram=histogram)
     three = [noise(50, 4, seed=k) for k in range(3)]
-    order = global_compatibility(three, over=over)
-    torch.testing.assert_close(global_compatibility(three[::-1], over=over), order.flip(0))
-
-
-def test_noise_is_that_of_a_plain_bootstrap_and_the_own_range_is_the_noisiest():
-    tensors = [noise(128, 64, seed=k) for k in range(2)]
-    draw = np.random.default_rng(0)
-    found = {}
-    for over in RANGES:
-        report = entropy_differences(tensors, over=over)
-        bounds = histogram_bounds(tensors, over)
-        entropies = [entropy(w, 10, ends) for w, ends in zip(tensors, bounds, strict=True)]
-        assert report["entropy"] == entropies
-        assert report["difference"] == compare_entropies(entropies)
-        differences = []
-        for _ in range(100):
-            resampled = [w.flatten()[draw.integers(8192, size=8192)] for w in tensors]
-            ends = bounds if over == "quantile" else histogram_bounds(resampled, over)
-            drawn = [entropy(w, 10, own) for w, own in zip(resampled, ends, strict=True)]
-            differences.append(drawn[0] - drawn[1])
-        assert report["noise"][0] == report["noise"][1]
-        assert report["noise"][0] == pytest.approx(np.std(differences), rel=0.35), over
-        found[over] = report["noise"][0]
-    assert found["own"] > 2 * found["quantile"]
-
-
-def test_noise_of_large_tensors_comes_from_part_of_their_entries(monkeypatch):
-    tensors = [noise(100, 64, seed=k) for k in range(2)]
-    whole = entropy_differences(tensors, seed=1)
-    monkeypatch.setattr("cki_rec.merging.noise.MOST", 2000)
-    part = entropy_differences(tensors, seed=1)
-    assert part["difference"] == whole["difference"]
-    assert part["noise"][0] == pytest.approx(whole["noise"][0], rel=0.3)
-    assert entropy_differences(tensors, seed=1) == part
-    assert entropy_differences(tensors[:1])["noise"] == [0.0]
+    order = global_compatibility(three, histogram=histogram)
+    torch.testing.assert_close(
+        global_compatibility(three[::-1], histogram=histogram), order.flip(0)
+    )
 
 
 def test_the_range_reaches_the_weights():
     models = [{"w": noise(30, 4, seed=k) ** 3} for k in range(2)]
-    terms = compute_global_terms(models, over="quantile")
+    terms = compute_global_terms(models, histogram="quantile")
     options = {"perspective": "global", "splice": "soft", "gates": {}}
-    by_range = cki_weights(models, over="quantile", **options)["w"]
+    by_range = cki_weights(models, histogram="quantile", **options)["w"]
     assert torch.equal(by_range.flatten(), terms["w"].float())
     assert not torch.equal(by_range, cki_weights(models, **options)["w"])
 
@@ -255,13 +238,13 @@ def test_grafting_rounds_and_reuses_the_weights_of_a_layer():
     ]
     pair = models[:2]
     term = round(float(global_compatibility([m["a.weight"] for m in pair])[0]), 2)
-    weights = filter_grafting(pair)
+    weights = filter_grafting(pair, None)
     assert weights["a.weight"].flatten().tolist() == pytest.approx([term, 1 - term])
     assert torch.equal(weights["a.bias"].flatten(), weights["a.weight"].flatten())
     assert weights["b"].flatten().tolist() == [0.5, 0.5]
     terms = global_compatibility([m["a.weight"] for m in models]).tolist()
     rounded = np.round(terms, 2)
-    assert filter_grafting(models)["a.bias"].flatten().tolist() == pytest.approx(
+    assert filter_grafting(models, None)["a.bias"].flatten().tolist() == pytest.approx(
         (rounded / rounded.sum()).tolist()
     )
 

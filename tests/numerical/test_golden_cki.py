@@ -16,7 +16,7 @@ import torch
 from cki_rec.merging.methods.ablations import first
 from cki_rec.merging.methods.cki.assessment import entropy, global_compatibility
 from cki_rec.merging.methods.cki.weights import cki_weights
-from cki_rec.merging.mixing import override_weights
+from cki_rec.merging.mixing import mix, override_weights
 
 PATH = os.environ.get("CKI_GOLDEN", Path(__file__).parents[1] / "golden" / "cki_reference.npz")
 with np.load(PATH) as archive:

@@ -9,13 +9,25 @@ import pytest
 import torch
 from hypothesis import strategies as st
 
-from cki_rec.merging.methods.average import average
 from cki_rec.merging.methods.ablations import first, random
-from cki_rec.merging.methods.cki.assessment import compute_global_terms, dual_compatibility, entropy, global_compatibility, local_compatibility
-from cki_rec.merging.methods.cki.gate import KINDS, apply_gate, check_gate, initialize_gate, num_gate_parameters
+from cki_rec.merging.methods.average import average
+from cki_rec.merging.methods.cki.assessment import (
+    compute_global_terms,
+    dual_compatibility,
+    entropy,
+    global_compatibility,
+    local_compatibility,
+)
+from cki_rec.merging.methods.cki.gate import (
+    KINDS,
+    apply_gate,
+    check_gate,
+    initialize_gate,
+    num_gate_parameters,
+)
 from cki_rec.merging.methods.cki.weights import cki_weights
 from cki_rec.merging.methods.evidence import evidence, row_weights
-from cki_rec.merging.mixing import harden, override_weights, soften, source_shares
+from cki_rec.merging.mixing import harden, mix, override_weights, soften, source_shares
 from cki_rec.merging.params import generator
 
 cheap = hypothesis.settings(max_examples=40, deadline=None)

@@ -1,4 +1,4 @@
-"""Recalibration equals unpenalized logistic regression, and says when there is none."""
+"""Recalibration equals unpenalized logistic regression, or gives the reason why there is none."""
 
 import numpy as np
 import pytest
@@ -24,10 +24,10 @@ def draw(seed, num_rows, scale, shift):
 def test_fit_equals_scikit_learn(scale, shift, num_rows):
     label, logits = draw(1, num_rows, scale, shift)
     peer = LogisticRegression(C=np.inf, tol=1e-12, max_iter=1000).fit(logits[:, None], label)
-    found = recalibration(label, logits)
-    assert found.reason is None
-    assert found.scale == pytest.approx(peer.coef_[0, 0], rel=1e-5)
-    assert found.shift == pytest.approx(peer.intercept_[0], rel=1e-5, abs=1e-6)
+    fit = recalibration(label, logits)
+    assert fit.reason is None
+    assert fit.scale == pytest.approx(peer.coef_[0, 0], rel=1e-5)
+    assert fit.shift == pytest.approx(peer.intercept_[0], rel=1e-5, abs=1e-6)
 
 
 def test_fit_is_where_the_likelihood_has_no_slope():
@@ -40,8 +40,8 @@ def test_fit_is_where_the_likelihood_has_no_slope():
 
 def test_known_distortion_is_undone_up_to_chance():
     label, logits = draw(2, 200_000, 2.0, -0.7)
-    found = recalibration(label, logits)
-    assert (found.scale, found.shift) == pytest.approx((2.0, -0.7), abs=0.04)
+    fit = recalibration(label, logits)
+    assert (fit.scale, fit.shift) == pytest.approx((2.0, -0.7), abs=0.04)
 
 
 def test_fit_does_not_depend_on_how_logits_were_distorted():
@@ -55,9 +55,9 @@ def test_fit_does_not_depend_on_how_logits_were_distorted():
 
 def test_recalibration_never_costs_log_loss_where_it_was_fitted():
     label, logits = draw(4, 300, 0.3, 2.0)
-    found = recalibration(label, logits)
-    assert log_loss(label, found.apply(logits)) < log_loss(label, logits) - 0.1
-    again = recalibration(label, found.apply(logits))
+    fit = recalibration(label, logits)
+    assert log_loss(label, fit.apply(logits)) < log_loss(label, logits) - 0.1
+    again = recalibration(label, fit.apply(logits))
     assert (again.scale, again.shift) == pytest.approx((1.0, 0.0), abs=1e-9)
 
 
@@ -65,8 +65,8 @@ def test_outlying_logits_are_no_trouble():
     label, logits = draw(5, 1000, 1.0, 0.0)
     logits[0], label[0] = 1e4, 1
     logits[1], label[1] = -500.0, 1
-    found = recalibration(label, logits)
-    error = expit(found.apply(logits)) - label
+    fit = recalibration(label, logits)
+    error = expit(fit.apply(logits)) - label
     assert abs(error.mean()) < 1e-9
 
 
@@ -83,21 +83,21 @@ def test_outlying_logits_are_no_trouble():
     ],
 )
 def test_without_a_maximum_there_is_none_and_a_reason(label, logits, reason):
-    found = recalibration(label, logits)
-    assert found == Recalibration(None, None, reason)
-    assert found.apply(logits) is None
+    fit = recalibration(label, logits)
+    assert fit == Recalibration(None, None, reason)
+    assert fit.apply(logits) is None
 
 
 def test_one_row_inside_the_other_class_is_enough():
-    found = recalibration([0, 1, 0], [-1.0, 0.0, 1.0])
-    assert found.scale == pytest.approx(0, abs=1e-9)
-    assert found.shift == pytest.approx(np.log(0.5))
+    fit = recalibration([0, 1, 0], [-1.0, 0.0, 1.0])
+    assert fit.scale == pytest.approx(0, abs=1e-9)
+    assert fit.shift == pytest.approx(np.log(0.5))
 
 
 def test_nearly_separated_classes_have_a_maximum_far_away():
     label = np.repeat([0, 1], 50)
     logits = np.linspace(-1, 1, 100)
     logits[[49, 50]] = logits[[50, 49]]
-    found = recalibration(label, logits)
-    assert found.scale > 10
-    assert abs((expit(found.apply(logits)) - label).mean()) < 1e-9
+    fit = recalibration(label, logits)
+    assert fit.scale > 10
+    assert abs((expit(fit.apply(logits)) - label).mean()) < 1e-9

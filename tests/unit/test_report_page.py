@@ -9,7 +9,7 @@ import pytest
 from test_tables import experiment, record
 
 from cki_rec.evaluation.html import report_page
-from cki_rec.evaluation.plots import metric_plot, splice_plot, tensor_names
+from cki_rec.evaluation.plots import metric_plot, mixing_plot, tensor_names
 from cki_rec.evaluation.tables import runs_frame, summary_frame
 
 TEXT = "{http://www.w3.org/2000/svg}text"
@@ -48,7 +48,7 @@ def frames():
     return summary_frame(runs, replicates), runs
 
 
-def spliced(method, seed, shares, **changes):
+def mixed(method, seed, shares, **changes):
     return record(method, seed, shares=shares, **changes)
 
 
@@ -58,7 +58,7 @@ def texts(svg):
 
 def test_metric_plot_names_methods_suites_and_stages(frames):
     shown = texts(metric_plot(*frames, "auc"))
-    for name in ("seeds", "shards", "best parent", "output ensemble", "direct", "fine-tuned"):
+    for name in ("seeds", "shards", "best source", "output ensemble", "direct", "fine-tuned"):
         assert name in shown
     assert shown.count("cki") == 2  # one per suite
     assert any("higher is better" in text for text in shown)
@@ -79,22 +79,22 @@ def test_figures_have_the_same_bytes_under_any_user_settings(frames):
     assert all(re.search(r"\bsans-serif\b", style) and "'" not in style for style in styles)
 
 
-def test_splice_plot_shows_one_repetition_of_direct_models():
+def test_mixing_plot_shows_one_repetition_of_direct_models():
     table, layer = "model.embedding_bags.user.weight", "model.mlp.0.weight"
     records = [
-        spliced("later", 2, {table: [1.0, 0.0]}),
-        spliced("average", 1, {layer: [0.5, 0.5], table: [0.27, 0.73]}),
-        spliced("cki", 1, {layer: [0.1, 0.9]}),
-        spliced("tuned", 1, {table: [0.5, 0.5]}, finetuned=True),
+        mixed("later", 2, {table: [1.0, 0.0]}),
+        mixed("average", 1, {layer: [0.5, 0.5], table: [0.27, 0.73]}),
+        mixed("cki", 1, {layer: [0.1, 0.9]}),
+        mixed("tuned", 1, {table: [0.5, 0.5]}, finetuned=True),
         record("best_source", 1),
     ]
-    shown = texts(splice_plot(records))
+    shown = texts(mixing_plot(records))
     assert [shown.count(text) for text in ("average", "cki", "later", "tuned")] == [1, 1, 0, 0]
     assert shown.index("table user") < shown.index("mlp 0")
     assert {"27", "73", "90", "source 1", "source 2", "shards, repetition 1"} <= set(shown)
     assert "10" not in shown  # too narrow for its percentage
-    assert "later" in texts(splice_plot(records, seed=2))
-    assert splice_plot([record()]) == ""
+    assert "later" in texts(mixing_plot(records, seed=2))
+    assert mixing_plot([record()]) == ""
 
 
 def test_tensor_names_stay_different():
@@ -108,8 +108,8 @@ def test_page_is_standalone_and_well_formed(frames):
     summary, runs = frames
     figures = {"AUC per method": metric_plot(summary, runs, "auc")}
     build = {"provenance": {"commit": "c0ffee"}, "suites": {"seeds": "Same rows."}}
-    page = report_page("Quick", summary, runs, figures, ["What came out."], **build)
-    assert page == report_page("Quick", summary, runs, figures, ["What came out."], **build)
+    page = report_page("Quick", summary, runs, figures, ["One note."], **build)
+    assert page == report_page("Quick", summary, runs, figures, ["One note."], **build)
     parsed = Page(page)
     tags = [tag for tag, _ in parsed.tags]
     assert not {"script", "link", "iframe", "img"} & set(tags)
@@ -123,7 +123,7 @@ def test_page_is_standalone_and_well_formed(frames):
     assert "@import" not in page
     assert not re.search(r"url\((?!#)", page)
     text = " ".join(parsed.text)
-    for part in ("What came out.", "Same rows.", "c0ffee", "cki-rec evaluate", "bootstrap"):
+    for part in ("One note.", "Same rows.", "c0ffee", "cki-rec evaluate", "bootstrap"):
         assert part in text
     assert "nan" not in re.split(r"\W+", text.lower())
 
@@ -151,5 +151,5 @@ def test_page_shows_intervals_and_marks_apart(frames):
         page,
     )
     assert "Figures" not in page
-    assert '<th scope="col">DeLong p vs best parent</th>' in page
+    assert '<th scope="col">DeLong p vs best source</th>' in page
     assert "DeLong p vs output ensemble" not in page  # no run has it

@@ -6,15 +6,14 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from cki_rec.evaluation.bootstrap import bootstrap_auc, resampling_weights
 from cki_rec.evaluation.metrics import auc
 from cki_rec.evaluation.statistics import (
     Interval,
     auc_variance,
-    bootstrap_auc,
     bootstrap_p_value,
     delong,
     holm,
-    resampling_weights,
     win_tie_loss,
 )
 
@@ -50,14 +49,14 @@ def test_delong_equals_the_definition(seed, num_rows, num_values):
     label, *scores = draw(seed, num_rows, num_values)
     aucs, covariance = by_definition(label, scores)
     variance = covariance[0, 0] + covariance[1, 1] - 2 * covariance[0, 1]
-    found = delong(label, *scores)
-    assert found.estimate == pytest.approx(aucs[0] - aucs[1], abs=1e-14)
-    assert found.variance == pytest.approx(variance, rel=1e-10, abs=1e-16)
+    test = delong(label, *scores)
+    assert test.estimate == pytest.approx(aucs[0] - aucs[1], abs=1e-14)
+    assert test.variance == pytest.approx(variance, rel=1e-10, abs=1e-16)
     for score, of_one in zip(scores, np.diag(covariance), strict=True):
         assert auc_variance(label, score) == pytest.approx(of_one, rel=1e-12, abs=1e-18)
-    if found.variance > 0:
-        z = abs(found.estimate) / found.variance**0.5
-        assert found.p_value == pytest.approx(2 * stats.norm.sf(z), rel=1e-12)
+    if test.variance > 0:
+        z = abs(test.estimate) / test.variance**0.5
+        assert test.p_value == pytest.approx(2 * stats.norm.sf(z), rel=1e-12)
 
 
 def test_delong_depends_on_order_only():
@@ -75,11 +74,11 @@ def test_delong_agrees_with_the_bootstrap_over_rows():
     label, first, second = draw(6, 4000)
     resamples = resampling_weights(range(4000), 1500, np.random.default_rng(1))
     replicates = [bootstrap_auc(label, score, resamples) for score in (first, second)]
-    found = delong(label, first, second)
-    assert found.variance**0.5 == pytest.approx((replicates[0] - replicates[1]).std(), rel=0.06)
+    test = delong(label, first, second)
+    assert test.variance**0.5 == pytest.approx((replicates[0] - replicates[1]).std(), rel=0.06)
     assert auc_variance(label, first) ** 0.5 == pytest.approx(replicates[0].std(), rel=0.06)
-    shift = found.estimate - found.variance**0.5  # now the difference is one standard error
-    p_value = bootstrap_p_value(replicates[0] - replicates[1] - shift, found.estimate - shift)
+    shift = test.estimate - test.variance**0.5  # now the difference is one standard error
+    p_value = bootstrap_p_value(replicates[0] - replicates[1] - shift, test.estimate - shift)
     assert p_value == pytest.approx(2 * stats.norm.sf(1), abs=0.03)
 
 
@@ -95,8 +94,8 @@ def test_delong_rejects_true_hypotheses_at_its_level():
 
 def test_models_that_place_rows_alike_cannot_be_told_apart():
     label, score, _ = draw(7, 50)
-    found = delong(label, score, np.exp(score))
-    assert (found.estimate, found.variance, found.p_value) == (0.0, 0.0, 1.0)
+    test = delong(label, score, np.exp(score))
+    assert (test.estimate, test.variance, test.p_value) == (0.0, 0.0, 1.0)
     constant = delong(label, np.zeros(50), np.ones(50))
     assert (constant.estimate, constant.p_value) == (0.0, 1.0)
     assert auc_variance(label, np.zeros(50)) == 0
@@ -104,20 +103,20 @@ def test_models_that_place_rows_alike_cannot_be_told_apart():
 
 def test_delong_without_error_is_undefined():
     label = np.repeat([0, 1], 5)
-    found = delong(label, label, -label)
-    assert (found.estimate, found.variance, found.p_value) == (1.0, 0.0, None)
+    test = delong(label, label, -label)
+    assert (test.estimate, test.variance, test.p_value) == (1.0, 0.0, None)
 
 
 def test_delong_of_few_rows_is_undefined():
     for label in ([], [1, 1, 1], [0, 0]):
         score = np.arange(len(label))
-        found = delong(label, score, score)
-        assert (found.estimate, found.variance, found.p_value) == (None, None, None)
+        test = delong(label, score, score)
+        assert (test.estimate, test.variance, test.p_value) == (None, None, None)
         assert auc_variance(label, score) is None
     label, first, second = [1, 0, 0], np.array([1, 0, 2]), np.array([3, 1, 2])
-    found = delong(label, first, second)
-    assert found.estimate == auc(label, first) - auc(label, second) == -0.5
-    assert (found.variance, found.p_value) == (None, None)
+    test = delong(label, first, second)
+    assert test.estimate == auc(label, first) - auc(label, second) == -0.5
+    assert (test.variance, test.p_value) == (None, None)
 
 
 def test_delong_checks_its_rows():

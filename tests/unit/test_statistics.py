@@ -1,4 +1,4 @@
-"""Resamples and intervals: what they cover, what they leave undefined."""
+"""Resamples and intervals: coverage and undefined values."""
 
 import time
 
@@ -6,16 +6,18 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from cki_rec.evaluation.bootstrap import (
+    bootstrap_auc,
+    bootstrap_log_loss,
+    resampling_weights,
+)
 from cki_rec.evaluation.metrics import auc
 from cki_rec.evaluation.statistics import (
     Interval,
-    bootstrap_auc,
-    bootstrap_log_loss,
     mean_interval,
     mean_of_paired,
     paired_difference,
     percentile_interval,
-    resampling_weights,
 )
 
 

@@ -8,13 +8,14 @@ import pandas as pd
 import pytest
 
 from cki_rec.evaluation.display import display_frame, markdown_table, number
-from cki_rec.evaluation.tables import recovered_share, runs_frame, summary_frame, write_csv
+from cki_rec.evaluation.records import current
+from cki_rec.evaluation.tables import csv_bytes, recovered_share, runs_frame, summary_frame
 
 
 def record(method="cki", seed=1, auc=0.75, suite="shards", finetuned=False, **changes):
-    """A record whose numbers follow from ``auc``; ``best`` is the direct best parent's AUC."""
+    """A record whose numbers follow from ``auc``; ``best`` is the direct best source's AUC."""
     best, log_loss = changes.pop("best", 0.7), None if auc is None else 1.25 - auc
-    is_old, parents = changes.pop("is_old", False), changes.pop("parents", ["a", "b"])
+    is_old, sources = changes.pop("is_old", False), changes.pop("sources", ["a", "b"])
     differences = None
     if method != "best_source" and auc is not None:
         shift = auc - best
@@ -40,7 +41,7 @@ def record(method="cki", seed=1, auc=0.75, suite="shards", finetuned=False, **ch
     data = {"name": "ml", "hash": "abc123", "rows": rows, "synthetic": False}
     evaluate = {"bootstrap": 400, "resample": "user", "confidence": 0.9}
     whole = {"run_id": name, "name": "quickstart", "result": result, "fingerprint": "f" + name}
-    settings = {"evaluate": evaluate, "parents": parents}
+    settings = {"evaluate": evaluate, "sources": sources}
     if changes.pop("disjoint", suite == "shards"):
         settings["disjoint"] = True
     whole |= {"data": data, "config": settings, "provenance": provenance}
@@ -83,12 +84,11 @@ def row_of(frame, **values):
     return frame.iloc[0]
 
 
-def test_runs_are_sorted_whatever_the_order_of_records(tmp_path):
+def test_runs_are_sorted_whatever_the_order_of_records():
     records, _ = experiment()
     shuffled = random.Random(0).sample(records, len(records))
-    for name, some in (("a.csv", records), ("b.csv", shuffled)):
-        write_csv(runs_frame(some, ["joint", "cki"]), tmp_path / name)
-    assert (tmp_path / "a.csv").read_bytes() == (tmp_path / "b.csv").read_bytes()
+    tables = [csv_bytes(runs_frame(some, ["joint", "cki"])) for some in (records, shuffled)]
+    assert tables[0] == tables[1]
     frame = runs_frame(shuffled, ["joint", "cki"])
     keys = list(zip(frame["method"], frame["finetuned"], frame["seed"], strict=True))
     assert keys[:7] == [
@@ -104,17 +104,16 @@ def test_runs_do_not_depend_on_seconds():
     pd.testing.assert_frame_equal(first, second)
 
 
-def test_csv_keeps_every_digit_and_leaves_undefined_blank(tmp_path):
+def test_csv_keeps_every_digit_and_leaves_undefined_blank():
     value = 0.1 + 0.2
     records = [record(auc=value), record(auc=None, seed=2, parameters=None)]
-    write_csv(runs_frame(records), tmp_path / "runs.csv")
-    text = (tmp_path / "runs.csv").read_text()
+    text = csv_bytes(runs_frame(records)).decode()
     assert str(value) in text
     assert not {"nan", "None", "<NA>"} & set(text.replace("\n", ",").split(","))
     full, blank = csv.DictReader(text.splitlines())
     assert float(full["auc"]) == float(full["auc_domain_east"]) == value
     assert full["parameters"] == "1234"
-    for column in ("auc", "parameters", "auc_minus_best_parent_low"):
+    for column in ("auc", "parameters", "auc_minus_best_source_low"):
         assert blank[column] == ""
 
 
@@ -136,9 +135,9 @@ def test_summary_averages_repetitions_with_intervals():
     assert row["calibration_ratio"] == pytest.approx(1.04)
     # t(2) at 90 % two-sided is 2.91999; the deviation is .01
     assert row["auc_high"] - row["auc"] == pytest.approx(2.919986 * 0.01 / 3**0.5, rel=1e-5)
-    assert row["auc_minus_best_parent"] == pytest.approx(0.05)
+    assert row["auc_minus_best_source"] == pytest.approx(0.05)
     noise = next(iter(replicates["evaluate-shards-cki-1-0"].values()))["auc"]
-    assert row["auc_minus_best_parent_low"] == pytest.approx(np.quantile(noise, 0.05))
+    assert row["auc_minus_best_source_low"] == pytest.approx(np.quantile(noise, 0.05))
     assert np.isnan(row["auc_minus_output_ensemble"])
 
 
@@ -147,15 +146,15 @@ def test_summary_without_all_replicates_has_no_bootstrap_interval():
     del replicates["evaluate-seeds-cki-2-0"]
     summary = summary_frame(runs_frame(records), replicates)
     row = row_of(summary, suite="seeds", method="cki", finetuned=False)
-    assert row["auc_minus_best_parent"] == pytest.approx(0.05)
-    assert np.isnan(row["auc_minus_best_parent_low"])
+    assert row["auc_minus_best_source"] == pytest.approx(0.05)
+    assert np.isnan(row["auc_minus_best_source_low"])
 
 
 def test_summary_of_an_undefined_repetition_is_undefined():
     runs = runs_frame([record(seed=1), record(seed=2, auc=None)])
     row = summary_frame(runs, {}).iloc[0]
     assert np.isnan(row["auc"])
-    assert np.isnan(row["auc_minus_best_parent"])
+    assert np.isnan(row["auc_minus_best_source"])
     assert row["calibration_ratio"] == pytest.approx(1.02)
 
 
@@ -167,7 +166,7 @@ def test_summary_of_mixed_data_is_rejected():
 
 
 @pytest.mark.parametrize("is_disjoint", [True, False])
-def test_recovered_share_is_of_disjoint_parents_whatever_the_suite_is_called(is_disjoint):
+def test_recovered_share_is_of_disjoint_sources_whatever_the_suite_is_called(is_disjoint):
     levels = {"best_source": 0.7, "joint": 0.8, "cki": 0.75}
     records = [
         record(method, 1, auc, suite, disjoint=is_disjoint)
@@ -221,10 +220,10 @@ def test_display_marks_differences_that_exclude_zero():
     noise = np.linspace(-0.01, 0.01, 401)
     replicates = {
         run: {"best_source": replicates_of(shift, noise)}
-        for run, shift in zip(runs["run_id"], runs["auc_minus_best_parent"], strict=True)
+        for run, shift in zip(runs["run_id"], runs["auc_minus_best_source"], strict=True)
     }
     shown = display_frame(summary_frame(runs, replicates)).set_index("method")
-    auc, loss = shown["AUC vs best parent"], shown["LogLoss vs best parent"]
+    auc, loss = shown["AUC vs best source"], shown["LogLoss vs best source"]
     assert auc["cki"] == "+.0500 [+.0405, +.0595] (++)"
     assert loss["cki"] == "-.0500 [-.0595, -.0405] (++)"
     assert auc["worse"].endswith(" (--)")
@@ -234,7 +233,7 @@ def test_display_marks_differences_that_exclude_zero():
     assert "AUC vs output ensemble" not in shown.columns
 
 
-def test_marks_say_what_is_left_after_holm():
+def test_double_marks_need_significance_after_holm():
     """Ten methods at z = 2.4, p = .016: each alone is significant, ten looks together are not."""
     methods = [f"m{number}" for number in range(10)]
     runs = runs_frame([record(method, auc=0.724) for method in methods])
@@ -242,18 +241,18 @@ def test_marks_say_what_is_left_after_holm():
     noise = 0.01 * (noise - noise.mean()) / noise.std(ddof=1)
     many = {run: {"best_source": replicates_of(0.024, noise)} for run in runs["run_id"]}
     summary = summary_frame(runs, many)
-    assert summary["auc_minus_best_parent_p"].to_numpy() == pytest.approx(0.0164, abs=1e-4)
-    assert summary["auc_minus_best_parent_holm"].to_numpy() == pytest.approx(0.164, abs=1e-3)
-    marks = display_frame(summary)["AUC vs best parent"].str.split().str[-1]
+    assert summary["auc_minus_best_source_p"].to_numpy() == pytest.approx(0.0164, abs=1e-4)
+    assert summary["auc_minus_best_source_holm"].to_numpy() == pytest.approx(0.164, abs=1e-3)
+    marks = display_frame(summary)["AUC vs best source"].str.split().str[-1]
     assert set(marks) == {"(+)"}
     one = summary_frame(runs[:1], many)
-    assert display_frame(one)["AUC vs best parent"][0].endswith(" (++)")
+    assert display_frame(one)["AUC vs best source"][0].endswith(" (++)")
 
 
 def test_holm_is_over_single_models_of_a_suite():
     records, replicates = experiment()
     summary = summary_frame(runs_frame(records), replicates)
-    column = "log_loss_recalibrated_minus_best_parent"
+    column = "log_loss_recalibrated_minus_best_source"
     for _, part in summary.groupby("suite"):
         family = part[(part["inference_cost"] == 1) & part[f"{column}_p"].notna()]
         assert set(family["method"]) == {"cki", "joint"}
@@ -267,20 +266,19 @@ def test_wins_are_counted_over_repetitions():
     records = [record("cki", seed, 0.7 + shift) for seed, shift in enumerate((0.02, 0.0, -0.05))]
     records += [record("once"), record("lost", 1, 0.8), record("lost", 2, None)]
     shown = display_frame(summary_frame(runs_frame(records), {})).set_index("method")
-    wins = shown["W/T/L vs best parent"]
+    wins = shown["W/T/L vs best source"]
     assert dict(wins) == {"cki": "1/1/1", "once": "", "lost": ""}
 
 
-def test_recalibrated_log_loss_is_shown_with_its_difference(tmp_path):
+def test_recalibrated_log_loss_is_shown_with_its_difference():
     records, replicates = experiment()
     runs = runs_frame(records)
     shown = display_frame(summary_frame(runs, replicates))
     assert list(shown["LogLoss recal."][:2]) == [".5000", ".4500"]
-    assert shown["LogLoss recal. vs best parent"][1].startswith("-.0250 [")
-    write_csv(runs, tmp_path / "runs.csv")
-    first = next(csv.DictReader((tmp_path / "runs.csv").read_text().splitlines()))
+    assert shown["LogLoss recal. vs best source"][1].startswith("-.0250 [")
+    first = next(csv.DictReader(csv_bytes(runs).decode().splitlines()))
     assert (first["recalibration_scale"], first["recalibration_shift"]) == ("0.9", "0.01")
-    assert set(runs["auc_minus_best_parent_delong_p"].dropna()) == {0.04}
+    assert set(runs["auc_minus_best_source_delong_p"].dropna()) == {0.04}
 
 
 def test_records_without_the_newer_keys_are_blank_there():
@@ -289,7 +287,7 @@ def test_records_without_the_newer_keys_are_blank_there():
     part = {metric: replicates_of(0.05, noise)[metric] for metric in ("auc", "log_loss")}
     summary = summary_frame(runs, {run: {"best_source": part} for run in runs["run_id"]})
     shown = display_frame(summary)
-    assert shown["AUC vs best parent"][0].endswith(" (++)")
+    assert shown["AUC vs best source"][0].endswith(" (++)")
     assert not [column for column in shown if "recal." in column]
     text = markdown_table(summary, runs)
     assert "DeLong" not in text
@@ -297,19 +295,19 @@ def test_records_without_the_newer_keys_are_blank_there():
     mixed = runs_frame([record(seed=1, is_old=True), record(seed=2)])
     row = summary_frame(mixed, {}).iloc[0]
     assert np.isnan(row["log_loss_recalibrated"])
-    assert np.isnan(row["log_loss_recalibrated_minus_best_parent"])
+    assert np.isnan(row["log_loss_recalibrated_minus_best_source"])
 
 
-def test_one_parent_has_no_ensemble_to_be_compared_with():
+def test_one_source_has_no_ensemble_to_be_compared_with():
     zero = {m: {"estimate": 0.0, "low": 0.0, "high": 0.0} for m in ("auc", "log_loss")}
     both = {"best_source": None, "output_ensemble": zero}
-    for parents, is_shown in ((["a"], False), (["a", "a"], False), (["a", "b"], True)):
-        one = record("best_source", suite="single", parents=parents, difference=both)
+    for sources, is_shown in ((["a"], False), (["a", "a"], False), (["a", "b"], True)):
+        one = record("best_source", suite="single", sources=sources, difference=both)
         shown = display_frame(summary_frame(runs_frame([one]), {}))
         assert ("AUC vs output ensemble" in shown) == is_shown
 
 
-def test_markdown_tells_what_the_numbers_are():
+def test_markdown_describes_the_numbers():
     records, replicates = experiment()
     runs = runs_frame(records)
     text = markdown_table(summary_frame(runs, replicates, 0.9), runs, "Quick", {"seeds": "Luck."})
@@ -328,18 +326,43 @@ def test_markdown_tells_what_the_numbers_are():
     assert len({line.count("|") for line in tables[:7]}) == 1
 
 
-def test_markdown_says_what_was_taken_as_said():
-    plain, said = record(), record()
-    said["config"]["evaluate"]["disjoint_files"] = True
+def test_markdown_names_the_assumption_that_nothing_checks():
+    plain, assumed = record(), record()
+    assumed["config"]["evaluate"]["disjoint_files"] = True
     shown = []
-    for one in (plain, said):
+    for one in (plain, assumed):
         runs = runs_frame([one])
-        shown.append("Taken as said" in markdown_table(summary_frame(runs, {}), runs))
+        shown.append("Assumed, not checked" in markdown_table(summary_frame(runs, {}), runs))
     assert shown == [False, True]
 
 
-def test_markdown_says_when_data_is_synthetic():
+def test_markdown_marks_synthetic_data():
     one = record()
     one["data"]["synthetic"] = True
     runs = runs_frame([one])
     assert "ml (synthetic data)" in markdown_table(summary_frame(runs, {}), runs)
+
+
+def test_records_of_version_0_1_0_are_read_under_the_names_of_today():
+    """Before version 0.2.0, sources were parents and some methods had other labels."""
+    labels = {
+        "best_parent": "best_source",
+        "newest_parent": "newest_source",
+        "aligned_evidence": "auto",
+        "control_permuted": "ablation_permuted",
+        "cki": "cki",
+    }
+    old, new = [], []
+    for before, after in labels.items():
+        new.append(record(after))
+        one = record(after)
+        one["result"]["method"] = before
+        one["config"]["parents"] = one["config"].pop("sources")
+        difference = one["result"]["difference"]
+        if difference:
+            one["result"]["difference"] = {"best_parent": difference["best_source"]}
+        old.append(one)
+    pd.testing.assert_frame_equal(
+        runs_frame([current(one) for one in old]), runs_frame(new), check_exact=True
+    )
+    assert [current(one) for one in new] == new

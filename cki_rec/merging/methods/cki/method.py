@@ -10,7 +10,7 @@ from torch import Tensor
 from cki_rec.merging.methods.cki.assessment import Histogram, compute_global_terms
 from cki_rec.merging.methods.cki.gate import initialize_gate
 from cki_rec.merging.methods.cki.weights import cki_weights
-from cki_rec.merging.params import STATISTICS, MixingWeights, Params
+from cki_rec.merging.params import STATISTICS, MixingWeights, Params, check_same
 from cki_rec.merging.registry import method
 
 Gate = Literal["full", "affine", "diagonal", "low_rank", "scalar", "identity", "none"]
@@ -100,6 +100,7 @@ def cki(
     Differs:
         As ``cki_weights``.
     """
+    check_same(models)
     if gates is None:
         gates = {
             name: _initial_gate(name, tensor.shape, seed, gate=gate, rank=rank)

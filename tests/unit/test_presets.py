@@ -1,4 +1,4 @@
-"""What is merged, what is a control, and that every choice of conf/merge says so."""
+"""Presets of conf/merge, scopes and gates, and ablations of sources."""
 
 from __future__ import annotations
 
@@ -8,23 +8,22 @@ from networks import draw_batch, make_case
 from samples import ROOT
 from torch.func import functional_call
 
-from cki_rec.config import CHOICES, UserError, parse
-from cki_rec.merging.ablations import permute, shuffle
-from cki_rec.merging.methods.cki.assessment import RANGES
-from cki_rec.merging.methods.cki.weights import DUAL
-from cki_rec.merging.registry import METHODS
-from cki_rec.pipelines import rules
-from cki_rec.pipelines.merging import initial_gates, trunk_parameters
+from cki_rec.config import UserError, parse
+from cki_rec.merging.methods import METHODS
+from cki_rec.merging.perturbation import permute, shuffle
+from cki_rec.merging.steps import initial_gates
+from cki_rec.pipelines.merge_inputs import fixed_rules, out_of_scope
+from cki_rec.pipelines.preflight import check_options, entry_of
 
 PRESETS = sorted(path.stem for path in (ROOT / "conf" / "merge").glob("*.yaml"))
-CONTROLS = ("frozen", "uniform", "random", "permuted", "shuffled")
+ABLATIONS = ("frozen", "uniform", "random", "permuted", "shuffled")
 
 
 @pytest.mark.parametrize("name", [name for name in PRESETS if name != "default"])
 def test_every_preset_parses_and_is_labelled_as_its_file(compose, name):
     options = parse(compose(f"merge={name}")).merge
     assert options.label == name
-    assert options.method in METHODS
+    entry_of(options)
 
 
 @pytest.mark.parametrize(
@@ -34,23 +33,23 @@ def test_every_preset_parses_and_is_labelled_as_its_file(compose, name):
         ("released_protocol_amazon_beauty", "amazon_beauty"),
     ],
 )
-def test_the_released_protocol_comes_with_all_its_controls(compose, experiment, data):
+def test_the_released_protocol_comes_with_all_its_ablations(compose, experiment, data):
     from omegaconf import OmegaConf
 
     config = parse(compose(f"experiment={experiment}"))
     assert (config.name, config.data.name, config.model.name) == (experiment, data, "din")
     assert config.suite.name == "seeds"
-    assert config.train.epochs == config.merge.gate.epochs == 10
+    assert config.train.epochs == config.merge.learn.epochs == 10
     tree = OmegaConf.load(ROOT / "conf" / "experiment" / f"{experiment}.yaml")
     swept = tree.hydra.sweeper.params.merge.split(",")
-    assert {f"control_{name}" for name in CONTROLS} < set(swept) <= set(PRESETS)
+    assert {f"ablation_{name}" for name in ABLATIONS} < set(swept) <= set(PRESETS)
 
 
-@pytest.mark.parametrize("name", CONTROLS)
-def test_controls_train_as_long_and_as_much_as_the_released_protocol(compose, name):
+@pytest.mark.parametrize("name", ABLATIONS)
+def test_ablations_train_as_long_and_as_much_as_the_released_protocol(compose, name):
     released = parse(compose("merge=cki_released")).merge
     own = parse(compose(f"merge=ablation_{name}")).merge
-    assert (own.gate, own.scope, own.bias) == (released.gate, released.scope, released.bias)
+    assert (own.learn, own.scope, own.biases) == (released.learn, released.scope, released.biases)
 
 
 @pytest.fixture(scope="module")
@@ -72,9 +71,9 @@ def configured(compose, *words):
         ("all", [""]),
     ],
 )
-def test_scopes_hold_what_they_say(compose, params, scope, inside):
+def test_scopes(compose, params, scope, inside):
     options = configured(compose, f"merge.scope={scope}", "merge=evidence")
-    outside = rules.outside_scope(options, params)
+    outside = out_of_scope(options, params)
     assert set(params) - set(outside) == {n for n in params if n.startswith(tuple(inside))}
 
 
@@ -82,48 +81,41 @@ def test_a_scope_of_nothing_is_refused(compose, params):
     options = configured(compose, "merge=cki_released")
     headless = {n: t for n, t in params.items() if not n.startswith("mlp.")}
     with pytest.raises(UserError, match=r"merge\.scope=head: the model has no such layers"):
-        rules.outside_scope(options, headless)
+        out_of_scope(options, headless)
+
+
+def gates_of(options, params):
+    fixed = fixed_rules(options, params)
+    return initial_gates(METHODS[options.method], params, 1, options.options, fixed)
 
 
 def test_gates_act_in_scope_and_the_trunk_is_the_rest(compose, params):
     options = configured(compose, "merge=cki_released")
-    gates = initial_gates(options, params, 1)
-    gated = {name for name, gate in gates.items() if gate is not None}
+    gated = {name for name, gate in gates_of(options, params).items() if gate is not None}
     assert gated == {n for n in params if n.startswith("mlp.") and params[n].ndim > 1}
-    assert trunk_parameters(options, params) == [n for n in params if not n.startswith("mlp.")]
-    low_rank = configured(compose, "merge=cki_gate_low_rank", "merge.gate.rank=2")
-    gate = initial_gates(low_rank, params, 1)["mlp.layers.0.weight"]
+    assert out_of_scope(options, params) == [n for n in params if not n.startswith("mlp.")]
+    low_rank = configured(compose, "merge=cki_gate_low_rank", "merge.options.rank=2")
+    gate = gates_of(low_rank, params)["mlp.layers.0.weight"]
     assert gate.shape == (2, params["mlp.layers.0.weight"].shape[1], 2)
 
 
-def test_entropies_are_reported_where_they_decide(compose, params):
-    models = [params, shuffle(params, 1)]
-    report = rules.entropy_report(configured(compose, "merge=cki_released"), models, 1)
-    assert set(report) == {n for n in params if n.startswith("mlp.") and params[n].ndim > 1}
-    for row in report.values():
-        assert row["difference"] == [0.0, 0.0]
-        assert row["noise"][0] > 0
-    assert rules.entropy_report(configured(compose, "merge=cki_local"), models, 1) is None
-    assert rules.entropy_report(configured(compose, "merge=average"), models, 1) is None
-    everywhere = rules.entropy_report(configured(compose, "merge=cki_global"), models, 1)
-    assert set(everywhere) == set(params)
-
-
-def test_words_are_those_of_the_code():
-    assert CHOICES["merge.range"] == RANGES
-    assert CHOICES["merge.dual"] == DUAL
+def test_statistics_of_batch_norms_have_no_gate(compose, params):
+    gates = gates_of(configured(compose, "merge=cki"), params)
+    ungated = {name for name, gate in gates.items() if gate is None}
+    assert ungated == {n for n in params if n.endswith(("running_mean", "running_var"))}
 
 
 @pytest.mark.parametrize(
     ("words", "match"),
     [
-        (["merge.gate.train=trunk"], "what is out of scope trains along"),
-        (["merge=average", "merge.gate.train=frozen"], "average has no gate to learn"),
+        (["merge.learn.what=trunk"], "trains the parameters out of scope"),
+        (["merge=average", "merge.learn.what=gates"], "average has no gate to learn"),
+        (["merge=cki_local", "merge.learn.what=gates"], "cki has no gate to learn"),
     ],
 )
 def test_trainings_of_nothing_are_refused(compose, words, match):
     with pytest.raises(UserError, match=match):
-        parse(compose(*words))
+        check_options(parse(compose(*words)))
 
 
 @pytest.mark.parametrize("title", ["din", "deepfm", "dcnv2", "final_mlp"])

@@ -1,0 +1,48 @@
+"""The report pipeline on records made by hand: files, and records of version 0.1.0."""
+
+import json
+
+import numpy as np
+from test_tables import record
+
+from cki_rec.cli import main
+from cki_rec.engine.record import RECORD, Run, add_to_sweep
+from cki_rec.pipelines.evaluate import REPLICATES
+
+
+def write_run(out, one, name, baseline):
+    folder = out / one["run_id"]
+    folder.mkdir(parents=True)
+    (folder / RECORD).write_text(json.dumps(one))
+    np.savez(folder / REPLICATES, **{f"{baseline}/auc": np.linspace(0.04, 0.06, 400)})
+    add_to_sweep(out, name, Run(folder))
+
+
+def test_report_reads_records_of_version_0_1_0(tmp_path, capsys):
+    tables = []
+    for name, label, baseline in (
+        ("old", "aligned_evidence", "best_parent"),
+        ("new", "auto", "best_source"),
+    ):
+        one = record("auto", shares={"mlp.0.weight": [0.5, 0.5]})
+        one["result"]["method"] = label
+        one["result"]["difference"] = {baseline: one["result"]["difference"]["best_source"]}
+        one["run_id"] = "evaluate-1"
+        write_run(tmp_path / name, one, name, baseline)
+        places = [f"runtime.out={tmp_path / name}", f"runtime.reports={tmp_path}"]
+        assert main(["report", f"name={name}", *places]) == 0
+        tables.append((tmp_path / name / "runs.csv").read_bytes())
+        table = (tmp_path / name / "table.md").read_text()
+        assert "+.0500 [+.0410, +.0590] (++)" in table
+    assert tables[0] == tables[1]
+    assert "auto" in capsys.readouterr().out
+    names = {path.name for path in (tmp_path / "new").iterdir() if path.is_file()}
+    figures = {"auc_on_test_rows.svg", "logloss_on_test_rows.svg"}
+    assert names == figures | {
+        *("mixing_weights_suite_shards.svg", "report.html", "runs.csv", "table.md")
+    }
+
+
+def test_a_name_without_runs_is_an_error_with_the_command(tmp_path, capsys):
+    assert main(["report", "name=nothing", f"runtime.out={tmp_path}"]) == 2
+    assert "start with cki-rec evaluate" in capsys.readouterr().err
