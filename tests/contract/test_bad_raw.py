@@ -273,8 +273,8 @@ def test_harmless_differences_are_accepted(tmp_path, form, end):
         "blank lines": lambda lines: joined(lines) + b"\n \n",
     }[end]
     want, _ = read_rows(sample.data(sample.write(tmp_path / "good")))
-    found, _ = read_rows(sample.data(sample.write(tmp_path / "other", change)))
-    assert found.equals(want)
+    result, _ = read_rows(sample.data(sample.write(tmp_path / "other", change)))
+    assert result.equals(want)
 
 
 @pytest.mark.parametrize(

@@ -75,8 +75,8 @@ def encoded(tmp_path_factory):
 
 def vocabulary_of(tokens: pd.Series, min_count: int) -> list[str]:
     counts = tokens.value_counts()
-    kept = [(-int(count), token) for token, count in counts.items() if count >= min_count]
-    return [token for _, token in sorted(kept)]
+    remaining = [(-int(count), token) for token, count in counts.items() if count >= min_count]
+    return [token for _, token in sorted(remaining)]
 
 
 def ids_of(tokens: pd.Series, vocabulary: list[str]) -> np.ndarray:
@@ -148,14 +148,14 @@ def test_counts_of_parts_equal_pandas(choice, by, min_count, encoded):
     part = np.asarray(dataset.parts(partition).part)
     assert np.ptp(np.bincount(part, minlength=3)) <= 1
     is_train = dataset.split == 0
-    found = [dataset.row_counts(dataset.schema, partition, number) for number in range(3)]
+    result = [dataset.row_counts(dataset.schema, partition, number) for number in range(3)]
     total = dataset.row_counts(dataset.schema)
     for name, size in dataset.schema.table_sizes.items():
         ids = np.asarray(dataset.column(name))
         for number in range(3):
             want = counts_of(ids[is_train & (part == number)], size)
-            assert found[number][name].tolist() == want, (name, number)
-        np.testing.assert_array_equal(sum(counts[name] for counts in found), total[name])
+            assert result[number][name].tolist() == want, (name, number)
+        np.testing.assert_array_equal(sum(counts[name] for counts in result), total[name])
         assert total[name].sum() == is_train.sum()
 
 

@@ -77,10 +77,10 @@ def test_every_file_of_a_list_has_a_header(tmp_path):
 def test_no_row_depends_on_the_block_size(tmp_path, block_bytes):
     lines = [*LINES[:9], line_of(1, hour="14139999"), "", line_of(2, C1="x,y"), *LINES[9:]]
     path = write(tmp_path / "train", lines)
-    want, found = read_rows(options(path, on_bad_row="skip"))
+    want, result = read_rows(options(path, on_bad_row="skip"))
     frame, reading = read_rows(options(path, on_bad_row="skip"), block_bytes)
     assert frame.equals(want)
-    assert reading.counts == found.counts == {"not a time": 1, "extra field": 1}
+    assert reading.counts == result.counts == {"not a time": 1, "extra field": 1}
     assert frame[LINE].to_list() == [*range(2, 11), *range(14, 35)]
 
 

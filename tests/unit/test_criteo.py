@@ -189,13 +189,13 @@ def test_no_row_depends_on_the_block_size(tmp_path, name, block_bytes):
     lines[11] = line_of(12, C3="long" * 1000)
     lines[12:12] = ["", "not a row", line_of(1, I1="1.5")]
     path = write(tmp_path / name, lines, end="\r\n")
-    want, found = read_rows(options(path, on_bad_row="skip"))
+    want, result = read_rows(options(path, on_bad_row="skip"))
     frame, reading = read_rows(options(path, on_bad_row="skip"), block_bytes)
     assert frame.equals(want)
     assert len(frame) == len(LINES)
-    assert (reading.counts, reading.examples) == (found.counts, found.examples)
+    assert (reading.counts, reading.examples) == (result.counts, result.examples)
     assert reading.counts == {"missing field": 1, "not a number": 1}
-    assert reading.md5 == found.md5
+    assert reading.md5 == result.md5
 
 
 @pytest.mark.parametrize("block_bytes", [1, 3, 4, 1000])
@@ -281,10 +281,10 @@ def test_missing_numbers_are_a_category_or_a_number(tmp_path, missing):
     )
     dataset = prepare(data, tmp_path / "encoded")
     tokens = dataset.vocabulary("I1")
-    found = [tokens[i - FIRST_ID] for i in dataset.column("I1")]
+    result = [tokens[i - FIRST_ID] for i in dataset.column("I1")]
     of_value = {"": "" if missing is None else "0", "0": "0", "1": "1", "2": "2"}
     of_value |= {"3": "1", "100": "21"}  # floor(ln(3)^2), floor(ln(100)^2)
-    assert found == [of_value[line.split("\t")[1]] for line in lines]
+    assert result == [of_value[line.split("\t")[1]] for line in lines]
 
 
 def test_time_split_goes_by_the_order_of_rows(tmp_path):

@@ -67,8 +67,8 @@ def error_of(data: Data) -> str:
 def tokens_of(dataset: EncodedDataset, name: str) -> list:
     column, known = dataset.column(name), dataset.vocabulary(name)
     if isinstance(column, Ragged):
-        found = [column.ids(np.array([row]))[0].tolist() for row in range(len(dataset))]
-        return [[known[i - FIRST_ID] for i in ids] for ids in found]
+        result = [column.ids(np.array([row]))[0].tolist() for row in range(len(dataset))]
+        return [[known[i - FIRST_ID] for i in ids] for ids in result]
     return [None if i == OOV_ID else known[i - FIRST_ID] for i in column]
 
 
@@ -123,10 +123,10 @@ def test_different_headers_among_files_are_refused(tmp_path):
 def test_no_row_depends_on_the_block_size(tmp_path, block_bytes):
     rows = [*ROWS[:9], '1,"u, 1",i1,"say, c"', "", "1,u", *ROWS[9:], '1,"u,i,c']
     data = one_file(tmp_path / "a.csv", rows, on_bad_row="skip")
-    want, found = read_rows(data)
+    want, result = read_rows(data)
     frame, reading = read_rows(data, block_bytes)
     assert frame.equals(want)
-    assert reading.counts == found.counts == {"missing field": 1, "quotes": 1}
+    assert reading.counts == result.counts == {"missing field": 1, "quotes": 1}
 
 
 def test_quoted_fields_hold_commas(tmp_path):
@@ -180,9 +180,9 @@ def test_multi_fields_hold_the_first_distinct_tokens(tmp_path):
     rows = [f"{row},{texts[n % 5]}" for n, row in enumerate(ROWS)]
     field = {"name": "tags", "kind": "multi", "separator": " ", "max_length": 3}
     data = one_file(tmp_path / "a.csv", rows, HEADER + ",tags", fields=["user", field])
-    found = tokens_of(prepare(data, tmp_path / "encoded"), "tags")
+    result = tokens_of(prepare(data, tmp_path / "encoded"), "tags")
     want = [["rock", "pop"], ["pop", "rock", "jazz"], [], [], ["folk"]]
-    assert found == [want[n % 5] for n in range(30)]
+    assert result == [want[n % 5] for n in range(30)]
 
 
 AGES = {

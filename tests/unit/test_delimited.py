@@ -152,11 +152,11 @@ CASES += [("number", word) for word in NUMBER_WORDS] + [("click", word) for word
 def test_word_means_the_same_next_to_bad_lines(tmp_path, kind, word):
     layout = Layout(columns={"a": "click", "b": kind, "c": "text"}, separator="|")
     lines = ["1|1|first", f"0|{word}|second"]
-    alone, found = read(tmp_path / "alone.txt", lines, layout)
+    alone, result = read(tmp_path / "alone.txt", lines, layout)
     beside, reading = read(tmp_path / "beside.txt", [*lines, "0|1"], layout)
     assert beside.equals(alone)
-    assert reading.counts.pop("missing field", 0) - found.counts.pop("missing field", 0) == 1
-    assert reading.counts == found.counts
+    assert reading.counts.pop("missing field", 0) - result.counts.pop("missing field", 0) == 1
+    assert reading.counts == result.counts
 
 
 @pytest.mark.parametrize("is_alone", [True, False])

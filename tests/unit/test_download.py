@@ -149,13 +149,13 @@ def assert_whole(target: Path, content: bytes = CONTENT) -> None:
 def assert_goes_on(server: Server, target: Path) -> None:
     """Check that the first call has left a part and the second fetches the rest only."""
     assert not target.exists()
-    kept = part_of(target).read_bytes()
-    assert 0 < len(kept) < len(CONTENT)
-    assert kept == CONTENT[: len(kept)]
+    remaining = part_of(target).read_bytes()
+    assert 0 < len(remaining) < len(CONTENT)
+    assert remaining == CONTENT[: len(remaining)]
     server.requests.clear()
     fetch(server.url, target)
     assert_whole(target)
-    assert server.requests == [f"bytes={len(kept)}-"]
+    assert server.requests == [f"bytes={len(remaining)}-"]
 
 
 def test_plain_fetch(server, target):

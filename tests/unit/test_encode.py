@@ -47,7 +47,7 @@ def encode_frame(tmp_path, monkeypatch):
 
 
 def codes_of(split: Split, tmp_path: Path, group, timestamp, rows_per_step: int = 1):
-    found = split_codes(
+    result = split_codes(
         split,
         len(group),
         group=group,
@@ -55,7 +55,7 @@ def codes_of(split: Split, tmp_path: Path, group, timestamp, rows_per_step: int 
         rows_per_step=rows_per_step,
         scratch=tmp_path,
     )
-    return np.concatenate(list(found))
+    return np.concatenate(list(result))
 
 
 def ids_of(encoded: EncodedDataset, name: str, row: int) -> list[int]:
@@ -104,10 +104,10 @@ def test_genres_decode_to_distinct_genres_of_the_movie(encode_files):
     known = {g for genres, code in zip(listed, encoded.split, strict=True) if code == 0
              for g in genres}  # fmt: skip
     for row, genres in enumerate(listed):
-        found = decoded(encoded, "genres", row)
-        assert [g for g in found if g is not None] == [g for g in genres if g in known]
-        assert (None in found) == (not known.issuperset(genres))
-        assert found.count(None) <= 1
+        result = decoded(encoded, "genres", row)
+        assert [g for g in result if g is not None] == [g for g in genres if g in known]
+        assert (None in result) == (not known.issuperset(genres))
+        assert result.count(None) <= 1
     assert any(not genres for genres in listed)
 
 
@@ -143,11 +143,11 @@ def test_rare_tokens_share_the_unseen_id(encode_files):
     encoded = encode_files(make_data(min_count=3))
     rows = pandas_rows(LATEST)
     counts = Counter(rows["item"][encoded.split == 0])
-    kept = {item for item, count in counts.items() if count >= 3}
-    assert 0 < len(kept) < len(counts)
-    assert set(encoded.vocabulary("item")) == kept
+    remaining = {item for item, count in counts.items() if count >= 3}
+    assert 0 < len(remaining) < len(counts)
+    assert set(encoded.vocabulary("item")) == remaining
     for row, item in enumerate(rows["item"]):
-        assert (ids_of(encoded, "item", row) == [OOV_ID]) == (item not in kept)
+        assert (ids_of(encoded, "item", row) == [OOV_ID]) == (item not in remaining)
 
 
 def test_unseen_tokens_of_a_row_are_one_id(encode_frame):
@@ -162,8 +162,8 @@ def test_unseen_tokens_of_a_row_are_one_id(encode_frame):
     )
     split = Split(by="time", fractions=[0.5, 0.25, 0.25], seed=0)
     encoded = encode_frame(frame, split=split, fields=["genres"])
-    found = [ids_of(encoded, "genres", row) for row in range(4)]
-    assert found == [[2], [3], [OOV_ID, 2], [OOV_ID]]
+    result = [ids_of(encoded, "genres", row) for row in range(4)]
+    assert result == [[2], [3], [OOV_ID, 2], [OOV_ID]]
 
 
 def test_history_without_item_field_uses_table_item(encode_files):
@@ -213,8 +213,8 @@ def test_history_of_all_earlier_rows(by, encode_files):
 
 def test_history_of_training_rows_is_the_default(encode_files):
     fields = ["user", "item", {"name": "history", "rows": "train"}]
-    found = [encode_files(make_data(fields=f)) for f in (fields, ["user", "item", "history"])]
-    assert found[0].hash == found[1].hash
+    result = [encode_files(make_data(fields=f)) for f in (fields, ["user", "item", "history"])]
+    assert result[0].hash == result[1].hash
 
 
 def test_history_of_embedded_data_equals_brute_force_on_some_rows(encode_files):

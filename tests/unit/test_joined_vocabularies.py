@@ -40,15 +40,15 @@ LISTS = st.lists(st.lists(st.sampled_from("abcdefgh"), unique=True), min_size=1,
 @given(LISTS)
 def test_every_token_has_one_row_and_the_first_source_keeps_its_ids(lists):
     union, maps = join_tokens(lists, FIRST_ID)
-    assert sorted(union) == sorted({token for own in lists for token in own})
+    assert sorted(union) == sorted({token for original in lists for token in original})
     assert maps[0].tolist() == list(range(FIRST_ID + len(lists[0])))
-    for own, rows in zip(lists, maps, strict=True):
+    for original, rows in zip(lists, maps, strict=True):
         assert rows[:FIRST_ID].tolist() == list(range(FIRST_ID))
-        assert [union[row - FIRST_ID] for row in rows[FIRST_ID:]] == own
+        assert [union[row - FIRST_ID] for row in rows[FIRST_ID:]] == original
     has = owned(maps, FIRST_ID + len(union))
     assert has.any(0).all()
-    for k, own in enumerate(lists):
-        assert {union[r - FIRST_ID] for r in has[k].nonzero()[FIRST_ID:, 0]} == set(own)
+    for k, original in enumerate(lists):
+        assert {union[r - FIRST_ID] for r in has[k].nonzero()[FIRST_ID:, 0]} == set(original)
 
 
 def two_sources():
@@ -94,8 +94,8 @@ def test_weight_of_sources_without_a_row_goes_to_those_that_have_it():
         [0.5, 0.5, 0.0],
     ]
     soft = torch.tensor([[0.2, 0.2], [0.2, 0.2], [0.6, 0.6]])[:, :, None]
-    found = restrict_weights({"t": soft}, owners)["t"][:, 1, 0]
-    torch.testing.assert_close(found, torch.tensor([0.5, 0.5, 0.0]))
+    result = restrict_weights({"t": soft}, owners)["t"][:, 1, 0]
+    torch.testing.assert_close(result, torch.tensor([0.5, 0.5, 0.0]))
 
 
 def test_a_row_of_one_source_is_copied_although_the_source_never_saw_it():
@@ -118,8 +118,8 @@ def test_methods_without_weights_get_rows_of_owners():
 
 def test_whole_tables_are_compared_by_rows_that_all_have():
     _, moved, _, owners = two_sources()
-    for whole, kept in zip(moved, shared_rows(moved, owners), strict=True):
-        assert torch.equal(kept["t"], whole["t"][:4])
+    for whole, remaining in zip(moved, shared_rows(moved, owners), strict=True):
+        assert torch.equal(remaining["t"], whole["t"][:4])
 
 
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)])
@@ -134,8 +134,8 @@ def test_a_model_and_itself_under_a_permuted_vocabulary_give_its_scores(order):
         others = FIRST_ID + torch.randperm(size - FIRST_ID, generator=draws(size))
         sources[1][name] = params[name][torch.cat([torch.arange(FIRST_ID), others])]
         lists = [list(range(FIRST_ID, size)), others.tolist()]
-        _, found = join_tokens([[str(t) for t in lists[k]] for k in order], FIRST_ID)
-        for k, rows in zip(order, found, strict=True):
+        _, result = join_tokens([[str(t) for t in lists[k]] for k in order], FIRST_ID)
+        for k, rows in zip(order, result, strict=True):
             maps[k][name] = rows
     sizes = {name: len(rows) for name, rows in maps[0].items()}
     moved = [to_union(sources[k], maps[k], sizes, OOV_ID) for k in order]

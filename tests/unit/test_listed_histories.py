@@ -177,8 +177,8 @@ def test_histories_of_liked_items_have_other_options(field, message):
 
 def test_fields_without_keep_are_written_as_before():
     data = make_data("kkbox_x1", raw="absent")
-    found = resolve_fields(data, dict.fromkeys(entry_names(data), "categorical"))
-    assert not [entry for entry in fields_to_json(found) if "keep" in entry]
+    result = resolve_fields(data, dict.fromkeys(entry_names(data), "categorical"))
+    assert not [entry for entry in fields_to_json(result) if "keep" in entry]
 
 
 def entry_names(data) -> list[str]:

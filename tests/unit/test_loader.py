@@ -63,9 +63,9 @@ def test_labels_of_test_rows_are_nan_in_batches_and_elsewhere(dataset):
 def test_batches_in_order_equal_rows(dataset, has_histories):
     schema = dataset.schema if has_histories else dataset.schema.without_histories()
     rows = dataset.rows("test")[:100]
-    found = list(Loader(dataset, schema, rows, 32))
-    assert [len(batch) for batch in found] == [32, 32, 32, 4]
-    for number, batch in enumerate(found):
+    result = list(Loader(dataset, schema, rows, 32))
+    assert [len(batch) for batch in result] == [32, 32, 32, 4]
+    for number, batch in enumerate(result):
         check(batch, dataset, schema, rows[32 * number : 32 * number + 32])
 
 
@@ -73,9 +73,9 @@ def test_shuffled_batches_hold_each_row_once_in_the_order_of_the_seed(dataset):
     rows = dataset.rows("valid")[:200]
     order = rows[Permutation(200, 7, 0, SHUFFLE_STREAM)(np.arange(200))]
     assert sorted(order.tolist()) == rows.tolist()
-    found = list(Loader(dataset, dataset.schema, rows, 64, seed=7))
-    assert sum(len(batch) for batch in found) == 200
-    for number, batch in enumerate(found):
+    result = list(Loader(dataset, dataset.schema, rows, 64, seed=7))
+    assert sum(len(batch) for batch in result) == 200
+    for number, batch in enumerate(result):
         check(batch, dataset, dataset.schema, order[64 * number : 64 * number + 64])
     assert order.tolist() != rows.tolist()
 
@@ -119,7 +119,7 @@ def test_batches_copied_to_cuda_equal_those_on_the_cpu(dataset):
     rows, device = dataset.rows("train"), torch.device("cuda")
     on_cpu = Loader(dataset, dataset.schema, rows, 512, seed=1)
     on_cuda = Loader(dataset, dataset.schema, rows, 512, seed=1, device=device)
-    for expected, found in zip(on_cpu, on_cuda, strict=True):
-        assert found.values.device.type == "cuda"
-        assert torch.equal(found.values.cpu(), expected.values)
-        assert torch.equal(found.label.cpu(), expected.label)
+    for expected, result in zip(on_cpu, on_cuda, strict=True):
+        assert result.values.device.type == "cuda"
+        assert torch.equal(result.values.cpu(), expected.values)
+        assert torch.equal(result.label.cpu(), expected.label)

@@ -83,7 +83,7 @@ def steps_of(make, rows, batch_size: int, world_size: int, **options) -> list[li
     ]
     lengths = {len(loader) for loader in loaders}
     batches = [[rows_of(batch) for batch in loader] for loader in loaders]
-    assert {len(found) for found in batches} == lengths  # equally many on all ranks
+    assert {len(result) for result in batches} == lengths  # equally many on all ranks
     return list(zip(*batches, strict=True))
 
 
@@ -147,7 +147,7 @@ def test_position_fits_another_world(dataset, num_rows, sizes, worlds, share, ep
         after.append([rows_of(batch) for batch in loader])
         assert loader.state_dict()["epoch"] == epochs + 1
         assert loader.state_dict()["rows_done"] == 0
-    assert len({len(found) for found in after}) == 1
+    assert len({len(result) for result in after}) == 1
     rest = flat(zip(*after, strict=True))
     assert sorted([*before, *rest]) == rows.tolist()
     undisturbed = make(rows, num_rows, seed=seed)
@@ -231,15 +231,15 @@ def test_position_in_other_rows_or_another_order_is_refused(make_loader, changes
 def test_stopping_early_goes_on_where_it_stopped(make_loader):
     threads = set(threading.enumerate())
     loader = make_loader(range(100), 8)
-    found = []
+    result = []
     for stop in (1, 4, None):
         for number, batch in enumerate(loader, start=1):
-            found += rows_of(batch)
+            result += rows_of(batch)
             if number == stop:
                 break
         assert set(threading.enumerate()) == threads
     (whole,) = make_loader(range(100), 100)
-    assert found == rows_of(whole)
+    assert result == rows_of(whole)
     assert loader.state_dict()["epoch"] == 1
 
 
@@ -298,8 +298,8 @@ def test_places_are_where_the_rows_of_every_rank_belong(make_loader, done):
     loaders = [make_loader(rows, 10, seed=None, rank=r, world_size=3) for r in range(3)]
     for loader in loaders:
         loader.load_state_dict({"epoch": 0, "rows_done": done, "rows": 50, "seed": None})
-    found = [[other.places(rank).tolist() for other in loaders] for rank in range(3)]
-    for loader, places, rank in zip(loaders, found, range(3), strict=True):
+    result = [[other.places(rank).tolist() for other in loaders] for rank in range(3)]
+    for loader, places, rank in zip(loaders, result, range(3), strict=True):
         assert places[0] == places[1] == places[2]
         assert [row for batch in loader for row in rows_of(batch)] == rows[places[0]].tolist()
         assert loader.places(rank).min() < 10  # the next epoch: all of it

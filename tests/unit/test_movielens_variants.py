@@ -181,8 +181,8 @@ def test_times_equal_the_calendar(request, variant, tmp_path):
     }
     for name, tokens in want.items():
         known, column = dataset.vocabulary(name), dataset.column(name)
-        found = [known[i - FIRST_ID] if i >= FIRST_ID else None for i in column]
-        assert found == [token if token in known else None for token in tokens]
+        result = [known[i - FIRST_ID] if i >= FIRST_ID else None for i in column]
+        assert result == [token if token in known else None for token in tokens]
 
 
 @pytest.mark.parametrize(

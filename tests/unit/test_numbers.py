@@ -154,9 +154,9 @@ def test_missing_number_leaves_tokens_of_others_alone():
 
 
 def test_numbers_before_standardization():
-    found = numbers_of([0, 1, -1, 1e6, None], "log1p")
-    np.testing.assert_allclose(found[:4], [0, math.log(2), -math.log(2), math.log1p(1e6)])
-    assert math.isnan(found[4])
+    result = numbers_of([0, 1, -1, 1e6, None], "log1p")
+    np.testing.assert_allclose(result[:4], [0, math.log(2), -math.log(2), math.log1p(1e6)])
+    assert math.isnan(result[4])
     assert numbers_of([None, 4], "as_is", missing=-1.0).tolist() == [-1, 4]
 
 
@@ -165,17 +165,17 @@ def test_log1p_is_standardized_by_training_rows(encode_numbers):
     texts = [str(int(x)) for x in draw.exponential(50, 3000) - 20]
     texts[::7] = [""] * len(texts[::7])
     dataset = encode_numbers(texts, "log1p")
-    found, is_train = np.asarray(dataset.column("x"), np.float64), dataset.split == 0
+    result, is_train = np.asarray(dataset.column("x"), np.float64), dataset.split == 0
     is_known = np.array([text != "" for text in texts])
     raw = np.array([float(text or "nan") for text in texts])
     logs = (np.sign(raw) * np.log1p(np.abs(raw))).astype(np.float32).astype(np.float64)
     mean, deviation = logs[is_train & is_known].mean(), logs[is_train & is_known].std()
     np.testing.assert_allclose(
-        found[is_known], (logs[is_known] - mean) / deviation, rtol=1e-6, atol=1e-6
+        result[is_known], (logs[is_known] - mean) / deviation, rtol=1e-6, atol=1e-6
     )
-    assert abs(found[is_train & is_known].mean()) < 1e-6
-    assert abs(found[is_train & is_known].std() - 1) < 1e-6
-    assert (found[~is_known] == 0).all()
+    assert abs(result[is_train & is_known].mean()) < 1e-6
+    assert abs(result[is_train & is_known].std() - 1) < 1e-6
+    assert (result[~is_known] == 0).all()
     np.testing.assert_allclose(dataset.manifest["numbers"]["x"], [mean, deviation], rtol=1e-12)
 
 
@@ -227,8 +227,8 @@ def test_quantile_buckets(buckets, kind, encode_numbers):
     dataset = encode_numbers(texts, "quantile", buckets=buckets)
     is_train = dataset.split == 0
     want = quantiles_by_hand(values, is_train, buckets)
-    found = decoded(dataset)
-    assert found == ["" if np.isnan(v) else str(b) for v, b in zip(values, want, strict=True)]
+    result = decoded(dataset)
+    assert result == ["" if np.isnan(v) else str(b) for v, b in zip(values, want, strict=True)]
     sizes = np.bincount(want[is_train & ~np.isnan(values)])
     if kind == "distinct":
         assert len(sizes) == buckets
@@ -302,9 +302,9 @@ def test_windows_go_by_time_then_row(times, size, data):
     place = np.empty(len(times), np.int64)
     place[np.argsort(times, kind="stable")] = np.arange(len(times))
     with blocks_of(size):
-        found = np.concatenate(list(windows(times, len(times), ends)))
+        result = np.concatenate(list(windows(times, len(times), ends)))
         in_order = np.concatenate(list(windows(None, len(times), ends)))
-    assert found.tolist() == np.searchsorted(ends, place, side="right").tolist()
+    assert result.tolist() == np.searchsorted(ends, place, side="right").tolist()
     assert in_order.tolist() == np.searchsorted(ends, np.arange(len(times)), "right").tolist()
 
 
@@ -332,13 +332,13 @@ def test_rows_come_user_by_user(rows, size, most_rows):
     user, time = (np.array(column) for column in list(zip(*rows, strict=True))[:2])
     user = np.unique(user, return_inverse=True)[1].astype(np.int32)
     with tempfile.TemporaryDirectory() as folder, blocks_of(size):
-        found = list(rows_by_user(user, time, Path(folder), most_rows))
+        result = list(rows_by_user(user, time, Path(folder), most_rows))
         assert list(Path(folder).iterdir()) == []
     want = np.lexsort((np.arange(len(user)), time, user))
-    assert np.concatenate(found).tolist() == want.tolist()
-    users = [set(user[part].tolist()) for part in found]
+    assert np.concatenate(result).tolist() == want.tolist()
+    users = [set(user[part].tolist()) for part in result]
     assert sum(map(len, users)) == user.max() + 1  # nobody is in two
-    assert all(len(part) <= most_rows or len(set(user[part])) == 1 for part in found)
+    assert all(len(part) <= most_rows or len(set(user[part])) == 1 for part in result)
 
 
 @settings(max_examples=60, deadline=None)

@@ -48,10 +48,10 @@ def test_any_position_stays_in_range_and_meets_no_other(size, words, data):
     positions = np.array(
         data.draw(st.lists(st.integers(0, size - 1), min_size=1, max_size=50, unique=True))
     )
-    found = Permutation(size, *words)(positions)
-    assert found.dtype == np.int64
-    assert ((found >= 0) & (found < size)).all()
-    assert len(set(found.tolist())) == len(positions)
+    result = Permutation(size, *words)(positions)
+    assert result.dtype == np.int64
+    assert ((result >= 0) & (result < size)).all()
+    assert len(set(result.tolist())) == len(positions)
 
 
 def test_a_position_goes_to_the_same_place_alone_or_among_others():
@@ -101,10 +101,12 @@ def test_over_many_seeds_every_place_is_equally_likely(size):
 
 
 def test_over_many_seeds_one_position_goes_everywhere():
-    found = np.array([Permutation(256, seed)(np.arange(256))[[0, 1, 255]] for seed in range(3000)])
-    for column in found.T:
+    result = np.array(
+        [Permutation(256, seed)(np.arange(256))[[0, 1, 255]] for seed in range(3000)]
+    )
+    for column in result.T:
         assert chance(np.bincount(column // 8, minlength=32)) > LARGEST_CHANCE
-    gap = (found[:, 1] - found[:, 0]) % 256  # never 0, else equally likely
+    gap = (result[:, 1] - result[:, 0]) % 256  # never 0, else equally likely
     assert (gap > 0).all()
     assert chance(np.bincount((gap - 1) // 17, minlength=15)) > LARGEST_CHANCE
 
@@ -138,10 +140,10 @@ def test_one_batch_is_a_fair_sample():
 def test_large_order_needs_no_memory(size):
     positions = np.random.default_rng(1).integers(0, size, 10_000)
     tracemalloc.start()
-    found = Permutation(size, 1)(positions)
+    result = Permutation(size, 1)(positions)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 2_000_000
-    assert ((found >= 0) & (found < size)).all()
-    assert len(np.unique(found)) == len(np.unique(positions))
-    assert chance(np.bincount(found * 32 // size, minlength=32)) > LARGEST_CHANCE
+    assert ((result >= 0) & (result < size)).all()
+    assert len(np.unique(result)) == len(np.unique(positions))
+    assert chance(np.bincount(result * 32 // size, minlength=32)) > LARGEST_CHANCE

@@ -58,8 +58,8 @@ def tokens_of(dataset: EncodedDataset, name: str, row: int) -> list[str]:
 def test_every_item_is_a_clicked_row_and_drawn_ones_follow(tmp_path, negatives):
     frame = read(write(tmp_path / "Beauty.txt"), negatives=negatives)
     clicked = frame.filter(pl.col(LABEL) == 1)
-    found = {user: clicked.filter(pl.col("user") == user)["item"].to_list() for user in SEQUENCES}
-    assert found == SEQUENCES
+    result = {user: clicked.filter(pl.col("user") == user)["item"].to_list() for user in SEQUENCES}
+    assert result == SEQUENCES
     assert frame[LABEL].to_list() == ([1] + [0] * negatives) * len(clicked)
     steps = [step for items in SEQUENCES.values() for step in range(len(items))]
     assert frame[TIME].to_list() == np.repeat(steps, 1 + negatives).tolist()
@@ -94,10 +94,10 @@ def test_no_row_depends_on_the_block_size(tmp_path, block_bytes):
     long = [" ".join([f"u{n}", *map(str, range(n, n + 300))]) for n in (100, 200)]
     lines = [*LINES[:2], "", "alone", "u1 4 5", *LINES[2:], *long]
     path = write(tmp_path / "Beauty.txt", lines)
-    want, found = read_rows(options(path, on_bad_row="skip"))
+    want, result = read_rows(options(path, on_bad_row="skip"))
     frame, reading = read_rows(options(path, on_bad_row="skip"), block_bytes)
     assert frame.equals(want)
-    assert reading.counts == found.counts == {"missing field": 1, "repeated user": 1}
+    assert reading.counts == result.counts == {"missing field": 1, "repeated user": 1}
 
 
 @pytest.mark.parametrize("form", ["folder", "zip", "zip of a folder", "gz"])
@@ -212,8 +212,8 @@ def test_attributes_are_a_field(tmp_path, name):
     known = set(dataset.vocabulary("attributes"))
     for row in range(len(dataset)):
         (item,) = tokens_of(dataset, "item", row)
-        found = tokens_of(dataset, "attributes", row)
-        assert [a for a in found if a] == [a for a in ATTRIBUTES.get(item, []) if a in known]
+        result = tokens_of(dataset, "attributes", row)
+        assert [a for a in result if a] == [a for a in ATTRIBUTES.get(item, []) if a in known]
     names = [entry["name"] for entry in dataset.manifest["source"]]
     assert names == [name, "Beauty_item2attributes.json"]
 

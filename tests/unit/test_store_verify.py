@@ -145,8 +145,8 @@ def test_partitions_do_not_share_a_folder(folder):
     dataset = EncodedDataset(folder)
     ways = [Partition(by=by, parts=parts, seed=seed) for by in ("user", "item", "time", "random")
             for parts in (2, 3) for seed in (0, 1)]  # fmt: skip
-    found = {dataset.parts(way).folder.name for way in ways}
-    assert len(found) == 2 * (2 * 3 + 1)  # windows of time have no seed
+    result = {dataset.parts(way).folder.name for way in ways}
+    assert len(result) == 2 * (2 * 3 + 1)  # windows of time have no seed
     same = [dataset.parts(replace(way, seed=9)).part for way in ways if way.by == "time"]
     assert np.array_equal(same[0], same[1])
 

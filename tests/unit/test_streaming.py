@@ -114,12 +114,12 @@ def small_blocks(monkeypatch):
 
 
 def test_data_set_has_the_tested_features(in_one_chunk):
-    files = {name: set(found) for name, found in in_one_chunk.items()}
+    files = {name: set(result) for name, result in in_one_chunk.items()}
     assert {"manifest.json", "ids.npy", "numbers.npy", "vocabulary.shared.txt"} <= files["criteo"]
     assert {"parts-random-3-1/counts.C3.npy", "parts-none/order.npy"} <= files["criteo"]
     assert "vocabulary.C3.txt" not in files["criteo"]
     assert {"field.history.values.npy", "field.genres.starts.npy"} <= files["movielens"]
-    assert not [name for found in files.values() for name in found if "tmp" in name]
+    assert not [name for result in files.values() for name in result if "tmp" in name]
 
 
 @pytest.mark.parametrize("choice", CHOICES)
@@ -146,8 +146,8 @@ def test_chunks_smaller_than_a_line_give_the_same_bytes(choice, small_blocks, tm
     want = digests(prepare(data, tmp_path / "whole").folder)
     for block_bytes in (13, 1000):
         small_blocks(block_bytes)
-        found = digests(prepare(data, tmp_path / f"encoded{block_bytes}").folder)
-        assert found == want
+        result = digests(prepare(data, tmp_path / f"encoded{block_bytes}").folder)
+        assert result == want
 
 
 @pytest.mark.dist
@@ -164,8 +164,8 @@ def test_threads_and_hash_seeds_give_the_same_bytes(raw, in_one_chunk, tmp_path)
     for child, threads in zip(children, ("1", "4"), strict=True):
         assert child.wait(timeout=120) == 0
         for name, want in in_one_chunk.items():
-            found = digests(only_folder(tmp_path / threads, f"synthetic_{name}"))
-            assert found == want, (threads, name)
+            result = digests(only_folder(tmp_path / threads, f"synthetic_{name}"))
+            assert result == want, (threads, name)
 
 
 KILLED_AT = {
@@ -198,9 +198,9 @@ make("criteo", {str(tmp_path / stage)!r}, chunk_mb=1)
         left = only_folder(encoded, "synthetic_criteo")
         assert bool(re.search(r"\.tmp-\d+$", left.name)) == (stage != "parts"), stage
         assert list(left.iterdir())
-        found = prepare(criteo(raw), encoded)
-        assert digests(found.folder) == in_one_chunk["criteo"], stage
-        assert only_folder(encoded, "synthetic_criteo") == found.folder
+        result = prepare(criteo(raw), encoded)
+        assert digests(result.folder) == in_one_chunk["criteo"], stage
+        assert only_folder(encoded, "synthetic_criteo") == result.folder
 
 
 def peak_of(child: subprocess.Popen) -> int:
@@ -211,8 +211,8 @@ def peak_of(child: subprocess.Popen) -> int:
             status = Path(f"/proc/{child.pid}/status").read_text()
         except OSError:
             break
-        found = re.search(r"RssAnon:\s+(\d+) kB", status)
-        peak = max(peak, int(found.group(1)) // 1024 if found else 0)
+        result = re.search(r"RssAnon:\s+(\d+) kB", status)
+        peak = max(peak, int(result.group(1)) // 1024 if result else 0)
         time.sleep(0.005)
     assert child.wait(timeout=10) == 0
     return peak

@@ -90,8 +90,8 @@ def test_dictionary_keeps_tokens_between_chunks():
     dictionary = Dictionary()
     for start in range(0, 1000, 10):
         codes_of(dictionary, [str(i) for i in range(start, start + 10)])
-    found = [int(token) for token in dictionary.tokens() if token]
-    assert sorted(found) == list(range(1000))
+    result = [int(token) for token in dictionary.tokens() if token]
+    assert sorted(result) == list(range(1000))
 
 
 def test_fixed_dictionary():
@@ -103,12 +103,12 @@ def test_fixed_dictionary():
 def test_equal_counts_go_by_code_points(tmp_path):
     order = np.random.default_rng(0).permutation(len(UNICODE))
     tokens = pl.Series([UNICODE[i] for i in order])
-    found = learn_vocabulary("t", tokens, np.full(len(UNICODE), 3), 1, tmp_path / "v.txt")
+    result = learn_vocabulary("t", tokens, np.full(len(UNICODE), 3), 1, tmp_path / "v.txt")
     assert read_vocabulary(tmp_path / "v.txt") == sorted(UNICODE)
     assert sorted(UNICODE) == sorted(UNICODE, key=lambda token: token.encode())
-    assert found.size == FIRST_ID + len(UNICODE)
-    assert [sorted(UNICODE)[i - FIRST_ID] for i in found.id_of_code] == tokens.to_list()
-    assert found.hash == file_digest(tmp_path / "v.txt")
+    assert result.size == FIRST_ID + len(UNICODE)
+    assert [sorted(UNICODE)[i - FIRST_ID] for i in result.id_of_code] == tokens.to_list()
+    assert result.hash == file_digest(tmp_path / "v.txt")
 
 
 counted = st.dictionaries(
@@ -124,17 +124,17 @@ counted = st.dictionaries(
 def test_order_is_count_then_token(tmp_path_factory, counts, min_count):
     path = tmp_path_factory.mktemp("v") / "v.txt"
     tokens = pl.Series(list(counts), dtype=pl.String)
-    found = learn_vocabulary("t", tokens, np.array(list(counts.values())), min_count, path)
-    kept = [token for token in counts if counts[token] >= min_count]
-    want = sorted(kept, key=lambda token: (-counts[token], token))
+    result = learn_vocabulary("t", tokens, np.array(list(counts.values())), min_count, path)
+    remaining = [token for token in counts if counts[token] >= min_count]
+    want = sorted(remaining, key=lambda token: (-counts[token], token))
     assert read_vocabulary(path) == want
-    for token, i in zip(counts, found.id_of_code, strict=True):
+    for token, i in zip(counts, result.id_of_code, strict=True):
         assert i == (FIRST_ID + want.index(token) if token in want else OOV_ID)
 
 
 def test_table_without_a_frequent_token(tmp_path):
-    found = learn_vocabulary("t", pl.Series(["a", "b"]), np.array([1, 0]), 2, tmp_path / "v.txt")
-    assert (found.size, found.id_of_code.tolist()) == (FIRST_ID, [OOV_ID] * 2)
+    result = learn_vocabulary("t", pl.Series(["a", "b"]), np.array([1, 0]), 2, tmp_path / "v.txt")
+    assert (result.size, result.id_of_code.tolist()) == (FIRST_ID, [OOV_ID] * 2)
     assert read_vocabulary(tmp_path / "v.txt") == []
 
 
@@ -201,9 +201,9 @@ def test_fields_that_share_a_table_add_their_counts(encode_csv):
     for place, name in enumerate("ab"):
         known = [[row[place] if row[place] in want else None] for row in rows]
         assert decoded(dataset, name) == known
-    found = dataset.row_counts(dataset.schema)["t"]
-    assert found[FIRST_ID:].tolist() == [counts[token] for token in want]
-    assert found.sum() == 2 * len(train)
+    result = dataset.row_counts(dataset.schema)["t"]
+    assert result[FIRST_ID:].tolist() == [counts[token] for token in want]
+    assert result.sum() == 2 * len(train)
 
 
 @pytest.mark.parametrize("change", [{"min_count": 2}, {"hash_size": 100}])
@@ -293,5 +293,5 @@ def test_any_token_survives_encode_and_decode(tmp_path_factory, rows, min_count)
         counts = Counter(token for token, code in pairs if code == 0)
         want = [[token if counts[token] >= min_count else None] for token in column]
         assert decoded(dataset, name) == want
-        kept = (token for token in counts if counts[token] >= min_count)
-        assert dataset.vocabulary(name) == sorted(kept, key=lambda t: (-counts[t], t))
+        remaining = (token for token in counts if counts[token] >= min_count)
+        assert dataset.vocabulary(name) == sorted(remaining, key=lambda t: (-counts[t], t))

@@ -43,49 +43,51 @@ def decoded(dataset: EncodedDataset, name: str) -> list[str | None]:
 
 
 def test_ids_are_places_in_the_lists_and_other_tokens_are_unseen(encode, tmp_path):
-    own = encode()
-    kept = own.vocabulary("user")[1:]
+    original = encode()
+    remaining = original.vocabulary("user")[1:]
     for table in TABLES:
-        listed = own.vocabulary(table)
-        tokens.write_tokens(tmp_path / "one", table, kept if table == "user" else listed[::-1])
+        listed = original.vocabulary(table)
+        tokens.write_tokens(
+            tmp_path / "one", table, remaining if table == "user" else listed[::-1]
+        )
     tokens.write_tokens(tmp_path / "one", "of no field", ["x"])
-    found = encode(vocabularies=[str(tmp_path / "one")])
-    gone = own.vocabulary("user")[0]
-    users = decoded(own, "user")
-    assert decoded(found, "user") == [None if user == gone else user for user in users]
-    assert (found.column("user")[np.array(users) == gone] == OOV_ID).all()
-    size = FIRST_ID + len(own.vocabulary("hour"))
-    hours, before = found.column("hour"), own.column("hour")
+    result = encode(vocabularies=[str(tmp_path / "one")])
+    gone = original.vocabulary("user")[0]
+    users = decoded(original, "user")
+    assert decoded(result, "user") == [None if user == gone else user for user in users]
+    assert (result.column("user")[np.array(users) == gone] == OOV_ID).all()
+    size = FIRST_ID + len(original.vocabulary("hour"))
+    hours, before = result.column("hour"), original.column("hour")
     is_known = before >= FIRST_ID
     assert (hours[is_known] == FIRST_ID + size - 1 - before[is_known]).all()
-    assert found.schema.table_sizes["hour"] == size
-    assert found.schema.vocabulary_hashes["user"] == tokens.hash_of(kept)
-    assert found.manifest["unseen_share"]["user"]["test"] is not None
-    assert found.source_rows == own.source_rows
-    assert found.hash != own.hash
+    assert result.schema.table_sizes["hour"] == size
+    assert result.schema.vocabulary_hashes["user"] == tokens.hash_of(remaining)
+    assert result.manifest["unseen_share"]["user"]["test"] is not None
+    assert result.source_rows == original.source_rows
+    assert result.hash != original.hash
 
 
 def test_lists_are_joined_in_order_and_named_by_content(encode, tmp_path):
-    own = encode()
+    original = encode()
     for table in TABLES:
         tokens.write_tokens(
-            tmp_path / "run" / "vocabulary", table, ["new", own.vocabulary(table)[-1]]
+            tmp_path / "run" / "vocabulary", table, ["new", original.vocabulary(table)[-1]]
         )
-    found = encode(vocabularies=[str(own.folder), str(tmp_path / "run")])
+    result = encode(vocabularies=[str(original.folder), str(tmp_path / "run")])
     for table in TABLES:
-        assert found.vocabulary(table) == [*own.vocabulary(table), "new"]
+        assert result.vocabulary(table) == [*original.vocabulary(table), "new"]
     for name in ("user", "item", "hour"):
-        known = own.column(name) != OOV_ID
-        assert (found.column(name)[known] == own.column(name)[known]).all()
-    again = encode(vocabularies=[str(found.folder)])
-    assert again.folder == found.folder
+        known = original.column(name) != OOV_ID
+        assert (result.column(name)[known] == original.column(name)[known]).all()
+    again = encode(vocabularies=[str(result.folder)])
+    assert again.folder == result.folder
 
 
 def test_folder_without_a_vocabulary_is_refused(encode, tmp_path):
     assert "vocabulary.user.txt: missing" in one_line_error(encode, vocabularies=["/nowhere"])
-    own = encode()
-    (own.folder / "vocabulary.hour.txt").write_text("1\n")
-    damaged = one_line_error(encode, vocabularies=[str(own.folder)])
+    original = encode()
+    (original.folder / "vocabulary.hour.txt").write_text("1\n")
+    damaged = one_line_error(encode, vocabularies=[str(original.folder)])
     assert "vocabulary.hour.txt: damaged" in damaged
     tokens.write_tokens(tmp_path / "bad", "user", ["1"])
     (tmp_path / "bad" / "vocabulary.user.txt").write_bytes(b"\xff\n")
@@ -106,13 +108,13 @@ def test_transform_that_is_learned_from_rows_is_refused(tmp_path, transform):
 
 
 def test_rows_do_not_depend_on_vocabularies_but_on_split_and_labels(encode):
-    own = encode().source_rows
-    assert encode(min_count=2, fields=["user", "item"]).source_rows == own
+    original = encode().source_rows
+    assert encode(min_count=2, fields=["user", "item"]).source_rows == original
     other = Split(by="random", fractions=[0.6, 0.2, 0.2], seed=1)
     for changes in ({"split": other}, {"label_threshold": 3.0}):
         changed = encode(**changes).source_rows
-        assert changed.files == own.files
-        assert changed.division != own.division
+        assert changed.files == original.files
+        assert changed.division != original.division
 
 
 def test_split_by_hash_requires_users_or_items(tmp_path):
