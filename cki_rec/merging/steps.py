@@ -357,16 +357,13 @@ def row_weights_of(
     ]
 
 
-def check_sample(
-    how: str, params: Params, activations: ActivationStatistics, size_option: str = "sample"
-) -> list[str]:
+def check_sample(how: str, params: Params, activations: ActivationStatistics) -> list[str]:
     """Check that a sample has enough rows to fit layers; return a warning if barely.
 
     Args:
         how: The repair.
         params: A model.
         activations: Activations on the sample.
-        size_option: Name of the option that sets the size of the sample, for messages.
 
     Raises:
         ScarceSample: A layer sees no more rows than it has inputs, so that any fit is perfect.
@@ -380,7 +377,7 @@ def check_sample(
     sample = sum(len(batch) for batch in activations.batches)
     needed = -(-ENOUGH * inputs[scarce] * sample // rows[scarce])
     message = (
-        f"{size_option}: repair={how} fits the {inputs[scarce]:,} inputs of {scarce} on"
+        f"sample: repair={how} fits the {inputs[scarce]:,} inputs of {scarce} on"
         f" {rows[scarce]:,} rows, noise included; take {needed:,} or more, or repair=rescale"
     )
     if rows[scarce] <= inputs[scarce]:

@@ -25,7 +25,7 @@ from cki_rec.pipelines import finetune, merge, preflight, train
 from cki_rec.pipelines.predictions import SPLITS, predictions, valid_auc
 from cki_rec.pipelines.provenance import check_rows
 from cki_rec.pipelines.references import Reference, mean_logits
-from cki_rec.pipelines.sources import Source, Sources, are_disjoint
+from cki_rec.pipelines.sources import Source, Sources, are_disjoint, shard_of
 
 log = logging.getLogger(__name__)
 
@@ -79,7 +79,7 @@ def ensure(config: Config, force: bool = False) -> Run:
         )
     if reason := _refusal(config):
         raise UserError(f"merge.method={config.merge.method}: {reason}")
-    models = merge.resolve(config)
+    models = merge.resolve(config, needs_suite=True)
     dataset = store.prepare(config.data, config.runtime.encoded, config.runtime.chunk_mb)
     options = config.evaluate
     everyone = [*models.suite, *models.merged, *([models.base] if models.base else [])]
@@ -100,7 +100,7 @@ def ensure(config: Config, force: bool = False) -> Run:
         "evaluate": evaluated,
         "seed": config.seed,
     }
-    if are_disjoint(models.suite):
+    if are_disjoint([shard_of(source) for source in models.suite]):
         reads["disjoint"] = True  # a joint model knows more than any source can
     with open_run(Path(config.runtime.out), run_id("evaluate", reads), force) as run:
         if run.record is None:

@@ -30,7 +30,7 @@ from cki_rec.pipelines.merge_inputs import ablated, fisher, fixed_rules, imitati
 from cki_rec.pipelines.predictions import calibrator, scorer, valid_auc
 from cki_rec.pipelines.preflight import AUTO
 from cki_rec.pipelines.references import REFERENCES
-from cki_rec.pipelines.sources import Source, Sources
+from cki_rec.pipelines.sources import Source, Sources, are_disjoint, shard_of
 from cki_rec.pipelines.vocabularies import Joined
 
 log = logging.getLogger(__name__)
@@ -78,7 +78,9 @@ def ensure(config: Config, models: Sources | None = None, force: bool = False) -
         candidates = _recipes(config, models)
     if "base" not in preflight.needs_of(options):
         base = None
-    is_disjoint = options.method not in REFERENCES and sources.are_disjoint(candidates)
+    is_disjoint = options.method not in REFERENCES and are_disjoint(
+        [shard_of(source) for source in candidates]
+    )
     reads = _reads(config, candidates, base, dataset, is_disjoint)
     with open_run(Path(config.runtime.out), run_id("merge", reads), force) as run:
         if run.record is None:
@@ -93,9 +95,9 @@ def ensure(config: Config, models: Sources | None = None, force: bool = False) -
     return run
 
 
-def resolve(config: Config) -> Sources:
-    """Return the sources of a merge and of its suite (``sources.resolve``)."""
-    return sources.resolve(config, preflight.needs_base(config))
+def resolve(config: Config, needs_suite: bool = False) -> Sources:
+    """Return the sources of a merge, and of its suite if needed (``sources.resolve``)."""
+    return sources.resolve(config, preflight.needs_base(config), needs_suite)
 
 
 def model_of(config: Config, models: Sources) -> Source:
@@ -224,6 +226,8 @@ def _merge(
     first = checkpoints[0]
     try:
         merged = _merge_params(config, checkpoints, base, dataset, joined)
+    except ScarceSample as error:
+        raise UserError(f"merge.{error}") from error
     except MergeError as error:
         raise UserError(f"merge.method={config.merge.method}: {error}") from error
     for warning in merged.warnings:

@@ -45,12 +45,13 @@ class Sources:
     merged: list[Source]
     """``merge.sources``."""
     suite: list[Source]
-    """``suite.sources``, with which every method of the suite is compared."""
+    """``suite.sources``, with which every method of the suite is compared; empty for a merge
+    that is not evaluated."""
     base: Source | None
     """``merge.base``; None if the method needs no base."""
 
 
-def resolve(config: Config, needs_base: bool) -> Sources:
+def resolve(config: Config, needs_base: bool, needs_suite: bool) -> Sources:
     """Return the sources that the configuration names, each resolved once; train missing ones.
 
     Several processes train nothing.
@@ -70,7 +71,7 @@ def resolve(config: Config, needs_base: bool) -> Sources:
     base = config.merge.base
     return Sources(
         merged=[one(delta, "merge.sources") for delta in config.merge.sources],
-        suite=[one(delta, "suite.sources") for delta in config.suite.sources],
+        suite=[one(d, "suite.sources") for d in config.suite.sources] if needs_suite else [],
         base=one(base, "merge.base") if needs_base and base is not None else None,
     )
 
@@ -120,9 +121,8 @@ def shard_of(source: Source) -> dict[str, Any] | None:
     return data if is_shard else None
 
 
-def are_disjoint(sources: Sequence[Source]) -> bool:
-    """Return whether models were trained on different shards of one data set, as far as known."""
-    shards = [shard_of(source) for source in sources]
+def are_disjoint(shards: Sequence[dict[str, Any] | None]) -> bool:
+    """Return whether models were trained on different shards of one data set (``shard_of``)."""
     known = [shard for shard in shards if shard is not None]
     partitions = [{**shard, "part": None} for shard in known]
     return len({shard["part"] for shard in known}) == len(shards) and all(

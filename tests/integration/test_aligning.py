@@ -52,7 +52,7 @@ def test_aligned_sources_agree_more(options, folder, by, model):
     assert records(folder, "evaluate")[-1]["result"]["test"]["auc"] > 0.5
 
 
-@pytest.mark.parametrize("repair", ["rescale", "fit", "choose", "reduce"])
+@pytest.mark.parametrize("repair", ["rescale", "least_squares", "select_units", "project"])
 @pytest.mark.parametrize("norm", ["model.batch_norm=true", "model.activation=dice"])
 def test_every_repair_gives_a_model_that_serves(options, folder, repair, norm):
     words = ["suite=seeds", "merge=aligned_activations", f"merge.repair={repair}", norm]
@@ -66,11 +66,9 @@ def test_every_repair_gives_a_model_that_serves(options, folder, repair, norm):
 def test_the_best_candidate_is_kept_and_can_be_fine_tuned(options, folder):
     words = ["suite=seeds", "merge=auto", "finetune=one_epoch"]
     assert main(["evaluate", *words, *options]) == 0
-    chosen = next(
-        r for r in records(folder, "merge") if r["config"]["merge"]["method"] == "best_of"
-    )
-    (kept,) = chosen["result"]["chosen"]
-    assert kept in [record["run_id"] for record in records(folder, "merge")]
+    search = next(r for r in records(folder, "merge") if r["config"]["merge"]["method"] == "auto")
+    (chosen,) = search["result"]["chosen"]
+    assert chosen in [record["run_id"] for record in records(folder, "merge")]
     assert records(folder, "evaluate")[-1]["result"]["finetuned"]
 
 
@@ -91,7 +89,7 @@ def test_the_same_command_gives_the_same_bits(options, folder):
         (["merge.repair=fix"], "merge.repair=fix"),
         (
             ["merge=slerp", "merge.repair=project"],
-            "makes layers compute the mean of all sources",
+            "merge.repair=project requires method=average or evidence",
         ),
         (
             ["merge=auto", "merge.recipes=[{method: best_source}]"],
@@ -132,7 +130,7 @@ def test_the_router_takes_each_row_to_the_parent_that_knows_it(options, folder, 
     before = len(records(folder, "evaluate"))
     assert main(["evaluate", "suite=seeds", "merge=oracle_router", *options]) == 0
     assert len(records(folder, "evaluate")) == before  # skipped, as in a sweep over suites
-    assert "needs one source for each part" in "".join(capsys.readouterr())
+    assert "needs one source for each shard" in "".join(capsys.readouterr())
 
 
 def test_an_evaluation_is_of_its_method_whatever_its_label(options, folder):
@@ -199,7 +197,7 @@ def test_a_merge_below_its_best_source_is_told(options, capsys):
         assert main(words) == 0
         told = "".join(capsys.readouterr())
         assert "below the" in told
-        assert "its source {'seed': 1}; keep that one" in told
+        assert "its source {'seed': 1}; use that one" in told
 
 
 def test_candidates_that_a_sample_cannot_fit_are_left_out(options, folder, capsys):
@@ -264,7 +262,7 @@ def test_a_source_of_another_division_leads_nothing(options, folder, tmp_path, c
     for more in ([], ["check_only=true"]):
         assert main(["merge", *words, *ways, "merge.repair=project", *more]) == 2
         shown = capsys.readouterr()
-        assert "divided otherwise" in shown.err + shown.out
+        assert "split otherwise" in shown.err + shown.out
 
 
 def test_final_mlp_has_the_default_too(options, folder):

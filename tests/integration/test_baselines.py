@@ -61,7 +61,7 @@ def test_every_baseline_is_evaluated(options, folder, method):
     assert result["method"] == method
     assert result["test"]["auc"] > 0.5
     assert (result["shares"] is None) == (not METHODS[method].returns_weights)
-    assert (merged["config"]["merge"]["start"] is not None) == (method in FROM_START)
+    assert (merged["config"]["merge"]["base"] is not None) == (method in FROM_START)
 
 
 @pytest.mark.parametrize("method", FROM_ROWS[:-1])  # dropout moves a model that trains
@@ -203,7 +203,7 @@ def test_rows_that_no_parent_saw_are_those_of_the_start(options, folder):
     assert main(["merge", "suite=shards", "merge=model_stock", *options]) == 0
     reads = [r["config"] for r in records(folder, "merge")]
     reads = next(r for r in reads if r["merge"]["method"] == "model_stock")
-    start = params_of(folder, reads["merge"]["start"])
+    start = params_of(folder, reads["merge"]["base"])
     for source in reads["sources"]:
         saved = checkpoint.load(folder / "out" / source / "checkpoint")
         for table, counts in saved.counts.items():
@@ -218,7 +218,7 @@ def test_scale_0_of_external_checkpoints_is_the_start(options, folder):
     reads = [r["config"] for r in records(folder, "merge")]
     reads = next(r for r in reads if r["merge"]["method"] == "model_stock")
     named = [f"{{path: {folder / 'out' / run}}}" for run in reads["sources"]]
-    start = reads["merge"]["start"]
+    start = reads["merge"]["base"]
     words = [
         *("merge=task_arithmetic", "merge.options.scale=0.0", "data.raw=/nowhere"),
         *(f"merge.sources=[{','.join(named)}]", f"runtime.out={folder / 'out'}"),
@@ -233,7 +233,7 @@ def test_scale_0_of_external_checkpoints_is_the_start(options, folder):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["merge=ties"], "merge.method=ties: needs the model that all sources started"),
+        (["merge=ties"], "merge.method=ties needs the model that all sources started"),
         (["merge=ties", "suite=shards", "merge.options.density=2"], "density=2: must be"),
         (["merge=ties", "merge.options.density=much"], "density=much: must be a number"),
         (["merge=ties", "+merge.options.densty=1"], "no option 'densty': did you mean"),
@@ -245,7 +245,7 @@ def test_scale_0_of_external_checkpoints_is_the_start(options, folder):
         ),
         (
             ["merge=model_stock", "merge.base={model.embedding_dim: 4, train.epochs: 0}"],
-            "does not fit",
+            "sources cannot be merged: architecture: model.embedding_dim",
         ),
         (["merge=model_stock", "merge.base={path: /nowhere}"], "/nowhere"),
         (["merge=model_stock", "merge.base={train.epoch: 0}"], "train.epoch"),
@@ -282,7 +282,7 @@ def test_list_shows_every_method_with_its_options(capsys):
         for option in method.options:
             assert f"{option}=" in shown
     wide = method_table(180)
-    for word in ("idea", "models", "needs", "cost", "reference", "common start", "density=0.2"):
+    for word in ("summary", "models", "needs", "cost", "reference", "base model", "density=0.2"):
         assert word in wide
 
 

@@ -219,7 +219,7 @@ def test_all_sources_must_fit_rows_whose_labels_are_read(trained, check, tmp_pat
         assert "rows of the data set" in lines(out, "needs")[0]
     code, out, error = check(sources, *ways, "merge.recalibrate=true")
     assert code == 2
-    assert "divided otherwise" in lines(out, "needs")[0]
+    assert "split otherwise" in lines(out, "needs")[0]
     assert "would not run" in error
     assert check(reversed(sources), *ways)[0] == 2
 

@@ -130,8 +130,8 @@ def test_fine_tuning_asks_not_where_parents_started(options, compose):
         (["train.start={data.prt: 0}"], "train.start, data.prt: "),
         (["train.start=3"], "train.start"),
         (["train.start={path: /nowhere}"], "/nowhere: no checkpoint here"),
-        (["train.start={path: 3}"], "shall be {path: FOLDER}"),
-        (["train.start={path: /nowhere, seed: 3}"], "shall be {path: FOLDER}"),
+        (["train.start={path: 3}"], "must be {path: FOLDER}"),
+        (["train.start={path: /nowhere, seed: 3}"], "must be {path: FOLDER}"),
         (["train.start={train.start.seed: 3}"], "a start is named whole"),
         (["train.start={train: {start: {seed: 3}}}"], "a start is named whole"),
         (["train.start={model.hidden: [4]}"], "model.hidden is [4], not [16, 8]; choose"),
@@ -161,7 +161,7 @@ def test_drift_is_evaluated_end_to_end(options, folder, capsys):
     evaluated = {r["result"]["method"]: r for r in records(folder, "evaluate")}
     assert set(evaluated) == set(methods.split(","))
     newest = evaluated["newest_source"]
-    parents = newest["config"]["parents"]
+    parents = newest["config"]["sources"]
     assert newest["config"]["members"] == parents[-1:]
     assert newest["result"]["inference_cost"] == 1
     assert list(newest["result"]["test"]["domains"]) == ["time part 3"]
@@ -171,7 +171,7 @@ def test_drift_is_evaluated_end_to_end(options, folder, capsys):
     assert [record["config"]["data"]["part"] for record in chain] == [0, 1, 2]
     merged = [r["config"] for r in records(folder, "merge")]
     (task,) = [c for c in merged if c["merge"]["method"] == "task_arithmetic"]
-    assert task["merge"]["start"] == parents[0]
+    assert task["merge"]["base"] == parents[0]
     assert main(["report", "name=drift", *options]) == 0
     assert "newest_source" in capsys.readouterr().out
 

@@ -56,4 +56,4 @@ def test_another_division_is_another_matter(regions, tmp_path, capsys, other):
     assert call(regions, tmp_path, "evaluate", *words, region="whole") == 2
     assert SAID in capsys.readouterr().err
     assert call(regions, tmp_path, "evaluate", *words, SAID, region="north") == 2
-    assert "divided otherwise" in capsys.readouterr().err
+    assert "split otherwise" in capsys.readouterr().err

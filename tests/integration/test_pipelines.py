@@ -54,7 +54,7 @@ def test_sweep_reports_every_method_once(options, tmp_path, capsys):
     assert all(row["disjoint"] == str(row["suite"] == "shards") for row in rows)
     by_method = {(r["suite"], r["method"], r["finetuned"], r["seed"]): r for r in rows}
     best = by_method["shards", "best_source", "False", "1"]
-    assert best["auc_minus_best_parent"] == ""  # itself: undefined, not 0
+    assert best["auc_minus_best_source"] == ""  # itself: undefined, not 0
     for suffix in ("table.md", "report.html"):
         assert (tmp_path / "reports" / "adhoc" / suffix).stat().st_size > 1000
     assert list((tmp_path / "reports" / "adhoc").glob("*.svg"))
@@ -149,9 +149,9 @@ def test_average_of_one_model_with_itself_is_that_model(options, tmp_path):
 @pytest.mark.parametrize(
     ("train_options", "message"),
     [
-        (["model.hidden=[32,8]"], "tensor mlp.layers.0"),
-        (["data.split.seed=5"], "has another vocabulary"),
-        (["model.histories=true"], "fields"),
+        (["model.hidden=[32,8]"], "architecture: model.hidden"),
+        (["data.split.seed=5"], "vocabulary user: differs in"),
+        (["model.histories=true"], "features: "),
     ],
 )
 def test_checkpoints_that_do_not_fit_are_refused(
@@ -180,7 +180,6 @@ def test_checkpoints_that_do_not_fit_are_refused(
         (["train", "data.split.fractions=[1.0,0.0,0.0]"], "valid"),
         (["train", "data.part=7", "data.partition.parts=2"], "data.part=7"),
         (["report", "name=never_run"], "never_run"),
-        (["bench", "select=import_second"], "import_seconds"),
         (["finetune"], "finetune.epochs=0"),
         (["finetune", "merge=output_ensemble", "finetune=one_epoch"], "no single model"),
         (["train", "runtime.device=cuda"], "no CUDA device"),
@@ -341,8 +340,8 @@ def test_rows_of_disjoint_parts_add_up_and_others_are_not_counted_twice(
         assert counts.equal(each.sum(0) if suite == "shards" else each.amax(0)), table
 
 
-def test_parts_of_one_division_are_disjoint():
-    from cki_rec.pipelines.train import are_disjoint
+def test_shards_of_one_partition_are_disjoint():
+    from cki_rec.pipelines.sources import are_disjoint
 
     def part(number, seed=1, data="a"):
         return {
@@ -389,4 +388,4 @@ def test_a_merge_over_encodings_is_evaluated_on_each_but_on_no_other_split(
         assert main(["evaluate", *options, *encoding, *suite]) == 0
     capsys.readouterr()
     assert main(["evaluate", *options, "data.split.seed=1", *suite]) == 2
-    assert "the same raw files were divided otherwise" in capsys.readouterr().err
+    assert "the same raw files were split otherwise" in capsys.readouterr().err

@@ -39,7 +39,7 @@ def test_figures_on_rows_of_each_region_follow_from_scores(regions, tmp_path, re
     assert result["test"]["log_loss"] == pytest.approx(log_loss(label, own), abs=1e-12)
     assert result["inference_cost"] == 1
     assert record["config"]["evaluate"]["disjoint_files"] is True
-    scores = [logits_of(tmp_path, identity, dataset) for identity in record["config"]["parents"]]
+    scores = [logits_of(tmp_path, identity, dataset) for identity in record["config"]["sources"]]
     mean = np.stack([score["test"] for score in scores]).mean(0, dtype=np.float64)
     difference = result["difference"]["output_ensemble"]["auc"]["estimate"]
     assert difference == pytest.approx(auc(label, own) - auc(label, mean), abs=1e-12)
@@ -48,7 +48,7 @@ def test_figures_on_rows_of_each_region_follow_from_scores(regions, tmp_path, re
     alone = record_of(tmp_path / "alone", "evaluate")
     plain = opened(home / "encoded", region)
     assert plain.source_rows == dataset.source_rows
-    own_encoding = logits_of(tmp_path / "alone", alone["config"]["parents"][0], plain)
+    own_encoding = logits_of(tmp_path / "alone", alone["config"]["sources"][0], plain)
     for split, logits in own_encoding.items():
         np.testing.assert_allclose(scores[place][split], logits, rtol=0, atol=1e-6)
 
@@ -171,8 +171,8 @@ def test_what_may_leak_or_does_not_fit_is_refused_in_one_line(regions, tmp_path,
     assert SAID in error(union, *ways, "finetune=one_epoch")
     assert not (tmp_path / "out").exists()  # said before anything is merged
     leak = error(union, SAID, "data.split.seed=1")
-    assert "same raw files were divided otherwise" in leak
-    assert "same raw files were divided otherwise" in error(union, SAID, "data.split.by=time")
+    assert "same raw files were split otherwise" in leak
+    assert "same raw files were split otherwise" in error(union, SAID, "data.split.by=time")
     north = opened(home / "encoded", "north").folder
     lacking = error(f"data.vocabularies=[{north}]", SAID)
     assert "does not list" in lacking
@@ -196,7 +196,7 @@ def test_rows_that_a_merge_looked_at_are_rows_it_has_seen(regions, tmp_path, cap
     assert opened(home / "encoded", "both_west").source_rows in seen
     again = [union, SAID, "merge.vocabularies=[]", "data.split.seed=1"]
     shown = refused(regions, tmp_path, capsys, *again, region="west", models=[run])
-    assert "divided otherwise" in shown
+    assert "split otherwise" in shown
 
 
 def test_a_start_is_among_what_a_merge_has_seen(regions, tmp_path):

@@ -107,7 +107,7 @@ def test_aligned_sources_can_be_joined(regions, tmp_path):
     assert record["result"]["alignment"]["agreement"] > 0
 
 
-@pytest.mark.parametrize("repair", ["none", "reduce"])
+@pytest.mark.parametrize("repair", ["none", "project"])
 def test_rows_that_stand_in_have_no_say_in_alignment_without_counts(regions, tmp_path, repair):
     """No counts are as good as one lookup of every row that a source has."""
     home, found = regions

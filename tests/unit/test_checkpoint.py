@@ -20,6 +20,7 @@ from cki_rec.data.schema import Feature
 from cki_rec.engine import checkpoint_io
 from cki_rec.engine.embeddings import table_of
 from cki_rec.engine.optimization import initialized_adam
+from cki_rec.pipelines import compatibility
 
 CONFIG = options("train.table_learning_rate=0.1")
 MODEL = CONFIG.model
@@ -209,8 +210,10 @@ def test_an_unknown_failure_to_write_is_an_ordinary_exception(saved, tensors, sc
 
 def test_equal_checkpoints_are_compatible(saved):
     loaded = checkpoint.load(saved)
-    checkpoint.check_compatible([loaded], ["a"])
-    checkpoint.check_compatible([loaded, checkpoint.load(saved), loaded], ["a", "b", "c"])
+    compatibility.require(compatibility.compare([loaded], ["a"]))
+    compatibility.require(
+        compatibility.compare([loaded, checkpoint.load(saved), loaded], ["a", "b", "c"])
+    )
 
 
 def with_schema(loaded, **changes):
@@ -243,26 +246,31 @@ def one_tensor_more(loaded):
 @pytest.mark.parametrize(
     ("change", "part"),
     [
-        (another_size, "tensor mlp.layers.0.weight is (7, 40) against (6, 40)"),
-        (another_name, "model dcn against deepfm"),
-        (one_field_more, "fields user, item, genres, history, hour, year against user, item, gen"),
-        (another_vocabulary, "table 'genres' has another vocabulary"),
-        (one_tensor_more, "tensor extra is (1,) against None"),
+        (another_size, "tensors: mlp.layers.0.weight: float32 (6, 40), in c float32 (7, 40)"),
+        (another_name, "architecture: model.name: deepfm, in c dcn"),
+        (one_field_more, "features: c has year (by name, table and kind)"),
+        (
+            another_vocabulary,
+            "vocabulary genres: differs in c; train on one encoded data set, or join",
+        ),
+        (one_tensor_more, "tensors: extra: missing, in c float32 (1,)"),
     ],
 )
 def test_differences_are_named(saved, change, part):
     loaded = checkpoint.load(saved)
     with pytest.raises(UserError) as caught:
-        checkpoint.check_compatible([loaded, loaded, change(loaded)], ["a", "b", "c"])
+        compatibility.require(
+            compatibility.compare([loaded, loaded, change(loaded)], ["a", "b", "c"])
+        )
     message = str(caught.value)
-    assert message.startswith("c does not fit a: ")
+    assert message.startswith("sources cannot be merged: ")
     assert part in message
 
 
 def test_a_missing_tensor_is_named(saved):
     loaded = checkpoint.load(saved)
-    with pytest.raises(UserError, match=r"tensor extra is None against \(1,\)"):
-        checkpoint.check_compatible([one_tensor_more(loaded), loaded], ["a", "b"])
+    with pytest.raises(UserError, match=r"extra: float32 \(1,\), in b missing"):
+        compatibility.require(compatibility.compare([one_tensor_more(loaded), loaded], ["a", "b"]))
 
 
 class Harmful:
@@ -326,7 +334,7 @@ def test_an_outline_has_shapes_and_no_numbers(saved):
             n: (t.shape, t.dtype) for n, t in expected.items()
         }
         assert all(tensor.is_meta for tensor in actual.values())
-    checkpoint.check_compatible([outline, loaded], ["a", "b"])
+    compatibility.require(compatibility.compare([outline, loaded], ["a", "b"]))
 
 
 def test_files_are_hashed_once_per_state(saved, monkeypatch):
