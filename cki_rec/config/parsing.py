@@ -97,8 +97,8 @@ def with_delta(config: Config, delta: dict[str, Any], where: str = "merge.source
         if ".start." in key or (key == "train" and isinstance(value, dict) and "start" in value):
             raise UserError(f"{where}, {key}: a start is named whole, as train.start: {{...}}")
         try:
-            is_start = key.rpartition(".")[2] == "start"
-            OmegaConf.update(tree, key, value, force_add=False, merge=not is_start)
+            is_whole = key.rpartition(".")[2] in ("start", "base")
+            OmegaConf.update(tree, key, value, force_add=False, merge=not is_whole)
         except OmegaConfBaseException as error:
             raise UserError(f"{where}, {key}: {_first_line(error)}") from None
     changed = OmegaConf.to_object(tree)

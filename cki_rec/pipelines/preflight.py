@@ -147,10 +147,16 @@ def check_options(config: Config) -> None:
             f" (got {options.method}, {options.scope}, {options.biases}); use merge.repair=none"
         )
     if options.vocabularies and not config.data.vocabularies and needs_labels(options):
+        readers = {
+            "merge.recalibrate=true": options.recalibrate,
+            f"merge.learn.what={options.learn.what}": options.learn.what != "none",
+            where: True,
+        }
+        reader = next(name for name, reads in readers.items() if reads)
         raise UserError(
-            f"merge.vocabularies: {where} reads rows, which are not encoded with the joined"
-            " vocabularies; use merge=evidence, or data.vocabularies=[FOLDER,...], the encoded"
-            " data sets of the sources"
+            f"merge.vocabularies: {reader} reads rows, which are not encoded with the joined"
+            " vocabularies; leave it out, or set data.vocabularies=[FOLDER,...], the encoded data"
+            " sets of the sources"
         )
     if options.vocabularies and options.learn.what == "trunk":
         raise UserError(

@@ -50,22 +50,22 @@ EXACT = {
 ALIGNED = {"aligned": ("merge=aligned_weights",)}
 """The same up to rounding."""
 MISTAKES = {
-    "best_of": ("cki-rec: merge.method=auto: needs whole models", ()),
+    "auto": ("cki-rec: merge.method=auto needs whole models", ()),
     "ties": (
-        "on several, each with some rows of every table, merge.method is one of first, aver",
+        "on several processes merge.method is one of first, average, weighted_average, evidence",
         ("merge=ties",),
     ),
-    "activations": ("merge.align.by=activations: needs", ("merge=aligned_activations",)),
+    "activations": ("merge.align.by=activations needs", ("merge=aligned_activations",)),
     "repair": (
-        "merge.repair=rescale: needs whole models in one process; use merge=evidence or",
+        "merge.repair=rescale needs whole models in one process; use merge=evidence or",
         ("merge=evidence", "merge.repair=rescale"),
     ),
-    "labels": ("validation rows decide (null): needs", ("merge=weighted_average",)),
+    "labels": ("that validation rows choose (null) needs", ("merge=weighted_average",)),
     "tokens": (
-        "merge.vocabularies: needs whole",
+        "merge.vocabularies needs whole",
         ("merge=evidence", "merge.vocabularies=[null,null]"),
     ),
-    "check": ("check_only=true: takes one", ("merge=evidence", "check_only=true")),
+    "check": ("check_only=true runs in one process", ("merge=evidence", "check_only=true")),
 }
 """What is refused, and with which words."""
 

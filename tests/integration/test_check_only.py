@@ -121,7 +121,11 @@ def test_a_model_agrees_with_itself(trained, check):
         ("dcn", "architecture", "model.name: deepfm, in"),
         ("histories", "features", "has history"),
         ("adagrad", "accumulators", "one a value in"),
-        ("split", "vocabulary", "shared by all; join them: merge.vocabularies=[null,null]"),
+        (
+            "split",
+            "vocabulary",
+            "or join tables by token: merge.vocabularies=[null,null]",
+        ),
     ],
 )
 def test_what_does_not_fit_is_named(trained, check, key, name, message):
@@ -240,8 +244,8 @@ def test_integration_itself_refuses_what_is_cheap_to_see(trained, base, capsys, 
     params = params_of(trained("two"))
     doubled = {**params, "bias": params["bias"].double()}
     others = {
-        trained("tanh"): "model.activation is tanh against relu",
-        changed(trained("two"), tmp_path / "a", params=doubled): "bias is torch.float64 against",
+        trained("tanh"): "model.activation: relu, in",
+        changed(trained("two"), tmp_path / "a", params=doubled): "bias: float32 (1,), in",
     }
     for other, message in others.items():
         sources = f"merge.sources=[{{path: {trained('one')}}},{{path: {other}}}]"

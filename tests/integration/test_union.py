@@ -178,8 +178,8 @@ def test_what_may_leak_or_does_not_fit_is_refused_in_one_line(regions, tmp_path,
     assert "does not list" in lacking
     assert "data.vocabularies=[FOLDER,...]" in lacking
     assert "does not list" in error(SAID, name="north_alone")
-    assert "not there" in error("data.vocabularies=[/nowhere]", SAID)
-    assert "looks at rows" in error(SAID, "merge.recalibrate=true")
+    assert "missing, but a field has the table" in error("data.vocabularies=[/nowhere]", SAID)
+    assert "reads rows" in error(SAID, "merge.recalibrate=true")
     own = error(f"data.vocabularies=[{north}]", SAID, "merge.recalibrate=true")
     assert "has other tokens" in own
 

@@ -206,19 +206,21 @@ def test_what_cannot_be_joined_is_refused_in_one_line(regions, tmp_path, capsys)
         return refused(regions, tmp_path, capsys, *words)
 
     north, south = encoded(regions, "north"), encoded(regions, "south")
-    assert "merge.vocabularies=[null,...]" in error()
+    assert "merge.vocabularies=[null,null]" in error()
     assert "1 folders for 2 models" in error("merge.vocabularies=[null]")
     swapped = error(f"merge.vocabularies=[{south},{north}]")
     assert "vocabulary." in swapped
     assert "differs from the tokens that the model was trained with" in swapped
-    assert "not there" in error(f"merge.vocabularies=[{north},/nowhere]")
+    assert "missing, but the model has this table" in error(
+        f"merge.vocabularies=[{north},/nowhere]"
+    )
     nothing = error("merge.vocabularies=[null,null]", f"runtime.encoded={tmp_path}")
     assert "merge.vocabularies[0]: no encoded data set" in nothing
     both = f"merge.vocabularies=[{north},{south}]"
-    assert "keeps its sources as they are" in error(both, "merge.method=output_ensemble")
-    assert "looks at rows" in error(both, "merge=cki_gate")
-    assert "looks at rows" in error(both, "merge=auto")
-    assert "looks at rows" in error(both, "merge.recalibrate=true")
+    assert "merges no parameters" in error(both, "merge.method=output_ensemble")
+    assert "reads rows" in error(both, "merge=cki_gate")
+    assert "reads rows" in error(both, "merge=auto")
+    assert "reads rows" in error(both, "merge.recalibrate=true")
 
 
 def test_a_truncated_token_list_is_refused(regions, tmp_path, capsys):
