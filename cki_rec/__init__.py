@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 COMMAND_VARIABLE = "CKI_REC_COMMAND"
 """The command line as typed, for runs in this process and in those a launcher starts."""
 

@@ -7,6 +7,7 @@ import importlib
 import logging
 import math
 import os
+import re
 import shlex
 import sys
 import time
@@ -45,6 +46,7 @@ SWEEP_VARIABLE = "CKI_REC_SWEEP"
 """Number of jobs and start time of the running sweep, for its jobs in other processes."""
 
 CONF = project_root() / "conf"
+SEARCH_PATH = "hydra.searchpath"
 
 UNWRITABLE = (
     *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM),
@@ -94,6 +96,7 @@ def _run(pipeline: str, options: list[str]) -> int:
     _start_log()
     try:
         check_versions()
+        options = _with_config_dirs(options)
         if {"-m", "--multirun"} & set(options):
             _sweep(pipeline, [o for o in options if o not in ("-m", "--multirun")])
         else:
@@ -141,9 +144,46 @@ def _compose(overrides: list[str], is_sweep: bool = False) -> DictConfig:
     with initialize_config_dir(str(CONF), version_base="1.3"):
         try:
             first = _check_choices(overrides)
-            return compose("config", first if is_sweep else overrides)
+            composed = compose("config", first if is_sweep else overrides)
         except (HydraException, OmegaConfBaseException) as error:
             raise UserError(_explain(error, overrides)) from None
+    _check_method(composed.merge.method)
+    return composed
+
+
+def _check_method(name: str) -> None:
+    """Check the name of a merge method by the files of ``conf/merge``, before torch is imported.
+
+    Raises:
+        UserError: No file has this method.
+    """
+    from cki_rec.config import UserError, nearest
+
+    texts = [path.read_text() for path in (CONF / "merge").glob("*.yaml")]
+    known = sorted({w for text in texts for w in re.findall(r"^method: (\w+)", text, re.M)})
+    if name not in known:
+        raise UserError(f"merge.method={name}: {nearest(name, known)}one of {', '.join(known)}")
+
+
+def _with_config_dirs(options: list[str]) -> list[str]:
+    """Return the options with ``--config-dir DIR`` as Hydra's search path.
+
+    Raises:
+        UserError: DIR is missing or no folder.
+    """
+    from cki_rec.config import UserError
+
+    words, folders, rest = iter(options), list[str](), list[str]()
+    for word in words:
+        name, _, value = word.partition("=")
+        if name not in ("--config-dir", "-cd"):
+            rest.append(word)
+            continue
+        folder = Path(value or next(words, ""))
+        if not folder.is_dir() or folder == Path():
+            raise UserError(f"--config-dir {folder}: no such folder; name one that is like conf/")
+        folders.append(f"file://{folder.resolve()}")
+    return rest + ([f"{SEARCH_PATH}=[{','.join(folders)}]"] if folders else [])
 
 
 def _run_job(pipeline: str, composed: DictConfig) -> float | None:
@@ -260,7 +300,7 @@ def _check_choices(overrides: list[str]) -> list[str]:
 
     from cki_rec.config import UserError
 
-    groups, first = _groups(), []
+    groups, first = _groups(_search_path(overrides)), []
     for override in OverridesParser.create().parse_overrides(overrides):
         assert override.input_line is not None
         if override.is_interval_sweep():
@@ -286,8 +326,10 @@ def _explain(error: Exception, overrides: list[str]) -> str:
     from hydra import compose
     from omegaconf import OmegaConf
 
-    known: set[str] = set(_groups())
-    pending: list[tuple[str, Any]] = [("", OmegaConf.to_container(compose("config")))]
+    groups = _groups(_search_path(overrides))
+    known: set[str] = set(groups)
+    choices = [o for o in overrides if o.partition("=")[0] in {*groups, SEARCH_PATH}]
+    pending: list[tuple[str, Any]] = [("", OmegaConf.to_container(compose("config", choices)))]
     while pending:
         prefix, node = pending.pop()
         for key, value in node.items() if isinstance(node, dict) else ():
@@ -304,10 +346,22 @@ def _explain(error: Exception, overrides: list[str]) -> str:
     return " ".join(str(error).split())
 
 
-def _groups() -> dict[str, list[str]]:
-    """Return the choices of every configuration group."""
-    folders = sorted(path for path in CONF.iterdir() if path.is_dir() and path.name != "hydra")
-    return {folder.name: sorted(file.stem for file in folder.glob("*.yaml")) for folder in folders}
+def _search_path(overrides: Sequence[str]) -> list[Path]:
+    """Return the folders of ``hydra.searchpath``, which add choices to groups."""
+    value = next((o.partition("=")[2] for o in overrides if o.startswith(f"{SEARCH_PATH}=")), "")
+    entries = [entry.strip() for entry in value.strip("[]").split(",")]
+    return [Path(e.removeprefix("file://")) for e in entries if e.startswith("file://")]
+
+
+def _groups(search_path: Sequence[Path] = ()) -> dict[str, list[str]]:
+    """Return the choices of every configuration group, in ``conf/`` and in a search path."""
+    groups: dict[str, set[str]] = {}
+    for root in (CONF, *search_path):
+        for folder in sorted(path for path in root.iterdir() if path.is_dir()):
+            if folder.name != "hydra":
+                files = {file.stem for file in folder.glob("*.yaml")}
+                groups.setdefault(folder.name, set()).update(files)
+    return {name: sorted(choices) for name, choices in sorted(groups.items())}
 
 
 def _help() -> str:
@@ -319,10 +373,11 @@ def _help() -> str:
     lines += [f"  cki-rec {name} {EXAMPLES[name]}" for name in PIPELINES]
     lines += [
         "",
+        "--config-dir DIR adds a folder like conf/, with more choices for its groups.",
         "-m sweeps over comma-separated values; hydra/launcher=joblib runs jobs in parallel.",
     ]
     lines += ["cki-rec <pipeline> --help lists its options. Values and their meaning: conf/."]
-    lines += ["cki-rec merge --list shows all methods: idea, options, needs, cost, reference."]
+    lines += ["cki-rec merge --list shows all methods: summary, options, needs, cost, reference."]
     return "\n".join(lines)
 
 

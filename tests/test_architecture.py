@@ -331,7 +331,7 @@ def test_every_table_row_has_a_file():
         declared = [tree for tree in trees if key in tree and not OmegaConf.is_missing(tree, key)]
         return {tree[key] for tree in declared}  # others are variants of another file
 
-    assert values("merge", "method") | {"first"} == {*METHODS, *REFERENCES, AUTO}
+    assert values("merge", "method") == {*METHODS, *REFERENCES, AUTO}
     assert values("model", "name") == set(MODELS)
     assert values("data", "format") == set(FORMATS)
 
@@ -339,13 +339,13 @@ def test_every_table_row_has_a_file():
 def test_gate_kinds_and_partitions_are_those_of_the_code():
     from typing import get_args
 
-    from cki_rec.config import CHOICES as WORDS
+    from cki_rec.config import Partition, choices
     from cki_rec.data.encoding.partition import KINDS as PARTITIONS
     from cki_rec.merging.methods.cki.gate import KINDS as GATES
     from cki_rec.merging.methods.cki.method import Gate
 
     assert set(get_args(Gate)) == set(GATES)
-    assert set(WORDS["data.partition.by"]) == set(PARTITIONS)
+    assert set(choices(Partition, "by")) == set(PARTITIONS)
 
 
 def test_changelog_names_this_version():

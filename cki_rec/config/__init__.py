@@ -1,9 +1,8 @@
 """Every option, its type and its checks; values live in ``conf/``. Imports no torch.
 
-``parse`` crosses the edge from Hydra's text to these objects once; inside, only typed objects.
+``parse`` turns Hydra's text into these objects once; inside, there are only typed objects.
 """
 
-from cki_rec.config.checks import AT_LEAST, CHOICES, check
 from cki_rec.config.data_options import Data, Download, Partition, Split, Synthetic
 from cki_rec.config.errors import RankLost, ReportedElsewhere, Stopped, UserError, nearest
 from cki_rec.config.options import (
@@ -31,10 +30,9 @@ from cki_rec.config.parsing import (
     section,
     with_delta,
 )
+from cki_rec.config.section import choices
 
 __all__ = [
-    "AT_LEAST",
-    "CHOICES",
     "Align",
     "Attention",
     "Config",
@@ -58,7 +56,7 @@ __all__ = [
     "Synthetic",
     "Train",
     "UserError",
-    "check",
+    "choices",
     "first_comment",
     "model_options",
     "nearest",

@@ -2,41 +2,44 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from cki_rec.config.section import NonNegative, Positive, section
 
 
-@dataclass(slots=True, kw_only=True)
+@section
 class Split:
     """How rows are divided into training, validation and test."""
 
-    by: str
+    by: Literal["random", "hash", "time", "leave_last_out", "files"]
     """``random``, ``hash`` (of a row's user, item and time: the same in any file it stands in),
     ``time`` (oldest rows train), ``leave_last_out`` (each user's last row) or ``files`` (as
     published: train, valid and test files)."""
     fractions: list[float]
     """Shares of training, validation and test rows; sum 1. For ``random``, ``hash`` and ``time``;
     where ``files`` lack valid.csv and the third share is 0, the first two divide training rows."""
-    seed: int
+    seed: NonNegative
     """Of ``random`` and ``hash``, and of validation rows drawn from training files. Fixed over the
     repetitions of an experiment: all runs share test rows."""
 
 
-@dataclass(slots=True, kw_only=True)
+@section
 class Partition:
     """How rows are divided among parents."""
 
-    by: str
+    by: Literal["user", "item", "time", "random", "none"]
     """``user``, ``item``, ``time``, ``random`` or ``none``."""
-    parts: int
-    seed: int
+    parts: Positive
+    seed: NonNegative
 
 
-@dataclass(slots=True, kw_only=True)
+@section
 class Synthetic:
     """Raw files written from a known click model."""
 
-    layout: str
+    layout: Literal["criteo", "avazu", "movielens"]
     """``criteo``, ``avazu`` or ``movielens``: whose format and fields."""
     rows: int
     vocabulary: float
@@ -54,7 +57,7 @@ class Synthetic:
     seed: int
 
 
-@dataclass(slots=True, kw_only=True)
+@section
 class Download:
     """Where a user may fetch the raw files from."""
 
@@ -66,7 +69,7 @@ class Download:
     """What to do where ``url`` is null."""
 
 
-@dataclass(slots=True, kw_only=True)
+@section
 class Data:
     """One data set: raw files, encoding, split, and the part of it a model sees."""
 
@@ -93,28 +96,28 @@ class Data:
     """csv: column of items; null: rows have none."""
     time: str | None
     """csv: column of times; null: rows have none."""
-    time_form: str
+    time_form: Literal["seconds", "yymmddhh"]
     """csv: ``seconds`` or ``yymmddhh``."""
-    numeric: str
+    numeric: Literal["ln_squared", "quantile", "edges", "token", "log1p", "as_is"]
     """What numeric fields become: ``ln_squared``, ``quantile``, ``edges`` or ``token``
     (categories), ``log1p`` or ``as_is`` (numbers)."""
     numeric_missing: float | None
     """What an empty number stands for; null: a category of its own, or the mean."""
-    buckets: int
+    buckets: Annotated[int, Field(ge=2)]
     """Of ``quantile``."""
-    min_count: int
+    min_count: Positive
     """Tokens with fewer training rows share the id of unseen tokens."""
     vocabularies: list[str]
     """Folders whose token lists, joined in this order, give the ids: encoded sets, merged runs or
     the ``vocabulary`` folders in them. Empty: tokens of training rows, by ``min_count``."""
-    history_length: int
+    history_length: Positive
     """The latest liked items kept per row."""
-    negatives: int
+    negatives: Positive
     """Sequences: unseen items drawn per step of a user."""
-    negatives_seed: int
-    on_bad_row: str
+    negatives_seed: NonNegative
+    on_bad_row: Literal["error", "skip"]
     """``error`` or ``skip`` (skipped rows are counted in the manifest)."""
-    verify: str
+    verify: Literal["fast", "full"]
     """Of an encoded set when it is opened: ``fast`` (sizes and types) or ``full`` (digests)."""
     synthetic: Synthetic
     split: Split
@@ -122,3 +125,17 @@ class Data:
     part: int | None
     """Train and validate on this part only; null: on all rows. A part by time of a split by time
     has only later validation rows: all of them."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Data:
+        if self.part is None:
+            return self
+        if self.partition.by == "none":
+            raise ValueError(
+                f"part={self.part} needs data.partition.by=user, item, time or random"
+            )
+        if not 0 <= self.part < self.partition.parts:
+            raise ValueError(
+                f"part={self.part}: data.partition has parts 0 to {self.partition.parts - 1}"
+            )
+        return self

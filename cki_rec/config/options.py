@@ -2,74 +2,83 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
 
 from cki_rec.config.data_options import Data
+from cki_rec.config.section import (
+    Fraction,
+    NonNegative,
+    NonNegativeFloat,
+    Positive,
+    PositiveFloat,
+    section,
+)
 
 
-@dataclass(slots=True, kw_only=True)
+@section
 class Cross:
     """Cross network of DCN and DCNv2."""
 
-    layers: int
-    structure: str
+    layers: Positive
+    structure: Literal["parallel", "stacked"]
     """DCNv2: ``parallel`` to the MLP, or ``stacked`` below it."""
-    rank: int | None
+    rank: Positive | None
     """DCNv2: rank of the low-rank mixture's matrices; null: one full matrix a layer."""
-    experts: int
+    experts: Positive
     """DCNv2: matrices in the mixture, where ``rank`` is given."""
 
 
-@dataclass(slots=True, kw_only=True)
+@section
 class Attention:
     """Local activation unit of DIN."""
 
     pairs: list[Any]
     """``[[targets, histories], ...]``, each a field or a list of fields of equal count, which are
     concatenated; empty: every history with the categorical field of its table."""
-    length: int
+    length: Positive
     """The latest ids of a history that are attended to."""
-    hidden: list[int]
-    activation: str
+    hidden: list[Positive]
+    activation: Literal["relu", "dice", "prelu", "sigmoid", "tanh"]
     """``dice``, ``prelu``, ``relu``, ``sigmoid`` or ``tanh``."""
-    dropout: float
+    dropout: Fraction
     softmax: bool
     """Weights of a row's history sum to one."""
 
 
-@dataclass(slots=True, kw_only=True)
+@section
 class Streams:
     """The second of FinalMLP's two streams, and what joins them."""
 
-    hidden: list[int]
-    dropout: float
+    hidden: list[Positive]
+    dropout: Fraction
     batch_norm: bool
-    heads: int
+    heads: Positive
     """Of the bilinear fusion; divides the last width of both streams."""
     selection: bool
     """Feature gates before the streams, each from a context of its own."""
-    gate_hidden: list[int]
+    gate_hidden: list[Positive]
     contexts: list[list[str]]
     """Fields that each stream's gate depends on; an empty list: a learned vector."""
 
 
-@dataclass(slots=True, kw_only=True)
+@section
 class Model:
     """One network."""
 
     name: str
     """A row of ``cki_rec.models.MODELS``."""
-    embedding_dim: int
-    hidden: list[int]
-    activation: str
+    embedding_dim: Positive
+    hidden: list[Positive]
+    activation: Literal["relu", "dice", "prelu", "sigmoid", "tanh"]
     """Of the MLP: ``relu``, ``dice``, ``prelu``, ``sigmoid`` or ``tanh``."""
     batch_norm: bool
     """Between a hidden layer and its activation."""
-    dropout: float
-    init_std: float
+    dropout: Fraction
+    init_std: NonNegativeFloat
     """Standard deviation of initial embeddings."""
-    matrix_std: float | None
+    matrix_std: PositiveFloat | None
     """Standard deviation of initial matrices, those of one output apart, beside biases uniform
     within 1 / sqrt(inputs); null: Xavier uniform and zero biases."""
     histories: bool
@@ -79,7 +88,7 @@ class Model:
     streams: Streams
 
 
-@dataclass(slots=True, kw_only=True)
+@section
 class Monitor:
     """Weights of validation metrics; their sum decides which epoch is best."""
 
@@ -87,8 +96,14 @@ class Monitor:
     log_loss: float
     gauc: float
 
+    @model_validator(mode="after")
+    def _check(self) -> Monitor:
+        if not any((self.auc, self.log_loss, self.gauc)):
+            raise ValueError("auc, log_loss and gauc: one must not be 0")
+        return self
 
-@dataclass(slots=True, kw_only=True)
+
+@section
 class Train:
     """Optimization of one model."""
 
@@ -96,64 +111,64 @@ class Train:
     """The training that this one goes on from, as config deltas of it, ``{data.part: 0}`` (its own
     start is null unless they name one: chains nest), or a checkpoint, ``{path: a}``; null: initial
     weights."""
-    epochs: int
-    batch_size: int
+    epochs: NonNegative
+    batch_size: Positive
     """Rows of a step, all processes together."""
-    embeddings: str
+    embeddings: Literal["fused", "dense"]
     """``fused`` (looked-up rows alone are trained, in the backward pass) or ``dense`` (Adam on
     whole tables, a copy per process)."""
-    learning_rate: float
+    learning_rate: NonNegativeFloat
     """Adam."""
-    table_learning_rate: float
+    table_learning_rate: NonNegativeFloat
     """Of ``fused`` embeddings."""
-    table_optimizer: str
+    table_optimizer: Literal["rowwise_adagrad", "adagrad"]
     """Of ``fused`` embeddings: ``rowwise_adagrad`` (one accumulator a row) or ``adagrad``."""
-    table_l2: float
+    table_l2: NonNegativeFloat
     """L2 as a term of the loss: on looked-up embeddings (``fused``, times their squared norm per
     row) or on whole tables (``dense``, times half their squared norm)."""
     monitor: Monitor
-    min_gain: float
+    min_gain: NonNegativeFloat
     """An epoch is better if the monitored sum rises by more than this."""
-    plateau_factor: float
+    plateau_factor: NonNegativeFloat
     """Learning rates times this after an epoch that is not better."""
-    min_learning_rate: float
+    min_learning_rate: NonNegativeFloat
     """Learning rates fall no lower."""
-    patience: int
+    patience: Positive
     """Stop after this many epochs in a row that are not better."""
-    gradient_clip: float | None
+    gradient_clip: PositiveFloat | None
     """Largest norm of the gradient of all parameters that Adam trains; null: any."""
-    precision: str
+    precision: Literal["fp32", "bf16"]
     """``fp32`` or ``bf16`` (autocast of the dense network)."""
     compile: bool
     """torch.compile of the dense network."""
-    ema: float | None
+    ema: Fraction | None
     """Decay of an exponential moving average of all weights, which is evaluated and kept; null:
     none."""
 
 
-@dataclass(slots=True, kw_only=True)
+@section
 class Align:
     """How sources are brought into a shared basis before they are merged."""
 
-    by: str
+    by: Literal["none", "weights", "activations"]
     """``none``, ``weights`` or ``activations`` (hidden units by their activations on rows)."""
-    starts: int
+    starts: Positive
     """Starts of the search; the best end is taken."""
 
 
-@dataclass(slots=True, kw_only=True)
+@section
 class Learn:
     """Training inside a merge."""
 
-    what: str
+    what: Literal["none", "gates", "trunk"]
     """``none``, ``gates`` (of the method, all else frozen) or ``trunk`` (gates, and the parameters
     out of ``merge.scope``)."""
-    epochs: int
-    learning_rate: float
+    epochs: Positive
+    learning_rate: NonNegativeFloat
     """Learning rate of Adam."""
 
 
-@dataclass(slots=True, kw_only=True)
+@section
 class Merge:
     """How several models become one."""
 
@@ -161,7 +176,7 @@ class Merge:
     """A registered method, a reference that merges no parameters, or ``auto``."""
     label: str
     """Name of this setting in tables; unique per file of ``conf/merge``."""
-    sources: list[dict[str, Any]]
+    sources: Annotated[list[dict[str, Any]], Field(min_length=1)]
     """Sources as config deltas, ``[{seed: 1}, {seed: 2}]``, or checkpoints, ``[{path: a}]``."""
     base: dict[str, Any] | None
     """The model that all sources started from, named like a source; null: there is none."""
@@ -174,7 +189,7 @@ class Merge:
     recipes: list[dict[str, Any]]
     """For ``auto``: ways to merge the sources, as changes of this section."""
     align: Align
-    repair: str
+    repair: Literal["none", "rescale", "least_squares", "select_units", "project"]
     """After merging: ``none``; ``rescale`` (statistics of hidden units); ``least_squares`` (layers
     fitted to the mean of the sources' layers, on the merged tables); ``select_units`` (also hidden
     units selected from all sources); ``project`` (also tables projected from all sources' spaces;
@@ -182,46 +197,55 @@ class Merge:
     validation AUC)."""
     recalibrate: bool
     """Scale and shift the merged model's logit, by its parameters, to fit validation rows."""
-    sample: int
+    sample: Positive
     """Training rows that alignment, repair and methods read, without their labels."""
-    scope: str
+    scope: Literal["all", "head", "hidden", "output"]
     """Parameters that are merged: ``all``, or of the MLP ``head`` (all of it), its ``hidden``
     layers or its ``output`` layer. Others are the first source's."""
-    tables: str
+    tables: Literal["same", "evidence", "first"]
     """Rule for tables: ``same`` as the rest, ``evidence`` or ``first`` (source)."""
-    biases: str
+    biases: Literal["merge", "first"]
     """Rule for vectors: ``merge``, or ``first`` (source, as released)."""
-    ablation: str
+    ablation: Literal["none", "permuted", "shuffled"]
     """Change of all sources but the first: ``none``, ``permuted`` or ``shuffled``."""
     learn: Learn
 
+    @model_validator(mode="after")
+    def _check(self) -> Merge:
+        if self.learn.what == "trunk" and self.scope == "all":
+            raise ValueError(
+                "learn.what=trunk trains the parameters out of scope; set merge.scope to head,"
+                " hidden or output"
+            )
+        return self
 
-@dataclass(slots=True, kw_only=True)
+
+@section
 class Finetune:
     """Short training of an integrated model on all data."""
 
-    epochs: int
+    epochs: NonNegative
     """0: none."""
-    learning_rate: float
-    table_learning_rate: float
+    learning_rate: NonNegativeFloat
+    table_learning_rate: NonNegativeFloat
 
 
-@dataclass(slots=True, kw_only=True)
+@section
 class Evaluate:
     """Metrics and intervals."""
 
-    bootstrap: int
+    bootstrap: Annotated[int, Field(ge=100)]
     """Resamples."""
-    resample: str
+    resample: Literal["user", "row"]
     """Unit of resampling: ``user`` (rows of a user depend on each other) or ``row``."""
-    confidence: float
-    seed: int
+    confidence: Annotated[float, Field(gt=0, lt=1)]
+    seed: NonNegative
     disjoint_files: bool
     """You say that raw files which only the models were trained on hold no test row: nothing
     checks it. Needed where there are such files."""
 
 
-@dataclass(slots=True, kw_only=True)
+@section
 class Runtime:
     """Where and on what things run; never part of a run's identity."""
 
@@ -231,32 +255,32 @@ class Runtime:
     """Folder of reports, one folder per name."""
     encoded: str
     """Folder of encoded data sets."""
-    device: str
+    device: Literal["auto", "cpu", "cuda"]
     """``auto``, ``cpu`` or ``cuda``."""
-    threads: int
+    threads: NonNegative
     """CPU threads per process; 0: all cores, shared by the processes of this machine."""
-    sharding: str
+    sharding: Literal["table_wise", "row_wise", "column_wise", "planner"]
     """Of fused tables over processes: ``table_wise``, ``row_wise``, ``column_wise`` or ``planner``
     (torchrec chooses)."""
-    resume: str
+    resume: Literal["auto", "never"]
     """``auto`` (an unfinished training goes on from its last checkpoint) or ``never``."""
-    checkpoint_steps: int
+    checkpoint_steps: NonNegative
     """Steps between checkpoints of an unfinished training; 0: none."""
-    checkpoint_minutes: float
+    checkpoint_minutes: NonNegativeFloat
     """Minutes between them; 0: none."""
-    keep: int
+    keep: Positive
     """The latest checkpoints kept of an unfinished training."""
-    log_steps: int
+    log_steps: NonNegative
     """Steps between lines of steps.jsonl and TensorBoard; 0: one an epoch."""
     tensorboard: bool
     """Write TensorBoard events beside steps.jsonl."""
-    chunk_mb: int
+    chunk_mb: Positive
     """Raw text that is encoded at a time, in MiB; no result depends on it."""
     force: bool
     """Run again what is already recorded."""
 
 
-@dataclass(slots=True, kw_only=True)
+@section
 class Suite:
     """What the parents differ in."""
 
@@ -267,14 +291,14 @@ class Suite:
     """The model that all of them come from, as a config delta; null: there is none."""
 
 
-@dataclass(slots=True, kw_only=True)
+@section
 class Config:
     """Everything."""
 
     name: str
     """Experiment the run is reported under."""
     suite: Suite
-    seed: int
+    seed: NonNegative
     """Of everything random but the split."""
     check_only: bool
     """``merge`` reports whether the sources fit together, and does nothing else."""
@@ -283,7 +307,7 @@ class Config:
     run: str | None
     """What ``export`` reads: a run directory, a checkpoint folder or a run id under
     ``runtime.out``."""
-    format: str
+    format: Literal["pt2", "onnx"]
     """What ``export`` writes: ``pt2`` (torch.export) or ``onnx``."""
     data: Data
     model: Model

@@ -5,15 +5,18 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import asdict
-from typing import Any
+from typing import Any, cast
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from cki_rec import __version__, project_root
-from cki_rec.config.checks import check
-from cki_rec.config.errors import UserError
+from cki_rec.config.errors import UserError, nearest
 from cki_rec.config.options import Config, Model
+from cki_rec.config.section import validated
+
+WHOLE = ("base", "start")
+"""Options that a change replaces whole: they name one model."""
 
 
 def first_comment(group: str, choice: str) -> str:
@@ -39,12 +42,11 @@ def parse(composed: DictConfig) -> Config:
         UserError: An unknown key, a wrong type or an impossible combination, by dotted path.
     """
     try:
-        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), composed))
+        values = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
-        raise UserError(f"{error.full_key or 'configuration'}: {_first_line(error)}") from None
-    assert isinstance(config, Config)
-    check(config)
-    return config
+        line = str(error).splitlines()[0]
+        raise UserError(f"{error.full_key or 'configuration'}: {line}") from None
+    return validated(Config, cast("dict[str, Any]", values))
 
 
 def run_id(pipeline: str, reads: dict[str, Any]) -> str:
@@ -70,38 +72,51 @@ def model_options(value: dict[str, Any]) -> Model:
         TypeError: A key is missing, unknown or of another type.
     """
     try:
-        options = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Model), value))
-    except OmegaConfBaseException as error:
-        raise TypeError(_first_line(error)) from None
-    assert isinstance(options, Model)
-    return options
-
-
-def _first_line(error: OmegaConfBaseException) -> str:
-    return str(error).splitlines()[0]
+        return validated(Model, value)
+    except UserError as error:
+        raise TypeError(str(error)) from None
 
 
 def with_delta(config: Config, delta: dict[str, Any], where: str = "merge.sources") -> Config:
-    """Return ``config`` with dotted keys replaced, as ``merge.sources`` names parents.
+    """Return ``config`` with dotted keys replaced, as ``merge.sources`` names models.
 
     Args:
-        config: Stays as it is.
-        delta: Values by dotted key; a start is replaced whole.
-        where: Option that the delta stands in, for messages.
+        config: The configuration; it is not changed.
+        delta: Values by dotted key. Sections are merged; a start or a base is replaced whole.
+        where: Option that holds the delta, for messages.
 
     Raises:
         UserError: A key that does not exist, or a value of another type.
     """
-    tree = OmegaConf.structured(config)
+    tree = asdict(config)
     for key, value in delta.items():
         if ".start." in key or (key == "train" and isinstance(value, dict) and "start" in value):
             raise UserError(f"{where}, {key}: a start is named whole, as train.start: {{...}}")
-        try:
-            is_whole = key.rpartition(".")[2] in ("start", "base")
-            OmegaConf.update(tree, key, value, force_add=False, merge=not is_whole)
-        except OmegaConfBaseException as error:
-            raise UserError(f"{where}, {key}: {_first_line(error)}") from None
-    changed = OmegaConf.to_object(tree)
-    assert isinstance(changed, Config)
-    check(changed)
-    return changed
+        *path, last = key.split(".")
+        node = tree
+        for part in path:
+            node = _child(node, part, f"{where}, {key}")
+        is_open = path == ["merge", "options"]
+        if not is_open:
+            _child(node, last, f"{where}, {key}")
+        is_section = isinstance(value, dict) and isinstance(node.get(last), dict)
+        node[last] = _merged(node[last], value) if is_section and last not in WHOLE else value
+    try:
+        return validated(Config, tree)
+    except UserError as error:
+        raise UserError(f"{where}, {error}") from None
+
+
+def _child(node: Any, key: str, where: str) -> Any:
+    if not isinstance(node, dict) or key not in node:
+        known = list(node) if isinstance(node, dict) else []
+        raise UserError(f"{where}: no such option; {nearest(key, known)}one of {', '.join(known)}")
+    return node[key]
+
+
+def _merged(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    result = dict(old)
+    for key, value in new.items():
+        is_section = isinstance(value, dict) and isinstance(old.get(key), dict)
+        result[key] = _merged(old[key], value) if is_section else value
+    return result

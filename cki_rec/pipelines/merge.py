@@ -276,9 +276,9 @@ def _merge_params(
         base=None if base is None else base.params,
         counts=counts_of(checkpoints, preflight.needs_counts(options)),
         network=merging_network(first, config.seed, options.align.by != "none"),
-        align=options.align.by,  # type: ignore[arg-type]
+        align=options.align.by,
         starts=options.align.starts,
-        repair=options.repair,  # type: ignore[arg-type]
+        repair=options.repair,
         activations=activations,
         fisher=fisher(config, first, dataset, activations),
         imitate=imitation(config, first, dataset),

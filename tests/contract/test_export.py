@@ -15,7 +15,7 @@ import torch
 
 from cki_rec.checkpoints import load
 from cki_rec.cli import main
-from cki_rec.config import CHOICES, UserError, parse
+from cki_rec.config import Config, UserError, choices, parse
 from cki_rec.data.encoding import store
 from cki_rec.data.loader import Loader
 from cki_rec.data.provenance import Provenance
@@ -240,7 +240,7 @@ def test_the_description_names_attended_histories(options):
 
 
 def test_formats_are_those_of_the_configuration():
-    assert CHOICES["format"] == tuple(FORMATS)
+    assert choices(Config, "format") == tuple(FORMATS)
 
 
 @pytest.fixture

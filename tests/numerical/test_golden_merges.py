@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import SMALL, compose_tree
-from samples import GOLDEN
+from samples import GOLDEN, ROOT
 
 from cki_rec import checkpoints
 from cki_rec.config import parse
@@ -62,6 +62,8 @@ def golden(raw_zip, tmp_path_factory):
     """Function (model, case) -> facts about the merged checkpoint, like those of the file."""
     home = tmp_path_factory.mktemp("golden")
     folders = [f"runtime.{name}={home / name}" for name in ("out", "reports", "encoded")]
+    presets = ROOT / "experiments" / "released_protocol" / "conf"
+    folders += [f"hydra.searchpath=[file://{presets}]"]
     fixed = [f"data.raw={raw_zip}", *folders, *SMALL, "model.histories=true"]
 
     def run(model: str, case: str) -> list[str | float]:

@@ -95,17 +95,23 @@ def test_version(command):
         (["evaluate", "experiment=quickstrat"], "did you mean 'quickstart'?"),
         (["train", "foo"], "'foo': options are written key=value"),
         (["train", "seed"], "'seed': options are written key=value"),
-        (["train", "train.epochs=many"], "train.epochs: Value 'many'"),
+        (["train", "train.epochs=many"], "train.epochs=many: must be a whole number"),
         (["train", "seed=one"], "seed"),
         (["train", "+train.momentum=1"], "train.momentum"),
         (["train", "model.dropout=2"], "model.dropout=2"),
-        (["train", "merge.options.splice=sofd"], "did you mean 'soft'?"),
+        (
+            ["train", "merge=cki", "merge.options.splyce=soft"],
+            "did you mean 'merge.options.splice'",
+        ),
         (["train", "seed=[1"], ""),
         (["train", "-m", "sed=1,2"], "no option 'sed': did you mean 'seed'?"),
         (["train", "-m", "model=deepfm,depfm"], "model=depfm: did you mean 'deepfm'?"),
         (["train", "-m", "merge=averge,evidence"], "did you mean 'average'?"),
         (["train", "-m", "foo", "seed=1,2"], "'foo': options are written key=value"),
-        (["train", "--multirun", "train.epochs=many,some"], "train.epochs: Value 'many'"),
+        (
+            ["train", "--multirun", "train.epochs=many,some"],
+            "train.epochs=many: must be a whole number",
+        ),
         (["train", "data.raw=/nowhere.zip"], "/nowhere.zip"),
     ],
 )
@@ -251,6 +257,9 @@ def test_a_search_has_as_many_jobs_as_trials():
     assert cli.num_jobs(config) == 7
 
 
+HEAVY = ["torch", "torchrec", "polars", "sklearn", "numpy", "pandas"]
+
+
 @pytest.mark.parametrize(
     ("code", "absent"),
     [
@@ -258,6 +267,15 @@ def test_a_search_has_as_many_jobs_as_trials():
         ("import cki_rec.cli as c; c.main(['--help'])", ["torch", "hydra", "omegaconf"]),
         ("import cki_rec.cli as c; c.main(['train', '--help'])", ["torch", "hydra", "omegaconf"]),
         ("import cki_rec.config", ["torch", "hydra", "numpy"]),
+        *(
+            (f"import cki_rec.cli as c; c.main({words!r}); print()", HEAVY)
+            for words in (
+                ["train", "train.epochs=many"],
+                ["train", "train.epoch=3"],
+                ["merge", "merge.method=tiess"],
+                ["evaluate", "data.part=5"],
+            )
+        ),
     ],
 )
 def test_start_imports_nothing_heavy(code, absent):

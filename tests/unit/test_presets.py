@@ -15,13 +15,17 @@ from cki_rec.merging.steps import initial_gates
 from cki_rec.pipelines.merge_inputs import fixed_rules, out_of_scope
 from cki_rec.pipelines.preflight import check_options, entry_of
 
-PRESETS = sorted(path.stem for path in (ROOT / "conf" / "merge").glob("*.yaml"))
+RELEASED = ROOT / "experiments" / "released_protocol" / "conf"
+SEARCH_PATH = f"hydra.searchpath=[file://{RELEASED}]"
+PRESETS = sorted(
+    path.stem for conf in (ROOT / "conf", RELEASED) for path in (conf / "merge").glob("*.yaml")
+)
 ABLATIONS = ("frozen", "uniform", "random", "permuted", "shuffled")
 
 
 @pytest.mark.parametrize("name", [name for name in PRESETS if name != "default"])
 def test_every_preset_parses_and_is_labelled_as_its_file(compose, name):
-    options = parse(compose(f"merge={name}")).merge
+    options = parse(compose(SEARCH_PATH, f"merge={name}")).merge
     assert options.label == name
     entry_of(options)
 
@@ -36,11 +40,11 @@ def test_every_preset_parses_and_is_labelled_as_its_file(compose, name):
 def test_the_released_protocol_comes_with_all_its_ablations(compose, experiment, data):
     from omegaconf import OmegaConf
 
-    config = parse(compose(f"experiment={experiment}"))
+    config = parse(compose(SEARCH_PATH, f"experiment={experiment}"))
     assert (config.name, config.data.name, config.model.name) == (experiment, data, "din")
     assert config.suite.name == "seeds"
     assert config.train.epochs == config.merge.learn.epochs == 10
-    tree = OmegaConf.load(ROOT / "conf" / "experiment" / f"{experiment}.yaml")
+    tree = OmegaConf.load(RELEASED / "experiment" / f"{experiment}.yaml")
     swept = tree.hydra.sweeper.params.merge.split(",")
     assert {f"ablation_{name}" for name in ABLATIONS} < set(swept) <= set(PRESETS)
 
@@ -48,7 +52,7 @@ def test_the_released_protocol_comes_with_all_its_ablations(compose, experiment,
 @pytest.mark.parametrize("name", ABLATIONS)
 def test_ablations_train_as_long_and_as_much_as_the_released_protocol(compose, name):
     released = parse(compose("merge=cki_released")).merge
-    own = parse(compose(f"merge=ablation_{name}")).merge
+    own = parse(compose(SEARCH_PATH, f"merge=ablation_{name}")).merge
     assert (own.learn, own.scope, own.biases) == (released.learn, released.scope, released.biases)
 
 

@@ -10,12 +10,12 @@ from typing import Any
 
 from torch import nn
 
-from cki_rec.config import CHOICES, Data, UserError, nearest
+from cki_rec.config import Data, UserError, choices, nearest
 from cki_rec.data.raw.formats import FORMATS
 from cki_rec.data.schema import FIRST_ID
 
 KINDS = ("categorical", "numeric", "multi", "history", "time")
-TRANSFORMS = CHOICES["data.numeric"]
+TRANSFORMS = choices(Data, "numeric")
 FLOATS = ("log1p", "as_is")
 """Transforms with numbers as results; all others make categories."""
 
@@ -101,11 +101,6 @@ def resolve_fields(data: Data, kinds: Mapping[str, str]) -> tuple[Field, ...]:
     Raises:
         UserError: A field or option is unknown, or the combination is impossible.
     """
-    for option in ("min_count", "history_length", "negatives"):
-        if getattr(data, option) < 1:
-            raise UserError(f"data.{option}={getattr(data, option)}: expected 1 or more")
-    if data.on_bad_row not in CHOICES["data.on_bad_row"]:
-        raise UserError(f"data.on_bad_row={data.on_bad_row}: expected error or skip")
     names = [entry["name"] for entry in _entries(data)]
     if not names:
         raise UserError("data.fields: empty; name at least one field")
