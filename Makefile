@@ -41,8 +41,8 @@ test: lint ## lint, types and tests
 test-all: lint ## the same with the slow tests
 	$(BIN)/pytest -q --hypothesis-profile=search $(PARALLEL) -m "slow or not slow"
 
-bench: setup ## measure our own parts, write experiments/bench/bench.json
-	@$(BIN)/cki-rec bench
+bench: setup ## measure our own parts (SELECT=name: one), write experiments/bench/bench.json
+	@$(BIN)/python experiments/bench/run.py $(SELECT)
 
 PEERS := experiments/peers
 EXPORTED := experiments/runs/peers

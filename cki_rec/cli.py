@@ -29,7 +29,6 @@ PIPELINES = {
     "evaluate": "all of the above as configured, then metrics and intervals on test rows",
     "export": "write a trained or integrated model as one file that serves without this package",
     "report": "tables, figures and an HTML page from the records of a name",
-    "bench": "measure our own parts: time and memory, as ratios within one run",
 }
 EXAMPLES = {
     "prepare": "data=movielens_1m data.raw=ml-1m.zip",
@@ -39,7 +38,6 @@ EXAMPLES = {
     "evaluate": "-m suite=seeds,shards seed=1,2,3 merge=average,evidence",
     "export": "run=train-0123456789abcdef format=onnx",
     "report": "name=quickstart",
-    "bench": "select=import_seconds",
 }
 ON_SEVERAL_PROCESSES = ("train", "merge")
 SWEEP_VARIABLE = "CKI_REC_SWEEP"
@@ -100,7 +98,7 @@ def _run(pipeline: str, options: list[str]) -> int:
         if {"-m", "--multirun"} & set(options):
             _sweep(pipeline, [o for o in options if o not in ("-m", "--multirun")])
         else:
-            _run_job(pipeline, _compose(options))
+            _run_job(pipeline, compose_config(options))
     except ReportedElsewhere:
         return 2
     except (UserError, EnvironmentMismatchError) as error:
@@ -128,7 +126,7 @@ def _run(pipeline: str, options: list[str]) -> int:
     return 0
 
 
-def _compose(overrides: list[str], is_sweep: bool = False) -> DictConfig:
+def compose_config(overrides: list[str], is_sweep: bool = False) -> DictConfig:
     """Return the composed tree, of a sweep that of its first job.
 
     Raises:
@@ -209,7 +207,7 @@ def _sweep(pipeline: str, overrides: list[str]) -> None:
 
     from cki_rec.config import UserError, register_resolvers
 
-    _compose(overrides, is_sweep=True)  # for a short error before Hydra starts
+    compose_config(overrides, is_sweep=True)  # for a short error before Hydra starts
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors reach main() as they are, and become one line
 
     def job(composed: DictConfig) -> float | None:
@@ -389,7 +387,6 @@ READS = {
     "evaluate": ["data", "model", "train", "suite", "merge", "finetune", "evaluate"],
     "export": [],
     "report": [],
-    "bench": [],
 }
 """The groups whose values a pipeline reads."""
 

@@ -66,10 +66,10 @@ def raw_zip(tmp_path_factory) -> Path:
 
 def compose_tree(*overrides: str):
     """Compose the real conf/ as the command line does, without running anything."""
-    from cki_rec.cli import _compose
+    from cki_rec.cli import compose_config
 
     register_resolvers()
-    return _compose(list(overrides))
+    return compose_config(list(overrides))
 
 
 @pytest.fixture(scope="session")

@@ -27,10 +27,10 @@ FIELDS = ["user", "item", "genres", "year", "hour", "history"]
 @lru_cache
 def composed(choice: str) -> Data:
     """Return conf/data/<choice>.yaml as the command line reads it."""
-    from cki_rec.cli import _compose
+    from cki_rec.cli import compose_config
 
     register_resolvers()
-    return parse(_compose([f"data={choice}"])).data
+    return parse(compose_config([f"data={choice}"])).data
 
 
 def make_data(choice: str = "movielens_small", **changes: Any) -> Data:

@@ -31,10 +31,10 @@ TABLES = "sparse.collection.embedding_bags."
 @lru_cache
 def composed(*choices: str) -> Config:
     """Return the real configuration as the command line composes it, tiny."""
-    from cki_rec.cli import _compose
+    from cki_rec.cli import compose_config
 
     register_resolvers()
-    return parse(_compose([*TINY, *choices]))
+    return parse(compose_config([*TINY, *choices]))
 
 
 @lru_cache

@@ -302,8 +302,6 @@ class Config:
     """Of everything random but the split."""
     check_only: bool
     """``merge`` reports whether the sources fit together, and does nothing else."""
-    select: str | None
-    """The one measurement that ``bench`` makes; null: all."""
     run: str | None
     """What ``export`` reads: a run directory, a checkpoint folder or a run id under
     ``runtime.out``."""

@@ -108,7 +108,7 @@ def merge_sources(folder: Path, case: str, *words: str) -> tuple[int, str]:
     said = io.StringIO()
     words = (f"runtime.out={folder / case}", *words)
     config = options(*words)  # composes choices once: that takes longer than the rest
-    compose, parse = (patch(f"cki_rec.{name}") for name in ("cli._compose", "config.parse"))
+    compose, parse = (patch(f"cki_rec.{name}") for name in ("cli.compose_config", "config.parse"))
     with contextlib.redirect_stderr(said), compose, parse as parsed:
         parsed.return_value = config
         code = main(["merge", *words])

@@ -231,7 +231,7 @@ ALONE = """
 import json, os
 from pathlib import Path
 import torch
-from cki_rec.cli import _compose
+from cki_rec.cli import compose_config
 from cki_rec.config import parse, register_resolvers
 from cki_rec.engine import distributed
 
@@ -249,7 +249,7 @@ def listening():
     return [row[1] for row in rows if row[3] == "0A" and row[9] in own]
 
 register_resolvers()
-runtime = parse(_compose(["runtime.device=cpu", "runtime.threads=1"])).runtime
+runtime = parse(compose_config(["runtime.device=cpu", "runtime.threads=1"])).runtime
 device = distributed.start(runtime)
 assert distributed.start(runtime) == device
 total = torch.ones(3)

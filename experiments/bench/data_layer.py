@@ -23,6 +23,8 @@ import numpy as np
 import polars as pl
 import torch
 
+from rounds import Figure, ratio, take_turns
+
 from cki_rec.config import Config
 from cki_rec.data.dataset import EncodedDataset
 from cki_rec.data.encoding.store import PREPARATION
@@ -40,50 +42,63 @@ OPTIONS = [
 ]  # fmt: skip
 
 
-def encode_rows_per_second(_: Config) -> tuple[float, str]:
+def encode_rows_per_second(_: Config) -> Figure:
     """Return the rate of encoding a million rows, digests and counts included."""
     facts = _encoded(ROWS)
-    return ROWS / facts["seconds"], f"{ROWS:,} rows, {_facts(facts)}"
+    return Figure(ROWS / facts["seconds"], f"{ROWS:,} rows, {_facts(facts)}")
 
 
-def encode_vs_scan(_: Config) -> tuple[float, str]:
+def encode_vs_scan(_: Config) -> Figure:
     """Return the time of a bare parse and write as a share of the time of encoding.
 
     The bare work: polars parses all columns of the same file as text, and as many bytes as the
     encoded set has are written. Both in new processes, in turn, medians of three.
     """
-    encodings, scans = [], []
-    for attempt in range(3):
-        facts = _encoded(ROWS, attempt)
-        encodings.append(facts["seconds"])
-        folder = Path(facts["folder"])
-        num_bytes = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-        code = "import sys; from cki_rec.pipelines import bench_data as b; b.scan(*sys.argv[1:])"
-        words = [facts["raw"], str(num_bytes), str(Path(_scratch().name) / "written")]
-        command = [sys.executable, "-c", code, *words]
+    attempts = iter(range(1, 100))
+
+    def encode() -> float:
+        seconds: float = _encoded(ROWS, next(attempts))["seconds"]
+        return seconds
+
+    facts = _encoded(ROWS)
+    files = [path for path in Path(facts["folder"]).rglob("*") if path.is_file()]
+    num_bytes = sum(path.stat().st_size for path in files)
+    words = [facts["raw"], str(num_bytes), str(Path(_scratch().name) / "written")]
+
+    def bare() -> float:
         os.sync()
-        scans.append(float(subprocess.run(command, check=True, capture_output=True).stdout))
+        command = [sys.executable, __file__, *words]
+        return float(subprocess.run(command, check=True, capture_output=True).stdout)
+
+    encodings, scans = take_turns(encode, bare)
     detail = (
-        f"bare parse and write of {num_bytes:,} bytes {np.median(scans):.2f} s, encoding "
-        f"{np.median(encodings):.2f} s (medians of 3)"
+        f"bare parse and write of {num_bytes:,} bytes {np.median(scans):.2f} s, encoding"
+        f" {np.median(encodings):.2f} s"
     )
-    return float(np.median(scans) / np.median(encodings)), detail
+    return ratio(detail, scans, encodings)
 
 
-def encode_peak_gb_10m(_: Config) -> tuple[float, str]:
+def encode_peak_gb_10m(_: Config) -> Figure:
     """Return the peak memory of the process that encodes ten million rows."""
     facts = _encoded(10 * ROWS)
-    return facts["peak_memory_mb"] / 1024, f"{10 * ROWS:,} rows, {_facts(facts)}"
+    return Figure(facts["peak_memory_mb"] / 1024, f"{10 * ROWS:,} rows, {_facts(facts)}")
 
 
-def encode_flatness(_: Config) -> tuple[float, str]:
+def encode_flatness(_: Config) -> Figure:
     """Return the rate at ten million rows as a share of the rate at one million."""
-    small, large = _encoded(ROWS), _encoded(10 * ROWS)
-    detail = f"1M: {_facts(small)}; 10M: {_facts(large)}"
-    return 10 * small["seconds"] / large["seconds"], detail
+    attempts = [iter(range(1, 100)), iter(range(1, 100))]
+
+    def rate(rows: int, numbers: Iterator[int]) -> float:
+        return rows / float(_encoded(rows, next(numbers))["seconds"])
+
+    small, large = take_turns(
+        lambda: rate(ROWS, attempts[0]), lambda: rate(10 * ROWS, attempts[1])
+    )
+    detail = f"rows/s: 1M {np.median(small):,.0f}, 10M {np.median(large):,.0f}"
+    return ratio(detail, large, small)
 
 
-def loader_rows_per_second(_: Config) -> tuple[float, str]:
+def loader_rows_per_second(_: Config) -> Figure:
     """Return the rate of shuffled batches of 39 fields on one core, page cache warm."""
     dataset = EncodedDataset(Path(_encoded(ROWS)["folder"]))
     loader = Loader(dataset, dataset.schema, dataset.rows("train"), BATCH_SIZE, seed=1)
@@ -94,10 +109,10 @@ def loader_rows_per_second(_: Config) -> tuple[float, str]:
             rows = sum(len(batch) for batch in loader)
             rates.append(rows / (time.perf_counter() - start))
     detail = f"{len(dataset.schema.features)} fields, batch {BATCH_SIZE}, median of epochs 2 to 5"
-    return float(np.median(rates[1:])), detail
+    return Figure(float(np.median(rates[1:])), detail)
 
 
-def loader_memory_growth_mb(_: Config) -> tuple[float, str]:
+def loader_memory_growth_mb(_: Config) -> Figure:
     """Return how much memory of its own the process gains over an epoch of ten million rows."""
     dataset = EncodedDataset(Path(_encoded(10 * ROWS)["folder"]))
     loader = Loader(dataset, dataset.schema, dataset.rows("train"), BATCH_SIZE, seed=1)
@@ -112,10 +127,10 @@ def loader_memory_growth_mb(_: Config) -> tuple[float, str]:
         f"{own[warm:].max():.0f} MB later; pages of the file mapped: {mapped[warm]:.0f} to "
         f"{mapped[-1]:.0f} MB, which the system takes back when it needs them"
     )
-    return float(own[warm:].max() - own[warm]), detail
+    return Figure(float(own[warm:].max() - own[warm]), detail)
 
 
-def loader_wait_share(config: Config) -> tuple[float, str]:
+def loader_wait_share(config: Config) -> Figure:
     """Return the share of a DeepFM training step spent waiting for its batch."""
     dataset = EncodedDataset(Path(_encoded(ROWS)["folder"]))
     options = replace(config.model, histories=False)
@@ -137,7 +152,7 @@ def loader_wait_share(config: Config) -> tuple[float, str]:
         f"{1000 * np.median(waits[10:]):.2f} ms of {1000 * np.median(steps[10:]):.1f} ms a step, "
         f"{torch.get_num_threads()} threads, MLP {options.hidden}"
     )
-    return share, detail
+    return Figure(share, detail)
 
 
 def encoded_folder() -> Path:
@@ -210,3 +225,7 @@ def _memory_mb() -> tuple[float, float]:
         int(line.split()[1]) / 1024 for line in lines if line.startswith(("RssAnon", "RssFile"))
     )
     return own, mapped
+
+
+if __name__ == "__main__":
+    scan(*sys.argv[1:])

@@ -1,4 +1,4 @@
-"""Measurements of integration: two models of 100M table parameters, aligned, rows by evidence."""
+"""Measurements of merging: two models of 100M table parameters, aligned, rows by evidence."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from itertools import pairwise
 
 import torch
 
+from rounds import Figure
+
 from cki_rec.config import Config
 from cki_rec.merging.alignment import align, table_products
 from cki_rec.merging.methods.evidence import evidence
@@ -19,20 +21,20 @@ from cki_rec.merging.params import Params, generator
 from cki_rec.merging.symmetry import Slice, Symmetry, random_element, transform
 
 ROWS = (4_000_000, 600_000, 300_000, 80_000, 15_000, 4_000, 900, 100)
-"""Of eight tables: with 16 columns, and 4 of first-order weights beside them, 100M numbers."""
+"""Rows of eight tables: 16 columns, and 4 of first-order weights, make 100M numbers."""
 DIM, HIDDEN = 16, (400, 400, 400)
 
 
-def integrate_seconds_100m(config: Config) -> tuple[float, str]:
-    """Return the time to align two models and splice them by evidence, in memory."""
+def merge_seconds_100m(config: Config) -> Figure:
+    """Return the time to align two models and merge them by evidence, in memory."""
     measured = _measured(config)
-    return measured["seconds"], _detail(measured)
+    return Figure(measured["seconds"], _detail(measured))
 
 
-def integrate_extra_memory_100m(config: Config) -> tuple[float, str]:
+def merge_extra_memory_100m(config: Config) -> Figure:
     """Return the peak memory of that beyond the two models, as a multiple of one model."""
     measured = _measured(config)
-    return measured["extra"] / measured["bytes"], _detail(measured)
+    return Figure(measured["extra"] / measured["bytes"], _detail(measured))
 
 
 def _detail(measured: dict[str, float]) -> str:
@@ -47,16 +49,14 @@ def _detail(measured: dict[str, float]) -> str:
 def _measured(config: Config) -> dict[str, float]:
     """Measure in a process of its own, whose peak is then that of this work."""
     threads = config.runtime.threads or torch.get_num_threads()
-    code = f"from cki_rec.pipelines import bench_merge as b; b.measure({threads})"
-    done = subprocess.run(
-        [sys.executable, "-c", code], check=True, stdout=subprocess.PIPE, text=True
-    )
-    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
-    return found
+    command = [sys.executable, __file__, str(threads)]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    figures: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return figures
 
 
 def measure(threads: int) -> None:
-    """Print what one integration took, as JSON."""
+    """Print time and memory of one merge, as JSON."""
     torch.set_num_threads(threads)
     symmetries = _symmetries()
     first = _model(0)
@@ -76,10 +76,10 @@ def measure(threads: int) -> None:
     base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     held = _resident()
     start_time = time.perf_counter()
-    found = align(models, symmetries, table_products(models, tables, counts))
+    alignment = align(models, symmetries, table_products(models, tables, counts))
     aligned = [
-        transform(model, symmetries, own, in_place=True)
-        for model, own in zip(models, found.elements, strict=True)
+        transform(model, symmetries, elements, in_place=True)
+        for model, elements in zip(models, alignment.elements, strict=True)
     ]
     merged = mix(aligned, evidence(aligned, counts))
     seconds = time.perf_counter() - start_time
@@ -93,8 +93,8 @@ def measure(threads: int) -> None:
                 "extra": (peak - held) * 1024.0,
                 "bytes": 4.0 * parameters,
                 "parameters": parameters,
-                "before": found.agreement_before,
-                "after": found.agreement,
+                "before": alignment.agreement_before,
+                "after": alignment.agreement,
                 "threads": threads,
             }
         )
@@ -108,8 +108,8 @@ def _resident() -> int:
 
 
 def _symmetries() -> list[Symmetry]:
-    frame = [Slice(f"table{t}", 1) for t in range(len(ROWS))]
-    frame += [Slice("mlp.0.weight", 1, t * DIM) for t in range(len(ROWS))]
+    basis = [Slice(f"table{t}", 1) for t in range(len(ROWS))]
+    basis += [Slice("mlp.0.weight", 1, t * DIM) for t in range(len(ROWS))]
     units = [
         Symmetry(
             "permutation",
@@ -122,7 +122,7 @@ def _symmetries() -> list[Symmetry]:
         )
         for layer, size in enumerate(HIDDEN)
     ]
-    return [Symmetry("rotation", DIM, tuple(frame)), *units]
+    return [Symmetry("rotation", DIM, tuple(basis)), *units]
 
 
 def _planted(symmetries: list[Symmetry]) -> list[torch.Tensor]:
@@ -144,3 +144,7 @@ def _model(seed: int) -> Params:
 def _counts(k: int, name: str, rows: int) -> torch.Tensor:
     table = name.removesuffix(".first_order")
     return torch.randint(0, 20, (rows,), generator=generator(k, table), dtype=torch.int64)
+
+
+if __name__ == "__main__":
+    measure(int(sys.argv[1]))

@@ -9,20 +9,21 @@ Shape legend: B rows, F fields, D embedding size.
 
 from __future__ import annotations
 
-import gc
 import json
 import math
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from data_layer import encoded_folder
 from omegaconf import OmegaConf
+from rounds import Figure, ratio, take_turns
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 
@@ -36,111 +37,100 @@ from cki_rec.engine.optimization import initialized_adam
 from cki_rec.engine.trainer import Stepper
 from cki_rec.models import build_model
 from cki_rec.models.embeddings import Embedded
-from cki_rec.pipelines.bench_data import encoded_folder
 
 BATCH_SIZE = 4096
-WARM, STEPS, ROUNDS = 4, 12, 4
-"""Steps that are not counted, steps of one measurement, and measurements, taken in turn."""
+WARM, STEPS = 4, 12
+"""Steps that are not counted, and steps of one round."""
 Step = Callable[[Batch], Any]
 
 
-def train_vs_dense_bound(config: Config) -> tuple[float, str]:
+def train_vs_dense_bound(config: Config) -> Figure:
     """Return the time of the network alone, on constant embeddings, as a share of a whole step."""
     schema, batches = _data(1)
     step, network = _ours(config, schema)
     emb = network.sparse(next(batches()))
     bound = {gradient: _dense_step(config, network, emb, gradient) for gradient in (True, False)}
-    whole, with_gradient, without = _in_turn(
-        *((step, batches()), (bound[True], batches()), (bound[False], batches()))
+    whole, with_gradient, without = take_turns(
+        _timed(step, batches()), _timed(bound[True], batches()), _timed(bound[False], batches())
     )
     detail = (
         f"step {_ms(whole)}; the network on constant embeddings {_ms(with_gradient)} with the"
-        f" gradient of its input, {_ms(without)} ({without / whole:.2f}) without;"
-        f" {torch.get_num_threads()} threads"
+        f" gradient of its input, {_ms(without)} without; {torch.get_num_threads()} threads"
     )
-    return with_gradient / whole, detail
+    return ratio(detail, with_gradient, whole, without)
 
 
-def train_vs_plain_500k(config: Config) -> tuple[float, str]:
+def train_vs_plain_500k(config: Config) -> Figure:
     """Return how many times faster a step is than with nn.Embedding and Adam, small tables."""
     return _versus_plain(config, 500_000)
 
 
-def train_vs_plain_10m(config: Config) -> tuple[float, str]:
+def train_vs_plain_10m(config: Config) -> Figure:
     """Return how many times faster a step is than with nn.Embedding and Adam, large tables."""
     return _versus_plain(config, 10_000_000)
 
 
-def train_flatness(config: Config) -> tuple[float, str]:
-    """Return the time of a step with tables of 50M rows in terms of one with 1M rows."""
-    times = []
+def train_flatness(config: Config) -> Figure:
+    """Return the time of a step with tables of 50M rows relative to one with 1M rows."""
+    works = []
     for rows in (1_000_000, 50_000_000):
         schema, batches = _data(_stretch(rows))
-        step, _ = _ours(config, schema)
-        times.append(_in_turn((step, batches()))[0])
-        del step, _
-        gc.collect()
-    detail = f"1M rows {_ms(times[0])}, 50M rows {_ms(times[1])}"
-    return times[1] / times[0], detail
+        works.append(_timed(_ours(config, schema)[0], batches()))
+    small, large = take_turns(*works)
+    return ratio(f"1M rows {_ms(small)}, 50M rows {_ms(large)}", large, small)
 
 
-def train_two_processes(config: Config) -> tuple[float, str]:
-    """Return the throughput of two processes of one thread in terms of one process of two."""
-    one, two = [], []
-    for _attempt in range(2):
-        one.append(_rate_of(config, 1, 2))
-        two.append(_rate_of(config, 2, 1))
-    detail = f"rows/s: one process {max(one):,.0f}, two {max(two):,.0f} (best of 2 each, in turn)"
-    return max(two) / max(one), detail
+def train_two_processes(config: Config) -> Figure:
+    """Return the throughput of two processes of one thread relative to one process of two."""
+    one, two = take_turns(lambda: _rate_of(config, 1, 2), lambda: _rate_of(config, 2, 1))
+    detail = f"rows/s: one process {np.median(one):,.0f}, two {np.median(two):,.0f}"
+    return ratio(detail, two, one)
 
 
-def train_bf16(config: Config) -> tuple[float, str]:
+def train_bf16(config: Config) -> Figure:
     """Return how many times faster a step is with the dense network in bf16."""
     return _versus_option(config, replace(config.train, precision="bf16"))
 
 
-def train_compiled(config: Config) -> tuple[float, str]:
+def train_compiled(config: Config) -> Figure:
     """Return how many times faster a step is with the dense network compiled."""
     return _versus_option(config, replace(config.train, compile=True))
 
 
-def _versus_option(config: Config, schedule: Train) -> tuple[float, str]:
+def _versus_option(config: Config, schedule: Train) -> Figure:
     schema, batches = _data(1)
     plain, _ = _ours(config, schema)
     changed, _ = _ours(replace(config, train=schedule), schema)
-    before, after = _in_turn((plain, batches()), (changed, batches()))
-    return before / after, f"{_ms(before)} before, {_ms(after)} after"
+    before, after = take_turns(_timed(plain, batches()), _timed(changed, batches()))
+    return ratio(f"{_ms(before)} before, {_ms(after)} after", before, after)
 
 
-def _versus_plain(config: Config, rows: int) -> tuple[float, str]:
+def _versus_plain(config: Config, rows: int) -> Figure:
     schema, batches = _data(_stretch(rows))
-    times = []
+    works = []
     for precision in ("fp32", "bf16"):
         train = replace(config.train, precision=precision)
         step, _ = _ours(replace(config, train=train), schema)
-        times.append(_in_turn((step, batches()))[0])
-        del step, _
-        gc.collect()
-    ours, in_bf16 = times
+        works.append(_timed(step, batches()))
     plain = Plain(schema, model_of(config))
-    adam = torch.optim.Adam(plain.parameters(), lr=config.train.learning_rate)
+    adam = torch.optim.Adam(plain.parameters(), lr=config.train.learning_rate, fused=True)
 
     def plain_step(batch: Batch) -> None:
         adam.zero_grad()
         binary_cross_entropy_with_logits(plain(batch), batch.label).backward()
         adam.step()
 
-    (theirs,) = _in_turn((plain_step, batches()), rounds=1)
+    ours, in_bf16, theirs = take_turns(*works, _timed(plain_step, batches()))
     total = sum(schema.table_sizes.values())
     detail = (
-        f"{total:,} rows: ours {_ms(ours)}, plain {_ms(theirs)}; ours with a network in bf16"
-        f" {_ms(in_bf16)} ({theirs / in_bf16:.2f} times)"
+        f"{total:,} rows: ours {_ms(ours)}, nn.Embedding with fused Adam {_ms(theirs)}; ours with"
+        f" a network in bf16 {_ms(in_bf16)}"
     )
-    return theirs / ours, detail
+    return ratio(detail, theirs, ours, in_bf16)
 
 
 class Plain(nn.Module):
-    """DeepFM as it is written by hand: an nn.Embedding per field, all dense."""
+    """DeepFM as users write it by hand: an nn.Embedding per field, all dense."""
 
     def __init__(self, schema: FeatureSchema, model: Model) -> None:
         super().__init__()
@@ -195,17 +185,19 @@ def _dense_step(config: Config, network: Any, emb: Embedded, has_gradient: bool)
     return step
 
 
-def _in_turn(*works: tuple[Step, Iterator[Batch]], rounds: int = ROUNDS) -> list[float]:
-    """Return the median seconds of a step with loading its batch, of works measured in turn."""
-    times: list[list[float]] = [[] for _ in works]
-    for _turn in range(rounds):
-        for place, (step, batches) in enumerate(works):
-            for number in range(STEPS + WARM):
-                start = time.perf_counter()
-                step(next(batches))
-                if number >= WARM:
-                    times[place].append(time.perf_counter() - start)
-    return [float(np.median(of_work)) for of_work in times]
+def _timed(step: Step, batches: Iterator[Batch]) -> Callable[[], float]:
+    """Return a function that measures one round: the median seconds of a step with its batch."""
+
+    def measure() -> float:
+        times = []
+        for number in range(STEPS + WARM):
+            start = time.perf_counter()
+            step(next(batches))
+            if number >= WARM:
+                times.append(time.perf_counter() - start)
+        return float(np.median(times))
+
+    return measure
 
 
 def _data(stretch: float) -> tuple[FeatureSchema, Callable[[], Iterator[Batch]]]:
@@ -239,14 +231,14 @@ def _rate_of(config: Config, processes: int, threads: int) -> float:
     """Return rows per second of training in new processes."""
     options = replace(config, runtime=replace(config.runtime, threads=threads))
     command = [str(Path(sys.executable).with_name("torchrun")), "--standalone"]
-    command += ["--nproc-per-node", str(processes), "-m", __spec__.name]
+    command += ["--nproc-per-node", str(processes), __file__]
     words = [str(encoded_folder()), json.dumps(section(options))]
     done = subprocess.run([*command, *words], check=True, capture_output=True, text=True)
     return float(json.loads(done.stdout.splitlines()[-1])["rows_per_second"])
 
 
-def _ms(seconds: float) -> str:
-    return f"{1000 * seconds:.1f} ms"
+def _ms(seconds: Sequence[float]) -> str:
+    return f"{1000 * float(np.median(seconds)):.1f} ms"
 
 
 def main(folder: str, options: str) -> None:
@@ -258,9 +250,9 @@ def main(folder: str, options: str) -> None:
     for _number in range(WARM):
         step(next(batches))
     start = time.perf_counter()
-    for _number in range(STEPS * ROUNDS):
+    for _number in range(STEPS * 4):
         step(next(batches))
-    rate = STEPS * ROUNDS * BATCH_SIZE / (time.perf_counter() - start)
+    rate = STEPS * 4 * BATCH_SIZE / (time.perf_counter() - start)
     if distributed.rank() == 0:
         print(json.dumps({"rows_per_second": rate}))
 
