@@ -1,4 +1,6 @@
-"""Every command of the README runs: on a tiny data set, small models, the same words."""
+"""The README: every command runs, on a tiny data set; python blocks run; links lead somewhere."""
+
+from __future__ import annotations
 
 import re
 import shlex
@@ -6,16 +8,13 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import torch
 
 from cki_rec import project_root
 from cki_rec.cli import main
 
 ROOT = project_root()
 README = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"```(?:bash)?\n(.*?)```", README, flags=re.DOTALL)
-LINES = [line for block in BLOCKS for line in block.splitlines()]
-COMMANDS = [line for line in LINES if line.startswith("cki-rec ")]
-TARGETS = [line for line in LINES if line.startswith("make ")]
 SMALL = [
     "runtime.threads=1",
     "train.epochs=1",
@@ -26,45 +25,95 @@ SMALL = [
 ]
 
 
+def blocks(text: str) -> list[tuple[str, list[str]]]:
+    """Return the fenced blocks of a Markdown text: info string and lines."""
+    found, info = [], None
+    for line in text.splitlines():
+        if not line.startswith("```"):
+            if info is not None:
+                found[-1][1].append(line)
+        elif info is None:
+            info = line.removeprefix("```").strip()
+            found.append((info, []))
+        else:
+            info = None
+    assert info is None, "a fence is open"
+    return found
+
+
+SHELL = [line for info, lines in blocks(README) if info in ("", "bash") for line in lines]
+COMMANDS = [line for line in SHELL if line.startswith("cki-rec ")]
+TARGETS = [line for line in SHELL if line.startswith("make ")]
+PYTHON = ["\n".join(lines) for info, lines in blocks(README) if info == "python"]
+
+
+def test_fences_are_paired():
+    text = "a\n```bash\none\n```\nb\n```python\ntwo\n```\nc\n```\nthree\n```\n"
+    assert blocks(text) == [("bash", ["one"]), ("python", ["two"]), ("", ["three"])]
+
+
 def test_readme_has_commands():
-    assert len(COMMANDS) >= 10
+    assert len(COMMANDS) >= 15
     assert TARGETS[:2] == ["make reproduce", "make test"]
+    assert PYTHON
 
 
 def test_readme_is_short():
     assert len(README.splitlines()) < 200
 
 
-def test_commands_run(raw_zip, tmp_path, monkeypatch, capsys):
-    places = [f"runtime.{key}={tmp_path / key}" for key in ("out", "reports", "encoded")]
-    monkeypatch.chdir(tmp_path)
-    for command in COMMANDS:
-        words = shlex.split(command)[1:]
-        raw = f"data.raw={raw_zip}"
-        if "data=synthetic_criteo" in words:
-            raw = f"data.raw={tmp_path}"
-        else:
-            words = [w for w in words if not w.startswith("data")]
-        for day, seed in (("monday", 11), ("tuesday", 12)):
-            folder = tmp_path / "runs" / day
-            if "runs/monday" in command and not folder.exists():
-                assert main(["train", f"seed={seed}", f"data.raw={raw_zip}", *places, *SMALL]) == 0
-                newest = max(
-                    (tmp_path / "out").glob("train-*"), key=lambda p: p.stat().st_mtime_ns
-                )
-                folder.parent.mkdir(exist_ok=True)
-                newest.rename(folder)
-        small = [s for s in SMALL if s.split("=")[0] not in command]
-        assert main([*words, raw, *places, *small]) == 0, command
+@pytest.fixture(scope="module")
+def places(raw_zip, tmp_path_factory) -> tuple[Path, list[str]]:
+    """Folder in which commands run, with trained models, and options that keep them there."""
+    home = tmp_path_factory.mktemp("readme")
+    options = [f"runtime.{key}={home / key}" for key in ("out", "reports", "encoded")]
+    for day, seed in (("monday", 11), ("tuesday", 12)):
+        out = home / f"out-{day}"
+        words = [f"seed={seed}", f"data.raw={raw_zip}", *options, *SMALL, f"runtime.out={out}"]
+        assert main(["train", *words]) == 0
+        (run,) = out.glob("train-*")
+        (home / "runs").mkdir(exist_ok=True)
+        run.rename(home / "runs" / day)
+    return home, options
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_command_runs(command, places, raw_zip, monkeypatch, capsys):
+    home, options = places
+    monkeypatch.chdir(home)
+    words = shlex.split(command)[1:]
+    raw = f"data.raw={raw_zip}"
+    if any(word.startswith("data=synthetic") for word in words):
+        raw = f"data.raw={home}"
+    else:  # other data sets are not at hand
+        words = [w for w in words if not w.startswith("data")]
+    small = [s for s in SMALL if s.split("=")[0] not in command]
+    if words[0] == "report":
+        evaluate = ["evaluate", "suite=shards", "merge=average", words[1]]
+        assert main([*evaluate, raw, *options, *small]) == 0
+    assert main([*words, raw, *options, *small]) == 0
     assert "Traceback" not in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", TARGETS)
-def test_targets_exist(command):
-    words = [*command.replace("...", "x").split(), "-n"]
-    subprocess.run(words, cwd=ROOT, check=True, capture_output=True)
+@pytest.mark.parametrize("code", PYTHON)
+def test_python_runs(code, capsys):
+    draw = torch.Generator().manual_seed(1)
+    base, *models = (
+        {"table": torch.randn(5, 4, generator=draw), "bias": torch.randn(3, generator=draw)}
+        for _ in range(3)
+    )
+    counts = [{"table": torch.arange(5) + k} for k in range(2)]
+    exec(code, {"models": models, "base": base, "counts": counts})
+    assert "tensor" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("link", re.findall(r"\]\((?!http)([^)]+)\)", README))
-def test_links_lead_somewhere(link):
-    assert (ROOT / Path(link)).exists()
+def test_targets_exist():
+    for command in TARGETS:
+        words = [*command.replace("...", "x").split(), "-n"]
+        subprocess.run(words, cwd=ROOT, check=True, capture_output=True)
+
+
+def test_links_lead_somewhere():
+    links = re.findall(r"\]\((?!http)([^)]+)\)", README)
+    assert links
+    assert not [link for link in links if not (ROOT / link).exists()]

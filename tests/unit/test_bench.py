@@ -1,4 +1,4 @@
-"""The benches of experiments/bench: a well-formed table, turns, ratios and facts of the machine."""
+"""The benches of experiments/bench: a table, turns, ratios, and facts about the machine."""
 
 from __future__ import annotations
 
