@@ -336,16 +336,16 @@ def test_every_table_row_has_a_file():
     assert values("data", "format") == set(FORMATS)
 
 
-def test_gate_kinds_and_partitions_are_those_of_the_code():
+def test_words_of_options_are_those_of_the_code():
     from typing import get_args
 
-    from cki_rec.config import Partition, choices
-    from cki_rec.data.encoding.partition import KINDS as PARTITIONS
-    from cki_rec.merging.methods.cki.gate import KINDS as GATES
+    from cki_rec.config import Synthetic, choices
+    from cki_rec.data.raw.click_model import LAYOUTS
+    from cki_rec.merging.methods.cki.gate import KINDS
     from cki_rec.merging.methods.cki.method import Gate
 
-    assert set(get_args(Gate)) == set(GATES)
-    assert set(choices(Partition, "by")) == set(PARTITIONS)
+    assert set(get_args(Gate)) == set(KINDS)
+    assert set(choices(Synthetic, "layout")) == set(LAYOUTS)
 
 
 def test_changelog_names_this_version():

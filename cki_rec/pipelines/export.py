@@ -126,7 +126,7 @@ def find(config: Config) -> ExportSource:
         raise UserError(f"run={config.run}: no run and no checkpoint in {folder}")
     if not (folder / CHECKPOINT).is_dir():
         record = Run(folder).record or {}
-        chosen = (record.get("result") or {}).get("kept") or []
+        chosen = (record.get("result") or {}).get("chosen") or []
         others = f"; its result is another run: run={', run='.join(chosen)}" if chosen else ""
         raise UserError(f"run={config.run}: this run made no model{others}")
     return ExportSource(folder / CHECKPOINT, folder, _run_id(folder))

@@ -18,9 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import data_layer
-import merging
+import merge_100m
 import torch
-import training
+import train_steps
 from rounds import Figure
 
 from cki_rec.cli import compose_config
@@ -134,16 +134,16 @@ BENCHMARKS: dict[str, Benchmark] = {
     ),
     "loader_memory_growth_mb": Benchmark(data_layer.loader_memory_growth_mb, "MB", "below", 20.0),
     "loader_wait_share": Benchmark(data_layer.loader_wait_share, "of a step", "below", 0.03),
-    "train_vs_dense_bound": Benchmark(training.train_vs_dense_bound, "of a step", "above", 0.85),
-    "train_vs_plain_500k": Benchmark(training.train_vs_plain_500k, "times", "above", 1.6),
-    "train_vs_plain_10m": Benchmark(training.train_vs_plain_10m, "times", "above", 5.0),
-    "train_flatness": Benchmark(training.train_flatness, "of the step at 1M rows", "below", 1.15),
-    "train_two_processes": Benchmark(training.train_two_processes, "of one process", "above", 0.8),
-    "train_bf16": Benchmark(training.train_bf16, "times", "above", 1.0),
-    "train_compiled": Benchmark(training.train_compiled, "times", "above", 1.0),
-    "merge_seconds_100m": Benchmark(merging.merge_seconds_100m, "s", "below", 10.0),
+    "train_vs_dense_bound": Benchmark(train_steps.train_vs_dense_bound, "of a step", "above", 0.85),
+    "train_vs_plain_500k": Benchmark(train_steps.train_vs_plain_500k, "times", "above", 1.6),
+    "train_vs_plain_10m": Benchmark(train_steps.train_vs_plain_10m, "times", "above", 5.0),
+    "train_flatness": Benchmark(train_steps.train_flatness, "of the step at 1M rows", "below", 1.15),
+    "train_two_processes": Benchmark(train_steps.train_two_processes, "of one process", "above", 0.8),
+    "train_bf16": Benchmark(train_steps.train_bf16, "times", "above", 1.0),
+    "train_compiled": Benchmark(train_steps.train_compiled, "times", "above", 1.0),
+    "merge_seconds_100m": Benchmark(merge_100m.merge_seconds_100m, "s", "below", 10.0),
     "merge_extra_memory_100m": Benchmark(
-        merging.merge_extra_memory_100m, "times one model", "below", 2.5
+        merge_100m.merge_extra_memory_100m, "times one model", "below", 2.5
     ),
     "reproduce_minutes": Benchmark(reproduce_minutes, "min", "below", 10.0),
 }

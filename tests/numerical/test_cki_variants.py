@@ -82,7 +82,7 @@ def merge(variant, models, gate, **more):
 @pytest.mark.parametrize("layer", LAYERS)
 def test_variants_on_the_golden_weights_follow_their_formula(layer, variant):
     golden = layer_tensors(layer)
-    a, b, gate = golden["weight_a"], golden["weight_b"], golden["learned"]
+    a, b, gate = golden["weight_a"], golden["weight_b"], golden["gate"]
     share = (
         0.4
         / np.pi

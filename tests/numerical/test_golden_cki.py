@@ -85,14 +85,14 @@ def test_layer_matches_released_formula(layer):
     assert entropy(b) == pytest.approx(float(golden["entropy_b"]), abs=1e-6)
     terms = global_compatibility([a, b])
     assert float(terms[0]) == pytest.approx(float(golden["global_a"]), abs=1e-6)
-    merged = official({"weight": a}, {"weight": b}, {"weight": golden["learned"]})["weight"]
+    merged = official({"weight": a}, {"weight": b}, {"weight": golden["gate"]})["weight"]
     torch.testing.assert_close(merged, golden["spliced"], atol=1e-6, rtol=0)
-    other = reference_splice(a.numpy(), b.numpy(), golden["learned"].numpy())
+    other = reference_splice(a.numpy(), b.numpy(), golden["gate"].numpy())
     torch.testing.assert_close(merged.double(), torch.from_numpy(other), atol=1e-6, rtol=0)
     exact = official(
         {"weight": a.double()},
         {"weight": b.double()},
-        {"weight": golden["learned"].double()},
+        {"weight": golden["gate"].double()},
         {"weight": terms},
     )["weight"]
     torch.testing.assert_close(exact, torch.from_numpy(other), atol=1e-12, rtol=0)
@@ -107,7 +107,7 @@ def test_head_output_matches_released_formula(run):
         model_a |= {f"{i}.weight": golden["weight_a"], f"{i}.bias": golden["bias_a"]}
         unused_bias = torch.full_like(golden["bias_a"], 1e3)
         model_b |= {f"{i}.weight": golden["weight_b"], f"{i}.bias": unused_bias}
-        gates[f"{i}.weight"] = golden["learned"]
+        gates[f"{i}.weight"] = golden["gate"]
     merged = official(model_a, model_b, gates)
     x = torch.from_numpy(GOLDEN[f"{run}/x"])
     for i in range(num_layers):

@@ -281,11 +281,7 @@ def test_leave_last_out_takes_last_two_rows_by_time_then_order(tmp_path):
     [
         ({"fields": []}, "data.fields: empty"),
         ({"fields": ["user", "user"]}, "data.fields: user named twice"),
-        ({"min_count": 0}, "data.min_count=0"),
-        ({"history_length": 0}, "data.history_length=0"),
-        ({"on_bad_row": "ignore"}, "data.on_bad_row=ignore: expected error or skip"),
         ({"label_threshold": 9.0}, "data.label_threshold=9.0: all training rows have label 0"),
-        ({"split": Split(by="user", fractions=[0.8, 0.1, 0.1], seed=0)}, "data.split.by=user"),
         ({"split": Split(by="time", fractions=[0.8, 0.1], seed=0)}, "data.split.fractions="),
         ({"split": Split(by="time", fractions=[0.8, 0.1, 0.2], seed=0)}, "with sum 1"),
         ({"split": Split(by="time", fractions=[1.1, -0.2, 0.1], seed=0)}, "each 0 or more"),

@@ -6,6 +6,7 @@ import ast
 import os
 import re
 from collections.abc import Callable
+from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -152,7 +153,7 @@ def test_experiment_trains_as_its_board_did(configure, rows, name):
     if name.endswith("_final_mlp"):
         return  # see below
     want = wanted(rows[name], config)
-    tree = OmegaConf.structured(config)
+    tree = OmegaConf.create(asdict(config))
     assert {key: OmegaConf.select(tree, key) for key in want} == want
     assert (rows[name]["optimizer"], rows[name]["net_regularizer"]) == ("adam", 0)
 
@@ -197,7 +198,7 @@ def test_final_mlp_trains_as_far_as_its_record_is_known(configure, text):
         "emb_l2": "train.table_l2",
     }
     for board, row in known.items():
-        tree = OmegaConf.structured(configure(f"bars_{board}_final_mlp"))
+        tree = OmegaConf.create(asdict(configure(f"bars_{board}_final_mlp")))
         for key, value in row.items():
             if key in ours:
                 assert OmegaConf.select(tree, ours[key]) == value, (board, key)

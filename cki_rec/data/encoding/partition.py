@@ -14,7 +14,6 @@ from cki_rec.data.columns import Ids, Ints, blocks
 from cki_rec.data.encoding.split import windows
 from cki_rec.data.permutation import Permutation
 
-KINDS = ("user", "item", "time", "random", "none")
 MOST_PARTS = 2**16 - 1
 PARTITION_STREAM = 2
 """Seed word of this permutation; other permutations of the same seed use other words."""
@@ -45,14 +44,9 @@ def part_of_rows(
         is_chronological: Whether rows without times are in chronological order.
 
     Raises:
-        UserError: The kind is unknown, the rows have no such column, or the number of parts is
-            out of range.
+        UserError: The rows have no such column, or there are too many parts.
     """
     by, parts = partition.by, partition.parts
-    if by not in KINDS:
-        raise UserError(f"data.partition.by={by}: expected one of {', '.join(KINDS)}")
-    if parts < 1:
-        raise UserError(f"data.partition.parts={parts}: expected 1 or more")
     if parts > MOST_PARTS:
         raise UserError(f"data.partition.parts={parts}: expected at most {MOST_PARTS}")
     if by == "time" and timestamp is None and not is_chronological:

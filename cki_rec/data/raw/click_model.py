@@ -111,10 +111,7 @@ def check_synthetic(options: Synthetic) -> None:
     Raises:
         UserError: The first option out of range, by dotted path.
     """
-    layout = options.layout
-    if layout not in LAYOUTS:
-        raise UserError(f"data.synthetic.layout={layout}: expected one of {', '.join(LAYOUTS)}")
-    most = (2**32 - 2) // max(LAYOUTS[layout].sizes.values())
+    most = (2**32 - 2) // max(LAYOUTS[options.layout].sizes.values())
     ranges = {
         **{"rows": (1, 10**12), "vocabulary": (1e-9, most), "skew": (0, 100), "signal": (0, 100)},
         **{"drift": (0, 1), "domains": (1, 10**6), "difference": (0, 1), "seed": (0, 2**63)},
