@@ -9,9 +9,12 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import settings
+from store import train_once, trained_models, without_store
 
 from cki_rec.config import Config, parse, register_resolvers
 from cki_rec.data.schema import Batch, Feature, FeatureSchema
+
+__all__ = ["train_once", "trained_models", "without_store"]  # fixtures
 
 ROOT = Path(__file__).resolve().parents[1]
 NUM_USERS, NUM_ITEMS, NUM_RATINGS = 60, 80, 3000
@@ -55,7 +58,8 @@ def write_raw_zip(path: Path, seed: int = 0) -> Path:
         movies.append(f'{item},"Movie, The {item} ({1980 + item % 30})",{tags}')
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         for name, lines in (("ratings", ratings), ("movies", movies)):
-            archive.writestr(f"ml-latest-small/{name}.csv", "\r\n".join(lines) + "\r\n")
+            info = zipfile.ZipInfo(f"ml-latest-small/{name}.csv")  # without the time of day
+            archive.writestr(info, "\r\n".join(lines) + "\r\n")
     return path
 
 

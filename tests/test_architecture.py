@@ -254,9 +254,9 @@ def test_conf_instantiates_nothing_but_the_callback():
 
 
 def test_every_choice_composes_and_parses(compose):
-    for group, choice in NOT_BOARDS:
-        config = parse(compose(f"{group}={choice}"))
-        assert config.name == (choice if group == "experiment" else "adhoc"), choice
+    for group, choice in NOT_BOARDS:  # test_every_sweep_expands composes the experiments
+        if group != "experiment":
+            assert parse(compose(f"{group}={choice}")).name == "adhoc", choice
 
 
 def test_conf_has_choices():

@@ -16,7 +16,7 @@ from cki_rec.checkpoints import checkpoint, read_tensors
 
 pytestmark = pytest.mark.dist
 SCRIPT = Path(steps.__file__)
-WORLDS = (2, 3)
+WORLDS = (2, pytest.param(3, marks=pytest.mark.slow))
 pairs = pytest.mark.parametrize(("case", "plan"), steps.FITTING)
 
 
@@ -49,18 +49,29 @@ def alone(folder, raw_zip) -> Path:
     return folder / "1"
 
 
-@pytest.fixture(scope="module")
-def worlds(folder, raw_zip, alone) -> dict[int, Path]:
-    """World size -> folder of what its processes found."""
-    for num in WORLDS:
-        (folder / str(num)).mkdir()
-        words = [SCRIPT, folder / str(num), raw_zip, folder / "encoded"]
-        words += [folder / "2"] if num == 3 else []
+class Worlds(dict):
+    """World size -> folder of the results of its processes, which run once, when first read."""
+
+    def __init__(self, folder: Path, raw: Path) -> None:
+        super().__init__()
+        self.folder, self.raw = folder, raw
+
+    def __missing__(self, num: int) -> Path:
+        path = self.folder / str(num)
+        words = [SCRIPT, path, self.raw, self.folder / "encoded"]
+        words += [self[2]] if num == 3 else []
+        path.mkdir()
         done = subprocess.run(
             torchrun(num, *words), capture_output=True, text=True, check=False, timeout=300
         )
         assert done.returncode == 0, done.stderr[:3000] + done.stderr[-2000:]
-    return {num: folder / str(num) for num in WORLDS}
+        self[num] = path
+        return path
+
+
+@pytest.fixture(scope="module")
+def worlds(folder, raw_zip, alone) -> Worlds:
+    return Worlds(folder, raw_zip)
 
 
 def arrays_of(folder: Path) -> list[dict[str, np.ndarray]]:
@@ -135,9 +146,11 @@ def test_batch_norm_sees_the_rows_of_all_processes(alone, worlds, num):
             np.testing.assert_allclose(process[name], want[name], rtol=0, atol=1e-10)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("case", "plan"), steps.MOVED)
+@pytest.mark.slow
 def test_checkpoint_of_two_processes_fits_one_and_three(worlds, folder, case, plan):
-    """MixingWeights, accumulators, moments and average: bit for bit, under another plan."""
+    """Weights, accumulators, moments and average: bit for bit, under another plan."""
     written = tensors_of(worlds[2] / case / plan)
     groups = {name.split(".")[0] for name in written}
     assert groups == {"model", "accumulator", "adam", "average"}
@@ -161,6 +174,6 @@ def test_a_bad_row_of_one_process_stops_all_before_any_update(worlds, num):
 def test_columns_apart_need_an_optimizer_that_allows_it(alone, worlds):
     (message,) = (messages["columns"] for messages in messages_of(alone))
     assert message is None  # alone, columns stay together
-    for num in WORLDS:
+    for num in (2,):
         for messages in messages_of(worlds[num]):
             assert "column_wise: row-wise Adagrad needs whole rows" in messages["columns"]
