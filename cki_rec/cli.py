@@ -50,10 +50,10 @@ UNWRITABLE = (
     *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM),
     *(errno.ENOTDIR, errno.EEXIST, errno.EISDIR),
 )
-"""Errors of the operating system that a user mends."""
+"""Errors of the operating system that a user can fix."""
 
 SHARE_BEFORE_ESTIMATE = 0.05
-"""Of a sweep's jobs: the first ones train all parents and say little about the others."""
+"""Share of a sweep's jobs: the first ones train all parents, so they take longer."""
 
 log = logging.getLogger(__name__)
 
@@ -278,7 +278,7 @@ def sweep_position(number: int) -> str:
 
 
 def _start_log() -> None:
-    """Show our own messages, plain, on standard output, and nobody else's below warnings."""
+    """Print the messages of cki_rec on standard output, and only warnings of other packages."""
     handler = logging.StreamHandler(sys.stdout)
     handler.setFormatter(logging.Formatter("%(message)s"))
     ours = logging.getLogger("cki_rec")
@@ -320,7 +320,7 @@ def _check_choices(overrides: list[str]) -> list[str]:
 
 
 def _explain(error: Exception, overrides: list[str]) -> str:
-    """Return one line for an error of composition: what is wrong, and the nearest name."""
+    """Return one line for an error of composition: the mistake and the nearest name."""
     from hydra import compose
     from omegaconf import OmegaConf
 

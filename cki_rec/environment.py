@@ -36,20 +36,22 @@ def check_versions() -> None:
     """Check that torch, torchrec and exactly one fbgemm of the pinned releases are installed.
 
     Raises:
-        EnvironmentMismatchError: Otherwise; one line with what was found and what to run.
+        EnvironmentMismatchError: They are not; lists the installed releases and the fix.
     """
-    found = {name: installed_version(name) for name in ("torch", "torchrec")}
+    installed = {name: installed_version(name) for name in ("torch", "torchrec")}
     fbgemm = {name: v for name in FBGEMM_PACKAGES.values() if (v := installed_version(name))}
-    fits = found == {"torch": TORCH, "torchrec": TORCHREC} and list(fbgemm.values()) == [FBGEMM]
+    fits = installed == {"torch": TORCH, "torchrec": TORCHREC} and list(fbgemm.values()) == [
+        FBGEMM
+    ]
     if not fits:
-        listed = ", ".join(f"{n} {v or 'missing'}" for n, v in {**found, **fbgemm}.items())
+        listed = ", ".join(f"{n} {v or 'missing'}" for n, v in {**installed, **fbgemm}.items())
         if not fbgemm:
             listed += ", fbgemm missing"
         accelerator = detect_accelerator()
         raise EnvironmentMismatchError(
-            f"needs torch {TORCH}, torchrec {TORCHREC} and one of "
-            f"{' or '.join(FBGEMM_PACKAGES.values())} {FBGEMM} together, found {listed}; "
-            f"install with: make setup, or: pip uninstall -y {' '.join(FBGEMM_PACKAGES.values())}"
+            f"Needs torch {TORCH}, torchrec {TORCHREC} and one of "
+            f"{' or '.join(FBGEMM_PACKAGES.values())} {FBGEMM} (installed: {listed}). "
+            f"Install with: make setup, or: pip uninstall -y {' '.join(FBGEMM_PACKAGES.values())}"
             f" ; pip install torch=={TORCH} {FBGEMM_PACKAGES[accelerator]}=={FBGEMM}"
             f" && pip install --no-deps torchrec=={TORCHREC}"
         )
@@ -64,7 +66,7 @@ def detect_accelerator() -> str:
 
 
 def install(environment: Path, accelerator: str) -> None:
-    """Make ``environment`` (a virtual environment) hold the project and what it needs.
+    """Install the project and its dependencies into ``environment``, a virtual environment.
 
     Does nothing when it already does: a stamp in it names the accelerator, the Python and the
     content of pyproject.toml that were installed.

@@ -21,10 +21,10 @@ Advance = Callable[..., None]
 def progress(title: str, total: int, unit: str = "rows") -> Iterator[Advance]:
     """Yield a function to call with the amount done since the last call, and a short note.
 
-    Shows the share done, the rate and the time left; ``total`` is the most there may be to do, 0
-    if nobody knows.
+    The display shows the share done, the rate and the time left. ``total`` is an upper bound of
+    the amount; 0: unknown.
     """
-    if os.environ.get("RANK", "0") != "0":  # of several processes the first one speaks
+    if os.environ.get("RANK", "0") != "0":  # only the first of several processes prints
         yield lambda *_: None
         return
     start = time.perf_counter()

@@ -19,12 +19,12 @@ ROOT = Path(__file__).parents[1]
 MAX_WORDS = 30
 LIMITS = {
     "markdown": {"long sentence": 0, "what as a noun": 0, "machine that speaks": 0},
-    "conf": {"long sentence": 14, "what as a noun": 13, "machine that speaks": 16},
-    "code": {"long sentence": 27, "what as a noun": 72, "machine that speaks": 29},
+    "conf": {"long sentence": 0, "what as a noun": 0, "machine that speaks": 0},
+    "code": {"long sentence": 9, "what as a noun": 0, "machine that speaks": 2},
 }
 """Offenders that Markdown files, comments of conf, and texts of the package may have."""
 
-WHAT = re.compile(r"\bwhat\b", re.IGNORECASE)
+WHAT = re.compile(r"(?<!\.)\bwhat\b", re.IGNORECASE)  # an option `merge.learn.what` is no noun
 SPEAKS = re.compile(
     r"(?<!you )(?<!we )(?<!users )\b(say|says|said|saying|tell|tells|told|telling|want|wants"
     r"|wanted|know|knows|knew|vouch|vouches|vouched)\b",

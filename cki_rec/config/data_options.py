@@ -59,14 +59,14 @@ class Synthetic:
 
 @section
 class Download:
-    """Where a user may fetch the raw files from."""
+    """Source of the raw files."""
 
     url: str | None
     """null: there is no address that a program may fetch from."""
     md5: str | None
     """Of the fetched file, as published; null: nobody published one."""
     by_hand: str | None
-    """What to do where ``url`` is null."""
+    """Instructions for getting the files if ``url`` is null."""
 
 
 @section
@@ -99,10 +99,10 @@ class Data:
     time_form: Literal["seconds", "yymmddhh"]
     """csv: ``seconds`` or ``yymmddhh``."""
     numeric: Literal["ln_squared", "quantile", "edges", "token", "log1p", "as_is"]
-    """What numeric fields become: ``ln_squared``, ``quantile``, ``edges`` or ``token``
+    """Encoding of numeric fields: ``ln_squared``, ``quantile``, ``edges`` or ``token``
     (categories), ``log1p`` or ``as_is`` (numbers)."""
     numeric_missing: float | None
-    """What an empty number stands for; null: a category of its own, or the mean."""
+    """The value of an empty number; null: a category of its own, or the mean."""
     buckets: Annotated[int, Field(ge=2)]
     """Of ``quantile``."""
     min_count: Positive

@@ -1,4 +1,4 @@
-"""A mistake of the user, and the nearest name to what they wrote."""
+"""Errors that are shown as one line, and suggestions for misspelled names."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from difflib import get_close_matches
 class Stopped(BaseException):
     """The system asked the program to end, and its work so far is kept.
 
-    Like ``KeyboardInterrupt`` no ``Exception``, which a sweep would note before its next job.
+    Like ``KeyboardInterrupt`` it is no ``Exception``: a sweep must not go on to its next job.
     """
 
 
@@ -22,7 +22,7 @@ class UserError(Exception):
 
 
 class ReportedElsewhere(UserError):
-    """A mistake of the user that another process tells: exit code 2, not a word."""
+    """A mistake of the user that another process reports: exit code 2, no output."""
 
 
 def nearest(word: object, choices: Iterable[str]) -> str:

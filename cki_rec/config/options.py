@@ -27,7 +27,7 @@ class Cross:
     rank: Positive | None
     """DCNv2: rank of the low-rank mixture's matrices; null: one full matrix a layer."""
     experts: Positive
-    """DCNv2: matrices in the mixture, where ``rank`` is given."""
+    """DCNv2: matrices in the mixture, if ``rank`` is set."""
 
 
 @section
@@ -49,7 +49,7 @@ class Attention:
 
 @section
 class Streams:
-    """The second of FinalMLP's two streams, and what joins them."""
+    """The second of FinalMLP's two streams, and the fusion of both."""
 
     hidden: list[Positive]
     dropout: Fraction
@@ -108,9 +108,9 @@ class Train:
     """Optimization of one model."""
 
     start: dict[str, Any] | None
-    """The training that this one goes on from, as config deltas of it, ``{data.part: 0}`` (its own
-    start is null unless they name one: chains nest), or a checkpoint, ``{path: a}``; null: initial
-    weights."""
+    """The training that this one continues, as config deltas ``{data.part: 0}`` or as a checkpoint
+    ``{path: a}``; null: initial weights. The start of that training is null unless the deltas set
+    it."""
     epochs: NonNegative
     batch_size: Positive
     """Rows of a step, all processes together."""
@@ -142,13 +142,13 @@ class Train:
     compile: bool
     """torch.compile of the dense network."""
     ema: Fraction | None
-    """Decay of an exponential moving average of all weights, which is evaluated and kept; null:
+    """Decay of an exponential moving average of all weights, which is evaluated and saved; null:
     none."""
 
 
 @section
 class Align:
-    """How sources are brought into a shared basis before they are merged."""
+    """Alignment of the sources to a shared basis before the merge."""
 
     by: Literal["none", "weights", "activations"]
     """``none``, ``weights`` or ``activations`` (hidden units by their activations on rows)."""
@@ -170,7 +170,7 @@ class Learn:
 
 @section
 class Merge:
-    """How several models become one."""
+    """Merge of several models into one."""
 
     method: str
     """A registered method, a reference that merges no parameters, or ``auto``."""
@@ -190,11 +190,11 @@ class Merge:
     """For ``auto``: ways to merge the sources, as changes of this section."""
     align: Align
     repair: Literal["none", "rescale", "least_squares", "select_units", "project"]
-    """After merging: ``none``; ``rescale`` (statistics of hidden units); ``least_squares`` (layers
-    fitted to the mean of the sources' layers, on the merged tables); ``select_units`` (also hidden
-    units selected from all sources); ``project`` (also tables projected from all sources' spaces;
-    element-wise modules are copied, together with their tables, from the source with the best
-    validation AUC)."""
+    """Repair after merging. ``none``. ``rescale``: match the statistics of hidden units.
+    ``least_squares``: fit layers to the mean of the sources' layers, on the merged tables.
+    ``select_units``: also select hidden units from all sources. ``project``: also project tables
+    from all sources' spaces. Then element-wise modules are copied, together with their tables,
+    from the source with the best validation AUC."""
     recalibrate: bool
     """Scale and shift the merged model's logit, by its parameters, to fit validation rows."""
     sample: Positive
@@ -222,7 +222,7 @@ class Merge:
 
 @section
 class Finetune:
-    """Short training of an integrated model on all data."""
+    """Short training of a merged model on all data."""
 
     epochs: NonNegative
     """0: none."""
@@ -241,13 +241,13 @@ class Evaluate:
     confidence: Annotated[float, Field(gt=0, lt=1)]
     seed: NonNegative
     disjoint_files: bool
-    """You say that raw files which only the models were trained on hold no test row: nothing
-    checks it. Needed where there are such files."""
+    """Assert that raw files of the models that are not in this data set hold no test row. It is
+    required if there are such files; cki_rec cannot verify it."""
 
 
 @section
 class Runtime:
-    """Where and on what things run; never part of a run's identity."""
+    """Folders, devices and logging; never part of a run's identity."""
 
     out: str
     """Folder of run directories."""
@@ -277,12 +277,12 @@ class Runtime:
     chunk_mb: Positive
     """Raw text that is encoded at a time, in MiB; no result depends on it."""
     force: bool
-    """Run again what is already recorded."""
+    """Repeat a run that is already recorded."""
 
 
 @section
 class Suite:
-    """What the parents differ in."""
+    """The parents, and the model that they start from."""
 
     name: str
     sources: list[dict[str, Any]]
@@ -293,7 +293,7 @@ class Suite:
 
 @section
 class Config:
-    """Everything."""
+    """The whole configuration."""
 
     name: str
     """Experiment the run is reported under."""
@@ -303,10 +303,10 @@ class Config:
     check_only: bool
     """``merge`` reports whether the sources fit together, and does nothing else."""
     run: str | None
-    """What ``export`` reads: a run directory, a checkpoint folder or a run id under
+    """Model that ``export`` reads: a run directory, a checkpoint folder or a run id under
     ``runtime.out``."""
     format: Literal["pt2", "onnx"]
-    """What ``export`` writes: ``pt2`` (torch.export) or ``onnx``."""
+    """Format that ``export`` writes: ``pt2`` (torch.export) or ``onnx``."""
     data: Data
     model: Model
     train: Train

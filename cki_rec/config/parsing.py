@@ -20,7 +20,7 @@ WHOLE = ("base", "start")
 
 
 def first_comment(group: str, choice: str) -> str:
-    """Return the first comment of a file in ``conf/``, which says what the choice is."""
+    """Return the first comment of a file in ``conf/``, its description."""
     path = project_root() / "conf" / group / f"{choice}.yaml"
     lines = path.read_text().splitlines() if path.exists() else []
     comments = [line.lstrip("# ") for line in lines if line.startswith("#")]
@@ -28,7 +28,7 @@ def first_comment(group: str, choice: str) -> str:
 
 
 def register_resolvers() -> None:
-    """Define what ``${...:}`` in ``conf/`` may call: ``add`` and ``project``."""
+    """Define the resolvers of ``${...:}`` in ``conf/``: ``add`` and ``project``."""
     OmegaConf.register_new_resolver("add", lambda *terms: sum(terms), replace=True)
     OmegaConf.register_new_resolver(
         "project", lambda path: str(project_root() / path), replace=True

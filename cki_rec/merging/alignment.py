@@ -22,7 +22,7 @@ from cki_rec.merging.symmetry import Symmetry, random_element, transform, units_
 
 MOST_SWEEPS = 100
 DIGITS = 9
-"""Of what is maximized; ends that differ by less are equal."""
+"""Digits of the objective; results that differ by less are equal."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,24 +48,26 @@ def align(
 ) -> Alignment:
     r"""Choose group elements that make the sources agree most.
 
-    They maximize the sum over parameters and sources of :math:`\langle R_k, W_k Q_k \rangle`, each
-    parameter divided by its norms, where :math:`R_k` is the mean of all other sources in the
-    shared basis. For one symmetry and everything else fixed the best element is known in closed
-    form: the polar factor of the product of what it moves (rotations: Schönemann), or a linear
-    assignment (permutations, with signs). Symmetries are taken in turn until none changes; then
-    the next source moves, so no step lowers the sum, until no source can. At first all are brought
-    to one of them, that which makes them agree most; then those that agree least move first. So
-    the order of sources does not matter (up to rounding and exact ties).
+    The objective is the sum over parameters and sources of :math:`\langle R_k, W_k Q_k \rangle`.
+    Each parameter is divided by its norms. :math:`R_k` is the mean of all other sources in the
+    shared basis. With all but one symmetry fixed, its best element has a closed form. For
+    rotations it is the polar factor of a product of the moved parameters (Schönemann). For
+    permutations, with signs, it is a linear assignment.
+
+    The symmetries of a source are taken in turn until none changes; then the next source moves.
+    No step lowers the objective. The search starts with all sources aligned to one of them, the
+    one with the largest agreement. Then the sources that agree least move first. So the order of
+    sources does not matter (up to rounding and exact ties).
 
     Args:
         models: One per source.
-        symmetries: Of their network.
+        symmetries: Symmetries of their network.
         products: ``table_products`` of all tables that symmetries move.
         moments: Second moments of the inputs of Linear layers (``MergeInputs.moments``). With
             them, hidden units are matched by the correlation of their activations, not by weights.
-        starts: Restarts from random elements besides the identity; the best end is kept: that of
-            the largest correlations where there are some, then of the largest agreement.
-        seed: Of restarts and of the order of symmetries.
+        starts: Number of starts: the identity, then random elements. The result with the largest
+            correlations (if there are any), then the largest agreement, is returned.
+        seed: Seed of the random starts and of the order of symmetries.
 
     Raises:
         MergeError: Models differ, or a parameter to match has NaN or infinite entries.
@@ -92,10 +94,10 @@ def align(
     best: tuple[tuple[float, float], list[list[Tensor]], int] | None = None
     for start in range(starts):
         first = identity if start == 0 else [random_element(s, draw) for s in symmetries]
-        found, sweeps = problem.solve(first, draw)
-        value = problem.value(found)
+        candidate, sweeps = problem.solve(first, draw)
+        value = problem.value(candidate)
         if best is None or value > best[0]:
-            best = (value, found, sweeps)
+            best = (value, candidate, sweeps)
     assert best is not None
     return Alignment(best[1], problem.agreement(best[1]), before, best[2])
 
@@ -126,9 +128,9 @@ class _Problem:
         """Return the objective: correlations of activations, then agreement."""
         correlation = 0.0
         for place in self.correlations:
-            for k, own in enumerate(elements):
+            for k, source_elements in enumerate(elements):
                 products = self._by_activations(place, k, self._others(k), elements)
-                correlation += _trace(own[place], *products)
+                correlation += _trace(source_elements[place], *products)
         return round(correlation, DIGITS), round(self.agreement(elements), DIGITS)
 
     def agreement(self, elements: list[list[Tensor]]) -> float:
@@ -142,23 +144,23 @@ class _Problem:
         num_sources = len(self.views)
         identity = [torch.eye(s.size, dtype=torch.float64) for s in self.symmetries]
         order = torch.randperm(len(self.symmetries), generator=draw).tolist()
-        recipes, sweeps = [], 0
+        candidates, sweeps = [], 0
         for center in range(num_sources if num_sources > 2 else 1):  # of two it is all the same
             elements = [list(identity) for _ in self.views]
             for k in self._others(center):
                 elements[k], used = self._descend(k, [center], elements, first, order)
                 sweeps += used
-            recipes.append((self.value(elements), elements))
-        value, elements = max(recipes, key=lambda found: found[0])
+            candidates.append((self.value(elements), elements))
+        value, elements = max(candidates, key=lambda improved: improved[0])
         for _ in range(MOST_SWEEPS if num_sources > 2 else 0):
-            found, cosine_K = list(elements), self._cosines(elements).sum(1).tolist()
+            improved, cosine_K = list(elements), self._cosines(elements).sum(1).tolist()
             for k in sorted(range(num_sources), key=cosine_K.__getitem__):
-                found[k], used = self._descend(k, self._others(k), found, found[k], order)
+                improved[k], used = self._descend(k, self._others(k), improved, improved[k], order)
                 sweeps += used
-            new = self.value(found)
+            new = self.value(improved)
             if new <= value:
                 break
-            value, elements = new, found
+            value, elements = new, improved
         return elements, sweeps
 
     def _others(self, k: int) -> list[int]:
@@ -180,15 +182,15 @@ class _Problem:
 
     def _moved(self, elements: list[list[Tensor]]) -> list[Params]:
         return [
-            transform(view, self.symmetries, own)
-            for view, own in zip(self.views, elements, strict=True)
+            transform(view, self.symmetries, source_elements)
+            for view, source_elements in zip(self.views, elements, strict=True)
         ]
 
     def _reference(self, k: int, others: Sequence[int], moved: list[Params]) -> Params:
         """Return the mean of ``others`` as source k meets it.
 
-        A table stands there as the product of source k's with theirs, so that its scalar product
-        with the identity (k's own view of its table), moved, is that of the tables.
+        A table is represented by the product of source k's table with the others' tables. Source
+        k views its own table as the identity. The scalar product of both is that of the tables.
         """
         reference: Params = {}
         for name in self.scale:
@@ -209,15 +211,15 @@ class _Problem:
     ) -> tuple[list[Tensor], int]:
         """Return the elements of source k after coordinate descent, and the number of sweeps."""
         reference = self._reference(k, others, self._moved(elements))
-        own = list(first)
-        view = transform(self.views[k], self.symmetries, own)
+        chosen = list(first)
+        view = transform(self.views[k], self.symmetries, chosen)
         for sweep in range(1, MOST_SWEEPS + 1):
             is_better = False
             for place in order:
                 symmetry = self.symmetries[place]
                 if place in self.correlations:
                     signed, unsigned = self._by_activations(place, k, others, elements)
-                    step = own[place].T @ _best(symmetry, signed, unsigned)
+                    step = chosen[place].T @ _best(symmetry, signed, unsigned)
                     is_change = not bool((step.diagonal() == 1).all())
                 else:
                     signed, unsigned = self._by_weights(symmetry, reference, view)
@@ -226,24 +228,24 @@ class _Problem:
                     is_change = _trace(step, signed, unsigned) > now + 1e-10
                 if is_change:
                     is_better = True
-                    own[place] = own[place] @ step
+                    chosen[place] = chosen[place] @ step
                     view = transform(view, [symmetry], [step])
             if not is_better:
-                return own, sweep
-        return own, MOST_SWEEPS
+                return chosen, sweep
+        return chosen, MOST_SWEEPS
 
     def _by_weights(
         self, symmetry: Symmetry, reference: Params, view: Params
     ) -> tuple[Tensor, Tensor]:
-        """Return ``(S, S)`` products of what a symmetry moves: with signs, without."""
-        found = torch.zeros(2, symmetry.size, symmetry.size, dtype=torch.float64)
+        """Return ``(S, S)`` products of the slices of a symmetry: signed and unsigned ones."""
+        products = torch.zeros(2, symmetry.size, symmetry.size, dtype=torch.float64)
         for part in symmetry.slices:
             if part.parameter in self.scale:
                 left = units_of(view[part.parameter], part, symmetry.size)
                 right = units_of(reference[part.parameter], part, symmetry.size)
                 product = torch.einsum("...wi,...wj->ij", left, right)
-                found[0 if part.signed else 1] += self.scale[part.parameter] * product
-        return found[0], found[1]
+                products[0 if part.signed else 1] += self.scale[part.parameter] * product
+        return products[0], products[1]
 
     def _by_activations(
         self, place: int, k: int, others: Sequence[int], elements: list[list[Tensor]]
@@ -271,7 +273,7 @@ def _view(model: Params, symmetries: Sequence[Symmetry], products: Mapping[str, 
 
 
 def _scales(views: Sequence[Params], products: Mapping[str, Tensor]) -> dict[str, float]:
-    """Return per parameter 1 / its mean squared norm, so that each has an equal say."""
+    """Return per parameter 1 / its mean squared norm, so that all count equally."""
     scales = {}
     for name in views[0]:
         if name in products:
@@ -287,8 +289,8 @@ def _scales(views: Sequence[Params], products: Mapping[str, Tensor]) -> dict[str
 def _correlations(
     symmetries: Sequence[Symmetry], moments: Mapping[str, Tensor]
 ) -> dict[int, Tensor]:
-    """Return correlations of hidden units for the permutations that moments know of."""
-    found = {}
+    """Return correlations of hidden units for the permutations that have moments."""
+    correlations = {}
     for place, symmetry in enumerate(symmetries):
         readers = [p for p in symmetry.slices if p.axis == 1 and p.parameter in moments]
         if symmetry.kind == "rotation" or not readers:
@@ -304,8 +306,8 @@ def _correlations(
             units = torch.einsum("kjiwmw->kjim", correlation.reshape(shape))
             total[0 if part.signed else 1] += units
         if bool(total.any()):  # else no unit varies, and weights decide
-            found[place] = total
-    return found
+            correlations[place] = total
+    return correlations
 
 
 def _best(symmetry: Symmetry, signed: Tensor, unsigned: Tensor) -> Tensor:
@@ -328,7 +330,7 @@ def _trace(element: Tensor, signed: Tensor, unsigned: Tensor) -> float:
 def table_products(
     models: Sequence[Params], tables: Sequence[str], counts: Sequence[Params] = ()
 ) -> dict[str, Tensor]:
-    r"""Return the products of every two sources' tables, weighted by what both have seen.
+    r"""Return the products of every two sources' tables, weighted by rows that both have seen.
 
     .. math:: G_{kj} = \sum_r w_{kj}[r] E_k[r]^T E_j[r], \quad w_{kj}[r] = \min(n_k[r], n_j[r])
 
@@ -355,8 +357,8 @@ def polar(product: Tensor) -> Tensor:
         Schönemann, Psychometrika 1966.
     """
     left, _, right = torch.linalg.svd(product)
-    found: Tensor = left @ right
-    return found
+    orthogonal: Tensor = left @ right
+    return orthogonal
 
 
 def _products(tables: list[Tensor], counts: list[Tensor]) -> Tensor:

@@ -1,4 +1,4 @@
-"""Hidden units of a network, as its symmetries tell: what makes them and what reads them.
+"""Hidden units of a network, from its symmetries: the slices that make and read them.
 
 Shape legend: S units of a hidden layer.
 """
@@ -31,15 +31,15 @@ def hidden_layers(params: Params, symmetries: Sequence[Symmetry]) -> list[Layer]
     They are the permutations, signs apart, that begin with rows of a matrix. Coordinates of
     embeddings, experts and heads are not among them.
     """
-    found = []
+    layers = []
     for symmetry in symmetries:
         first = symmetry.slices[0]
         is_unit = first.axis == 0 and first.width == 1 and not first.within
         if symmetry.kind != "rotation" and is_unit and params[first.parameter].ndim == 2:
             made = tuple(part for part in symmetry.slices if part.axis == 0)
             read = tuple(part for part in symmetry.slices if part.axis != 0)
-            found.append(Layer(symmetry.size, made, read))
-    return found
+            layers.append(Layer(symmetry.size, made, read))
+    return layers
 
 
 def unit_covariance(second: Tensor, start: int, size: int) -> Tensor:
@@ -56,7 +56,7 @@ def unit_covariance(second: Tensor, start: int, size: int) -> Tensor:
 
 
 def map_units(params: Params, parts: Sequence[Slice], matrix: Tensor) -> None:
-    """Replace the units x of slices by x @ ``matrix``, ``(S, S)``; tensors must be own copies."""
+    """Replace the units x of slices by x @ ``matrix``, ``(S, S)``; tensors must be copies."""
     size = len(matrix)
     for part in parts:
         units = units_of(params[part.parameter], part, size)
@@ -64,7 +64,7 @@ def map_units(params: Params, parts: Sequence[Slice], matrix: Tensor) -> None:
 
 
 def copied(models: Sequence[Params], layers: Sequence[Layer]) -> list[Params]:
-    """Return models with float64 copies of what makes or reads hidden units; else the same."""
+    """Return models whose slices of hidden units are float64 copies; the rest is shared."""
     names = {part.parameter for layer in layers for part in (*layer.made, *layer.read)}
     return [
         {n: t.detach().to(torch.float64, copy=True) if n in names else t for n, t in m.items()}

@@ -53,13 +53,13 @@ def mix(models: Sequence[Params], weights: MixingWeights) -> Params:
 
     .. math:: W = W_0 + \sum_{k \ge 1} \alpha_k (W_k - W_0)
 
-    Where a weight is exactly 1 that source's value comes back bit for bit, where it is exactly 0
-    nothing of that source does (NaN included), and equal sources give their common value back
-    bit for bit. Differentiable with respect to weights strictly between 0 and 1.
+    Where a weight is exactly 1, the result is that source's value bit for bit. Where it is exactly
+    0, that source has no influence (NaN included). Equal sources give their common value bit for
+    bit. Differentiable with respect to weights strictly between 0 and 1.
 
     Args:
         models: One per source.
-        weights: What to take from whom, for every parameter.
+        weights: Mixing weights of every parameter.
 
     Returns:
         New tensors, in the dtype of the models; computed in float32 or wider.
@@ -125,7 +125,7 @@ def _splice_block(tensors: Sequence[Tensor], weight: Tensor) -> Tensor:
     weight = weight.to(dtype)
     base, unused = tensors[0].to(dtype), weight[0] == 0
     for tensor, share in zip(tensors[1:], weight[1:], strict=True):
-        base = torch.where(unused, tensor.to(dtype), base)  # the first source that has a say
+        base = torch.where(unused, tensor.to(dtype), base)  # the first source with a weight
         unused = unused & (share == 0)
     result = base
     for tensor, share in zip(tensors[1:], weight[1:], strict=True):

@@ -23,7 +23,7 @@ def check_arguments(
         options: Option -> value.
 
     Raises:
-        MergeError: The first one that does not fit, and what the method takes.
+        MergeError: An option does not fit; lists the options of the method.
     """
     shown = ", ".join(f"{option}={in_yaml(value)}" for option, value in known.items())
     takes = f"{name} takes {shown}" if shown else f"{name} takes none"

@@ -1,4 +1,4 @@
-"""Parameter dictionaries, and the weights that say what to take from whom.
+"""Parameter dictionaries, and mixing weights of their entries.
 
 Shapes: K sources; ``*shape`` is the shape of one parameter; ``*s`` is broadcastable to it.
 """
@@ -95,11 +95,11 @@ def check_weights(weights: MixingWeights, models: Sequence[Params]) -> None:
     for name, tensor in models[0].items():
         num_sources, *shape = weights[name].shape
         fits = len(shape) == tensor.ndim and all(
-            own in (1, size) for own, size in zip(shape, tensor.shape, strict=True)
+            weight_size in (1, size) for weight_size, size in zip(shape, tensor.shape, strict=True)
         )
         if num_sources != len(models) or not fits:
-            found, wanted = tuple(weights[name].shape), (len(models), *tensor.shape)
-            raise MergeError(f"{name}: weights of shape {found} do not fit {wanted}")
+            actual, expected = tuple(weights[name].shape), (len(models), *tensor.shape)
+            raise MergeError(f"{name}: weights of shape {actual} do not fit {expected}")
 
 
 def compute_dtype(tensor: Tensor) -> torch.dtype:

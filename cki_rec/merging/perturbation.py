@@ -1,4 +1,4 @@
-"""Sources that know nothing, or cannot be understood: what a gain has to disappear with."""
+"""Ablations of sources: permuted units or shuffled entries, with which a true gain disappears."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from cki_rec.merging.symmetry import Symmetry, random_element, transform
 def permute(params: Params, symmetries: Sequence[Symmetry], seed: int) -> Params:
     """Return the same function with its units in other places: a permutation of every symmetry.
 
-    Hidden units, and coordinates of embeddings, stand where they would in a model with which the
-    source has nothing in common. If merging entry by entry gains as much with it, the gain is not
-    from what the source knows. No number changes, so entropies do not either: of rotations and
-    signed permutations, too, only those that permute are drawn.
+    Hidden units and coordinates of embeddings are placed as in an unrelated model. If an
+    entry-by-entry merge gains as much with it, the gain is not from the source's knowledge. Values
+    do not change, so entropies do not change either. Rotations and signed permutations are
+    therefore drawn as plain permutations.
 
     Reference:
         Ours, for the released protocol of CKI (arXiv 2501.07596).

@@ -32,8 +32,8 @@ def project_tables(
 
     .. math:: E = \sqrt{K} \sum_k \alpha_k E_k R_k, \quad R^T R = 1
 
-    The columns of R are the leading directions of the concatenated tables' second moment plus that
-    of the first layers that read them; the mean of aligned tables is the case
+    The columns of R are the leading directions of a sum of two second moments: of the concatenated
+    tables, and of the first layers that read them. The mean of aligned tables is the case
     :math:`R_k = 1 / \sqrt{K}`. Inner products survive as well as can be; linear readers must be
     fitted anew (``fit_layers``).
 
@@ -118,9 +118,9 @@ def _project(
     size, name = directions.shape[1], part.parameter
     projected: list[Params] = []
     for k, model in enumerate(models):
-        own = directions[k * size : (k + 1) * size] * len(models) ** 0.5
+        block = directions[k * size : (k + 1) * size] * len(models) ** 0.5
         moved = model[name].clone()
-        apply_element(units_of(moved, part, size), own, "rotation")
+        apply_element(units_of(moved, part, size), block, "rotation")
         projected.append({name: moved})
     spliced = mix(projected, {name: share})[name]
     reduced[name] = reduced[name].clone()

@@ -1,4 +1,4 @@
-"""The registry of merge methods: the only place that knows a method by its name.
+"""The registry of merge methods: the only place where methods are looked up by name.
 
 A method is a function of several models. It returns mixing weights, which ``mixing.mix`` applies,
 or the parameters of the new model. Its parameters without a default are inputs (fields of

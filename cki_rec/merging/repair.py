@@ -1,9 +1,9 @@
-"""Make a merged model compute what its sources compute, layer by layer, in closed form.
+"""Fit the layers of a merged model to those of its sources, one by one, in closed form.
 
-Rows of the training data are looked at, their labels are not.
+The repair reads training rows, never their labels.
 
 Shape legend: K sources, I inputs of a layer and the constant 1, O outputs, S units of a layer, C
-recipes, T targets.
+candidate units, T targets.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from cki_rec.merging.params import MergeError, Params
 from cki_rec.merging.symmetry import LogitScale, Symmetry
 
 RIDGE = 1e-6
-"""Of a regression, as a share of the mean square of each input."""
+"""Ridge of a regression, as a share of the mean square of each input."""
 BATCH_NORM_EPS = 1e-5
 
 
@@ -32,7 +32,7 @@ class Moments:
     logit: dict[str, Tensor]
     """``(K, I, K)`` float64: inputs with logits; only of layers that see one input a row."""
     rows: dict[str, int]
-    """How many inputs of a layer these are the means of."""
+    """Number of inputs of a layer that the means are taken over."""
 
 
 class Observe(Protocol):
@@ -57,15 +57,15 @@ def rescale(
     .. math:: z' = (z - \mu) / \sigma \cdot \textstyle\sum_k \alpha_k \sigma_k
         + \sum_k \alpha_k \mu_k
 
-    z is what a unit gets before its activation; averages of units that are no copies of each other
-    vary less than either, layer after layer. Running statistics of norms are set to the result.
+    z is the input of a unit's activation. Averages of units that are not copies of each other vary
+    less than either, layer after layer. Running statistics of norms are set to the result.
 
     Args:
         merged: The merge of ``sources``.
         sources: Aligned models.
         shares: :math:`\alpha`, sum 1.
-        observe: What models compute on a sample of rows.
-        symmetries: Of the network; they say what belongs to a unit.
+        observe: Runs models on a sample of rows.
+        symmetries: Symmetries of the network; they list the slices of each unit.
 
     Reference:
         Jordan et al., REPAIR, ICLR 2023, section 3.
@@ -82,12 +82,12 @@ def rescale(
             _statistics(_map(source, name), second[k, :, k])
             for k, source in enumerate(sources, start=1)
         ]
-        wanted_mean = _mixed([m for m, _ in each], shares)
-        wanted = _mixed([d for _, d in each], shares)
+        target_mean = _mixed([m for m, _ in each], shares)
+        target = _mixed([d for _, d in each], shares)
         is_alive = deviation > 1e-6 * deviation.max().clamp_min(1e-12)
-        scale = torch.where(is_alive, wanted / deviation.clamp_min(1e-30), 1.0)
+        scale = torch.where(is_alive, target / deviation.clamp_min(1e-30), 1.0)
         weights = _map(fitted, name) * scale[:, None]
-        weights[:, -1] += wanted_mean - mean * scale
+        weights[:, -1] += target_mean - mean * scale
         _set(fitted, name, weights)
         _set_running(fitted, name, symmetry, second[0, :, 0])
     return fitted
@@ -106,28 +106,29 @@ def fit_layers(
 
     .. math:: W = \arg\min_W E \| W x - \textstyle\sum_k \alpha_k W_k x_k \|^2
 
-    x is the input of the layer in the merged model as fitted so far, :math:`x_k` that in source k;
-    where the rows leave W free it stays near :math:`\sum_k \alpha_k W_k`. The last layer gets what
-    is missing to the mean logit. Running statistics of norms are set to the result.
+    x is the input of the layer in the merged model as fitted so far; :math:`x_k` is the input in
+    source k. Directions of W that the rows do not determine stay near
+    :math:`\sum_k \alpha_k W_k`. The last layer is fitted to the mean logit. Running
+    statistics of norms are set to the result.
 
     Args:
-        merged: Where to start from: all that no Linear holds stays as it is.
+        merged: The merge of ``sources``; only its Linear layers change.
         sources: Aligned models.
         shares: :math:`\alpha`, sum 1.
-        observe: What models compute on a sample of rows.
-        symmetries: Of the network; they say what belongs to a hidden unit.
-        selects_units: Hidden units are not averages of matched ones, but those of all sources from
-            which the next layers of all sources can best be told (``choose``); errors there
-            count as much as they move the mean logit, to first order.
-        fixed: MixingWeights of layers to leave as they are.
+        observe: Runs models on a sample of rows.
+        symmetries: Symmetries of the network; they list the slices of each hidden unit.
+        selects_units: Select hidden units from all sources instead of averaging matched ones. The
+            selected units best predict the next layers of all sources (``choose``). Errors there
+            are weighted by their first-order effect on the mean logit.
+        fixed: Names of weights of layers that do not change.
 
     Reference:
         Singh and Jaggi, PLeaS (arXiv 2407.02447) for least squares after matching; Jin et al.,
         RegMean, ICLR 2023, Eq. 2.
 
     Differs:
-        Inputs are those of the merged model, so errors of earlier layers are made up for; units
-        may be chosen from the union of sources.
+        Inputs are those of the merged model, which corrects errors of earlier layers. Units may
+        be selected from the union of sources.
     """
     fitted = dict(merged)
     names = [name for name in observe([merged]).second if name not in fixed]
@@ -144,9 +145,9 @@ def fit_layers(
         second = seen.second[name]
         each = []
         for k, source in enumerate(sources, start=1):
-            own = _map(source, name)
-            missing = own @ (second[k, :, 0] - second[0, :, 0])
-            each.append(own + _regress(second[0, :, 0], missing, _bias(name) in fitted))
+            weights = _map(source, name)
+            missing = weights @ (second[k, :, 0] - second[0, :, 0])
+            each.append(weights + _regress(second[0, :, 0], missing, _bias(name) in fitted))
         mean = _mixed(each, shares)
         reader = readers[name].parameter if name in units else ""
         if reader in gradients:
@@ -164,10 +165,10 @@ def recalibrate(params: Params, how: LogitScale, scale: float, shift: float) -> 
     """Return parameters with which a network's logit is ``scale * logit + shift``.
 
     Args:
-        params: One model; what does not change is shared with the result.
-        how: What its network declares.
-        scale: Positive.
-        shift: In logits.
+        params: One model; parameters that do not change are shared with the result.
+        how: Declaration of its network.
+        scale: Factor of the logit, positive.
+        shift: Term added to the logit.
 
     Raises:
         MergeError: The scale is not positive.
@@ -177,26 +178,26 @@ def recalibrate(params: Params, how: LogitScale, scale: float, shift: float) -> 
     """
     if not scale > 0:
         raise MergeError(f"scale is {scale}, not positive")
-    found = dict(params)
+    scaled = dict(params)
     for name, degree in how.degrees.items():
-        found[name] = params[name] * scale**degree
-    found[how.shift] = found[how.shift] + shift
-    return found
+        scaled[name] = params[name] * scale**degree
+    scaled[how.shift] = scaled[how.shift] + shift
+    return scaled
 
 
 def choose(gram_CC: Tensor, targets_CT: Tensor, size: int) -> list[int]:
-    """Return the ``size`` recipes that are left when the least useful goes, one by one.
+    """Return ``size`` candidates, by removing the least useful one again and again.
 
-    The least useful is the one without which all targets can still be told best, by least squares
-    from the recipes that are left.
+    The least useful candidate is the one whose removal raises the squared error least. The error
+    is that of all targets, predicted by least squares from the remaining candidates.
 
     Args:
-        gram_CC: Covariance of the recipes.
-        targets_CT: Their covariance with the targets.
-        size: How many, of C a multiple of it.
+        gram_CC: Covariance of the candidates.
+        targets_CT: Covariance of the candidates with the targets.
+        size: Number of candidates to return; C is a multiple of it.
 
     Returns:
-        Indices, by their place modulo ``size``, so that equal sources keep their order.
+        Indices, sorted by their place modulo ``size``, so that equal sources keep their order.
 
     Reference:
         Couvreur and Bresler, On the Optimality of the Backward Greedy Algorithm for the Subset
@@ -222,8 +223,8 @@ def choose(gram_CC: Tensor, targets_CT: Tensor, size: int) -> list[int]:
 def _units(
     symmetries: Sequence[Symmetry], names: Sequence[str], params: Params
 ) -> dict[str, Symmetry]:
-    """Return by the Linear that makes them, and nothing else, hidden units one Linear reads."""
-    found = {}
+    """Return, by the Linear that makes them, the hidden units that exactly one Linear reads."""
+    units = {}
     for symmetry in symmetries:
         made = [p for p in symmetry.slices if p.axis == 0]
         read = [p for p in symmetry.slices if p.axis != 0]
@@ -236,12 +237,12 @@ def _units(
             p.parameter in names and p.axis == 1 and p.width == 1 and not p.within for p in read
         )
         if len(layers) == 1 and len(read) == 1 and is_plain and is_known:
-            found[layers[0]] = symmetry
-    return found
+            units[layers[0]] = symmetry
+    return units
 
 
 def _statistics(weights: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
-    """Return mean and standard deviation of the outputs of ``(O, I)``, given its inputs."""
+    """Return mean and standard deviation of the outputs of ``(O, I)`` from input moments."""
     mean = weights @ second[:, -1]
     square = torch.einsum("oi,ij,oj->o", weights, second, weights)
     return mean, (square - mean.square()).clamp_min(0).sqrt()
@@ -284,19 +285,19 @@ def _choose_units(
     maps: Sequence[Tensor],
     observe: Observe,
 ) -> None:
-    """Set a layer's units to chosen ones of ``maps``, the sources' own on the merged inputs.
+    """Set a layer's units to units chosen from ``maps``, the sources' units on the merged inputs.
 
-    ``metric`` ``(K, O, K, O)`` says what errors of the sources' outputs of the next layer cost.
+    ``metric`` ``(K, O, K, O)`` is the cost of errors of the sources' outputs of the next layer.
     """
     reader = next(p for p in symmetry.slices if p.axis == 1)
     made = [p.parameter for p in symmetry.slices if p.axis == 0 and p.parameter != name]
-    recipes = []
+    candidates = []
     for source, weights in zip(sources, maps, strict=True):
         model = fitted | {parameter: source[parameter] for parameter in made}
         _set(model, name, weights)
-        recipes.append(model)
-    second = observe([*recipes, *sources], [reader.parameter]).second[reader.parameter]
-    num, span = len(recipes), slice(reader.start, reader.start + symmetry.size)
+        candidates.append(model)
+    second = observe([*candidates, *sources], [reader.parameter]).second[reader.parameter]
+    num, span = len(candidates), slice(reader.start, reader.start + symmetry.size)
     mean_KI = second[:, :, 0, -1]
     covariance = second - torch.einsum("ki,jm->kijm", mean_KI, mean_KI)
     units = covariance[:num, span].flatten(0, 1)
@@ -307,7 +308,7 @@ def _choose_units(
     gram = units[:, :num, span].flatten(1)
     chosen = choose(gram, targets, symmetry.size)
     for parameter in [name, *made]:
-        union = torch.stack([candidate[parameter] for candidate in recipes])
+        union = torch.stack([candidate[parameter] for candidate in candidates])
         fitted[parameter] = union[
             [index // symmetry.size for index in chosen],
             [index % symmetry.size for index in chosen],
@@ -317,8 +318,8 @@ def _choose_units(
 def _root(metric: Tensor) -> Tensor:
     """Return R with ``R R^T`` the metric."""
     values, vectors = torch.linalg.eigh(metric)
-    found: Tensor = vectors * values.clamp_min(0).sqrt()
-    return found
+    root: Tensor = vectors * values.clamp_min(0).sqrt()
+    return root
 
 
 def _last(fitted: Params, name: str, seen: Moments, shares: Sequence[float]) -> Tensor:
@@ -333,9 +334,9 @@ def _regress(gram_II: Tensor, product_OI: Tensor, has_bias: bool) -> Tensor:
     size = len(gram_II) if has_bias else len(gram_II) - 1
     gram, product = gram_II[:size, :size], product_OI[:, :size]
     ridge = RIDGE * gram.diagonal().clamp_min(RIDGE * float(gram.diagonal().mean()))
-    found = torch.zeros_like(product_OI)
-    found[:, :size] = torch.linalg.solve(gram + ridge.diag(), product.T).T
-    return found
+    solution = torch.zeros_like(product_OI)
+    solution[:, :size] = torch.linalg.solve(gram + ridge.diag(), product.T).T
+    return solution
 
 
 def _bias(name: str) -> str:

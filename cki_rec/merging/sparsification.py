@@ -1,4 +1,4 @@
-"""What to keep of a tensor: its largest entries, exactly and in blocks, or random ones by seed.
+"""Selection of entries of a tensor: the largest, exactly and in blocks, or random ones by seed.
 
 Shapes: masks and draws have the shape of the tensor.
 """
@@ -23,10 +23,10 @@ DIGIT = 16
 def kth_largest(tensor: Tensor, k: int) -> Tensor:
     """Return the k-th largest magnitude of a tensor, exactly.
 
-    This is a radix selection. Non-negative floats are ordered like their bits, so each pass counts
-    16 bits among the entries that agree with the bits of the passes before. float32 takes 2 passes
-    and float64 takes 4, with memory for one block. ``torch.kthvalue`` returns the same values, but
-    on 64M float32 entries it takes 2 to 9 times as long and 1 GiB of memory instead of 0.1 GiB.
+    This is a radix selection. Non-negative floats are ordered like their bits. Each pass counts
+    16 bits among the entries that agree with the bits of the passes before. A float32 tensor takes
+    2 passes and a float64 tensor takes 4, with memory for one block. ``torch.kthvalue``
+    returns the same values, but on 64M float32 entries it takes 2 to 9 times as long and 1 GiB of memory instead of 0.1 GiB.
 
     Args:
         tensor: float32 or float64, without NaN, of at least ``k`` entries.
@@ -35,7 +35,7 @@ def kth_largest(tensor: Tensor, k: int) -> Tensor:
     flat = tensor.detach().reshape(-1)
     assert 1 <= k <= len(flat)
     integer = {torch.float32: torch.int32, torch.float64: torch.int64}[flat.dtype]
-    shift, prefix, wanted = torch.iinfo(integer).bits, 0, k
+    shift, prefix, rank = torch.iinfo(integer).bits, 0, k
     while shift > 0:
         counts = torch.zeros(1 << DIGIT, dtype=torch.int64, device=flat.device)
         for block in flat.split(BLOCK):
@@ -45,8 +45,8 @@ def kth_largest(tensor: Tensor, k: int) -> Tensor:
             digits = bits >> (shift - DIGIT) & ((1 << DIGIT) - 1)
             counts += torch.bincount(digits, minlength=1 << DIGIT)
         at_least = counts.flip(0).cumsum(0)
-        place = int((at_least < wanted).sum())
-        wanted -= int(at_least[place - 1]) if place else 0
+        place = int((at_least < rank).sum())
+        rank -= int(at_least[place - 1]) if place else 0
         prefix = prefix << DIGIT | (1 << DIGIT) - 1 - place
         shift -= DIGIT
     return torch.tensor(prefix, dtype=integer, device=flat.device).view(flat.dtype)

@@ -43,7 +43,7 @@ class Slice:
     width: int = 1
     """Entries of a unit. Other entries of the axis stay."""
     signed: bool = True
-    """Whether units are negated where Q says so."""
+    """Whether the signs of Q apply to the units."""
     within: tuple[tuple[int, int, int], ...] = ()
     """``(axis, start, stop)``: the rest of the parameter, on another axis, stays."""
 

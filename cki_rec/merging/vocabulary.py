@@ -1,8 +1,8 @@
-"""Join models whose tables have rows for different tokens: first all rows, then who knows which.
+"""Join models whose tables have rows for different tokens, and restrict rows to their owners.
 
-A source without a token looks up its row for unseen tokens, so that is what stands in the row it
-lacks: its scores stay its own on the joined vocabulary, and every method works unchanged. What is
-taken for such a row comes from those who have the token.
+A source looks up its row for unseen tokens where it lacks a token. Its joined table has a copy of
+that row there. So its scores do not change on the joined vocabulary, and every method works as it
+is. The mixing weights of such a row then go to the sources that have the token.
 
 Shape legend: K sources, U rows of a joined table, V rows of a source's table.
 """
@@ -25,17 +25,20 @@ def join_tokens(tokens: Sequence[Sequence[str]], reserved: int) -> tuple[list[st
 
     Args:
         tokens: Per source, in the order of rows from ``reserved`` on.
-        reserved: Rows before the first token, which mean the same to all.
+        reserved: Number of rows before the first token, equal in all sources.
 
     Returns:
         The joined tokens, and per source ``(V,)`` int64 rows of the joined table.
     """
     row_of = {
-        token: row for row, token in enumerate(dict.fromkeys(t for own in tokens for t in own))
+        token: row
+        for row, token in enumerate(
+            dict.fromkeys(t for source_tokens in tokens for t in source_tokens)
+        )
     }
     maps = [
-        torch.tensor([*range(reserved), *(reserved + row_of[token] for token in own)])
-        for own in tokens
+        torch.tensor([*range(reserved), *(reserved + row_of[token] for token in source_tokens)])
+        for source_tokens in tokens
     ]
     return list(row_of), maps
 
@@ -66,8 +69,8 @@ def to_union(
     for name in maps.keys() & tensors.keys():
         tensor, rows = tensors[name], maps[name]
         if tensor.ndim == 0 or len(tensor) != len(rows):
-            found = tuple(tensor.shape)
-            raise MergeError(f"{name}: {found} does not fit a vocabulary of {len(rows)} rows")
+            shape = tuple(tensor.shape)
+            raise MergeError(f"{name}: {shape} does not fit a vocabulary of {len(rows)} rows")
         joined = tensor.new_zeros(sizes[name], *tensor.shape[1:])
         if lacking is not None:
             joined += tensor[lacking]
@@ -92,14 +95,14 @@ def restrict_weights(weights: MixingWeights, owners: Mapping[str, Tensor]) -> Mi
     restricted = dict(weights)
     for name, has in owners.items():
         weight = weights[name]
-        own = has.reshape(*has.shape, *[1] * (weight.ndim - 2)).to(weight.device)
-        kept = weight * own
-        total = kept.sum(0)
-        equal = own / own.sum(0)
-        shares = torch.where(total > 0, kept / torch.where(total > 0, total, 1), equal)
-        is_lone = own & (own.sum(0) == 1)
+        has_row = has.reshape(*has.shape, *[1] * (weight.ndim - 2)).to(weight.device)
+        remaining = weight * has_row
+        total = remaining.sum(0)
+        equal = has_row / has_row.sum(0)
+        shares = torch.where(total > 0, remaining / torch.where(total > 0, total, 1), equal)
+        is_lone = has_row & (has_row.sum(0) == 1)
         shares = torch.where(is_lone, 1.0, shares).to(weight.dtype)
-        restricted[name] = torch.where(own.all(0), weight, shares)
+        restricted[name] = torch.where(has_row.all(0), weight, shares)
     return restricted
 
 
@@ -122,13 +125,15 @@ def from_owners(merged: Params, models: Sequence[Params], owners: Mapping[str, T
 def shared_rows(models: Sequence[Params], owners: Mapping[str, Tensor]) -> list[Params]:
     """Return models whose joined tables have only rows that all sources have.
 
-    For what compares whole tensors: rows that stand in for missing ones would be counted.
+    Methods that compare whole tensors use them, since copies of a row must not count.
     """
     rows = {name: has.all(0).nonzero()[:, 0] for name, has in owners.items()}
     return [
         {
             **model,
-            **{name: model[name][kept.to(model[name].device)] for name, kept in rows.items()},
+            **{
+                name: model[name][indices.to(model[name].device)] for name, indices in rows.items()
+            },
         }
         for model in models
     ]

@@ -155,8 +155,8 @@ def check_options(config: Config) -> None:
         reader = next(name for name, reads in readers.items() if reads)
         raise UserError(
             f"merge.vocabularies: {reader} reads rows, which are not encoded with the joined"
-            " vocabularies; leave it out, or set data.vocabularies=[FOLDER,...], the encoded data"
-            " sets of the sources"
+            " vocabularies; leave it out, or set data.vocabularies=[FOLDER,...] to the encoded"
+            " data sets of the sources"
         )
     if options.vocabularies and options.learn.what == "trunk":
         raise UserError(
@@ -246,9 +246,9 @@ def _check_encoding(config: Config, saved: Checkpoint) -> None:
     is_joined = config.merge.vocabularies and not config.data.vocabularies
     if is_joined and has_anchor(config.merge, saved):
         raise UserError(
-            "merge.repair=project chooses a source by validation rows, which are not encoded with"
-            " the joined vocabularies; use repair=select_units, or data.vocabularies=[FOLDER,...],"
-            " the encoded data sets of the sources"
+            "merge.repair=project chooses a source by validation rows. These are not encoded with"
+            " the joined vocabularies; use repair=select_units, or set data.vocabularies=[FOLDER,...]"
+            " to the encoded data sets of the sources"
         )
 
 
@@ -338,7 +338,7 @@ def _compare(
     is_joined = bool(options.vocabularies) and len(loaded) == expected
     joined, notes = Joined(saved), list[Finding]()
     hashes = [one.schema.vocabulary_hashes for one in saved]
-    if is_joined or any(own != hashes[0] for own in hashes):
+    if is_joined or any(hash_of != hashes[0] for hash_of in hashes):
         try:
             nulls: list[Any] = [None] * len(loaded)
             look = options if is_joined else replace(options, vocabularies=nulls)

@@ -47,7 +47,7 @@ log = logging.getLogger(__name__)
 
 
 def run(config: Config) -> float:
-    """Train as configured and say where the model is; return its validation AUC."""
+    """Train as configured, log the model's folder, and return its validation AUC."""
     done = ensure(config, force=config.runtime.force)
     log.info("model: %s", done.checkpoint)
     return valid_auc(done)
@@ -57,7 +57,7 @@ def ensure(config: Config, force: bool = False) -> Run:
     """Return the finished training run of ``config``; train first if it is not there.
 
     Raises:
-        UserError: It cannot be trained so, or not from that start.
+        UserError: The options exclude each other, or the start does not fit.
     """
     dataset = store.prepare(config.data, config.runtime.encoded, config.runtime.chunk_mb)
     reads = _reads(config, dataset)
@@ -75,7 +75,7 @@ def run_of(config: Config, dataset: EncodedDataset) -> Run:
 
 
 def _reads(config: Config, dataset: EncodedDataset) -> dict[str, Any]:
-    """Return what a training depends on."""
+    """Return everything that a training depends on."""
     reads = {
         "data": data_identity(config, dataset),
         "model": section(config.model),
@@ -88,14 +88,14 @@ def _reads(config: Config, dataset: EncodedDataset) -> dict[str, Any]:
 
 
 def schedule_section(options: Train) -> dict[str, Any]:
-    """Return how a training trains; where it starts is another matter."""
-    found = section(options)
-    del found["start"]
-    return found
+    """Return the options of a training without its start."""
+    schedule = section(options)
+    del schedule["start"]
+    return schedule
 
 
 def _started(config: Config) -> Config:
-    """Return the training that ``train.start`` describes by what it differs in from this one."""
+    """Return the training that ``train.start`` describes by its differences from this one."""
     assert config.train.start is not None
     plain = replace(config, train=replace(config.train, start=None))
     return with_delta(plain, config.train.start, "train.start")
@@ -111,8 +111,8 @@ def _start_identity(config: Config, dataset: EncodedDataset) -> str:
     if "path" in config.train.start:
         return external_identity(named_folder(config.train.start, "train.start"))
     begun = _started(config)
-    found = store.find(begun.data, begun.runtime.encoded)
-    if found is None or found.hash != dataset.hash:
+    encoded = store.find(begun.data, begun.runtime.encoded)
+    if encoded is None or encoded.hash != dataset.hash:
         raise UserError(
             f"train.start={config.train.start}: is trained on another data set, encoding or split"
             f" than {dataset.folder.name}"
@@ -210,21 +210,21 @@ def run_training(
 ) -> None:
     """Train ``model`` on the first of ``rows``, choose on the second, and write the record.
 
-    Without epochs the model is kept as it is.
+    Without epochs the model does not change.
 
     Args:
         config: Seed and runtime.
-        dataset: Where rows are.
+        dataset: Data set of the rows.
         run: Directory of the run.
-        reads: What the result depends on.
-        model: Start.
-        options: Its configuration.
-        schema: Its features.
-        rows: Of training and of validation.
+        reads: Everything that the result depends on.
+        model: Model to train.
+        options: Configuration of the model.
+        schema: Features of the model.
+        rows: Training rows and validation rows.
         row_counts: Per table, the training rows that look each of its rows up.
-        schedule: How to train.
-        title: For the progress display.
-        origin: What it will have been trained on.
+        schedule: Options of the training.
+        title: Title of the progress display.
+        origin: Rows that the trained model has seen.
     """
     counts = {table: torch.from_numpy(values) for table, values in row_counts.items()}
 
@@ -263,10 +263,10 @@ def untrained(
     metrics: Metrics,
 ) -> dict[str, Any]:
     """Return an entry of the history for a model before its first step."""
-    found = metrics(
+    measured = metrics(
         dataset.labels(rows), predict(model.module, dataset, schema, rows, model.device)
     )
-    known = {f"valid_{name}": value for name, value in found.items()}
+    known = {f"valid_{name}": value for name, value in measured.items()}
     return {"epoch": 0, "step": 0, "train_loss": None, **known, "is_best": True}
 
 
@@ -298,7 +298,7 @@ def monitored(weights: Monitor, dataset: EncodedDataset, rows: NDArray[np.int64]
 def finish(
     run: Run, reads: dict[str, Any], dataset: EncodedDataset, history: list[dict[str, Any]]
 ) -> None:
-    """Write the record of a training, and forget the checkpoints on its way."""
+    """Write the record of a training and delete its intermediate checkpoints."""
     if distributed.rank() > 0:
         return
     best = best_epoch(history)
@@ -318,7 +318,7 @@ def best_epoch(history: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def history_summary(history: list[dict[str, Any]]) -> str:
-    """Return how many epochs there were and what the best one reached."""
+    """Return the number of epochs and the validation AUC of the best one."""
     best = best_epoch(history)
     if best["epoch"] == 0:
         return "initial weights"
@@ -328,11 +328,11 @@ def history_summary(history: list[dict[str, Any]]) -> str:
 
 
 def data_identity(config: Config, dataset: EncodedDataset) -> dict[str, Any]:
-    """Return what a training reads of the data: content, and the part if there is one."""
+    """Return the identity of the training data: its content, and the part if there is one."""
     part = config.data.part
     partition = None if part is None else section(config.data.partition)
-    found = {"hash": dataset.hash, "partition": partition, "part": part}
-    return {**found, "valid": "all"} if _is_before_validation(config.data) else found
+    identity = {"hash": dataset.hash, "partition": partition, "part": part}
+    return {**identity, "valid": "all"} if _is_before_validation(config.data) else identity
 
 
 def _is_before_validation(data: Data) -> bool:
@@ -341,7 +341,7 @@ def _is_before_validation(data: Data) -> bool:
 
 
 def data_facts(dataset: EncodedDataset) -> dict[str, Any]:
-    """Return what a record says of its data set."""
+    """Return a record's entries about its data set."""
     manifest = dataset.manifest
     return {
         "name": dataset.folder.name.rpartition("-")[0],

@@ -33,29 +33,29 @@ class Joined:
 
 
 def folders_of(config: Config, checkpoints: Sequence[tuple[Path, Checkpoint]]) -> list[Path]:
-    """Return where the token lists of sources are: as configured, or found where null is given.
+    """Return the folders of the sources' token lists: as configured, or searched for if null.
 
-    They are looked for beside the checkpoint (merged models), then among encoded data sets.
+    The search looks beside the checkpoint (merged models), then among encoded data sets.
 
     Raises:
-        UserError: Not as many as sources, or none found for one.
+        UserError: The number of folders differs from that of sources, or a search fails.
     """
     named = config.merge.vocabularies
     if len(named) != len(checkpoints):
         raise UserError(
             f"merge.vocabularies: {len(named)} folders for {len(checkpoints)} models (sources,"
-            " then the start if the method needs one); null: look for it"
+            " then the base if the method needs one); null: search"
         )
-    found = []
+    folders = []
     for k, (name, (home, saved)) in enumerate(zip(named, checkpoints, strict=True)):
         if name is not None:
-            found.append(Path(name))
+            folders.append(Path(name))
             continue
-        found.append(_found(config, home, saved, f"merge.vocabularies[{k}]"))
-    return found
+        folders.append(_find_folder(config, home, saved, f"merge.vocabularies[{k}]"))
+    return folders
 
 
-def _found(config: Config, home: Path, saved: Checkpoint, where: str) -> Path:
+def _find_folder(config: Config, home: Path, saved: Checkpoint, where: str) -> Path:
     """Return the folder that has the token lists of a checkpoint.
 
     Raises:
@@ -79,12 +79,12 @@ def _found(config: Config, home: Path, saved: Checkpoint, where: str) -> Path:
 def joined(checkpoints: Sequence[Checkpoint], folders: Sequence[Path], num_sources: int) -> Joined:
     """Return checkpoints on the union of their vocabularies; the first keeps its ids.
 
-    Where fields or tables differ too, nothing is joined: ``check_compatible`` says what differs.
+    Nothing is joined where fields or tables differ too; ``check_compatible`` reports these.
 
     Args:
-        checkpoints: Sources, then the common start if there is one.
+        checkpoints: Sources, then the base if there is one.
         folders: Where the tokens of each are.
-        num_sources: Those that count as owners of rows.
+        num_sources: Number of sources; only they count as owners of rows.
 
     Raises:
         UserError: Tables that cannot be joined, or token lists that are not the models'.
@@ -102,20 +102,20 @@ def joined(checkpoints: Sequence[Checkpoint], folders: Sequence[Path], num_sourc
         union, rows = join_tokens(lists, FIRST_ID)
         result.tokens[table] = union
         sizes[table], digests[table] = FIRST_ID + len(union), tokens.hash_of(union)
-        for own, moved in zip(maps, rows, strict=True):
-            own[table] = moved
+        for source_maps, moved in zip(maps, rows, strict=True):
+            source_maps[table] = moved
         has = owned(rows[:num_sources], sizes[table])
         result.owners |= {n: has for n in checkpoints[0].params if table_of(n) == table}
         result.rows[table] = {
             "tokens": len(union),
-            "of_each": [len(own) for own in lists[:num_sources]],
+            "of_each": [len(listed) for listed in lists[:num_sources]],
             "of_all": int(has.all(0).sum()) - FIRST_ID,
         }
     if differing:
         schema = replace(first, table_sizes=sizes, vocabulary_hashes=digests)
         result.checkpoints = [
-            replace(_moved(c, own, sizes), schema=schema)
-            for c, own in zip(checkpoints, maps, strict=True)
+            replace(_moved(c, source_maps, sizes), schema=schema)
+            for c, source_maps in zip(checkpoints, maps, strict=True)
         ]
     return result
 
@@ -123,28 +123,32 @@ def joined(checkpoints: Sequence[Checkpoint], folders: Sequence[Path], num_sourc
 def on_rows_of(config: Config, home: Path, dataset: EncodedDataset) -> Checkpoint:
     """Return a checkpoint on the vocabularies of a data set that lists all its tokens, and more.
 
-    Its scores stay its own: what it does not know looks up its row for unseen tokens.
+    Its scores do not change: tokens that it lacks look up its row for unseen tokens.
 
     Raises:
-        UserError: The data set lacks tokens, or the model's token lists are not found.
+        UserError: The data set lacks tokens, or the model's token lists are missing.
     """
     saved = load(home)
-    own, given = saved.schema, dataset.schema
-    maps, hashes = {}, given.vocabulary_hashes
-    differing = [t for t in own.table_sizes if own.vocabulary_hashes[t] != hashes[t]]
-    folder = _found(config, home, saved, str(home))
+    model_schema, data_schema = saved.schema, dataset.schema
+    maps, hashes = {}, data_schema.vocabulary_hashes
+    differing = [
+        t for t in model_schema.table_sizes if model_schema.vocabulary_hashes[t] != hashes[t]
+    ]
+    folder = _find_folder(config, home, saved, str(home))
     for table in differing:
         listed = dataset.vocabulary(table)
         union, (_, maps[table]) = join_tokens([listed, _tokens(saved, folder, table)], FIRST_ID)
         if len(union) > len(listed):
             raise UserError(
-                f"{home}: knows {len(union) - len(listed):,} tokens of table '{table}' that"
+                f"{home}: has {len(union) - len(listed):,} tokens of table '{table}' that"
                 f" {dataset.folder.name} does not list; encode the rows with the lists of all"
                 " models: data.vocabularies=[FOLDER,...]"
             )
-    sizes = {table: given.table_sizes[table] for table in own.table_sizes}
+    sizes = {table: data_schema.table_sizes[table] for table in model_schema.table_sizes}
     schema = replace(
-        own, table_sizes=sizes, vocabulary_hashes={t: hashes[t] for t in own.vocabulary_hashes}
+        model_schema,
+        table_sizes=sizes,
+        vocabulary_hashes={t: hashes[t] for t in model_schema.vocabulary_hashes},
     )
     return replace(_moved(saved, maps, sizes), schema=schema)
 

@@ -83,8 +83,8 @@ def evidence_shares(models: Sequence[Params], counts: Sequence[Params]) -> Mixin
             if name not in source:
                 raise MergeError(f"{name}: source {k} has no counts")
             if table.ndim == 0 or source[name].shape != table.shape[:1]:
-                found, rows = tuple(source[name].shape), tuple(table.shape)
-                raise MergeError(f"{name}: counts {found} of source {k} do not fit {rows}")
+                shape, rows = tuple(source[name].shape), tuple(table.shape)
+                raise MergeError(f"{name}: counts {shape} of source {k} do not fit {rows}")
         try:
             share = row_weights([source[name] for source in counts], compute_dtype(table))
         except MergeError as error:

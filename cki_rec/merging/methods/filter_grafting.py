@@ -47,8 +47,8 @@ def filter_grafting(
         Filter Grafting (Meng et al., CVPR 2020), its entropy criterion, applied once.
 
     Differs:
-        There networks graft in a ring after every epoch of training, which keeps them in one
-        basin, and layers without a convolution take the weight of the last one that had it. More
+        There networks graft in a ring after every epoch of training. This keeps them in one
+        basin. Layers without a convolution take the weight of the last layer with one. More
         than two sources are weighted by their rounded terms, divided by their sum.
     """
     check_same(models)

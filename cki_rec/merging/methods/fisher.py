@@ -43,8 +43,8 @@ def fisher(
         models: One per source; a subset of the names of ``fisher`` will do.
         fisher: Per source, entries not negative (``engine.fisher``).
         floor: Least F, after normalization: entries that matter to nobody are averaged.
-        normalize: Divide each source's F by its L2 norm over all parameters, so that none has a
-            larger say for being less sure of itself.
+        normalize: Divide each source's F by its L2 norm over all parameters. Otherwise less
+            certain sources, whose gradients are larger, would weigh more.
 
     Raises:
         MergeError: Models differ; an F is missing, does not fit, or has entries that are negative,
@@ -74,8 +74,8 @@ def fisher(
             continue
         for k, source in enumerate(fisher):
             if name not in source or source[name].shape != tensor.shape:
-                found = tuple(source[name].shape) if name in source else "none"
-                raise MergeError(f"{name}: F of source {k} is {found}, not {tuple(tensor.shape)}")
+                shape = tuple(source[name].shape) if name in source else "none"
+                raise MergeError(f"{name}: F of source {k} is {shape}, not {tuple(tensor.shape)}")
         each = [
             (source[name].double() * scale).clamp_min(floor)
             for source, scale in zip(fisher, scales, strict=True)

@@ -39,7 +39,7 @@ def ot_fusion(
     is: embeddings, crossings, the output.
 
     Args:
-        models: One per source; the first is what the others are moved to.
+        models: One per source; the others are moved to the first.
         symmetries: Of their network; which units it has.
         temperature: Of the plan, as a share of the mean cost; toward 0 it becomes a permutation.
         iterations: Most steps to a plan.
@@ -109,6 +109,6 @@ def averaged(moved: Sequence[Params], like: Params) -> Params:
 def _described(model: Params, layer: Layer) -> Tensor:
     """Return ``(S, C)``: weights and bias of each unit."""
     name = layer.made[0].parameter.removesuffix("weight")
-    own = [part for part in layer.made if part.parameter in (f"{name}weight", f"{name}bias")]
-    views = [units_of(model[part.parameter], part, layer.size) for part in own]
+    incoming = [part for part in layer.made if part.parameter in (f"{name}weight", f"{name}bias")]
+    views = [units_of(model[part.parameter], part, layer.size) for part in incoming]
     return torch.cat([view.reshape(-1, layer.size) for view in views]).T

@@ -55,6 +55,6 @@ def pruning(
     result = {}
     for name, tensor in models[source].items():
         wide = tensor.to(compute_dtype(tensor))
-        kept = wide if tensor.ndim < 2 else torch.where(keep_largest(wide, density), wide, 0)
-        result[name] = kept.to(tensor.dtype).clone()
+        pruned = wide if tensor.ndim < 2 else torch.where(keep_largest(wide, density), wide, 0)
+        result[name] = pruned.to(tensor.dtype).clone()
     return result

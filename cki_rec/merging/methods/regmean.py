@@ -77,7 +77,7 @@ def regmean(
 def _solve(
     name: str, matrices: Sequence[Tensor], second: Tensor, mean: Tensor, correlation: float
 ) -> Tensor:
-    """Return ``(O, I)``: the mean, and what the sources' differences from it come to."""
+    """Return ``(O, I)``: the mean plus the least-squares mean of the differences from it."""
     inputs = matrices[0].shape[-1] + 1
     if second.shape != (len(matrices), inputs) * 2 or not bool(second.isfinite().all()):
         raise MergeError(f"{name}: moments {tuple(second.shape)} do not fit, or are not finite")

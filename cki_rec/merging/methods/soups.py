@@ -39,12 +39,12 @@ def greedy_soup(models: Sequence[Params], score: Score | None) -> MixingWeights:
     score = require_score(score, "greedy_soup")
     alone = [score(model) for model in models]
     ranked = sorted(range(len(models)), key=lambda k: -alone[k])
-    kept, best = ranked[:1], alone[ranked[0]]
+    members, best = ranked[:1], alone[ranked[0]]
     for k in ranked[1:]:
-        value = score(mix(models, _soup(models, [*kept, k])))
+        value = score(mix(models, _soup(models, [*members, k])))
         if value >= best:
-            kept, best = [*kept, k], value
-    return _soup(models, kept)
+            members, best = [*members, k], value
+    return _soup(models, members)
 
 
 def _soup(models: Sequence[Params], members: Sequence[int]) -> MixingWeights:

@@ -17,7 +17,7 @@ from cki_rec.merging.registry import method
 from cki_rec.merging.symmetry import Symmetry
 
 DIGITS = 6
-"""Of correlations; equal ones are told apart by who they are of."""
+"""Digits of correlations; of equal ones the order of units decides."""
 
 
 @method(
@@ -31,20 +31,21 @@ def zipit(
 ) -> Params:
     r"""Merge the most correlated hidden units, of two sources or of one, and average the rest.
 
-    Each merged unit is the mean of its members (a matrix M); what read a member reads the merged
-    unit in its place (U, the transposed matching):
+    Each merged unit is the mean of its members (a matrix M). Layers that read a member read the
+    merged unit in its place (U, the transposed matching):
 
     .. math:: W_l = \sum_k M_{l,k} W_{l,k} U_{l-1,k}
 
-    Of two sources every unit of both is in one pair, the most correlated pairs first. Of more,
-    each further source is zipped with what the ones before it came to, members weighing the same.
-    Equally correlated units pair up across models before they do within one. Layers whose
-    activations ``moments`` do not know are averaged, as is everything that is no hidden layer.
+    Of two sources every unit of both is in one pair, the most correlated pairs first. With
+    more sources, each further one is zipped with the merge of those before it; members weigh the
+    same. Equally correlated units pair up across models before they do within one. Layers without
+    ``moments`` are averaged, as are all parameters that are not of a hidden layer.
 
     Args:
         models: One per source.
         symmetries: Of their network; which units it has.
-        moments: ``MergeInputs.moments``: second moments of what reads the units.
+        moments: ``MergeInputs.moments``: second moments of the inputs of the layers that
+            read the units.
 
     Raises:
         MergeError: Models differ, a source has NaN or infinite entries, or moments do not fit.
@@ -125,21 +126,21 @@ def pair_up(correlation_NN: Tensor) -> Tensor:
             if len(partner) == num:
                 break
     pairs = sorted((a, b) for a, b in partner.items() if a < b)
-    found, free = torch.zeros(num, dtype=torch.int64), set(range(half))
+    pair_of, free = torch.zeros(num, dtype=torch.int64), set(range(half))
     late = []
     for a, b in pairs:
         if a < half:
             free.discard(a)
-            found[a] = found[b] = a
+            pair_of[a] = pair_of[b] = a
         else:
             late.append((a, b))
     for (a, b), place in zip(late, sorted(free), strict=True):
-        found[a] = found[b] = place
-    return found
+        pair_of[a] = pair_of[b] = place
+    return pair_of
 
 
 def _covariance(layer: Layer, moments: Mapping[str, Tensor], num_sources: int) -> Tensor | None:
-    """Return ``(K S, K S)`` of what the first reader that is known gets; None: none is."""
+    """Return ``(K S, K S)`` of the inputs of the first reader with moments, or None."""
     for part in layer.read:
         if part.parameter in moments and part.width == 1:
             second = moments[part.parameter].double()

@@ -30,9 +30,9 @@ def entropy(weight: Tensor, bins: int = 10, bounds: tuple[Tensor, Tensor] | None
     .. math:: H(W) = -\sum_{h_i > 0} h_i \ln h_i
 
     :math:`h_i` is the share of entries in ``[min + i s, min + (i + 1) s)``. Entries equal to the
-    maximum fall in no bin (unless rounding, in float32 or wider, puts the last edge above it, as
-    in the released code), nor do those outside of given ``bounds``, so shares may sum to less
-    than 1; constant tensors give 0.
+    maximum fall in no bin, unless rounding (in float32 or wider) puts the last edge above it, as
+    in the released code. Entries outside of ``bounds`` fall in no bin either. So the shares may
+    sum to less than 1. The entropy of a constant tensor is 0.
 
     Args:
         weight: Of any shape.
@@ -99,7 +99,7 @@ def compare_entropies(entropies: Sequence[float]) -> list[float]:
     if num_others == 1:
         difference = entropies[0] - entropies[1]
         return [difference, -difference]
-    return [own - (total - own) / num_others for own in entropies]
+    return [source - (total - source) / num_others for source in entropies]
 
 
 def global_compatibility(
@@ -204,9 +204,9 @@ def local_compatibility(
         local = score(wide[0] - wide[1])
         return torch.stack([local, 1 - local])
     scores = []
-    for k, own in enumerate(wide):
-        others = sum(wide[:k] + wide[k + 1 :], torch.zeros_like(own)) / (num_sources - 1)
-        scores.append(score(own - others))
+    for k, source in enumerate(wide):
+        others = sum(wide[:k] + wide[k + 1 :], torch.zeros_like(source)) / (num_sources - 1)
+        scores.append(score(source - others))
     return torch.stack(scores)
 
 

@@ -25,9 +25,8 @@ def initialize_gate(
     ``full`` is Xavier-uniform ``(in, in)``, the released gate. ``affine`` ``(in, in + 1)`` is a
     matrix and, as last column, a bias, drawn as ``nn.Linear`` draws both. ``low_rank``
     ``(2, in, r)`` holds U and V of ``P = U V^T``, whose entries have the variance of those of
-    ``full``. ``diagonal`` ``(in,)`` and ``scalar`` ``()`` start at one: a source is trusted more
-    where it differs more, as ``identity`` (a scalar one that is not meant to be trained) keeps
-    doing. ``none`` is None.
+    ``full``. ``diagonal`` ``(in,)`` and ``scalar`` ``()`` start at one: a source weighs more
+    where it differs more. ``identity`` is a scalar gate that is not trained. ``none`` is None.
 
     Args:
         shape: Of the parameter.
@@ -88,8 +87,8 @@ def check_gate(name: str, shape: Sequence[int], gate: Tensor) -> None:
     size = _num_inputs(shape)
     is_low_rank = gate.ndim == 3 and tuple(gate.shape[:2]) == (2, size)
     if not is_low_rank and tuple(gate.shape) not in ((size, size), (size, size + 1), (size,), ()):
-        found, wanted = tuple(gate.shape), tuple(shape)
-        raise MergeError(f"{name}: a gate of shape {found} does not fit a parameter {wanted}")
+        actual, expected = tuple(gate.shape), tuple(shape)
+        raise MergeError(f"{name}: a gate of shape {actual} does not fit a parameter {expected}")
 
 
 def apply_gate(delta: Tensor, gate: Tensor) -> Tensor:

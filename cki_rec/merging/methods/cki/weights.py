@@ -44,9 +44,9 @@ def cki_weights(
 ) -> MixingWeights:
     """Weigh every entry by the compatibility of its sources.
 
-    Differentiable with respect to the gates when ``splice`` is ``soft``. What was released for a
-    recommendation head is ``dual``, ``soft`` and full gates on the weights of its Linear layers,
-    with ``override_weights`` setting biases to ``first``.
+    Differentiable with respect to the gates when ``splice`` is ``soft``. The
+    release for a recommendation head is ``dual``, ``soft`` and full gates on the weights of its
+    Linear layers. There ``override_weights`` sets biases to ``first``.
 
     Args:
         models: One per source.
@@ -55,12 +55,12 @@ def cki_weights(
         splice: ``soft`` or ``hard``.
         gates: Per parameter a gate, or None for L = 1/2. Not read by ``global``, nor for
             tables in ``counts``.
-        global_terms: What ``compute_global_terms`` gave; None: computed here with ``a``, ``c``,
+        global_terms: Result of ``compute_global_terms``; None: computed here with ``a``, ``c``,
             ``bins`` and ``histogram``.
         counts: Per source, ``(V,)`` counts of some tables; their shares are the local term
             of those tables.
         dual: How ``dual`` joins both terms: one of ``DUAL``.
-        scale: Of what the gates give, before the sigmoid.
+        scale: Factor of the gates' output, before the sigmoid.
         a: Width of the global term.
         c: Steepness of the global term.
         bins: Of the histogram.
