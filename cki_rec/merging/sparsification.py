@@ -26,7 +26,8 @@ def kth_largest(tensor: Tensor, k: int) -> Tensor:
     This is a radix selection. Non-negative floats are ordered like their bits. Each pass counts
     16 bits among the entries that agree with the bits of the passes before. A float32 tensor takes
     2 passes and a float64 tensor takes 4, with memory for one block. ``torch.kthvalue``
-    returns the same values, but on 64M float32 entries it takes 2 to 9 times as long and 1 GiB of memory instead of 0.1 GiB.
+    returns the same values, but on 64M float32 entries it takes 2 to 9 times as long and 1 GiB of
+    memory instead of 0.1 GiB.
 
     Args:
         tensor: float32 or float64, without NaN, of at least ``k`` entries.

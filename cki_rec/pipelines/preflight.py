@@ -247,8 +247,8 @@ def _check_encoding(config: Config, saved: Checkpoint) -> None:
     if is_joined and has_anchor(config.merge, saved):
         raise UserError(
             "merge.repair=project chooses a source by validation rows. These are not encoded with"
-            " the joined vocabularies; use repair=select_units, or set data.vocabularies=[FOLDER,...]"
-            " to the encoded data sets of the sources"
+            " the joined vocabularies; use repair=select_units, or set"
+            " data.vocabularies=[FOLDER,...] to the encoded data sets of the sources"
         )
 
 

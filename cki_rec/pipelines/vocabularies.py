@@ -79,7 +79,7 @@ def _find_folder(config: Config, home: Path, saved: Checkpoint, where: str) -> P
 def joined(checkpoints: Sequence[Checkpoint], folders: Sequence[Path], num_sources: int) -> Joined:
     """Return checkpoints on the union of their vocabularies; the first keeps its ids.
 
-    Nothing is joined where fields or tables differ too; ``check_compatible`` reports these.
+    Nothing is joined where fields or tables differ too; ``compatibility.compare`` lists them.
 
     Args:
         checkpoints: Sources, then the base if there is one.
