@@ -151,7 +151,7 @@ class _Problem:
                 elements[k], used = self._descend(k, [center], elements, first, order)
                 sweeps += used
             candidates.append((self.value(elements), elements))
-        value, elements = max(candidates, key=lambda improved: improved[0])
+        value, elements = max(candidates, key=lambda pair: pair[0])
         for _ in range(MOST_SWEEPS if num_sources > 2 else 0):
             improved, cosine_K = list(elements), self._cosines(elements).sum(1).tolist()
             for k in sorted(range(num_sources), key=cosine_K.__getitem__):

@@ -44,12 +44,13 @@ LOADING = {
     " returns a list in the order of outputs",
 }
 IDS_OF_TOKENS = (
-    "Line n (from 0) of vocabulary.TABLE.txt in the encoded data set is the token of id"
-    " first_id + n. Any other token has unseen_id. The vocabulary_hash is the sha256 of that file."
-    " For fields made from numbers it also covers their learned scale and edges. If it is 'crc32"
+    "Line n (from 0) of vocabulary.TABLE.txt in the encoded data set is the token of id first_id"
+    " + n. Any other token has unseen_id. The vocabulary_hash is the sha256 of that file. For"
+    " fields made from numbers it also covers their learned scale and edges. If it is 'crc32"
     " modulo M', the id of a token is first_id + CRC-32 of its UTF-8 bytes modulo M. The"
-    " padding_id fills up rows of fields with several ids, on either side. The entries"
-    " options, numbers and quantile_edges of manifest.json describe how raw values become tokens and numbers."
+    " padding_id fills up rows of fields with several ids, on either side. The entries options,"
+    " numbers and quantile_edges of manifest.json describe how raw values become tokens and"
+    " numbers."
 )
 """Explanation of ids for users of the file."""
 
