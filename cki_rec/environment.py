@@ -49,8 +49,8 @@ def check_versions() -> None:
             listed += ", fbgemm missing"
         accelerator = detect_accelerator()
         raise EnvironmentMismatchError(
-            f"Needs torch {TORCH}, torchrec {TORCHREC} and one of "
-            f"{' or '.join(FBGEMM_PACKAGES.values())} {FBGEMM} (installed: {listed}). "
+            f"needs torch {TORCH}, torchrec {TORCHREC} and exactly one of "
+            f"{' or '.join(FBGEMM_PACKAGES.values())} {FBGEMM}; found {listed}. "
             f"Install with: make setup, or: pip uninstall -y {' '.join(FBGEMM_PACKAGES.values())}"
             f" ; pip install torch=={TORCH} {FBGEMM_PACKAGES[accelerator]}=={FBGEMM}"
             f" && pip install --no-deps torchrec=={TORCHREC}"

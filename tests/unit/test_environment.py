@@ -44,7 +44,7 @@ def test_either_fbgemm_fits(monkeypatch, fbgemm):
 @pytest.mark.parametrize(
     ("changes", "part"),
     [
-        ({"torch": None}, f"found torch missing, torchrec {TORCHREC}, fbgemm-gpu-cpu {FBGEMM};"),
+        ({"torch": None}, f"found torch missing, torchrec {TORCHREC}, fbgemm-gpu-cpu {FBGEMM}."),
         ({"torch": "2.0.0"}, "found torch 2.0.0,"),
         ({"torchrec": None}, "torchrec missing"),
         ({"torchrec": "1.0"}, "torchrec 1.0,"),
