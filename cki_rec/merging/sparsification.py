@@ -99,8 +99,8 @@ def keep_random(tensor: Tensor, density: float, seed: int, name: str) -> Tensor:
     """Return the tensor with entries kept at random, those divided by ``density``."""
     if density == 0:
         return torch.zeros_like(tensor)
-    kept = uniform(tensor, seed, name) < density
-    return torch.where(kept, tensor / density, 0)
+    mask = uniform(tensor, seed, name) < density
+    return torch.where(mask, tensor / density, 0)
 
 
 def keep_random_by_rank(
@@ -120,5 +120,5 @@ def keep_random_by_rank(
     ranks = rows.abs().argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
     chance = density + window * (0.5 - (ranks.to(tensor.dtype) + 0.5) / rows.shape[-1])
     chance = chance.reshape(tensor.shape)
-    kept = uniform(tensor, seed, name) < chance
-    return torch.where(kept, tensor / chance, 0)
+    mask = uniform(tensor, seed, name) < chance
+    return torch.where(mask, tensor / chance, 0)
