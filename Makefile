@@ -18,7 +18,7 @@ setup: ## make .venv and install (ACCELERATOR=auto|cpu|cuda); nothing to do the 
 
 reproduce: reproduce-quickstart ## the main experiment on the embedded real data: table, report
 
-reproduce-released_protocol%: CONFIG_DIR := --config-dir experiments/released_protocol/conf
+CONFIG_DIR = $(patsubst %/experiment/$*.yaml,--config-dir %,$(wildcard experiments/*/conf/experiment/$*.yaml))
 reproduce-%: setup ## the experiment conf/experiment/NAME.yaml (RAW=path of its raw file), skipping what is done
 	@$(BIN)/cki-rec evaluate -m $(CONFIG_DIR) experiment=$* $(if $(RAW),data.raw=$(RAW))
 	@$(BIN)/cki-rec report name=$*

@@ -62,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return its exit code: 0, 1 failed, 2 the user's mistake, 130."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     if not words or words[0] in ("-h", "--help", "help"):
-        print(_help())
+        print(_help(_groups(_search_path(_with_config_dirs(words)))))
         return 0
     if words[0] == "--version":
         from cki_rec import __version__
@@ -75,7 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         hint = f"did you mean '{close[0]}'? " if close else ""
         return _fail(f"no pipeline '{pipeline}': {hint}one of {', '.join(PIPELINES)}")
     if {"-h", "--help"} & set(options):
-        print(_pipeline_help(pipeline))
+        print(_pipeline_help(pipeline, _groups(_search_path(_with_config_dirs(options)))))
         return 0
     if pipeline == "merge" and "--list" in options:
         from cki_rec.pipelines.method_list import method_table
@@ -95,6 +95,7 @@ def _run(pipeline: str, options: list[str]) -> int:
     try:
         check_versions()
         options = _with_config_dirs(options)
+        _check_folders(_search_path(options))
         if {"-m", "--multirun"} & set(options):
             _sweep(pipeline, [o for o in options if o not in ("-m", "--multirun")])
         else:
@@ -145,42 +146,46 @@ def compose_config(overrides: list[str], is_sweep: bool = False) -> DictConfig:
             composed = compose("config", first if is_sweep else overrides)
         except (HydraException, OmegaConfBaseException) as error:
             raise UserError(_explain(error, overrides)) from None
-    _check_method(composed.merge.method)
+    _check_method(composed.merge.method, (CONF, *_search_path(overrides)))
     return composed
 
 
-def _check_method(name: str) -> None:
-    """Check the name of a merge method by the files of ``conf/merge``, before torch is imported.
+def _check_folders(search_path: Sequence[Path]) -> None:
+    """Check that the folders of ``--config-dir`` exist.
+
+    Raises:
+        UserError: A folder is missing.
+    """
+    from cki_rec.config import UserError
+
+    for folder in search_path:
+        if not folder.is_dir():
+            raise UserError(f"--config-dir {folder}: no such folder; name one that is like conf/")
+
+
+def _check_method(name: str, roots: Sequence[Path]) -> None:
+    """Check the name of a merge method by the files of ``merge/``, before torch is imported.
 
     Raises:
         UserError: No file has this method.
     """
     from cki_rec.config import UserError, nearest
 
-    texts = [path.read_text() for path in (CONF / "merge").glob("*.yaml")]
+    texts = [path.read_text() for root in roots for path in (root / "merge").glob("*.yaml")]
     known = sorted({w for text in texts for w in re.findall(r"^method: (\w+)", text, re.M)})
     if name not in known:
         raise UserError(f"merge.method={name}: {nearest(name, known)}one of {', '.join(known)}")
 
 
 def _with_config_dirs(options: list[str]) -> list[str]:
-    """Return the options with ``--config-dir DIR`` as Hydra's search path.
-
-    Raises:
-        UserError: DIR is missing or no folder.
-    """
-    from cki_rec.config import UserError
-
+    """Return the options with ``--config-dir DIR`` as Hydra's search path."""
     words, folders, rest = iter(options), list[str](), list[str]()
     for word in words:
         name, _, value = word.partition("=")
-        if name not in ("--config-dir", "-cd"):
+        if name in ("--config-dir", "-cd"):
+            folders.append(f"file://{Path(value or next(words, 'DIR')).resolve()}")
+        else:
             rest.append(word)
-            continue
-        folder = Path(value or next(words, ""))
-        if not folder.is_dir() or folder == Path():
-            raise UserError(f"--config-dir {folder}: no such folder; name one that is like conf/")
-        folders.append(f"file://{folder.resolve()}")
     return rest + ([f"{SEARCH_PATH}=[{','.join(folders)}]"] if folders else [])
 
 
@@ -237,11 +242,11 @@ class SweepProgress:
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
         """Publish the number of jobs and the start time to this and to child processes."""
-        from cki_rec.engine.record import start_sweep
-
         total = num_jobs(config)
         os.environ[SWEEP_VARIABLE] = f"{total} {time.time()}"
         if shlex.split(os.environ[COMMAND_VARIABLE])[1] == "evaluate":
+            from cki_rec.engine.record import start_sweep
+
             start_sweep(Path(config.runtime.out), config.name, total)
 
     def __getattr__(self, name: str) -> Any:
@@ -354,19 +359,17 @@ def _search_path(overrides: Sequence[str]) -> list[Path]:
 def _groups(search_path: Sequence[Path] = ()) -> dict[str, list[str]]:
     """Return the choices of every configuration group, in ``conf/`` and in a search path."""
     groups: dict[str, set[str]] = {}
-    for root in (CONF, *search_path):
-        for folder in sorted(path for path in root.iterdir() if path.is_dir()):
-            if folder.name != "hydra":
-                files = {file.stem for file in folder.glob("*.yaml")}
-                groups.setdefault(folder.name, set()).update(files)
+    for file in (file for root in (CONF, *search_path) for file in root.glob("*/*.yaml")):
+        if file.parent.name != "hydra":
+            groups.setdefault(file.parent.name, set()).add(file.stem)
     return {name: sorted(choices) for name, choices in sorted(groups.items())}
 
 
-def _help() -> str:
+def _help(groups: dict[str, list[str]]) -> str:
     lines = ["cki-rec <pipeline> [group=choice] [key=value] [-m]", "", "pipelines"]
     lines += [f"  {name:10} {what}" for name, what in PIPELINES.items()]
     lines += ["", "groups"]
-    lines += [f"  {group:10} {', '.join(choices)}" for group, choices in _groups().items()]
+    lines += [f"  {group:10} {', '.join(choices)}" for group, choices in groups.items()]
     lines += ["", "examples"]
     lines += [f"  cki-rec {name} {EXAMPLES[name]}" for name in PIPELINES]
     lines += [
@@ -391,14 +394,13 @@ READS = {
 """The groups whose values a pipeline reads."""
 
 
-def _pipeline_help(pipeline: str) -> str:
+def _pipeline_help(pipeline: str, groups: dict[str, list[str]]) -> str:
     """Return an example and the commented values of the groups that a pipeline reads."""
-    groups = _groups()
     lines = [f"cki-rec {pipeline}: {PIPELINES[pipeline]}", ""]
     lines += [f"  cki-rec {pipeline} {EXAMPLES[pipeline]}", ""]
     for group in [*READS[pipeline], "runtime"]:
         choices = groups[group]
-        shown = "default" if "default" in choices else choices[-1]
+        shown = "default" if "default" in choices else _groups()[group][-1]
         text = (CONF / group / f"{shown}.yaml").read_text()
         body = [x for x in text.splitlines() if x and x[0] != "#"]
         lines += [f"{group}={'|'.join(choices)}; {group}.KEY=VALUE with, in {group}={shown}:"]

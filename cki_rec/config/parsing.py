@@ -20,9 +20,11 @@ WHOLE = ("base", "start")
 
 
 def first_comment(group: str, choice: str) -> str:
-    """Return the first comment of a file in ``conf/``, its description."""
-    path = project_root() / "conf" / group / f"{choice}.yaml"
-    lines = path.read_text().splitlines() if path.exists() else []
+    """Return the first comment of a choice, in ``conf/`` or beside an experiment."""
+    roots = (project_root() / "conf", *sorted(project_root().glob("experiments/*/conf")))
+    paths = (root / group / f"{choice}.yaml" for root in roots)
+    path = next((path for path in paths if path.exists()), None)
+    lines = path.read_text().splitlines() if path else []
     comments = [line.lstrip("# ") for line in lines if line.startswith("#")]
     return next((line for line in comments if not line.startswith("@package")), "")
 

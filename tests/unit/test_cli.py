@@ -9,6 +9,7 @@ import time
 
 import pytest
 from omegaconf import OmegaConf
+from samples import ROOT
 
 from cki_rec import __version__, cli
 from cki_rec.config import RankLost, Stopped, UserError
@@ -73,6 +74,40 @@ def test_help_of_train_shows_values_with_their_meaning(command):
     assert code == 0
     assert "patience: 2                # epochs in a row that are not better" in out
     assert "train=bars|default; train.KEY=VALUE" in out
+
+
+PROTOCOL = ROOT / "experiments" / "released_protocol" / "conf"
+
+
+@pytest.mark.parametrize("words", [["--help"], ["merge", "--help"]])
+def test_help_lists_the_choices_of_more_folders(command, words):
+    assert "cki_language_v1" not in command(*words)[1]
+    for option in (["--config-dir", str(PROTOCOL)], [f"hydra.searchpath=[file://{PROTOCOL}]"]):
+        code, out, _ = command(*words, *option)
+        assert code == 0
+        assert "cki_language_v1" in out
+
+
+def test_a_folder_of_choices_may_bring_a_method(command, tmp_path, monkeypatch):
+    (tmp_path / "merge").mkdir()
+    text = "defaults: [default, _self_]\nlabel: mine\n"
+    (tmp_path / "merge" / "mine.yaml").write_text(f"{text}method: mine\n")
+    monkeypatch.setattr("cki_rec.pipelines.merge.run", lambda config: None)
+    assert command("merge", "--config-dir", str(tmp_path), "merge=mine")[0] == 0
+    assert "no such folder" in command("merge", "--config-dir", f"{tmp_path}/no")[2]
+    assert "no such folder" in command("merge", "--config-dir")[2]
+
+
+@pytest.mark.parametrize("name", ["released_protocol", "released_protocol_amazon_beauty"])
+def test_make_reproduces_an_experiment_beside_its_results(name):
+    done = subprocess.run(
+        ["make", "-n", f"reproduce-{name}"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    line = next(line for line in done.stdout.splitlines() if "evaluate -m" in line)
+    assert f"--config-dir {PROTOCOL.relative_to(ROOT)} experiment={name}" in line
+    plain = ["make", "-n", "reproduce-quickstart"]
+    done = subprocess.run(plain, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "--config-dir" not in done.stdout
 
 
 def test_version(command):
@@ -272,6 +307,7 @@ HEAVY = ["torch", "torchrec", "polars", "sklearn", "numpy", "pandas"]
             for words in (
                 ["train", "train.epochs=many"],
                 ["train", "train.epoch=3"],
+                ["train", "-m", "seed=1", "train.epochs=many"],
                 ["merge", "merge.method=tiess"],
                 ["evaluate", "data.part=5"],
             )

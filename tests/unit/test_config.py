@@ -257,3 +257,4 @@ def test_first_comment():
     assert first_comment("merge", "average") == "Plain average of all parameters."
     assert first_comment("suite", "seeds").startswith("Independent seeds")
     assert first_comment("suite", "not_there") == ""
+    assert first_comment("merge", "ablation_frozen").startswith("Ablation of cki_released: ")
