@@ -160,6 +160,14 @@ def test_delta_replaces_dotted_keys_and_leaves_the_original(tree):
     assert section(undone) == before
 
 
+def test_delta_merges_sections(tree):
+    config = parse(OmegaConf.create(tree))
+    other = with_delta(config, {"data": {"split": {"seed": 99}}, "train": {"epochs": 9}})
+    assert (other.data.split.seed, other.train.epochs) == (99, 9)
+    assert other.data.split.by == config.data.split.by
+    assert other.train.batch_size == config.train.batch_size
+
+
 def test_delta_replaces_a_start_whole(tree):
     config = parse(changed(tree, **{"train.start": {"path": "a"}}))
     chain = {"data.part": 1, "train.start": {"data.part": 0}}
