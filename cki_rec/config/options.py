@@ -180,7 +180,7 @@ class Merge:
     """Sources as config deltas, ``[{seed: 1}, {seed: 2}]``, or checkpoints, ``[{path: a}]``."""
     base: dict[str, Any] | None
     """The model that all sources started from, named like a source; null: there is none."""
-    vocabularies: list[Any]
+    vocabularies: list[str | None]
     """Folders of encoded data sets (null: searched), one per source, then one of the base if the
     method needs it: models with different vocabularies are joined by token. Empty: vocabularies
     must be equal. Rows can be read if ``data.vocabularies`` joins the same."""

@@ -107,7 +107,10 @@ def open_run(out: Path, run_id: str, force: bool = False, resume: str = "never")
             yield Run(out / run_id)
             distributed.barrier()  # the record is written
         return
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except FileNotFoundError as error:  # /proc and the like: exists, but takes no folder
+        raise UserError(f"runtime.out={out}: this folder cannot be made") from error
     locks = out / "locks"
     locks.mkdir(exist_ok=True)
     run = Run(out / run_id)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from torch import Tensor
 
@@ -107,6 +107,7 @@ def merge(
         MergeError: Models that differ or have NaN, an unknown method or option, a missing input.
     """
     rule = check_models(models, method, options)
+    check_steps(rule, models, align, repair, network, fixed or {})
     network, processes = network or Network(), processes or Processes()
     types = {name: tensor.dtype for name, tensor in models[0].items()}
     models = [widened(model) for model in models]
@@ -167,6 +168,34 @@ def check_models(models: Sequence[Params], method: str, options: Mapping[str, An
         raise MergeError(f"no method '{method}': one of {', '.join(METHODS)}")
     METHODS[method].check(options, len(models))
     return METHODS[method]
+
+
+def check_steps(
+    rule: Method,
+    models: Sequence[Params],
+    align: str,
+    repair: str,
+    network: Network | None,
+    fixed: Mapping[str, Rule],
+) -> None:
+    """Check the steps around a method.
+
+    Raises:
+        MergeError: An unknown step, one that lacks its input, or one that the method excludes.
+    """
+    for name, value, known in (
+        ("align", align, get_args(Align)),
+        ("repair", repair, get_args(Repair)),
+        *((f"fixed[{parameter!r}]", each, get_args(Rule)) for parameter, each in fixed.items()),
+    ):
+        if value not in known:
+            raise MergeError(f"{name}={value!r}: one of {', '.join(known)}")
+    if unknown := [parameter for parameter in fixed if parameter not in models[0]]:
+        raise MergeError(f"fixed names {unknown[0]}, which no model has")
+    if network is None and (align != "none" or repair != "none"):
+        raise MergeError(f"align={align}, repair={repair}: network is missing")
+    if repair != "none" and not rule.averages_dense:
+        raise MergeError(f"repair={repair}: {rule.name} does not average layers; use repair=none")
 
 
 def required(activations: ActivationStatistics | None, purpose: str) -> ActivationStatistics:

@@ -132,7 +132,11 @@ class Method:
             MergeError: An input is missing, or the function refuses its arguments.
         """
         for name in self.needs(options):
-            if name in self.inputs and not getattr(inputs, name) and len(models) > 1:
+            if (
+                name in self.inputs
+                and not getattr(inputs, name)
+                and (len(models) > 1 or name == "base")
+            ):
                 raise MergeError(f"method {self.name} needs {MISSING[name]}")
         taken = {name: getattr(inputs, name) for name in self.inputs}
         return self.function(models, **taken, **options)

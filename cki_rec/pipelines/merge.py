@@ -25,7 +25,7 @@ from cki_rec.merging.params import MergeError
 from cki_rec.merging.steps import Learned, ScarceSample
 from cki_rec.models import build_model
 from cki_rec.pipelines import preflight, sources, train, vocabularies
-from cki_rec.pipelines.compatibility import compare, counts_of, require
+from cki_rec.pipelines.compatibility import compare, counts_of, finite, require
 from cki_rec.pipelines.merge_inputs import ablated, fisher, fixed_rules, imitation, learning
 from cki_rec.pipelines.predictions import calibrator, scorer, valid_auc
 from cki_rec.pipelines.preflight import AUTO
@@ -211,6 +211,7 @@ def _merge(
         everyone.append(replace(models.base, name=f"base {models.base.name}"))
     names = [source.name for source in everyone]
     loaded = sharded.load([source.folder for source in everyone])
+    require(finite(loaded, names, is_required=True))
     joined, folders = Joined(loaded), list[Path]()
     if config.merge.vocabularies:
         pairs = [(s.folder, c) for s, c in zip(everyone, loaded, strict=True)]

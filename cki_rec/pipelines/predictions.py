@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from cki_rec.checkpoints import Checkpoint, describe
-from cki_rec.config import Config
+from cki_rec.config import Config, UserError
 from cki_rec.data.encoding.store import EncodedDataset
 from cki_rec.engine import distributed
 from cki_rec.engine.evaluator import predict
@@ -39,6 +39,9 @@ def predictions(
     A model of other vocabularies is moved to the data set's (``vocabularies.on_rows_of``). Logits
     are stored in the model's run directory and removed with it. Those of external checkpoints are
     stored under ``<runtime.out>/logits``.
+
+    Raises:
+        UserError: The model does not fit the data set, or gives NaN or infinity.
     """
     name = source.identity
     home = Path(config.runtime.out) / (f"logits/{name}" if is_external(name) else name)
@@ -61,6 +64,12 @@ def predictions(
             split: predict(module, dataset, schema, dataset.rows(split), device)
             for split in SPLITS
         }
+        for split, values in logits.items():
+            if not np.isfinite(values).all():
+                raise UserError(
+                    f"{source.folder}: the model gives NaN or infinite logits on {split} rows; its"
+                    " training may have diverged, leave it out"
+                )
         save_arrays(path, logits)
     with np.load(path, allow_pickle=False) as arrays:
         return {split: arrays[split] for split in SPLITS}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -65,8 +65,12 @@ def is_single_model(options: Merge) -> bool:
 def recipes_of(config: Config) -> list[Config]:
     """Return the merges that ``auto`` searches."""
     return [
-        with_delta(config, RECIPE | {f"merge.{key}": value for key, value in recipe.items()})
-        for recipe in config.merge.recipes
+        with_delta(
+            config,
+            RECIPE | {f"merge.{key}": value for key, value in recipe.items()},
+            f"merge.recipes[{place}]",
+        )
+        for place, recipe in enumerate(config.merge.recipes)
     ]
 
 
@@ -115,6 +119,9 @@ def check_options(config: Config) -> None:
     if entry is None:
         _check_recipes(config)
         return
+    if options.vocabularies:
+        num_bases = int("base" in needs_of(options))
+        vocabularies.check_folders(options.vocabularies, len(options.sources) + num_bases)
     where = f"merge.method={options.method}"
     if isinstance(entry, Reference):
         if options.options:
@@ -311,13 +318,13 @@ def _findings(config: Config, reads_rows: bool) -> list[Finding]:
         check_options(config)
     except UserError as error:
         findings.append(Finding("method", "impossible", str(error)))
-    deltas: list[tuple[str, Mapping[str, Any]]] = [(str(d), d) for d in options.sources]
+    deltas = [(str(d), d, "merge.sources") for d in options.sources]
     if options.base and needs_base(config):
-        deltas.append((f"base {options.base}", options.base))
+        deltas.append((f"base {options.base}", options.base, "merge.base"))
     loaded: list[tuple[str, Path, Checkpoint]] = []
-    for name, delta in deltas:
+    for name, delta, option in deltas:
         try:
-            folder = find(config, delta)
+            folder = find(config, delta, option)
             loaded.append((name, folder, load(folder)))
             findings.append(Finding("checkpoint", "ok", f"{name}: {folder}"))
         except UserError as error:

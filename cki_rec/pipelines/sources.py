@@ -81,21 +81,21 @@ def _resolve(config: Config, delta: Mapping[str, Any], option: str) -> Source:
         folder = named_folder(delta, option)
         return Source(str(delta["path"]), external_identity(folder), folder)
     if distributed.world_size() > 1:
-        folder = find(config, delta)
+        folder = find(config, delta, option)
         return Source(str(delta), folder.parent.name, folder)
-    run = train.ensure(with_delta(config, dict(delta)))
+    run = train.ensure(with_delta(config, dict(delta), option))
     return Source(str(delta), run.path.name, run.checkpoint)
 
 
-def find(config: Config, delta: Mapping[str, Any]) -> Path:
+def find(config: Config, delta: Mapping[str, Any], option: str = "merge.sources") -> Path:
     """Return the checkpoint folder of a source that exists; train nothing.
 
     Raises:
         UserError: It does not exist; the message holds the command that makes it.
     """
     if "path" in delta:
-        return named_folder(delta, "merge.sources")
-    changed = with_delta(config, dict(delta))
+        return named_folder(delta, option)
+    changed = with_delta(config, dict(delta), option)
     dataset = store.find(changed.data, changed.runtime.encoded)
     if dataset is not None:
         run = train.run_of(changed, dataset)

@@ -41,11 +41,7 @@ def folders_of(config: Config, checkpoints: Sequence[tuple[Path, Checkpoint]]) -
         UserError: The number of folders differs from that of sources, or a search fails.
     """
     named = config.merge.vocabularies
-    if len(named) != len(checkpoints):
-        raise UserError(
-            f"merge.vocabularies: {len(named)} folders for {len(checkpoints)} models (sources,"
-            " then the base if the method needs one); null: search"
-        )
+    check_folders(named, len(checkpoints))
     folders = []
     for k, (name, (home, saved)) in enumerate(zip(named, checkpoints, strict=True)):
         if name is not None:
@@ -53,6 +49,22 @@ def folders_of(config: Config, checkpoints: Sequence[tuple[Path, Checkpoint]]) -
             continue
         folders.append(_find_folder(config, home, saved, f"merge.vocabularies[{k}]"))
     return folders
+
+
+def check_folders(named: Sequence[str | None], num_models: int) -> None:
+    """Check that ``merge.vocabularies`` has one folder per model, and that each exists.
+
+    Raises:
+        UserError: It has not.
+    """
+    if len(named) != num_models:
+        raise UserError(
+            f"merge.vocabularies: {len(named)} folders for {num_models} models (sources, then the"
+            " base if the method needs one); null: search"
+        )
+    for k, name in enumerate(named):
+        if name is not None and not Path(name).is_dir():
+            raise UserError(f"merge.vocabularies[{k}]={name}: no such folder; null: search")
 
 
 def _find_folder(config: Config, home: Path, saved: Checkpoint, where: str) -> Path:
