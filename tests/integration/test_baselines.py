@@ -269,9 +269,36 @@ def test_nan_of_a_source_is_named(options, folder, capsys):
     broken = folder / "broken"
     checkpoint_io.save(broken, {"model": saved.params}, saved.model, saved.schema, saved.origin)
     sources = f"merge.sources=[{{path: {broken}}},{{path: {broken}}}]"
-    for method, words in (("karcher", "bias: source 0 has"), ("average", "bias: the result has")):
+    for method in ("karcher", "average", "greedy_soup", "pruning", "first", "auto"):
         assert main(["merge", *options, f"merge={method}", sources]) == 2
-        assert f"{words} NaN or infinite entries" in one_line(capsys)
+        assert f"bias of {broken}: 1 of 1 entries are NaN or infinite" in one_line(capsys)
+    assert main(["merge", *options, "merge=best_source", sources]) == 2
+    assert f"{broken}: the model gives NaN or infinite logits" in one_line(capsys)
+    assert not list(folder.glob("out/logits/*/*")), "logits of a broken model are not stored"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            ["merge=auto", "merge.recipes=[{foo: 1}]"],
+            "merge.recipes[0], merge.foo: no such option",
+        ),
+        (
+            ["merge=average", "merge.vocabularies=[5,null]"],
+            "merge.vocabularies[0]=5: no such folder",
+        ),
+        (["merge=average", "merge.vocabularies=[null]"], "1 folders for 2 models"),
+        (
+            ["merge=average", "merge.vocabularies=[x,null]"],
+            "merge.vocabularies[0]=x: no such folder",
+        ),
+        (["suite=shards", "merge=ties", "merge.base={foo: 1}"], "merge.base, foo: no such option"),
+    ],
+)
+def test_the_wrong_option_is_named(options, capsys, words, message):
+    assert main(["merge", *options, *words]) == 2
+    assert message in one_line(capsys)
 
 
 def test_list_shows_every_method_with_its_options(capsys):

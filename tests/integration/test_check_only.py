@@ -1,4 +1,4 @@
-"""``integrate check_only=true``: differences are named before any work, and nothing is done."""
+"""``merge check_only=true``: differences are named before any work, and nothing is done."""
 
 from __future__ import annotations
 

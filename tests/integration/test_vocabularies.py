@@ -211,8 +211,9 @@ def test_what_cannot_be_joined_is_refused_in_one_line(regions, tmp_path, capsys)
     swapped = error(f"merge.vocabularies=[{south},{north}]")
     assert "vocabulary." in swapped
     assert "differs from the tokens that the model was trained with" in swapped
+    assert "no such folder" in error(f"merge.vocabularies=[{north},/nowhere]")
     assert "missing, but the model has this table" in error(
-        f"merge.vocabularies=[{north},/nowhere]"
+        f"merge.vocabularies=[{north},{tmp_path}]"
     )
     nothing = error("merge.vocabularies=[null,null]", f"runtime.encoded={tmp_path}")
     assert "merge.vocabularies[0]: no encoded data set" in nothing
