@@ -20,7 +20,7 @@ pytestmark = pytest.mark.dist
 several = pytest.mark.parametrize("num", [2, pytest.param(3, marks=pytest.mark.slow)])
 FAILURES = {
     "larger": "item.weight: float32 (101, 8), in",
-    "bad": "the result has NaN or infinite entries",
+    "bad": "entries are NaN or infinite",
     "damaged": "damaged checkpoint, the file has changed",
     "missing": "no checkpoint here",
     "untrained": "not trained yet; make it: cki-rec train",
