@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import math
-import re
 
 import pytest
 import torch
 from networks import draw_batch, make_case
 
 from cki_rec.engine.fisher import fisher_diagonal
-from cki_rec.merging.api import merge
 from cki_rec.merging.methods import METHODS
 from cki_rec.merging.methods.average import simplex, weighted_average
 from cki_rec.merging.methods.karcher import karcher
@@ -27,10 +25,8 @@ from cki_rec.merging.methods.task_vectors import (
     ties,
 )
 from cki_rec.merging.mixing import mix
-from cki_rec.merging.params import MergeError
 from cki_rec.merging.registry import MergeInputs
 from cki_rec.merging.statistics import linear_moments
-from cki_rec.merging.steps import Network
 
 SHAPES = {"table": (40, 8), "weight": (5, 3), "bias": (5,), "one": (1,), "zero": ()}
 STATISTICS = {"norm.running_mean": (5,), "norm.running_var": (5,)}
@@ -414,24 +410,3 @@ def test_merged_networks_have_finite_scores(case, name):
     assert all(bool((t >= 0).all()) for n, t in merged.items() if n.endswith("running_var"))
     logits = torch.func.functional_call(network, {**network.state_dict(), **merged}, (batch,))
     assert bool(logits.isfinite().all())
-
-
-@pytest.mark.parametrize(
-    ("method", "words", "message"),
-    [
-        ("average", {"align": "weight"}, "align='weight': one of none, weights, activations"),
-        ("average", {"align": "weights"}, "network is missing"),
-        ("average", {"repair": "mend"}, "repair='mend': one of none, rescale"),
-        ("slerp", {"repair": "rescale", "network": Network()}, "slerp does not average layers"),
-        ("average", {"fixed": {"bias": "last"}}, "fixed['bias']='last': one of first, evidence"),
-        ("average", {"fixed": {"gain": "first"}}, "fixed names gain, which no model has"),
-    ],
-)
-def test_steps_are_checked_by_the_library_too(method, words, message):
-    with pytest.raises(MergeError, match=re.escape(message)):
-        merge([draw(1), draw(2)], method, **words)
-
-
-def test_one_model_needs_its_base_too():
-    with pytest.raises(MergeError, match="needs the model that all sources started from"):
-        merge([draw(1)], "task_arithmetic")

@@ -385,7 +385,7 @@ def test_models_that_differ_are_refused_by_name(case, problem):
 def test_no_models_are_refused(case):
     name, options, *_ = BOTH[case]
     with pytest.raises(ValueError, match="no models"):
-        METHODS[name]([], MergeInputs(base={}), **options(2))
+        METHODS[name]([], MergeInputs(base={"w": torch.zeros(1)}), **options(2))
 
 
 @pytest.mark.parametrize("full", [True, False])

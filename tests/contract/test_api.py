@@ -1,0 +1,38 @@
+"""What the merge of the library refuses, without the command line."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+
+from cki_rec.merging.api import merge
+from cki_rec.merging.params import MergeError
+from cki_rec.merging.steps import Network
+
+
+def draw(seed):
+    noise = torch.Generator().manual_seed(seed)
+    return {"weight": torch.randn(3, 2, generator=noise), "bias": torch.randn(3, generator=noise)}
+
+
+@pytest.mark.parametrize(
+    ("method", "words", "message"),
+    [
+        ("average", {"align": "weight"}, "align='weight': one of none, weights, activations"),
+        ("average", {"align": "weights"}, "network is missing"),
+        ("average", {"repair": "mend"}, "repair='mend': one of none, rescale"),
+        ("slerp", {"repair": "rescale", "network": Network()}, "slerp does not average layers"),
+        ("average", {"fixed": {"bias": "last"}}, "fixed['bias']='last': one of first, evidence"),
+        ("average", {"fixed": {"gain": "first"}}, "fixed names gain, which no model has"),
+    ],
+)
+def test_steps_are_checked_by_the_library_too(method, words, message):
+    with pytest.raises(MergeError, match=re.escape(message)):
+        merge([draw(1), draw(2)], method, **words)
+
+
+def test_one_model_needs_its_base_too():
+    with pytest.raises(MergeError, match="needs the model that all sources started from"):
+        merge([draw(1)], "task_arithmetic")
