@@ -27,7 +27,7 @@ PIPELINES = {
     "merge": "make one model out of several; trains sources that are missing",
     "finetune": "merge, then train briefly on all rows",
     "evaluate": "all of the above as configured, then metrics and intervals on test rows",
-    "export": "write a trained or integrated model as one file that serves without this package",
+    "export": "write a trained or merged model as one file that serves without this package",
     "report": "tables, figures and an HTML page from the records of a name",
 }
 EXAMPLES = {
@@ -39,6 +39,8 @@ EXAMPLES = {
     "export": "run=train-0123456789abcdef format=onnx",
     "report": "name=quickstart",
 }
+RENAMED = {"integrate": ["merge"]}
+"""Present names of commands of earlier releases."""
 ON_SEVERAL_PROCESSES = ("train", "merge")
 SWEEP_VARIABLE = "CKI_REC_SWEEP"
 """Number of jobs and start time of the running sweep, for its jobs in other processes."""
@@ -53,7 +55,7 @@ UNWRITABLE = (
 """Errors of the operating system that a user can fix."""
 
 SHARE_BEFORE_ESTIMATE = 0.05
-"""Share of a sweep's jobs: the first ones train all parents, so they take longer."""
+"""Share of a sweep's jobs: the first ones train all sources, so they take longer."""
 
 log = logging.getLogger(__name__)
 
@@ -71,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     pipeline, options = words[0], words[1:]
     if pipeline not in PIPELINES:
-        close = get_close_matches(pipeline, PIPELINES, n=1)
+        close = get_close_matches(pipeline, PIPELINES, n=1) or RENAMED.get(pipeline, [])
         hint = f"did you mean '{close[0]}'? " if close else ""
         return _fail(f"no pipeline '{pipeline}': {hint}one of {', '.join(PIPELINES)}")
     if {"-h", "--help"} & set(options):

@@ -24,7 +24,7 @@ from cki_rec.merging.optimizer_state import merge_accumulators, merge_counts
 from cki_rec.merging.params import MergeError
 from cki_rec.merging.steps import Learned, ScarceSample
 from cki_rec.models import build_model
-from cki_rec.pipelines import preflight, sources, train, vocabularies
+from cki_rec.pipelines import check_only, preflight, sources, train, vocabularies
 from cki_rec.pipelines.compatibility import compare, counts_of, finite, require
 from cki_rec.pipelines.merge_inputs import ablated, fisher, fixed_rules, imitation, learning
 from cki_rec.pipelines.predictions import calibrator, scorer, valid_auc
@@ -42,7 +42,7 @@ def run(config: Config) -> None:
         distributed.start(replace(config.runtime, device="cpu"))
     with distributed.propagate_errors():
         if config.check_only:
-            preflight.report(config)
+            check_only.report(config)
             return
         done = ensure(config, force=config.runtime.force)
     assert done.record is not None

@@ -1,17 +1,11 @@
-"""All checks of a merge, before any tensor is read or any source is trained for it."""
+"""All checks of a merge, before any tensor is read."""
 
 from __future__ import annotations
 
-import logging
-import os
 from collections.abc import Sequence
-from dataclasses import replace
-from pathlib import Path
-from typing import Any
 
-from cki_rec.checkpoints import Checkpoint, load, outline
+from cki_rec.checkpoints import Checkpoint, outline
 from cki_rec.config import Config, Merge, UserError, nearest, with_delta
-from cki_rec.data.encoding import store
 from cki_rec.data.encoding.store import EncodedDataset
 from cki_rec.engine import distributed
 from cki_rec.engine.networks import declared
@@ -19,11 +13,9 @@ from cki_rec.merging.methods import METHODS
 from cki_rec.merging.params import MergeError
 from cki_rec.merging.registry import Method
 from cki_rec.pipelines import compatibility, vocabularies
-from cki_rec.pipelines.compatibility import Finding, State
 from cki_rec.pipelines.provenance import check_data, check_rows
 from cki_rec.pipelines.references import REFERENCES, Reference
-from cki_rec.pipelines.sources import Sources, find
-from cki_rec.pipelines.vocabularies import Joined
+from cki_rec.pipelines.sources import Sources
 
 AUTO = "auto"
 """Value of ``merge.method`` that searches ``merge.recipes``."""
@@ -32,8 +24,8 @@ RECIPE = {"merge.method": "evidence", "merge.recipes": []}
 TRAINING_ROWS = frozenset({"fisher", "moments", "imitate"})
 """Inputs of methods that are computed on training rows."""
 INSTEAD = "use merge=evidence or merge=aligned_weights, or start it without torchrun"
-
-log = logging.getLogger(__name__)
+SECTIONS_OF_SOURCES = ("data", "model", "train", "seed", "runtime", "path")
+"""Sections of the configuration that name a source."""
 
 
 def entry_of(options: Merge) -> Method | Reference | None:
@@ -115,6 +107,7 @@ def check_options(config: Config) -> None:
     """
     options = config.merge
     entry = entry_of(options)
+    _check_deltas(options)
     _check_processes(options, entry)
     if entry is None:
         _check_recipes(config)
@@ -184,6 +177,18 @@ def check_options(config: Config) -> None:
             )
 
 
+def _check_deltas(options: Merge) -> None:
+    """Check that sources and base are named by options that a training reads."""
+    named = {f"merge.sources[{place}]": delta for place, delta in enumerate(options.sources)}
+    for where, delta in {**named, "merge.base": options.base or {}}.items():
+        for key in delta:
+            if key.split(".")[0] not in SECTIONS_OF_SOURCES:
+                raise UserError(
+                    f"{where}: {key} does not change the training of a source; name a source by"
+                    " seed, data, model or train, or by the path of a checkpoint"
+                )
+
+
 def _check_recipes(config: Config) -> None:
     if not config.merge.recipes:
         raise UserError("merge.recipes is empty: auto has nothing to choose from")
@@ -234,7 +239,7 @@ def check_rows_fit(
             are encoded with the vocabulary of one.
     """
     options = config.merge
-    _check_encoding(config, checkpoints[0])
+    check_encoding(config, checkpoints[0])
     reads_labels = needs_labels(options) or has_anchor(options, checkpoints[0])
     judged = checkpoints if reads_labels else checkpoints[:1]
     fits = check_rows if isinstance(entry_of(options), Reference) else check_data
@@ -249,7 +254,12 @@ def has_anchor(options: Merge, saved: Checkpoint) -> bool:
     return bool(declared(saved).elementwise)
 
 
-def _check_encoding(config: Config, saved: Checkpoint) -> None:
+def check_encoding(config: Config, saved: Checkpoint) -> None:
+    """Check that the rows are encoded with the vocabulary of the merged model, if they choose.
+
+    Raises:
+        UserError: They are not.
+    """
     is_joined = config.merge.vocabularies and not config.data.vocabularies
     if is_joined and has_anchor(config.merge, saved):
         raise UserError(
@@ -277,130 +287,3 @@ def check_sources(config: Config, sources: Sources, dataset: EncodedDataset | No
     compatibility.require(compatibility.compare(outlines, names, is_joined))
     if dataset is not None and not is_joined:
         check_rows_fit(config, outlines[: len(sources.merged)], names, dataset)
-
-
-def report(config: Config) -> None:
-    """Log all that fits and all that differs, for every merge that is configured.
-
-    Nothing is trained, encoded or written (``cki-rec merge check_only=true``).
-
-    Raises:
-        UserError: A merge would not run; the first reason.
-    """
-    if distributed.world_size() > 1:
-        raise UserError(
-            "check_only=true runs in one process; start it without torchrun (on several, merge"
-            " compares its sources before it reads them)"
-        )
-    is_search = config.merge.method == AUTO
-    if is_search:
-        check_options(config)
-    for each in recipes_of(config) if is_search else [config]:
-        findings = _findings(each, needs_rows(each.merge) or is_search)
-        log.info("merge %s (%s):", each.merge.label, each.merge.method)
-        for finding in findings:
-            log.info("  %-20s %-10s %s", finding.check, finding.state, finding.reason)
-        impossible = [f for f in findings if f.state == "impossible"]
-        if impossible:
-            more = f" (and {len(impossible) - 1} more, above)" if len(impossible) > 1 else ""
-            raise UserError(
-                f"check_only: merge.method={each.merge.method} would not run:"
-                f" {impossible[0].check}: {impossible[0].reason}{more}"
-            )
-    log.info("it would run")
-
-
-def _findings(config: Config, reads_rows: bool) -> list[Finding]:
-    """Return all findings that are possible; some need the absence of earlier ones."""
-    options, findings = config.merge, list[Finding]()
-    entry_of(options)
-    try:
-        check_options(config)
-    except UserError as error:
-        findings.append(Finding("method", "impossible", str(error)))
-    deltas = [(str(d), d, "merge.sources") for d in options.sources]
-    if options.base and needs_base(config):
-        deltas.append((f"base {options.base}", options.base, "merge.base"))
-    loaded: list[tuple[str, Path, Checkpoint]] = []
-    for name, delta, option in deltas:
-        try:
-            folder = find(config, delta, option)
-            loaded.append((name, folder, load(folder)))
-            findings.append(Finding("checkpoint", "ok", f"{name}: {folder}"))
-        except UserError as error:
-            findings.append(Finding("checkpoint", "impossible", f"{name}: {error}"))
-    if loaded:
-        compared, joined = _compare(config, loaded, len(deltas))
-        names = [name for name, _, _ in loaded]
-        findings += [*compared, *_rows(config, joined, names, reads_rows)]
-    return findings
-
-
-def _compare(
-    config: Config, loaded: Sequence[tuple[str, Path, Checkpoint]], expected: int
-) -> tuple[list[Finding], list[Checkpoint]]:
-    """Return the differences of the sources, and the sources, joined if they can be."""
-    options = config.merge
-    names, saved = [name for name, _, _ in loaded], [c for _, _, c in loaded]
-    is_joined = bool(options.vocabularies) and len(loaded) == expected
-    joined, notes = Joined(saved), list[Finding]()
-    hashes = [one.schema.vocabulary_hashes for one in saved]
-    if is_joined or any(hash_of != hashes[0] for hash_of in hashes):
-        try:
-            nulls: list[Any] = [None] * len(loaded)
-            look = options if is_joined else replace(options, vocabularies=nulls)
-            pairs = [(folder, one) for _, folder, one in loaded]
-            folders = vocabularies.folders_of(replace(config, merge=look), pairs)
-            joined = vocabularies.joined(saved, folders, min(len(saved), len(options.sources)))
-        except UserError as error:
-            state: State = "impossible" if is_joined else "differs"
-            notes.append(Finding("token lists", state, str(error)))
-    findings = compatibility.compare(saved, names, is_joined, joined.rows)
-    findings[2:2] = notes
-    if is_joined:
-        saved = joined.checkpoints
-    merges = not isinstance(entry_of(options), Reference)
-    findings += compatibility.finite(saved, names, merges)
-    findings += compatibility.row_counts(saved, names, needs_counts(options), options.method)
-    fits = all(f.state != "impossible" for f in findings)
-    sources = saved[: len(options.sources)]
-    if fits and merges:
-        is_aligned = options.align.by != "none"
-        findings += compatibility.alignment(sources, names, is_aligned, config.seed, joined.owners)
-    return [*findings, _memory(saved, options)], sources
-
-
-def _rows(
-    config: Config, sources: Sequence[Checkpoint], names: Sequence[str], reads_rows: bool
-) -> list[Finding]:
-    """Return whether the rows that are read exist and fit the sources."""
-    if not reads_rows:
-        return [Finding("needs", "ok", "no data set")]
-    subject = "rows of the data set"
-    try:
-        _check_encoding(config, sources[0])
-        dataset = store.find(config.data, config.runtime.encoded)
-        if dataset is None:
-            return [Finding("needs", "differs", f"{subject}: not encoded yet; merge encodes them")]
-        check_rows_fit(config, sources, names, dataset)
-    except UserError as error:
-        return [Finding("needs", "impossible", f"{subject}: {error}")]
-    return [Finding("needs", "ok", f"{subject}: {dataset.folder.name}")]
-
-
-def _memory(checkpoints: Sequence[Checkpoint], options: Merge) -> Finding:
-    """Return an estimate of the memory of the merge, beside that of this machine."""
-    size = compatibility.num_bytes
-    sources = sum(size(c.params) + size(c.accumulators) + size(c.counts) for c in checkpoints)
-    params = sum(size(c.params) for c in checkpoints)
-    total = sources + params // len(checkpoints)
-    total += sources if options.vocabularies else 0
-    entry = entry_of(options)
-    total += params if isinstance(entry, Method) and entry.full_weights else 0
-    if has_anchor(options, checkpoints[0]):  # the best so far and the next
-        total += 2 * params // len(checkpoints)
-    available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    state: State = "ok" if total < available else "differs"
-    return Finding(
-        "memory", state, f"about {total / 2**20:,.1f} MiB of {available / 2**20:,.0f} MiB"
-    )

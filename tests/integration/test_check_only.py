@@ -212,6 +212,41 @@ def test_every_candidate_of_best_of_is_checked(trained, check):
     assert out.count("merge ") >= 2
 
 
+def test_recipes_that_a_sample_cannot_fit_are_left_out(trained, check):
+    """``merge=auto`` leaves them out too, with the same reason."""
+    pair = [trained("one"), trained("two")]
+    words = ["merge.method=auto", "merge.sample=8"]
+    fitted = "{align.by: activations, repair: select_units}"
+    code, out, _ = check(pair, *words, f"merge.recipes=[{{method: average}},{fitted}]")
+    assert code == 0
+    assert "impossible" in lines(out, "sample")[0]
+    assert out.count("auto leaves it out") == 1
+    code, out, error = check(pair, *words, f"merge.recipes=[{fitted}]")
+    assert code == 2
+    assert "leaves out every recipe" in error
+    alone = ["merge=evidence", "merge.align.by=activations", "merge.repair=select_units"]
+    code, _, error = check(pair, *alone, "merge.sample=8")
+    assert code == 2
+    assert "sample: merge.sample" in error
+
+
+def test_all_recipes_are_reported_before_the_first_problem_ends_the_check(trained, check):
+    pair = [trained("one"), trained("two")]
+    recipes = "merge.recipes=[{tables: evidence, sample: 500},{method: average}]"
+    without_rows = ["merge.method=auto", recipes, "data.split.seed=5"]
+    code, out, error = check(pair, *without_rows)
+    assert code == 2
+    assert sum(line.startswith("merge ") for line in out.splitlines()) == 2
+    assert "more, above" in error
+
+
+@pytest.mark.parametrize("key", ["merge.method", "suite.name", "finetune.epochs"])
+def test_a_source_is_named_by_options_of_its_training(base, capsys, key):
+    source = f"merge.sources=[{{seed: 1}},{{{key}: slerp}}]"
+    assert main(["merge", *base, source, "merge=average"]) == 2
+    assert f"merge.sources[1]: {key} does not change the training" in capsys.readouterr().err
+
+
 def test_all_sources_must_fit_rows_whose_labels_are_read(trained, check, tmp_path):
     """Rows whose labels nobody reads may be training rows of any source."""
     origin = checkpoint.describe(trained("split") / "checkpoint").origin

@@ -119,6 +119,7 @@ def test_version(command):
     [
         (["trian"], "no pipeline 'trian': did you mean 'train'? one of prepare, train"),
         (["xyz"], "no pipeline 'xyz': one of prepare"),
+        (["integrate"], "no pipeline 'integrate': did you mean 'merge'? one of prepare"),
         (["train", "train.epoch=3"], "no option 'train.epoch': did you mean 'train.epochs'?"),
         (["train", "sed=3"], "no option 'sed': did you mean 'seed'?"),
         (["train", "qqqqqq=3"], "no option 'qqqqqq': see cki-rec --help"),
