@@ -27,7 +27,7 @@ class Split:
 
 @section
 class Partition:
-    """How rows are divided among parents."""
+    """How rows are divided among sources."""
 
     by: Literal["user", "item", "time", "random", "none"]
     """``user``, ``item``, ``time``, ``random`` or ``none``."""

@@ -282,11 +282,11 @@ class Runtime:
 
 @section
 class Suite:
-    """The parents, and the model that they start from."""
+    """The sources that methods are compared with, and the model that they start from."""
 
     name: str
     sources: list[dict[str, Any]]
-    """The parents that every method of the suite is compared with, as config deltas."""
+    """The sources that every method of the suite is compared with, as config deltas."""
     base: dict[str, Any] | None
     """The model that all of them come from, as a config delta; null: there is none."""
 

@@ -24,7 +24,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def options(raw_zip, folder):
-    """Parents are trained once for all tests of this file."""
+    """Sources are trained once for all tests of this file."""
     places = [f"runtime.{key}={folder / key}" for key in ("out", "reports", "encoded")]
     return [f"data.raw={raw_zip}", *places, *TINY]
 
@@ -144,8 +144,8 @@ def test_an_evaluation_is_of_its_method_whatever_its_label(options, folder):
 
 
 def test_external_checkpoints_are_aligned_by_weights_without_data(options, folder, tmp_path):
-    parents = [r["run_id"] for r in records(folder, "train")][:1] * 2
-    paths = ", ".join(f"{{path: {folder / 'out' / run_id}}}" for run_id in parents)
+    sources = [r["run_id"] for r in records(folder, "train")][:1] * 2
+    paths = ", ".join(f"{{path: {folder / 'out' / run_id}}}" for run_id in sources)
     words = [f"runtime.{key}={tmp_path / key}" for key in ("out", "reports", "encoded")]
     words += [f"merge.sources=[{paths}]", "merge=aligned_weights", "runtime.threads=1"]
     assert main(["merge", *words, f"data.raw={tmp_path / 'nothing.zip'}"]) == 0
@@ -230,8 +230,8 @@ def test_the_source_that_leads_is_the_best_and_is_recorded(options, folder, suit
     assert crossing
     assert all(shares == alone for shares in crossing.values())
     merged = checkpoint.load(folder / "out" / record["run_id"] / "checkpoint").params
-    parent = folder / "out" / record["config"]["sources"][source] / "checkpoint"
-    own = checkpoint.load(parent).params
+    copied = folder / "out" / record["config"]["sources"][source] / "checkpoint"
+    own = checkpoint.load(copied).params
     for name in crossing:  # moved into the common frame: coordinates in other places, other signs
         ours, theirs = merged[name].abs().flatten().sort(), own[name].abs().flatten().sort()
         assert torch.equal(ours.values, theirs.values)

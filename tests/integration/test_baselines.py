@@ -31,7 +31,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def options(raw_zip, folder):
-    """Parents are trained once for all tests of this file."""
+    """Sources are trained once for all tests of this file."""
     places = [f"runtime.{key}={folder / key}" for key in ("out", "reports", "encoded")]
     return [f"data.raw={raw_zip}", *places, *TINY]
 
@@ -77,7 +77,7 @@ def test_equal_sources_give_themselves_back(options, folder, method):
 
 
 def test_fisher_is_of_the_rows_that_a_source_was_trained_on(options, folder):
-    """A row of the users' table that one parent alone was trained on is that parent's."""
+    """A row of the users' table that one source alone was trained on is that source's."""
     words = ["merge.options.floor=0.0", "merge.sample=1000000", *options]
     assert main(["merge", "suite=shards", "merge=fisher", *words]) == 0
     merged = records(folder, "merge")[-1]
@@ -199,7 +199,7 @@ def test_no_epochs_keep_the_initial_weights(options, folder, capsys):
 
 
 def test_rows_that_no_parent_saw_are_those_of_the_start(options, folder):
-    """The untrained model is where both parents of suite shards began."""
+    """The untrained model is where both sources of suite shards began."""
     assert main(["merge", "suite=shards", "merge=model_stock", *options]) == 0
     reads = [r["config"] for r in records(folder, "merge")]
     reads = next(r for r in reads if r["merge"]["method"] == "model_stock")

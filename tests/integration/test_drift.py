@@ -161,17 +161,17 @@ def test_drift_is_evaluated_end_to_end(options, folder, capsys):
     evaluated = {r["result"]["method"]: r for r in records(folder, "evaluate")}
     assert set(evaluated) == set(methods.split(","))
     newest = evaluated["newest_source"]
-    parents = newest["config"]["sources"]
-    assert newest["config"]["members"] == parents[-1:]
+    sources = newest["config"]["sources"]
+    assert newest["config"]["members"] == sources[-1:]
     assert newest["result"]["inference_cost"] == 1
     assert list(newest["result"]["test"]["domains"]) == ["time part 3"]
 
-    chain = [json.loads((folder / "out" / p / "record.json").read_text()) for p in parents]
-    assert [record["config"].get("start") for record in chain] == [None, *parents[:2]]
+    chain = [json.loads((folder / "out" / p / "record.json").read_text()) for p in sources]
+    assert [record["config"].get("start") for record in chain] == [None, *sources[:2]]
     assert [record["config"]["data"]["part"] for record in chain] == [0, 1, 2]
     merged = [r["config"] for r in records(folder, "merge")]
     (task,) = [c for c in merged if c["merge"]["method"] == "task_arithmetic"]
-    assert task["merge"]["base"] == parents[0]
+    assert task["merge"]["base"] == sources[0]
     assert main(["report", "name=drift", *options]) == 0
     assert "newest_source" in capsys.readouterr().out
 

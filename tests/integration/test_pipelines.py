@@ -73,7 +73,7 @@ def test_same_seed_gives_equal_records(options, tmp_path):
         assert main([*arguments, *options, f"runtime.out={out / 'out'}"]) == 0
     one, two = records(first), records(tmp_path / "second")
     assert one.keys() == two.keys()
-    assert len(one) == 4  # two parents, an integration, an evaluation
+    assert len(one) == 4  # two sources, a merge, an evaluation
     for run_id, record in one.items():
         for key in ("config", "data", "result", "fingerprint"):
             assert record[key] == two[run_id][key], (run_id, key)
@@ -311,10 +311,10 @@ def test_fine_tuned_models_have_seen_all_rows(options, tmp_path):
     words = ["suite=shards", "merge=evidence", "finetune=one_epoch"]
     assert main(["finetune", *options, *words]) == 0
     (tuned,) = (tmp_path / "out").glob("finetune-*")
-    parents = [checkpoint.load(p / "checkpoint") for p in (tmp_path / "out").glob("train-*")]
+    sources = [checkpoint.load(p / "checkpoint") for p in (tmp_path / "out").glob("train-*")]
     seen = checkpoint.load(tuned / "checkpoint").counts
     for table, counts in seen.items():
-        assert counts.equal(sum(parent.counts[table] for parent in parents)), table
+        assert counts.equal(sum(source.counts[table] for source in sources)), table
 
 
 @pytest.mark.parametrize("external", [False, True])
@@ -329,16 +329,16 @@ def test_rows_of_disjoint_parts_add_up_and_others_are_not_counted_twice(
 
     assert main(["merge", *options, f"suite={suite}", "merge=evidence"]) == 0
     (record,) = records(tmp_path, "merge").values()
-    parents = [tmp_path / "out" / name for name in record["config"]["sources"]]
+    sources = [tmp_path / "out" / name for name in record["config"]["sources"]]
     if external:
-        named = ",".join(f"{{path: {path}}}" for path in parents)
+        named = ",".join(f"{{path: {path}}}" for path in sources)
         other = f"runtime.out={tmp_path / 'other' / 'out'}"
         words = [f"merge.sources=[{named}]", "merge=evidence", other]
         assert main(["merge", *options, *words]) == 0
         (record,) = records(tmp_path / "other", "merge").values()
     home = tmp_path / "other" if external else tmp_path
     merged = checkpoint.load(home / "out" / record["run_id"] / "checkpoint").counts
-    seen = [checkpoint.load(path / "checkpoint").counts for path in parents]
+    seen = [checkpoint.load(path / "checkpoint").counts for path in sources]
     for table, counts in merged.items():
         each = torch.stack([counts_of[table] for counts_of in seen])
         assert counts.equal(each.sum(0) if suite == "shards" else each.amax(0)), table

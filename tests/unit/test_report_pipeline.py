@@ -46,3 +46,17 @@ def test_report_reads_records_of_version_0_1_0(tmp_path, capsys):
 def test_a_name_without_runs_is_an_error_with_the_command(tmp_path, capsys):
     assert main(["report", "name=nothing", f"runtime.out={tmp_path}"]) == 2
     assert "start with cki-rec evaluate" in capsys.readouterr().err
+
+
+def test_runs_that_do_not_belong_together_are_refused_with_their_releases(tmp_path, capsys):
+    for seed, (release, confidence) in enumerate((("0.1.0", 0.95), ("0.2.0", 0.9))):
+        one = record("auto", shares={"mlp.0.weight": [0.5, 0.5]})
+        one["run_id"] = f"evaluate-{seed}"
+        one["result"]["seed"] = seed
+        one["config"]["evaluate"] = {**one["config"]["evaluate"], "confidence": confidence}
+        one["versions"] = {"cki-rec": release}
+        write_run(tmp_path, one, "mixed", "best_source")
+    assert main(["report", "name=mixed", f"runtime.out={tmp_path}"]) == 2
+    error = capsys.readouterr().err
+    assert "made by releases 0.1.0 and 0.2.0" in error
+    assert "Traceback" not in error
