@@ -2,7 +2,7 @@
 
 Symmetries are data (``merging.symmetry``). Here group elements are chosen so that parameters of
 different models can be compared entry by entry. Tables take part through small products of two
-sources, so a table of any size is read once.
+sources, so a table of any size is read once. Activations take part the same way (``observed``).
 
 Shape legend: K sources, V rows and D columns of a table, S size of a symmetry.
 """
@@ -13,16 +13,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from cki_rec.merging.hidden_units import unit_covariance
+from cki_rec.merging.closest import best_element, product_with
+from cki_rec.merging.nested import Nest, Step, compose, find_nests, solve_jointly
+from cki_rec.merging.observed import Second, observe
 from cki_rec.merging.params import BLOCK, MergeError, Params, check_same, compute_dtype, generator
 from cki_rec.merging.symmetry import Symmetry, random_element, transform, units_of
 
 MOST_SWEEPS = 100
 DIGITS = 9
 """Digits of the objective; results that differ by less are equal."""
+SMALLEST_GAIN = 1e-10
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +45,9 @@ def align(
     products: Mapping[str, Tensor],
     moments: Mapping[str, Tensor] | None = None,
     *,
+    outputs: Second | None = None,
+    anchor: int | None = None,
+    anchored_start: bool = False,
     starts: int = 1,
     seed: int = 0,
 ) -> Alignment:
@@ -52,7 +57,8 @@ def align(
     Each parameter is divided by its norms. :math:`R_k` is the mean of all other sources in the
     shared basis. With all but one symmetry fixed, its best element has a closed form. For
     rotations it is the polar factor of a product of the moved parameters (Schönemann). For
-    permutations, with signs, it is a linear assignment.
+    permutations, with signs, it is a linear assignment. Permutations are solved together with the
+    signs and rotations that act on the same units (``nested``).
 
     The symmetries of a source are taken in turn until none changes; then the next source moves.
     No step lowers the objective. The search starts with all sources aligned to one of them, the
@@ -65,6 +71,11 @@ def align(
         products: ``table_products`` of all tables that symmetries move.
         moments: Second moments of the inputs of Linear layers (``MergeInputs.moments``). With
             them, hidden units are matched by the correlation of their activations, not by weights.
+        outputs: Second moments of further activations, read where ``moments`` has none.
+        anchor: Index of the source that stays as it is, and that the others are aligned to; None:
+            the shared basis.
+        anchored_start: Also start from the parameters whose entries correspond in all sources:
+            rows of tables, raw inputs, activations.
         starts: Number of starts: the identity, then random elements. The result with the largest
             correlations (if there are any), then the largest agreement, is returned.
         seed: Seed of the random starts and of the order of symmetries.
@@ -77,24 +88,24 @@ def align(
         sections 3.1 and 3.2 (permutations); Gower, Psychometrika 1975 (the shared basis).
 
     Differs:
-        Rotations, signs and permutations of a recommender in one descent, tables included; N
-        sources, each toward the mean of the others.
+        Rotations, signs and permutations of a recommender in one descent, tables included; nested
+        ones jointly; N sources, each toward the mean of the others.
     """
     check_same(models)
-    views = [_view(model, symmetries, products) for model in models]
-    identity = [torch.eye(s.size, dtype=torch.float64) for s in symmetries]
-    elements = [list(identity) for _ in models]
-    scale = _scales(views, products)
-    correlations = _correlations(symmetries, moments) if moments else {}
-    problem = _Problem(views, symmetries, products, scale, correlations)
-    before = problem.agreement(elements)
+    second = {(name, 1): value for name, value in (moments or {}).items()} | dict(outputs or {})
+    problem = _Problem.build(models, symmetries, products, second)
+    identity = problem.identity()
+    before = problem.agreement([identity for _ in models])
     if len(models) == 1:
-        return Alignment(elements, 1.0, 1.0, 0)
+        return Alignment([identity], 1.0, 1.0, 0)
     draw = generator(seed, "alignment")
     best: tuple[tuple[float, float], list[list[Tensor]], int] | None = None
-    for start in range(starts):
-        first = identity if start == 0 else [random_element(s, draw) for s in symmetries]
-        candidate, sweeps = problem.solve(first, draw)
+    for start in range(starts + anchored_start):
+        if start == starts:
+            first = None
+        else:
+            first = identity if start == 0 else [random_element(s, draw) for s in symmetries]
+        candidate, sweeps = problem.solve(first, draw, anchor)
         value = problem.value(candidate)
         if best is None or value > best[0]:
             best = (value, candidate, sweeps)
@@ -107,10 +118,8 @@ def agreement(
 ) -> float:
     """Return the mean cosine between a parameter of two sources as they are (``align``)."""
     check_same(models)
-    views = [_view(model, symmetries, products) for model in models]
-    identity = [torch.eye(s.size, dtype=torch.float64) for s in symmetries]
-    problem = _Problem(views, symmetries, products, _scales(views, products), {})
-    return problem.agreement([identity for _ in models])
+    problem = _Problem.build(models, symmetries, products, {})
+    return problem.agreement([problem.identity() for _ in models])
 
 
 @dataclass(slots=True)
@@ -121,16 +130,59 @@ class _Problem:
     symmetries: Sequence[Symmetry]
     products: Mapping[str, Tensor]
     scale: dict[str, float]
-    correlations: dict[int, Tensor]
-    """Per symmetry that activations decide: ``(2, K, K, S, S)``, signed and unsigned parts."""
+    """Weights of parameters."""
+    seen: dict[str, float]
+    """Weights of activations."""
+    observed: frozenset[int]
+    """Places of the symmetries that activations decide."""
+    nests: Mapping[int, Nest]
+    idle: set[int]
+    """Places of symmetries that cannot be composed with others: they do not move."""
+    coupled: set[int]
+    """Places of symmetries that move a parameter twice: their steps are tried."""
+
+    @classmethod
+    def build(
+        cls,
+        models: Sequence[Params],
+        symmetries: Sequence[Symmetry],
+        products: Mapping[str, Tensor],
+        second: Second,
+    ) -> _Problem:
+        """Return the problem of aligning ``models``."""
+        views = [_view(model, symmetries, products) for model in models]
+        scale = _scales(views, products)
+        nests, idle = find_nests(symmetries)
+        observed = observe(symmetries, nests, second)
+        for name, product in observed.products.items():
+            for view in views:
+                view[name] = torch.eye(product.shape[-1], dtype=torch.float64)
+        coupled = {place for place, nest in nests.items() if nest.inside}
+        for place, symmetry in enumerate(symmetries):
+            axes = {(part.parameter, part.axis) for part in symmetry.slices}
+            if len(axes) > len({name for name, _ in axes}):
+                coupled.add(place)
+        return cls(
+            views,
+            observed.symmetries,
+            {**products, **observed.products},
+            scale,
+            dict.fromkeys(observed.products, 1.0),
+            observed.places,
+            nests,
+            idle,
+            coupled,
+        )
+
+    def identity(self) -> list[Tensor]:
+        """Return the identity of every symmetry."""
+        return [torch.eye(s.size, dtype=torch.float64) for s in self.symmetries]
 
     def value(self, elements: list[list[Tensor]]) -> tuple[float, float]:
         """Return the objective: correlations of activations, then agreement."""
-        correlation = 0.0
-        for place in self.correlations:
-            for k, source_elements in enumerate(elements):
-                products = self._by_activations(place, k, self._others(k), elements)
-                correlation += _trace(source_elements[place], *products)
+        correlation, moved = 0.0, self._moved(elements)
+        for k in range(len(moved) if self.seen else 0):
+            correlation += _total(self._reference(k, self._others(k), moved), moved[k], self.seen)
         return round(correlation, DIGITS), round(self.agreement(elements), DIGITS)
 
     def agreement(self, elements: list[list[Tensor]]) -> float:
@@ -139,14 +191,16 @@ class _Problem:
         pairs = len(cosine_KK) * (len(cosine_KK) - 1)
         return float(cosine_KK.sum()) / pairs if pairs and self.scale else 1.0
 
-    def solve(self, first: list[Tensor], draw: torch.Generator) -> tuple[list[list[Tensor]], int]:
+    def solve(
+        self, first: list[Tensor] | None, draw: torch.Generator, anchor: int | None
+    ) -> tuple[list[list[Tensor]], int]:
         """Return elements of all sources at a fixed point, from one start, and the sweeps."""
         num_sources = len(self.views)
-        identity = [torch.eye(s.size, dtype=torch.float64) for s in self.symmetries]
         order = torch.randperm(len(self.symmetries), generator=draw).tolist()
         candidates, sweeps = [], 0
-        for center in range(num_sources if num_sources > 2 else 1):  # of two it is all the same
-            elements = [list(identity) for _ in self.views]
+        centers = range(num_sources if num_sources > 2 else 1)  # of two it is all the same
+        for center in centers if anchor is None else [anchor]:
+            elements = [self.identity() for _ in self.views]
             for k in self._others(center):
                 elements[k], used = self._descend(k, [center], elements, first, order)
                 sweeps += used
@@ -155,6 +209,8 @@ class _Problem:
         for _ in range(MOST_SWEEPS if num_sources > 2 else 0):
             improved, cosine_K = list(elements), self._cosines(elements).sum(1).tolist()
             for k in sorted(range(num_sources), key=cosine_K.__getitem__):
+                if k == anchor:
+                    continue
                 improved[k], used = self._descend(k, self._others(k), improved, improved[k], order)
                 sweeps += used
             new = self.value(improved)
@@ -172,12 +228,8 @@ class _Problem:
         cosine_KK = torch.zeros(num_sources, num_sources, dtype=torch.float64)
         for k in range(num_sources):
             for j in range(k):
-                reference = self._reference(k, [j], moved)
-                products = [
-                    scale * float((reference[name] * moved[k][name]).sum())
-                    for name, scale in self.scale.items()
-                ]
-                cosine_KK[k, j] = cosine_KK[j, k] = sum(products) / max(len(products), 1)
+                total = _total(self._reference(k, [j], moved), moved[k], self.scale)
+                cosine_KK[k, j] = cosine_KK[j, k] = total / max(len(self.scale), 1)
         return cosine_KK
 
     def _moved(self, elements: list[list[Tensor]]) -> list[Params]:
@@ -187,13 +239,9 @@ class _Problem:
         ]
 
     def _reference(self, k: int, others: Sequence[int], moved: list[Params]) -> Params:
-        """Return the mean of ``others`` as source k meets it.
-
-        A table is represented by the product of source k's table with the others' tables. Source
-        k views its own table as the identity. The scalar product of both is that of the tables.
-        """
+        """Return the mean of other sources, in the form that source k is multiplied with."""
         reference: Params = {}
-        for name in self.scale:
+        for name in (*self.scale, *self.seen):
             if name in self.products:
                 parts = [self.products[name][k, j] @ moved[j][name] for j in others]
             else:
@@ -206,57 +254,127 @@ class _Problem:
         k: int,
         others: Sequence[int],
         elements: list[list[Tensor]],
-        first: list[Tensor],
+        first: list[Tensor] | None,
         order: list[int],
     ) -> tuple[list[Tensor], int]:
         """Return the elements of source k after coordinate descent, and the number of sweeps."""
         reference = self._reference(k, others, self._moved(elements))
-        chosen = list(first)
-        view = transform(self.views[k], self.symmetries, chosen)
+        if first is None:
+            chosen, view = self._from_anchors(k, reference)
+        else:
+            chosen = list(first)
+            view = transform(self.views[k], self.symmetries, chosen)
         for sweep in range(1, MOST_SWEEPS + 1):
             is_better = False
             for place in order:
-                symmetry = self.symmetries[place]
-                if place in self.correlations:
-                    signed, unsigned = self._by_activations(place, k, others, elements)
-                    step = chosen[place].T @ _best(symmetry, signed, unsigned)
-                    is_change = not bool((step.diagonal() == 1).all())
-                else:
-                    signed, unsigned = self._by_weights(symmetry, reference, view)
-                    step = _best(symmetry, signed, unsigned)
-                    now = float((signed + unsigned).trace())
-                    is_change = _trace(step, signed, unsigned) > now + 1e-10
-                if is_change:
-                    is_better = True
-                    chosen[place] = chosen[place] @ step
-                    view = transform(view, [symmetry], [step])
+                scale = self.seen if place in self.observed else self.scale
+                steps = self._improve(place, reference, view, chosen, scale)
+                is_better |= bool(steps)
+                chosen, view = self._take(steps, chosen, view)
+            if self.nests and is_better:  # rounding, and compositions, are those of the result
+                view = transform(self.views[k], self.symmetries, chosen)
             if not is_better:
                 return chosen, sweep
         return chosen, MOST_SWEEPS
 
-    def _by_weights(
-        self, symmetry: Symmetry, reference: Params, view: Params
+    def _take(
+        self, steps: list[Step], chosen: list[Tensor], view: Params
+    ) -> tuple[list[Tensor], Params]:
+        """Return elements and parameters after further steps."""
+        for place, step in steps:
+            chosen = compose(self.nests, chosen, place, step)
+            view = transform(view, [self.symmetries[place]], [step])
+        return chosen, view
+
+    def _improve(
+        self,
+        place: int,
+        reference: Params,
+        view: Params,
+        chosen: list[Tensor],
+        scale: Mapping[str, float],
+    ) -> list[Step]:
+        """Return the best change of one symmetry, and of what it contains; empty: none."""
+        if place in self.idle:
+            return []
+        if place in self.nests:
+            nest = self.nests[place]
+            steps, gain = solve_jointly(self.symmetries, place, nest, view, reference, scale)
+            is_change = gain > SMALLEST_GAIN
+        else:
+            symmetry = self.symmetries[place]
+            signed, unsigned = self._by_slices(symmetry, reference, view, scale)
+            if place in self.observed and symmetry.kind != "rotation":  # ties as of the source
+                now = chosen[place]
+                best = best_element(symmetry.kind, now @ signed, now.abs() @ unsigned)
+                step = now.T @ best
+                is_change = not bool((step.diagonal() == 1).all())
+            else:
+                step = best_element(symmetry.kind, signed, unsigned)
+                before = float((signed + unsigned).trace())
+                is_change = product_with(step, signed, unsigned) > before + SMALLEST_GAIN
+            steps = [(place, step)]
+        if is_change and place in self.coupled:  # products of one axis are not the objective
+            moved = self._take(steps, chosen, view)[1]
+            gain = _total(reference, moved, scale) - _total(reference, view, scale)
+            is_change = gain > SMALLEST_GAIN
+        return steps if is_change else []
+
+    def _by_slices(
+        self, symmetry: Symmetry, reference: Params, view: Params, scale: Mapping[str, float]
     ) -> tuple[Tensor, Tensor]:
         """Return ``(S, S)`` products of the slices of a symmetry: signed and unsigned ones."""
         products = torch.zeros(2, symmetry.size, symmetry.size, dtype=torch.float64)
         for part in symmetry.slices:
-            if part.parameter in self.scale:
+            if part.parameter in scale:
                 left = units_of(view[part.parameter], part, symmetry.size)
                 right = units_of(reference[part.parameter], part, symmetry.size)
                 product = torch.einsum("...wi,...wj->ij", left, right)
-                products[0 if part.signed else 1] += self.scale[part.parameter] * product
+                products[0 if part.signed else 1] += scale[part.parameter] * product
         return products[0], products[1]
 
-    def _by_activations(
-        self, place: int, k: int, others: Sequence[int], elements: list[list[Tensor]]
-    ) -> tuple[Tensor, Tensor]:
-        """Return ``(S, S)`` correlations of source k's units with those of the reference."""
-        correlation = self.correlations[place]
-        signed = torch.stack([correlation[0, k, j] @ elements[j][place] for j in others]).mean(0)
-        unsigned = torch.stack(
-            [correlation[1, k, j] @ elements[j][place].abs() for j in others]
-        ).mean(0)
-        return signed, unsigned
+    def _from_anchors(self, k: int, reference: Params) -> tuple[list[Tensor], Params]:
+        """Return first elements of source k, found from one symmetry to the next.
+
+        A slice can be compared once no unknown symmetry moves its parameter on another axis. The
+        symmetry with most such entries per unit comes next.
+        """
+        chosen, view = self.identity(), self.views[k]
+        within = {m for nest in self.nests.values() for f in nest.inside for m in f}
+        within |= {sign for nest in self.nests.values() for sign in nest.signs}
+        unknown = set(range(len(self.symmetries))) - self.idle - within
+        while unknown:
+            blocked: dict[str, set[int]] = {}
+            for place in unknown:
+                for part in self.symmetries[place].slices:
+                    blocked.setdefault(part.parameter, set()).add(part.axis)
+            comparable: dict[int, dict[str, float]] = {}
+            entries: dict[int, float] = {}
+            for place in sorted(unknown):
+                weights = self.seen if place in self.observed else self.scale
+                names = {
+                    part.parameter: part
+                    for part in self.symmetries[place].slices
+                    if part.parameter in weights and blocked[part.parameter] == {part.axis}
+                }
+                comparable[place] = {name: weights[name] for name in names}
+                size = self.symmetries[place].size
+                entries[place] = sum(units_of(view[n], p, size).numel() for n, p in names.items())
+                entries[place] /= size
+            place = max(sorted(unknown), key=entries.__getitem__)
+            if not entries[place]:
+                break
+            steps = self._improve(place, reference, view, chosen, comparable[place])
+            chosen, view = self._take(steps, chosen, view)
+            unknown.discard(place)
+        return chosen, view
+
+
+def _total(reference: Params, moved: Params, scale: Mapping[str, float]) -> float:
+    """Return the weighted sum of products of parameters."""
+    return sum(
+        weight * float((reference[name] * moved[name]).sum()) for name, weight in scale.items()
+    )
 
 
 def _view(model: Params, symmetries: Sequence[Symmetry], products: Mapping[str, Tensor]) -> Params:
@@ -286,47 +404,6 @@ def _scales(views: Sequence[Params], products: Mapping[str, Tensor]) -> dict[str
     return scales
 
 
-def _correlations(
-    symmetries: Sequence[Symmetry], moments: Mapping[str, Tensor]
-) -> dict[int, Tensor]:
-    """Return correlations of hidden units for the permutations that have moments."""
-    correlations = {}
-    for place, symmetry in enumerate(symmetries):
-        readers = [p for p in symmetry.slices if p.axis == 1 and p.parameter in moments]
-        if symmetry.kind == "rotation" or not readers:
-            continue
-        num_sources, size = len(moments[readers[0].parameter]), symmetry.size
-        total = torch.zeros(2, num_sources, num_sources, size, size, dtype=torch.float64)
-        for part in readers:
-            covariance = unit_covariance(moments[part.parameter], part.start, size * part.width)
-            deviation = torch.einsum("kiki->ki", covariance).clamp_min(0).sqrt()
-            inverse = torch.where(deviation > 1e-12, 1 / deviation.clamp_min(1e-12), 0.0)
-            correlation = torch.einsum("ki,kijm,jm->kjim", inverse, covariance, inverse)
-            shape = (num_sources, num_sources, size, part.width, size, part.width)
-            units = torch.einsum("kjiwmw->kjim", correlation.reshape(shape))
-            total[0 if part.signed else 1] += units
-        if bool(total.any()):  # else no unit varies, and weights decide
-            correlations[place] = total
-    return correlations
-
-
-def _best(symmetry: Symmetry, signed: Tensor, unsigned: Tensor) -> Tensor:
-    """Return the element of the group with the largest product, ``(S, S)``."""
-    if symmetry.kind == "rotation":
-        return polar(signed)
-    is_signed = symmetry.kind == "signed_permutation"
-    gain = unsigned + (signed.abs() if is_signed else signed)
-    rows, columns = linear_sum_assignment(gain.numpy(), maximize=True)
-    element = torch.zeros_like(signed)
-    negative = (signed[rows, columns] < 0) & is_signed
-    element[rows, columns] = torch.where(negative, -1.0, 1.0).to(element)
-    return element
-
-
-def _trace(element: Tensor, signed: Tensor, unsigned: Tensor) -> float:
-    return float((element * signed).sum() + (element.abs() * unsigned).sum())
-
-
 def table_products(
     models: Sequence[Params], tables: Sequence[str], counts: Sequence[Params] = ()
 ) -> dict[str, Tensor]:
@@ -348,17 +425,6 @@ def table_products(
     return {
         name: _products([m[name] for m in models], [c[name] for c in counts]) for name in tables
     }
-
-
-def polar(product: Tensor) -> Tensor:
-    r"""Return the orthogonal matrix Q that maximizes :math:`\langle Q, M \rangle`.
-
-    Reference:
-        Schönemann, Psychometrika 1966.
-    """
-    left, _, right = torch.linalg.svd(product)
-    orthogonal: Tensor = left @ right
-    return orthogonal
 
 
 def _products(tables: list[Tensor], counts: list[Tensor]) -> Tensor:

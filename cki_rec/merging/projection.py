@@ -10,7 +10,7 @@ from collections.abc import Collection, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from cki_rec.merging.alignment import polar
+from cki_rec.merging.closest import polar
 from cki_rec.merging.mixing import mix
 from cki_rec.merging.params import MixingWeights, Params
 from cki_rec.merging.symmetry import Slice, Symmetry, move_units, set_units, units_of
