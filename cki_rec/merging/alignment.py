@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from cki_rec.merging.closest import best_element, product_with
-from cki_rec.merging.nested import Nest, Step, compose, find_nests, solve_jointly
+from cki_rec.merging.nested import Nest, Step, compose, find_nests, joined, solve_jointly
 from cki_rec.merging.observed import Second, observe
 from cki_rec.merging.params import BLOCK, MergeError, Params, check_same, compute_dtype, generator
 from cki_rec.merging.symmetry import Symmetry, random_element, transform, units_of
@@ -150,6 +150,7 @@ class _Problem:
         second: Second,
     ) -> _Problem:
         """Return the problem of aligning ``models``."""
+        symmetries = [joined(symmetry) for symmetry in symmetries]
         views = [_view(model, symmetries, products) for model in models]
         scale = _scales(views, products)
         nests, idle = find_nests(symmetries)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from scipy.optimize import linear_sum_assignment
@@ -288,6 +288,30 @@ def _without(view: Params, symmetries: Sequence[Symmetry], nest: Nest) -> Params
                 units = units_of(rest[name], part, symmetries[place].size)
                 set_units(rest[name], part, torch.zeros_like(units))
     return rest
+
+
+def joined(symmetry: Symmetry) -> Symmetry:
+    """Return a symmetry whose slices are joined where the units of one continue those of another.
+
+    It acts as before; ``find_nests`` sees units as a whole.
+    """
+    parts = sorted(symmetry.slices, key=lambda p: (_order(p)[:2], starts_of(p, symmetry.size)))
+    if symmetry.kind not in PERMUTATIONS:
+        return symmetry
+    slices: list[Slice] = []
+    for part in parts:
+        starts = starts_of(part, symmetry.size)
+        for number, other in enumerate(slices):
+            behind = tuple(start + other.width for start in starts_of(other, symmetry.size))
+            alike = replace(part, start=0, step=0, starts=(), width=1)
+            if behind == starts and alike == replace(other, start=0, step=0, starts=(), width=1):
+                ahead = starts_of(other, symmetry.size)
+                slices[number] = replace(other, starts=ahead, width=other.width + part.width)
+                break
+        else:
+            slices.append(part)
+    is_shorter = len(slices) < len(symmetry.slices)
+    return replace(symmetry, slices=tuple(slices)) if is_shorter else symmetry
 
 
 def _overlapping(symmetries: Sequence[Symmetry]) -> list[tuple[int, int]]:
