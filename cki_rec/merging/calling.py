@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 import torch
@@ -40,20 +41,31 @@ def call(module: nn.Module, batch: Any, params: Params | None = None) -> Any:
     return functional_call(module, params, positional, named)
 
 
-def logits_of(module: nn.Module, batch: Any, params: Params | None = None) -> Tensor:
-    """Return ``(B,)`` outputs of a module that gives one number per row, ``(B,)`` or ``(B, 1)``.
+def outputs_of(module: nn.Module, batch: Any, params: Params | None = None) -> Tensor:
+    """Return all floating outputs of a module on a batch, one after the other.
 
     Raises:
-        MergeError: Its output has another form.
+        MergeError: It has none.
     """
-    output = call(module, batch, params)
-    if not isinstance(output, Tensor):
-        raise MergeError(f"the module returns {type(output).__name__}, not one tensor of logits")
-    if output.ndim == 2 and output.shape[1] == 1:
-        return output[:, 0]
-    if output.ndim != 1:
-        raise MergeError(f"the module returns {tuple(output.shape)}, not one number per row")
-    return output
+    outputs = list(_tensors(call(module, batch, params)))
+    if not outputs:
+        raise MergeError("the module returns no floating tensor")
+    return torch.cat([output.flatten() for output in outputs])
+
+
+def _tensors(output: Any) -> Iterator[Tensor]:
+    if isinstance(output, Tensor):
+        if output.is_floating_point():
+            yield output
+    elif isinstance(output, Mapping):
+        for value in output.values():
+            yield from _tensors(value)
+    elif isinstance(output, list | tuple):
+        for value in output:
+            yield from _tensors(value)
+    elif is_dataclass(output) and not isinstance(output, type):
+        for entry in fields(output):
+            yield from _tensors(getattr(output, entry.name))
 
 
 def rows_of(batch: Any) -> int:
@@ -71,13 +83,12 @@ def rows_of(batch: Any) -> int:
 
 @contextmanager
 def evaluating(module: nn.Module | None) -> Iterator[None]:
-    """Run a module in evaluation mode, without gradients, and restore its modes afterwards."""
+    """Put a module into evaluation mode, and restore the modes of all its parts afterwards."""
     modes = {} if module is None else {part: part.training for part in module.modules()}
     try:
         if module is not None:
             module.eval()
-        with torch.no_grad():
-            yield
+        yield
     finally:
         for part, mode in modes.items():
             part.training = mode
