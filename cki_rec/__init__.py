@@ -1,10 +1,69 @@
-"""Merge several trained click-through-rate models into one model of the same size."""
+"""Merge several trained models into one model of the same size, above all recommenders.
 
+Names are imported when they are used: ``import cki_rec`` itself does not import torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # for editors and type checkers: the same names as in _NAMES
+    from cki_rec.merging.api import merge, methods
+    from cki_rec.merging.params import MergeError, MixingWeights, Params
+    from cki_rec.merging.registry import MethodInfo, method
+    from cki_rec.merging.result import MergeResult, Recipe
+    from cki_rec.merging.steps import Extras
+    from cki_rec.merging.symmetry import Slice, Symmetry
 
 __version__ = "0.2.0"
 COMMAND_VARIABLE = "CKI_REC_COMMAND"
 """The command line as typed, for runs in this process and in those a launcher starts."""
+_NAMES = {
+    "Extras": "merging.steps",
+    "MergeError": "merging.params",
+    "MergeResult": "merging.result",
+    "MethodInfo": "merging.registry",
+    "MixingWeights": "merging.params",
+    "Params": "merging.params",
+    "Recipe": "merging.result",
+    "Slice": "merging.symmetry",
+    "Symmetry": "merging.symmetry",
+    "merge": "merging.api",
+    "method": "merging.registry",
+    "methods": "merging.api",
+}
+"""Public name -> the module that defines it."""
+
+__all__ = [
+    "COMMAND_VARIABLE",
+    "Extras",
+    "MergeError",
+    "MergeResult",
+    "MethodInfo",
+    "MixingWeights",
+    "Params",
+    "Recipe",
+    "Slice",
+    "Symmetry",
+    "merge",
+    "method",
+    "methods",
+    "project_root",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _NAMES:
+        raise AttributeError(f"module 'cki_rec' has no attribute {name!r}")
+    value = getattr(import_module(f"cki_rec.{_NAMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_NAMES})
 
 
 def project_root() -> Path:

@@ -204,7 +204,6 @@ ALLOWED_WORDS = {
     ("cki_rec.merging.steps", "first"),
     ("cki_rec.pipelines.merge_inputs", "evidence"),
     ("cki_rec.pipelines.merge_inputs", "first"),
-    ("cki_rec.pipelines.preflight", "evidence"),
 }
 """Module and word that is also the name of a method or model, and stands for something else."""
 
@@ -323,7 +322,7 @@ def test_every_table_row_has_a_file():
     from cki_rec.data.raw.formats import FORMATS
     from cki_rec.merging.methods import METHODS
     from cki_rec.models import MODELS
-    from cki_rec.pipelines.preflight import AUTO
+    from cki_rec.merging.search import AUTO
     from cki_rec.pipelines.references import REFERENCES
 
     def values(group, key):

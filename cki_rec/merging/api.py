@@ -2,23 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+import importlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, get_args
 
-from torch import Tensor
+import torch
+from torch import nn
 
+from cki_rec.merging.calling import evaluating
+from cki_rec.merging.inputs import (
+    Model,
+    Sources,
+    base_of,
+    batches_of,
+    check_module,
+    checked_score,
+    counts_of,
+    sources_of,
+    symmetries_of,
+    tables_of,
+    unwrapped,
+)
 from cki_rec.merging.methods import METHODS
 from cki_rec.merging.mixing import source_shares
-from cki_rec.merging.params import MergeError, Params, check_finite, check_same, widened
-from cki_rec.merging.registry import MergeInputs, Method, Score
+from cki_rec.merging.options import nearest
+from cki_rec.merging.params import MergeError, Params, check_finite
+from cki_rec.merging.registry import MergeInputs, Method, MethodInfo, Score
+from cki_rec.merging.result import Align, MergeResult, Recipe, Repair
+from cki_rec.merging.search import AUTO, possible, search
 from cki_rec.merging.statistics import ActivationStatistics
 from cki_rec.merging.steps import (
-    Calibration,
-    Learn,
-    Learned,
+    Extras,
     Network,
-    Processes,
     Rule,
     align_models,
     calibrate_model,
@@ -27,175 +43,270 @@ from cki_rec.merging.steps import (
     repair_model,
     row_weights_of,
 )
+from cki_rec.merging.symmetry import Symmetry
+from cki_rec.merging.traits import symmetries_of as declared_symmetries
 
-Align = Literal["none", "weights", "activations"]
-Repair = Literal["none", "rescale", "least_squares", "select_units", "project"]
 FITTED = ("least_squares", "select_units", "project")
 """Repairs that fit layers on a sample of rows."""
 UNALIGNED = (
     "repair={} without alignment: sources without a common base have tables in different bases"
 )
-
-
-@dataclass(frozen=True, slots=True)
-class MergeResult:
-    """One model, and the facts about its making."""
-
-    params: Params
-    shares: dict[str, list[float]] | None
-    """Per parameter the mean mixing weight of each source; None if the method has no weights."""
-    alignment: dict[str, Any] | None = None
-    """Agreement of the sources before and after alignment."""
-    anchor: dict[str, Any] | None = None
-    """The source that element-wise modules are copied from, and the scores of all."""
-    learned: Learned | None = None
-    calibration: Calibration | None = None
-    warnings: list[str] = field(default_factory=list)
+Progress = Callable[[str, int, int], None]
+"""(stage, number of stages done, number of all stages)."""
 
 
 def merge(
-    models: Sequence[Params],
+    models: Sequence[Model],
     method: str = "average",
     *,
-    base: Params | None = None,
-    counts: Sequence[Params] = (),
-    network: Network | None = None,
+    base: Model | None = None,
+    counts: Sequence[Mapping[str, Any]] = (),
+    symmetries: Sequence[Symmetry] | None = None,
+    module: nn.Module | None = None,
+    batches: Iterable[Any] | None = None,
     align: Align = "none",
-    starts: int = 1,
     repair: Repair = "none",
-    activations: ActivationStatistics | None = None,
-    fisher: Callable[[Sequence[Params]], Sequence[Params]] | None = None,
-    imitate: Callable[[Sequence[Params], Params, int, float], Params] | None = None,
+    starts: int = 1,
     score: Score | None = None,
-    learn: Learn | None = None,
-    calibrate: Callable[[Params], Calibration] | None = None,
-    fixed: Mapping[str, Rule] | None = None,
-    row_mask: Mapping[str, Tensor] | None = None,
-    processes: Processes | None = None,
-    in_place: bool = False,
+    dtype: torch.dtype | None = None,
     seed: int = 0,
+    progress: Progress | None = None,
+    extras: Extras | None = None,
     **options: Any,
 ) -> MergeResult:
     """Merge several models into one of the same size.
 
+    Models are never changed. Integer and boolean tensors come from the first one. Tied tensors are
+    merged once and stay tied. Models on several devices, or in several floating types, are merged
+    in float32 or wider, on the device of the first.
+
     Args:
-        models: Parameters of the sources, one dictionary each.
-        method: Name of a registered merge method.
+        models: Modules or state dicts of one network. Wrappers for parallel training and of
+            ``torch.compile`` are taken off.
+        method: Name of a merge method (``methods()``), or ``auto``: several recipes are tried,
+            every source is one of them, and the one with the best score is returned.
         base: The model that all sources started from, for methods on task vectors.
         counts: Per source and table ``(V,)``, the training rows that looked each row up.
-        network: Facts about the sources' network, for alignment and repair.
+        symmetries: Symmetries of the network, for alignment and repair. None: those that the
+            module declares, or ``find_symmetries(module, batches[0])``.
+        module: The network. It is run with the parameters of the sources; its own do not matter.
+        batches: Sample rows without labels, for activations and repairs. A tuple or list is called
+            as ``module(*batch)``, a dictionary as ``module(**batch)``, all else as
+            ``module(batch)``.
         align: Bring the sources into a shared basis: by their weights or by their activations.
+        repair: Fit the merged layers to the sources' layers.
         starts: Starts of the search for an alignment; the best end is taken.
-        repair: Make the merged layers compute the mean of the sources' layers.
-        activations: Activations of models on a sample of rows.
-        fisher: (aligned models) -> the diagonal of the Fisher information of each.
-        imitate: (teachers, first parameters, epochs, learning rate) -> a trained model.
-        score: Validation AUC of a model.
-        learn: Training of the method's gates; None: closed form.
-        calibrate: (parameters) -> the scale and shift of the logit that fit validation rows.
-        fixed: Parameters whose mixing weights the method does not decide.
-        row_mask: Per table of joined vocabularies ``(K, V)`` bool, the rows that a source has.
-        processes: The processes that hold the models; here one.
-        in_place: Alignment may transform the tensors of ``models`` themselves.
+        score: Quality of a state dict on validation rows; larger is better.
+        dtype: Floating type of the result; None: that of the first source.
         seed: Seed of all random draws.
+        progress: Called with the name of a stage, the number of stages done, and that of all.
+        extras: Inputs that few users need.
         **options: Options of the method.
 
     Returns:
-        The new model in the types of the first source, with mixing weights and facts.
+        The new model as a state dict, with mixing weights and facts.
 
     Raises:
         MergeError: Models that differ or have NaN, an unknown method or option, a missing input.
     """
-    rule = check_models(models, method, options)
-    check_steps(rule, models, align, repair, network, fixed or {})
-    network, processes = network or Network(), processes or Processes()
-    types = {name: tensor.dtype for name, tensor in models[0].items()}
-    models = [widened(model) for model in models]
-    row_mask, is_several = row_mask or {}, len(models) > 1
-    row_weights = row_weights_of(models, counts, row_mask, network.tables)
+    extras, batches = extras or Extras(), batches_of(batches)
+    module = None if module is None else unwrapped(module)
+    sources = sources_of(models, dtype, module)
+    recipe = Recipe(method, align, repair, options)
+    is_search = method == AUTO
+    rule = None
+    if is_search:
+        _check_search(recipe, score)
+    else:
+        rule = check_recipe(recipe, len(sources.models))
+    notes = list[str]()
+    if rule is not None and score is None and rule.filled(options) != options:
+        recipe = replace(recipe, options=rule.filled(options))
+        chosen = ", ".join(f"{n}={recipe.options[n]}" for n in rule.without_score)
+        notes.append(f"without a score: {chosen} ({rule.reference})")
+    check_fixed(extras.fixed, sources.models[0])
+    if module is not None:
+        check_module(module, sources)
+    known_counts = counts_of(counts, sources)
+    given_base = None if base is None else base_of(base, sources)
+    check_finite(sources.models)
+    purpose = _reader_of_symmetries(recipe, rule)
+    network = Network(
+        _symmetries(symmetries, sources, module, batches, purpose, is_search, seed),
+        tables_of(module, known_counts, sources) if extras.tables is None else extras.tables,
+        module,
+        extras.probe if extras.probe is not None or not batches else batches[0],
+        extras.logit_scale,
+    )
+    task = _Task(
+        sources,
+        given_base,
+        known_counts,
+        network,
+        ActivationStatistics(module, batches) if module is not None and batches else None,
+        None if score is None else checked_score(score, sources),
+        starts,
+        seed,
+        extras,
+        progress or (lambda *_: None),
+    )
+    with evaluating(module):
+        if is_search:
+            result = _search(task)
+        else:
+            result = run(recipe, task)
+    return replace(
+        result,
+        params=sources.restored(result.params, not extras.in_place),
+        warnings=[*notes, *result.warnings],
+    )
+
+
+def methods() -> dict[str, MethodInfo]:
+    """Return the merge methods by name: summary, inputs, options and reference of each."""
+    return {name: known.info() for name, known in METHODS.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class _Task:
+    """The inputs of a merge in one form; recipes differ in the rest."""
+
+    sources: Sources
+    base: Params | None
+    counts: Sequence[Params]
+    network: Network
+    activations: ActivationStatistics | None
+    score: Score | None
+    starts: int
+    seed: int
+    extras: Extras
+    progress: Progress
+
+
+def run(recipe: Recipe, task: _Task) -> MergeResult:
+    """Return the merge by one recipe, its parameters in the form of ``task.sources``.
+
+    Raises:
+        MergeError: An input of the recipe is missing.
+    """
+    rule, extras, network = METHODS[recipe.method], task.extras, task.network
+    models, counts, activations = task.sources.models, task.counts, task.activations
+    align, repair = recipe.align, recipe.repair
+    is_several, fixed = len(models) > 1, extras.fixed
+    row_weights = row_weights_of(models, counts, extras.row_mask, network.tables)
     alignment, anchor, calibration, warnings = None, None, None, list[str]()
 
+    task.progress("align", 0, 3)
     if repair in FITTED and is_several:
         warnings += check_sample(repair, models[0], required(activations, repair))
-        if align == "none" and base is None:
+        if align == "none" and task.base is None:
             warnings.append(UNALIGNED.format(repair))
     if align != "none" and is_several:
         seen = required(activations, align) if align == "activations" else None
         models, facts = align_models(
-            models, network, row_weights, seen, starts, seed, processes, in_place
+            models,
+            *(network, row_weights, seen, task.starts, task.seed),
+            *(extras.processes, extras.in_place),
         )
         alignment = {"by": align, **facts}
-    sources = list(models)
+    task.progress("mix", 1, 3)
+    sources, fisher, imitate = list(models), extras.fisher, extras.imitate
     inputs = MergeInputs(
-        seed=seed,
+        seed=task.seed,
         counts=counts,
-        base=None if base is None else widened(base),
-        score=score,
+        base=task.base,
+        score=task.score,
         symmetries=network.symmetries,
         fisher=fisher(sources) if fisher and "fisher" in rule.inputs else (),
         moments=activations(sources).second if activations and "moments" in rule.inputs else {},
         imitate=None if imitate is None else lambda *first: imitate(sources, *first),
     )
     params, weights, learned = mix_models(
-        rule, sources, inputs, options, fixed or {}, row_mask, learn
+        rule, sources, inputs, recipe.options, fixed, extras.row_mask, extras.learn
     )
+    task.progress("repair", 2, 3)
     if repair != "none" and is_several and weights is not None:
         seen = required(activations, repair)
         params, weights, anchor = repair_model(
-            repair, params, sources, weights, network, row_weights, seen, score
+            repair, params, sources, weights, network, row_weights, seen, task.score
         )
     check_finite([params], "the result")
-    if calibrate is not None:
-        params, calibration = calibrate_model(params, network, calibrate(params))
+    if extras.calibrate is not None:
+        params, calibration = calibrate_model(params, network, extras.calibrate(params))
         if calibration.reason:
             warnings.append(f"recalibrate=true: not done, {calibration.reason} (validation rows)")
     shares = None
     if weights is not None:
-        shares = processes.mean_shares(source_shares(weights, sources))
+        shares = extras.processes.mean_shares(source_shares(weights, sources))
         shares = {n: share for n, share in shares.items() if not learned or n not in learned.trunk}
-    params = {name: tensor.to(types[name]) for name, tensor in params.items()}
-    return MergeResult(params, shares, alignment, anchor, learned, calibration, warnings)
+    task.progress("done", 3, 3)
+    return MergeResult(
+        params,
+        shares,
+        alignment,
+        str(recipe),
+        anchor=anchor,
+        learned=learned,
+        calibration=calibration,
+        warnings=warnings,
+    )
 
 
-def check_models(models: Sequence[Params], method: str, options: Mapping[str, Any]) -> Method:
-    """Return the method, after a check of models, method and options.
+def _search(task: _Task) -> MergeResult:
+    """Return the best result of the recipes that the inputs allow, and of all sources."""
+    assert task.score is not None
+    recipes = possible(
+        bool(task.counts),
+        bool(task.network.symmetries),
+        task.activations is not None,
+        len(task.sources.models),
+    )
+    quiet = replace(task, progress=lambda *_: None)
+    return search(
+        recipes,
+        lambda recipe: run(recipe, quiet),
+        task.sources.models,
+        task.score,
+        task.progress,
+    )
+
+
+def check_recipe(recipe: Recipe, num_models: int) -> Method:
+    """Return the method of a recipe, after a check of method, options and steps.
 
     Raises:
-        MergeError: Models that differ, an unknown method or option.
+        MergeError: An unknown method, option or step, or a step that the method excludes.
     """
-    check_same(models)
-    if method not in METHODS:
-        raise MergeError(f"no method '{method}': one of {', '.join(METHODS)}")
-    METHODS[method].check(options, len(models))
-    return METHODS[method]
-
-
-def check_steps(
-    rule: Method,
-    models: Sequence[Params],
-    align: str,
-    repair: str,
-    network: Network | None,
-    fixed: Mapping[str, Rule],
-) -> None:
-    """Check the steps around a method.
-
-    Raises:
-        MergeError: An unknown step, one that lacks its input, or one that the method excludes.
-    """
-    for name, value, known in (
-        ("align", align, get_args(Align)),
-        ("repair", repair, get_args(Repair)),
-        *((f"fixed[{parameter!r}]", each, get_args(Rule)) for parameter, each in fixed.items()),
+    if recipe.method not in METHODS:
+        hint = nearest(recipe.method, [AUTO, *METHODS])
+        known = ", ".join([AUTO, *METHODS])
+        raise MergeError(f"no method {recipe.method!r}: {hint}one of {known}")
+    rule = METHODS[recipe.method]
+    rule.check(recipe.options, num_models)
+    for name, value, known_steps in (
+        ("align", recipe.align, get_args(Align)),
+        ("repair", recipe.repair, get_args(Repair)),
     ):
-        if value not in known:
-            raise MergeError(f"{name}={value!r}: one of {', '.join(known)}")
-    if unknown := [parameter for parameter in fixed if parameter not in models[0]]:
-        raise MergeError(f"fixed names {unknown[0]}, which no model has")
-    if network is None and (align != "none" or repair != "none"):
-        raise MergeError(f"align={align}, repair={repair}: network is missing")
-    if repair != "none" and not rule.averages_dense:
-        raise MergeError(f"repair={repair}: {rule.name} does not average layers; use repair=none")
+        if value not in known_steps:
+            raise MergeError(f"{name}={value!r}: one of {', '.join(known_steps)}")
+    if recipe.repair != "none" and not rule.averages_dense:
+        raise MergeError(
+            f"repair={recipe.repair}: {rule.name} does not average layers; use repair=none"
+        )
+    return rule
+
+
+def check_fixed(fixed: Mapping[str, Rule], params: Params) -> None:
+    """Check the parameters whose mixing weights the method does not decide.
+
+    Raises:
+        MergeError: An unknown rule or parameter.
+    """
+    for name, rule in fixed.items():
+        if rule not in get_args(Rule):
+            raise MergeError(f"fixed[{name!r}]={rule!r}: one of {', '.join(get_args(Rule))}")
+        if name not in params:
+            raise MergeError(f"fixed names {name}, which no model has")
 
 
 def required(activations: ActivationStatistics | None, purpose: str) -> ActivationStatistics:
@@ -205,5 +316,55 @@ def required(activations: ActivationStatistics | None, purpose: str) -> Activati
         MergeError: There are none.
     """
     if activations is None:
-        raise MergeError(f"{purpose} needs activations on a sample of rows (activations)")
+        raise MergeError(f"{purpose} needs activations on a sample of rows (module and batches)")
     return activations
+
+
+def _check_search(recipe: Recipe, score: Score | None) -> None:
+    if score is None:
+        raise MergeError("method='auto' needs a score of models on validation rows (score)")
+    steps = [name for name in ("align", "repair") if getattr(recipe, name) != "none"]
+    if wrong := [*steps, *recipe.options]:
+        raise MergeError(f"method='auto' chooses method, align and repair; leave out {wrong[0]}")
+
+
+def _reader_of_symmetries(recipe: Recipe, rule: Method | None) -> str | None:
+    """Return the name of the step that reads symmetries; None: no step does."""
+    if recipe.align != "none":
+        return f"align={recipe.align}"
+    if recipe.repair != "none":
+        return f"repair={recipe.repair}"
+    return f"method {rule.name}" if rule is not None and "symmetries" in rule.inputs else None
+
+
+def _symmetries(
+    symmetries: Sequence[Symmetry] | None,
+    sources: Sources,
+    module: nn.Module | None,
+    batches: Sequence[Any] | None,
+    purpose: str | None,
+    is_search: bool,
+    seed: int,
+) -> Sequence[Symmetry]:
+    """Return the symmetries of the sources' network: passed, declared by the module, or found."""
+    if symmetries is not None:
+        return symmetries_of(symmetries, sources)
+    if len(sources.models) == 1 or (purpose is None and not is_search):
+        return ()
+    if module is not None and (declared := declared_symmetries(module)):
+        return symmetries_of(declared, sources)
+    if module is None or not batches:
+        if is_search:
+            return ()
+        raise MergeError(
+            f"{purpose} needs the symmetries of the network: pass symmetries, or module and"
+            " batches to find them"
+        )
+    return symmetries_of(_find(module, batches[0], seed), sources)
+
+
+def _find(module: nn.Module, batch: Any, seed: int) -> Sequence[Symmetry]:
+    discovery = importlib.import_module("cki_rec.merging.discovery")  # slow to import, rarely used
+    example = tuple(batch) if type(batch) is list else batch
+    found: Sequence[Symmetry] = discovery.find_symmetries(module, example, seed=seed)
+    return found

@@ -20,6 +20,9 @@ from cki_rec.merging.params import (
     compute_dtype,
 )
 
+FLAT = 1 << 16
+"""Entries that are mixed at a time if a tensor has one weight per source."""
+
 
 def soften(scores_K: Tensor) -> Tensor:
     """Return soft mixing weights, the softmax of the scores over the sources.
@@ -110,6 +113,8 @@ def override_weights(
 def _splice_one(tensors: Sequence[Tensor], weight: Tensor) -> Tensor:
     first = tensors[0]
     is_learned = weight.requires_grad or any(tensor.requires_grad for tensor in tensors)
+    if not is_learned and weight.numel() == len(tensors):
+        return _mix_wholes(tensors, weight)
     if is_learned or first.ndim < 2 or len(first) <= BLOCK:
         return _splice_block(tensors, weight)
     result = torch.empty_like(first)
@@ -117,6 +122,37 @@ def _splice_one(tensors: Sequence[Tensor], weight: Tensor) -> Tensor:
         rows = slice(start, start + BLOCK)
         share = weight if weight.shape[1] == 1 else weight[:, rows]
         result[rows] = _splice_block([tensor[rows] for tensor in tensors], share)
+    return result
+
+
+def _mix_wholes(tensors: Sequence[Tensor], weight: Tensor) -> Tensor:
+    """Return the mix of tensors with one weight each, in blocks that fit caches.
+
+    The result is that of ``_splice_block``. It is written as a - w (a - b), so that equal entries
+    stay as they are, negative zeros too.
+    """
+    dtype = compute_dtype(tensors[0])
+    shares = weight.reshape(-1).to(dtype).tolist()
+    used = [k for k, share in enumerate(shares) if share != 0] or [0]
+    if any(share == 1 for share in shares):  # the last, as in the general form
+        return tensors[max(k for k, share in enumerate(shares) if share == 1)].clone()
+    result = torch.empty_like(tensors[0], memory_format=torch.contiguous_format)
+    first, *others = [tensors[k].reshape(-1) for k in used]
+    flat, size = result.view(-1), min(FLAT, first.numel())
+    difference = torch.empty(size, dtype=dtype, device=first.device)
+    mixed = torch.empty(size, dtype=dtype, device=first.device)
+    for start in range(0, first.numel(), FLAT):
+        part = slice(start, start + FLAT)
+        base, target = first[part].to(dtype), flat[part]
+        away = difference[: len(target)]
+        total = base
+        out = target if target.dtype == dtype else mixed[: len(target)]
+        for k, other in zip(used[1:], others, strict=True):
+            torch.sub(base, other[part].to(dtype), out=away)
+            torch.sub(total, away.mul_(shares[k]), out=out)
+            total = out
+        if total is not target:
+            target.copy_(total)
     return result
 
 

@@ -4,15 +4,25 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from types import UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from cki_rec.merging.params import MergeError
 
 
+def nearest(word: object, known: Iterable[str]) -> str:
+    """Return "did you mean ...? " with the nearest known word, or an empty text."""
+    close = difflib.get_close_matches(str(word), list(known), n=1)
+    return f"did you mean {close[0]!r}? " if close else ""
+
+
 def check_arguments(
-    name: str, function: Callable[..., Any], known: Mapping[str, Any], options: Mapping[str, Any]
+    name: str,
+    function: Callable[..., Any],
+    known: Mapping[str, Any],
+    options: Mapping[str, Any],
+    others: Collection[str] = (),
 ) -> None:
     """Check that a function has these options, and that their values have the right types.
 
@@ -21,6 +31,7 @@ def check_arguments(
         function: The method; its annotations are the types of the options.
         known: Option -> default value.
         options: Option -> value.
+        others: Arguments that are no options, for the nearest name of a mistyped one.
 
     Raises:
         MergeError: An option does not fit; lists the options of the method.
@@ -30,10 +41,8 @@ def check_arguments(
     hints = get_type_hints(function)
     for option, value in options.items():
         if option not in known:
-            close = difflib.get_close_matches(str(option), known, n=1)
-            hint = f"did you mean '{close[0]}'? " if close else ""
-            raise MergeError(f"no option '{option}': {hint}{takes}")
-        if not _fits(value, hints[option]):
+            raise MergeError(f"no option '{option}': {nearest(option, [*known, *others])}{takes}")
+        if option in hints and not _fits(value, hints[option]):
             wanted = _described(hints[option])
             raise MergeError(f"{option}={in_yaml(value)}: must be {wanted}; {takes}")
 

@@ -6,7 +6,7 @@ Shapes: K sources; ``*shape`` is the shape of one parameter; ``*s`` is broadcast
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Annotated, TypeAlias
 
 import torch
@@ -26,6 +26,10 @@ class MergeError(ValueError):
 
 BLOCK = 1 << 16
 """Rows of a table that are worked on at a time: bounds temporaries."""
+ENTRIES = 1 << 20
+"""Entries that are checked at a time."""
+SHOWN = 3
+"""Names that a message lists."""
 
 
 def check_same(models: Sequence[Params]) -> None:
@@ -41,9 +45,7 @@ def check_same(models: Sequence[Params]) -> None:
         if not tensor.is_floating_point():
             raise MergeError(f"{name}: {tensor.dtype} is not a floating dtype")
     for k, model in enumerate(models[1:], start=1):
-        for name in [*first, *model]:
-            if name not in model or name not in first:
-                raise MergeError(f"{name}: only one of sources 0 and {k} has this tensor")
+        check_names(first, model, "source 0", f"source {k}")
         for name, tensor in first.items():
             other = model[name]
             if other.shape != tensor.shape:
@@ -52,6 +54,29 @@ def check_same(models: Sequence[Params]) -> None:
             if other.dtype != tensor.dtype:
                 dtypes = f"{tensor.dtype} in source 0, {other.dtype} in source {k}"
                 raise MergeError(f"{name}: dtypes differ, {dtypes}")
+
+
+def check_names(
+    first: Collection[str], other: Collection[str], title: str, other_title: str
+) -> None:
+    """Check that two models have tensors of the same names.
+
+    Raises:
+        MergeError: They do not; lists the first few names of each side.
+    """
+    sides = {
+        title: [name for name in first if name not in other],
+        other_title: [name for name in other if name not in first],
+    }
+    if any(sides.values()):
+        only = "; ".join(f"only in {side}: {listed(n)}" for side, n in sides.items() if n)
+        raise MergeError(f"{title} and {other_title} have different tensors; {only}")
+
+
+def listed(names: Sequence[str]) -> str:
+    """Return the first few names, and the number of the others."""
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return ", ".join(names[:SHOWN]) + more
 
 
 def check_base(models: Sequence[Params], base: Params) -> None:
@@ -75,10 +100,30 @@ def check_finite(models: Sequence[Params], title: str = "source") -> None:
     """
     for k, model in enumerate(models):
         for name, tensor in model.items():
-            blocks = tensor.split(BLOCK) if tensor.ndim else [tensor]
-            if not all(bool(block.isfinite().all()) for block in blocks):
+            if not is_finite(tensor):
                 which = f"{title} {k}" if title == "source" else title
                 raise MergeError(f"{name}: {which} has NaN or infinite entries")
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Return whether no entry is NaN or infinite.
+
+    A finite sum proves it, which is several times faster than a look at every entry. Sums of huge
+    entries overflow; then the entries decide.
+    """
+    for block in _blocks(tensor):
+        total = block.sum(dtype=compute_dtype(block))
+        if not bool(total.isfinite()) and not bool(block.isfinite().all()):
+            return False
+    return True
+
+
+def _blocks(tensor: Tensor) -> Iterator[Tensor]:
+    if tensor.ndim == 0:
+        yield tensor
+    elif tensor.numel():
+        rows = max(1, ENTRIES * len(tensor) // tensor.numel())
+        yield from tensor.split(rows)
 
 
 def check_weights(weights: MixingWeights, models: Sequence[Params]) -> None:
@@ -102,9 +147,29 @@ def check_weights(weights: MixingWeights, models: Sequence[Params]) -> None:
             raise MergeError(f"{name}: weights of shape {actual} do not fit {expected}")
 
 
+def check_shares(weights: MixingWeights) -> None:
+    """Check that the weights of every entry are finite, not negative, and of sum 1.
+
+    Raises:
+        MergeError: They are not, by name.
+    """
+    for name, weight in weights.items():
+        low = float(weight.min()) if weight.numel() else 0.0
+        error = (
+            float((weight.sum(0, dtype=compute_dtype(weight)) - 1).abs().max())
+            if weight.numel()
+            else 0.0
+        )
+        if not (low >= -1e-6 and error <= 1e-3):
+            raise MergeError(
+                f"{name}: mixing weights must be finite, not negative, and sum to 1 over the"
+                f" sources (smallest {low:.3g}, largest error of a sum {error:.3g})"
+            )
+
+
 def compute_dtype(tensor: Tensor) -> torch.dtype:
     """Return the dtype to compute in: float32, or float64 for float64 tensors."""
-    return torch.promote_types(tensor.dtype, torch.float32)
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
 def widened(params: Params) -> Params:

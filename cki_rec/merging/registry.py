@@ -20,7 +20,7 @@ from cki_rec.merging.params import MergeError, MixingWeights, Params
 from cki_rec.merging.symmetry import Symmetry
 
 Score = Callable[[Params], float]
-"""Validation AUC of a model."""
+"""Quality of a model on validation rows, larger is better: in the pipelines the AUC."""
 Needs = Sequence[str] | Callable[[Mapping[str, Any]], Sequence[str]]
 Function = TypeVar("Function", bound=Callable[..., Params])
 
@@ -50,6 +50,33 @@ class MergeInputs:
     """Learned parameters of the method; None: those that it starts from."""
     statistics: Mapping[str, Tensor] | None = None
     """Statistics of whole tensors (``Method.statistics``); None: computed from the models."""
+
+
+RESERVED = frozenset(
+    {
+        *("models", "method", "base", "counts", "symmetries", "module", "batches", "align"),
+        *("repair", "starts", "score", "dtype", "seed", "progress", "extras"),
+    }
+)
+"""Arguments of ``api.merge``, which no option of a method may be named like."""
+
+
+@dataclass(frozen=True, slots=True)
+class MethodInfo:
+    """A merge method as users see it."""
+
+    name: str
+    summary: str
+    needs: tuple[str, ...]
+    """Arguments of ``merge`` that must be passed, with the default options."""
+    options: Mapping[str, Any]
+    """Option -> default value. None: chosen by ``score``, or published if there is no score."""
+    reference: str
+
+    def __str__(self) -> str:
+        options = ", ".join(f"{name}={value!r}" for name, value in self.options.items())
+        needs = f"needs {', '.join(self.needs)}; " if self.needs else ""
+        return f"{self.name}({options}): {self.summary}; {needs}{self.reference}"
 
 
 MISSING = {
@@ -99,6 +126,13 @@ class Method:
     """Options that hold while gates are learned: those through which gradients pass."""
     statistics: Callable[..., Mapping[str, Tensor] | None] | None
     """``statistics(models, **options)``: facts about whole tensors that the function reads."""
+    without_score: Mapping[str, Any]
+    """Published values of options that a score would choose, for merges without a score."""
+
+    def filled(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        """Return options for a merge without a score: published values in place of None."""
+        chosen = {name for name, value in {**self.options, **options}.items() if value is None}
+        return {**options, **{n: v for n, v in self.without_score.items() if n in chosen}}
 
     def needs(self, options: Mapping[str, Any]) -> frozenset[str]:
         """Return the inputs that must be present with these options.
@@ -108,6 +142,12 @@ class Method:
         values = {**self.options, **options}
         needs = self.always_needs(values) if callable(self.always_needs) else self.always_needs
         return frozenset(needs) | ({"score"} if None in values.values() else set())
+
+    def info(self) -> MethodInfo:
+        """Return the facts that users choose a method by."""
+        needs = tuple(sorted(self.needs(self.without_score)))
+        options = MappingProxyType(dict(self.options))
+        return MethodInfo(self.name, self.summary, needs, options, self.reference)
 
     def can_learn(self, options: Mapping[str, Any]) -> bool:
         """Return whether the method has gates that can be learned with these options."""
@@ -119,7 +159,7 @@ class Method:
         Raises:
             MergeError: An unknown option, a value of the wrong type, or too many models.
         """
-        check_arguments(self.name, self.function, self.options, options)
+        check_arguments(self.name, self.function, self.options, options, RESERVED)
         if self.max_models is not None and num_models is not None and num_models > self.max_models:
             raise MergeError(f"{self.name} takes {self.max_models} models, not {num_models}")
 
@@ -150,7 +190,7 @@ def method(
     *,
     needs: Needs = (),
     row_wise: bool = False,
-    reference: str,
+    reference: str = "ours",
     cost: str = "one pass over parameters",
     averages_dense: bool = False,
     is_ordered: bool = False,
@@ -160,6 +200,7 @@ def method(
     learnable: Callable[[Mapping[str, Any]], bool] | None = None,
     while_learning: Mapping[str, Any] = MappingProxyType({}),
     statistics: Callable[..., Mapping[str, Tensor] | None] | None = None,
+    without_score: Mapping[str, Any] = MappingProxyType({}),
 ) -> Callable[[Function], Function]:
     """Register a function as the merge method of its name.
 
@@ -176,12 +217,14 @@ def method(
         learnable: See ``Method``.
         while_learning: See ``Method``.
         statistics: See ``Method``.
+        without_score: See ``Method``.
 
     Returns:
         A decorator that returns the function unchanged.
 
     Raises:
-        ValueError: The name is taken, or a parameter without a default is no input.
+        ValueError: The name is taken, a parameter without a default is no input, an option is
+            named like an argument of ``merge``, or the return annotation is missing.
     """
 
     def register(function: Function) -> Function:
@@ -196,6 +239,17 @@ def method(
                 f"method {name}: parameter {unknown[0]} is no input ({', '.join(sorted(known))});"
                 " give it a default value to make it an option"
             )
+        options = {p.name: p.default for p in parameters if p.default is not p.empty}
+        if reserved := [option for option in options if option in RESERVED]:
+            raise ValueError(
+                f"method {name}: option {reserved[0]} is an argument of merge; rename it"
+            )
+        returned = get_type_hints(function, include_extras=True).get("return")
+        if returned not in (MixingWeights, Params):
+            raise ValueError(
+                f"method {name}: annotate its result as MixingWeights (a share of every source) or"
+                " Params (the parameters themselves)"
+            )
         METHODS[name] = Method(
             name=name,
             function=function,
@@ -203,9 +257,8 @@ def method(
             reference=reference,
             cost=cost,
             inputs=inputs,
-            options={p.name: p.default for p in parameters if p.default is not p.empty},
-            returns_weights=get_type_hints(function, include_extras=True)["return"]
-            == MixingWeights,
+            options=options,
+            returns_weights=returned == MixingWeights,
             always_needs=needs,
             row_wise=row_wise,
             averages_dense=averages_dense,
@@ -216,6 +269,7 @@ def method(
             learnable=learnable,
             while_learning=while_learning,
             statistics=statistics,
+            without_score=without_score,
         )
         return function
 

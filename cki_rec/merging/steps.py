@@ -5,23 +5,32 @@ Shape legend: K sources, V rows of a table.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from cki_rec.merging.alignment import Alignment, align, table_products
+from cki_rec.merging.calling import evaluating, outputs_of, rows_of
 from cki_rec.merging.methods.evidence import evidence_shares
 from cki_rec.merging.mixing import mix
-from cki_rec.merging.params import MergeError, MixingWeights, Params
+from cki_rec.merging.params import (
+    MergeError,
+    MixingWeights,
+    Params,
+    check_same,
+    check_shares,
+    check_weights,
+)
 from cki_rec.merging.projection import anchor_weights, project_tables
 from cki_rec.merging.registry import MergeInputs, Method, Score
 from cki_rec.merging.repair import fit_layers, recalibrate, rescale
 from cki_rec.merging.selection import constant_weights
 from cki_rec.merging.statistics import ActivationStatistics
-from cki_rec.merging.symmetry import LogitScale, Symmetry, check_scores, scores_of, transform
+from cki_rec.merging.symmetry import LogitScale, Symmetry, check_scores, transform
 from cki_rec.merging.traits import elementwise_parameters
 from cki_rec.merging.vocabulary import from_owners, restrict_weights, shared_rows
 
@@ -34,7 +43,11 @@ Rule = Literal["first", "evidence"]
 Gates = Mapping[str, Tensor | None]
 
 
-class ScarceSample(MergeError):
+class NotPossible(MergeError):
+    """A step that these inputs do not allow; a search over recipes goes on without it."""
+
+
+class ScarceSample(NotPossible):
     """A sample has too few rows to fit a layer."""
 
 
@@ -111,6 +124,33 @@ class Network:
         return [name for name in dict.fromkeys(names) if name in self.tables]
 
 
+@dataclass(frozen=True, slots=True)
+class Extras:
+    """Facts and steps that the pipelines add to a merge; few users need them."""
+
+    tables: Collection[str] | None = None
+    """Names of the embedding tables; None: lookups in the module, and tables with counts."""
+    probe: Any = None
+    """A batch on which aligned sources must score as before; None: the first batch."""
+    logit_scale: LogitScale | None = None
+    fisher: Callable[[Sequence[Params]], Sequence[Params]] | None = None
+    """(aligned models) -> the diagonal of the Fisher information of each."""
+    imitate: Callable[[Sequence[Params], Params, int, float], Params] | None = None
+    """(teachers, first parameters, epochs, learning rate) -> a trained model."""
+    learn: Learn | None = None
+    """Training of the method's gates; None: closed form."""
+    calibrate: Callable[[Params], Calibration] | None = None
+    """(parameters) -> the scale and shift of the logit that fit validation rows."""
+    fixed: Mapping[str, Rule] = field(default_factory=dict)
+    """Parameters whose mixing weights the method does not decide."""
+    row_mask: Mapping[str, Tensor] = field(default_factory=dict)
+    """Per table of joined vocabularies ``(K, V)`` bool, the rows that a source has."""
+    processes: Processes = field(default_factory=Processes)
+    """The processes that hold the models; here one."""
+    in_place: bool = False
+    """Alignment may transform the tensors of the sources, and the result may share them."""
+
+
 def align_models(
     models: Sequence[Params],
     network: Network,
@@ -144,14 +184,14 @@ def align_models(
     )
     aligned = []
     for k, (model, elements) in enumerate(zip(models, alignment.elements, strict=True)):
-        before = (
-            None if network.module is None else scores_of(network.module, model, network.probe)
-        )
-        with torch.no_grad():
+        before = None
+        with torch.no_grad(), evaluating(network.module):
+            if network.module is not None and network.probe is not None:
+                before = outputs_of(network.module, network.probe, model)
             aligned.append(transform(model, network.symmetries, elements, in_place=in_place))
-        if network.module is not None and before is not None:
-            after = scores_of(network.module, aligned[k], network.probe)
-            check_scores(after, before, f"source {k}")
+            if network.module is not None and before is not None:
+                after = outputs_of(network.module, network.probe, aligned[k])
+                check_scores(after, before, f"source {k}")
     facts = {
         "agreement": alignment.agreement,
         "agreement_before": alignment.agreement_before,
@@ -184,6 +224,7 @@ def mix_models(
     """
     if not method.returns_weights:
         params = method(models, inputs, **options)
+        check_same([models[0], params])
         weights = fixed_weights(models, fixed, inputs.counts)
         parts = [{name: model[name] for name in weights} for model in models]
         params = {**params, **mix(parts, weights)}
@@ -204,6 +245,8 @@ def mix_models(
 
     if learn is None:
         weights = restrict_weights(weigh(models, inputs.counts, gates), row_mask)
+        check_weights(weights, models)
+        check_shares(weights)
         return mix(models, weights), weights, None
 
     def weigh_softly(
@@ -303,7 +346,7 @@ def repair_model(
             projected | parts, models, shares, activations, symmetries, True, copied
         )
         scores.append(score(fitted))
-        if scores[-1] > max(scores[:-1], default=-1.0):
+        if scores[-1] > max(scores[:-1], default=-math.inf):
             best = fitted
     anchor = scores.index(max(scores))
     chosen = anchor_weights(weights, symmetries, readers, copied, anchor)
@@ -374,7 +417,7 @@ def check_sample(how: str, params: Params, activations: ActivationStatistics) ->
     scarce = min(rows, key=lambda name: rows[name] / inputs[name], default=None)
     if scarce is None or rows[scarce] >= ENOUGH * inputs[scarce]:
         return []
-    sample = sum(len(batch) for batch in activations.batches)
+    sample = sum(rows_of(batch) for batch in activations.batches)
     needed = -(-ENOUGH * inputs[scarce] * sample // rows[scarce])
     message = (
         f"sample: repair={how} fits the {inputs[scarce]:,} inputs of {scarce} on"

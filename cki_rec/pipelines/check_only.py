@@ -19,11 +19,12 @@ from cki_rec.engine import distributed
 from cki_rec.engine.sampling import sample_statistics
 from cki_rec.merging.api import FITTED
 from cki_rec.merging.registry import Method
+from cki_rec.merging.search import AUTO
 from cki_rec.merging.steps import ScarceSample, check_sample
 from cki_rec.models import build_model
 from cki_rec.pipelines import compatibility, preflight, vocabularies
 from cki_rec.pipelines.compatibility import Finding, State
-from cki_rec.pipelines.preflight import AUTO, entry_of
+from cki_rec.pipelines.preflight import entry_of
 from cki_rec.pipelines.references import Reference
 from cki_rec.pipelines.sources import find
 from cki_rec.pipelines.vocabularies import Joined

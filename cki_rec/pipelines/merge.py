@@ -19,16 +19,17 @@ from cki_rec.engine import distributed, sharded
 from cki_rec.engine.networks import merging_network
 from cki_rec.engine.record import Run, open_run
 from cki_rec.engine.sampling import sample_statistics
-from cki_rec.merging import api
+from cki_rec.merging.api import merge
 from cki_rec.merging.optimizer_state import merge_accumulators, merge_counts
 from cki_rec.merging.params import MergeError
-from cki_rec.merging.steps import Learned, ScarceSample
+from cki_rec.merging.result import MergeResult
+from cki_rec.merging.search import AUTO, choose
+from cki_rec.merging.steps import Extras, Learned, NotPossible
 from cki_rec.models import build_model
 from cki_rec.pipelines import check_only, preflight, sources, train, vocabularies
 from cki_rec.pipelines.compatibility import compare, counts_of, finite, require
 from cki_rec.pipelines.merge_inputs import ablated, fisher, fixed_rules, imitation, learning
 from cki_rec.pipelines.predictions import calibrator, scorer, valid_auc
-from cki_rec.pipelines.preflight import AUTO
 from cki_rec.pipelines.references import REFERENCES
 from cki_rec.pipelines.sources import Source, Sources, are_disjoint, shard_of
 from cki_rec.pipelines.vocabularies import Joined
@@ -49,7 +50,7 @@ def run(config: Config) -> None:
     result = done.record["result"]
     for name, shares in (result["shares"] or {}).items():
         log.info("  %-52s %s", name, "  ".join(f"{share:6.1%}" for share in shares))
-    warn_if_worse(config, result)
+    warn_if_unchanged(config, result)
     if result["chosen"] is None:
         log.info("model: %s", done.checkpoint)
     else:
@@ -104,22 +105,32 @@ def model_of(config: Config, models: Sources) -> Source:
     """Return the one model that the configured merge gives."""
     done = ensure(config, models)
     assert done.record is not None
-    warn_if_worse(config, done.record["result"])
+    warn_if_unchanged(config, done.record["result"])
     chosen = done.record["result"]["chosen"]
     if chosen is None:
         return Source(config.merge.label, done.path.name, done.checkpoint)
-    candidates = _recipes(config, models) if config.merge.method == AUTO else models.merged
+    candidates = list(models.merged)
+    if config.merge.method == AUTO and not any(s.identity in chosen for s in candidates):
+        candidates = _recipes(config, models)
     return next(source for source in candidates if source.identity in chosen)
 
 
-def warn_if_worse(config: Config, result: dict[str, Any]) -> None:
-    """Log a warning if the best recipe is below the best source on validation rows."""
+def warn_if_unchanged(config: Config, result: dict[str, Any]) -> None:
+    """Log a warning if no recipe of a search is above the best source on validation rows."""
     scores = result.get("valid_auc")  # records of early releases have none
-    if scores is not None and scores["chosen"] < scores["best_source"]:
+    if scores is None:
+        return
+    if scores["chosen"] < scores["best_source"]:  # in early releases
         log.warning(
             "  %s: validation AUC %.4f, below the %.4f of its source %s; use that one"
             " (merge=best_source)",
             *(config.merge.label, scores["chosen"], scores["best_source"], scores["name"]),
+        )
+    elif scores.get("is_source"):
+        log.warning(
+            "  %s: no recipe is above the validation AUC %.4f of the source %s, which is returned"
+            " unchanged",
+            *(config.merge.label, scores["best_source"], scores["name"]),
         )
 
 
@@ -166,7 +177,7 @@ def _recipes(config: Config, models: Sources) -> list[Source]:
         try:
             run = ensure(recipe, models)
         except UserError as error:
-            if not isinstance(error.__cause__, ScarceSample):
+            if not isinstance(error.__cause__, NotPossible):
                 raise
             log.warning("  merge.recipes[%d] is left out: %s", place, error)
             continue
@@ -187,12 +198,20 @@ def _choose(
 
     preflight.check_sources(config, replace(models, merged=candidates), dataset)
     if config.merge.method == AUTO:
-        best, best_source = (max(each, key=score) for each in (candidates, models.merged))
-        scores = {"chosen": score(best), "best_source": score(best_source)}
-        result = _result(chosen=[best.identity], valid_auc={**scores, "name": best_source.name})
+        everyone = {each.identity: each for each in [*candidates, *models.merged]}
+        choice = choose(everyone.items(), score)
+        best_source = max(models.merged, key=score)
+        facts = {
+            "chosen": choice.scores[choice.name],
+            "best_source": score(best_source),
+            "name": best_source.name,
+            "is_source": choice.best in models.merged,
+            "all": choice.scores,
+        }
+        result = _result(chosen=[choice.name], valid_auc=facts)
     else:
-        choose = REFERENCES[config.merge.method].choose
-        chosen = candidates if choose is None else [choose(candidates, score)]
+        choice_of = REFERENCES[config.merge.method].choose
+        chosen = candidates if choice_of is None else [choice_of(candidates, score)]
         result = _result(chosen=[source.identity for source in chosen])
     return _data_facts(dataset, describe(candidates[0].folder)), result
 
@@ -227,7 +246,7 @@ def _merge(
     first = checkpoints[0]
     try:
         merged = _merge_params(config, checkpoints, base, dataset, joined)
-    except ScarceSample as error:
+    except NotPossible as error:
         raise UserError(f"merge.{error}") from error
     except MergeError as error:
         raise UserError(f"merge.method={config.merge.method}: {error}") from error
@@ -261,36 +280,45 @@ def _merge_params(
     base: Checkpoint | None,
     dataset: EncodedDataset | None,
     joined: Joined,
-) -> api.MergeResult:
+) -> MergeResult:
     """Call the merge of the library with all that the configuration names."""
     options, first = config.merge, checkpoints[0]
     models = [first.params, *(ablated(config, c) for c in checkpoints[1:])]
     activations = None
     if preflight.needs_activations(options):
         assert dataset is not None
-        network = build_model(first.schema, first.model, torch.device("cpu"))
+        module = build_model(first.schema, first.model, torch.device("cpu"))
         size, seed = options.sample, config.seed
-        activations = sample_statistics(network, dataset, first.schema, size, seed)
-    return api.merge(
+        activations = sample_statistics(module, dataset, first.schema, size, seed)
+    network = merging_network(first, config.seed, options.align.by != "none")
+    return merge(
         models,
         options.method,
         base=None if base is None else base.params,
         counts=counts_of(checkpoints, preflight.needs_counts(options)),
-        network=merging_network(first, config.seed, options.align.by != "none"),
+        symmetries=network.symmetries,
+        module=activations.network if activations else network.module,
+        batches=activations.batches if activations else None,
         align=options.align.by,
-        starts=options.align.starts,
         repair=options.repair,
-        activations=activations,
-        fisher=fisher(config, first, dataset, activations),
-        imitate=imitation(config, first, dataset),
+        starts=options.align.starts,
         score=None if dataset is None else scorer(config, dataset, first),
-        learn=learning(config, checkpoints, dataset, joined),
-        calibrate=calibrator(config, dataset, first) if dataset and options.recalibrate else None,
-        fixed=fixed_rules(options, first.params),
-        row_mask=joined.owners,
-        processes=sharded.ShardProcesses(first.schema),
-        in_place=True,
         seed=config.seed,
+        extras=Extras(
+            tables=network.tables,
+            probe=network.probe,
+            logit_scale=network.logit_scale,
+            fisher=fisher(config, first, dataset, activations),
+            imitate=imitation(config, first, dataset),
+            learn=learning(config, checkpoints, dataset, joined),
+            calibrate=calibrator(config, dataset, first)
+            if dataset and options.recalibrate
+            else None,
+            fixed=fixed_rules(options, first.params),
+            row_mask=joined.owners,
+            processes=sharded.ShardProcesses(first.schema),
+            in_place=True,
+        ),
         **options.options,
     )
 

@@ -12,14 +12,14 @@ from cki_rec.engine.networks import declared
 from cki_rec.merging.methods import METHODS
 from cki_rec.merging.params import MergeError
 from cki_rec.merging.registry import Method
+from cki_rec.merging.result import Recipe
+from cki_rec.merging.search import AUTO
 from cki_rec.pipelines import compatibility, vocabularies
 from cki_rec.pipelines.provenance import check_data, check_rows
 from cki_rec.pipelines.references import REFERENCES, Reference
 from cki_rec.pipelines.sources import Sources
 
-AUTO = "auto"
-"""Value of ``merge.method`` that searches ``merge.recipes``."""
-RECIPE = {"merge.method": "evidence", "merge.recipes": []}
+RECIPE = {"merge.method": Recipe().method, "merge.recipes": []}
 """Options from which a recipe starts."""
 TRAINING_ROWS = frozenset({"fisher", "moments", "imitate"})
 """Inputs of methods that are computed on training rows."""

@@ -9,7 +9,7 @@ import torch
 
 from cki_rec.merging.api import merge
 from cki_rec.merging.params import MergeError
-from cki_rec.merging.steps import Network
+from cki_rec.merging.steps import Extras
 
 
 def draw(seed):
@@ -21,11 +21,11 @@ def draw(seed):
     ("method", "words", "message"),
     [
         ("average", {"align": "weight"}, "align='weight': one of none, weights, activations"),
-        ("average", {"align": "weights"}, "network is missing"),
+        ("average", {"align": "weights"}, "align=weights needs the symmetries of the network"),
         ("average", {"repair": "mend"}, "repair='mend': one of none, rescale"),
-        ("slerp", {"repair": "rescale", "network": Network()}, "slerp does not average layers"),
-        ("average", {"fixed": {"bias": "last"}}, "fixed['bias']='last': one of first, evidence"),
-        ("average", {"fixed": {"gain": "first"}}, "fixed names gain, which no model has"),
+        ("slerp", {"repair": "rescale"}, "slerp does not average layers"),
+        ("average", {"extras": Extras(fixed={"bias": "last"})}, "fixed['bias']='last': one of first, evidence"),
+        ("average", {"extras": Extras(fixed={"gain": "first"})}, "fixed names gain, which no model has"),
     ],
 )
 def test_steps_are_checked_by_the_library_too(method, words, message):

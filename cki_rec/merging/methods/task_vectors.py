@@ -40,7 +40,13 @@ Sparsify: TypeAlias = Callable[[Tensor, str], Tensor]
 """(task vector of one parameter, name of its draws) -> the same with entries left out."""
 
 
-@method(needs=("base",), row_wise=True, reference="Ilharco et al., ICLR 2023", cost=SCALED)
+@method(
+    needs=("base",),
+    row_wise=True,
+    reference="Ilharco et al., ICLR 2023",
+    cost=SCALED,
+    without_score={"scale": 0.4},  # TIES-Merging (NeurIPS 2023), section 4
+)
 def task_arithmetic(
     models: Sequence[Params], base: Params, score: Score | None, scale: float | None = None
 ) -> Params:
@@ -63,7 +69,12 @@ def task_arithmetic(
     return _merge(models, base, score, scale, lambda tau, _: tau, elect=False)
 
 
-@method(needs=("base",), reference="TIES-Merging (Yadav et al., NeurIPS 2023)", cost=SCALED)
+@method(
+    needs=("base",),
+    reference="TIES-Merging (Yadav et al., NeurIPS 2023)",
+    cost=SCALED,
+    without_score={"scale": 1.0},  # there, section 4
+)
 def ties(
     models: Sequence[Params],
     base: Params,
