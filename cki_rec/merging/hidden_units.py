@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from cki_rec.merging.params import Params
-from cki_rec.merging.symmetry import Slice, Symmetry, units_of
+from cki_rec.merging.symmetry import Slice, Symmetry, set_units, units_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +35,8 @@ def hidden_layers(params: Params, symmetries: Sequence[Symmetry]) -> list[Layer]
     for symmetry in symmetries:
         first = symmetry.slices[0]
         is_unit = first.axis == 0 and first.width == 1 and not first.within
-        if symmetry.kind != "rotation" and is_unit and params[first.parameter].ndim == 2:
+        is_permuted = symmetry.kind in ("permutation", "signed_permutation")
+        if is_permuted and is_unit and params[first.parameter].ndim == 2:
             made = tuple(part for part in symmetry.slices if part.axis == 0)
             read = tuple(part for part in symmetry.slices if part.axis != 0)
             layers.append(Layer(symmetry.size, made, read))
@@ -59,8 +60,10 @@ def map_units(params: Params, parts: Sequence[Slice], matrix: Tensor) -> None:
     """Replace the units x of slices by x @ ``matrix``, ``(S, S)``; tensors must be copies."""
     size = len(matrix)
     for part in parts:
-        units = units_of(params[part.parameter], part, size)
-        units.copy_(torch.einsum("...i,ij->...j", units, matrix.to(units.dtype)))
+        tensor = params[part.parameter]
+        units = units_of(tensor, part, size)
+        moved = torch.einsum("...i,ij->...j", units, matrix.to(units.dtype))
+        set_units(tensor, part, moved)
 
 
 def copied(models: Sequence[Params], layers: Sequence[Layer]) -> list[Params]:

@@ -18,14 +18,15 @@ def permute(params: Params, symmetries: Sequence[Symmetry], seed: int) -> Params
     Hidden units and coordinates of embeddings are placed as in an unrelated model. If an
     entry-by-entry merge gains as much with it, the gain is not from the source's knowledge. Values
     do not change, so entropies do not change either. Rotations and signed permutations are
-    therefore drawn as plain permutations.
+    therefore drawn as plain permutations, and signs stay.
 
     Reference:
         Ours, for the released protocol of CKI (arXiv 2501.07596).
     """
     draw = generator(seed, "permute")
-    elements = [random_element(replace(s, kind="permutation"), draw) for s in symmetries]
-    return transform(params, symmetries, elements)
+    moved = [s for s in symmetries if s.kind != "signs"]
+    elements = [random_element(replace(s, kind="permutation"), draw) for s in moved]
+    return transform(params, moved, elements)
 
 
 def shuffle(params: Params, seed: int) -> Params:

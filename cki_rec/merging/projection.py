@@ -13,7 +13,7 @@ from torch import Tensor
 from cki_rec.merging.alignment import polar
 from cki_rec.merging.mixing import mix
 from cki_rec.merging.params import MixingWeights, Params
-from cki_rec.merging.symmetry import Slice, Symmetry, apply_element, units_of
+from cki_rec.merging.symmetry import Slice, Symmetry, move_units, set_units, units_of
 
 READERS = 5.0
 """Weight of the first layers' inputs, against the tables' contents, in the choice of a basis. On
@@ -120,8 +120,8 @@ def _project(
     for k, model in enumerate(models):
         block = directions[k * size : (k + 1) * size] * len(models) ** 0.5
         moved = model[name].clone()
-        apply_element(units_of(moved, part, size), block, "rotation")
+        move_units(moved, part, block, "rotation")
         projected.append({name: moved})
     spliced = mix(projected, {name: share})[name]
     reduced[name] = reduced[name].clone()
-    units_of(reduced[name], part, size).copy_(units_of(spliced, part, size))
+    set_units(reduced[name], part, units_of(spliced, part, size))

@@ -10,13 +10,17 @@ To act with a matrix ``Q`` on a parameter along an axis of a slice means
 
 where i and j run over the units of the slice; a unit is ``width`` entries in a row. One ``Q`` acts
 on all slices of a symmetry; on a slice that is not ``signed``, the absolute values of its entries
-act. Elements of different symmetries of a model may be applied one after the other, in any order.
+act. Units may be apart (``step``) or anywhere (``starts``).
+
+Most symmetries of a model act on different units, and then their order does not matter. Two may
+also act on the same ones: signs on the units of a permutation, or rotations inside heads that are
+permuted as a whole. Elements are therefore applied in the order of the list of symmetries.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -27,9 +31,9 @@ from cki_rec.merging.params import BLOCK, MergeError, Params
 
 TOLERANCE = 1e-5
 """Largest change of a logit, relative to the largest logit or to 1, that is rounding."""
-Kind = Literal["rotation", "signed_permutation", "permutation"]
+Kind = Literal["rotation", "signed_permutation", "permutation", "signs"]
 """The matrices Q that may act: orthogonal ones (reflections too), permutations of which some rows
-are negated, permutations."""
+are negated, permutations, diagonal ones of 1 and -1."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +50,11 @@ class Slice:
     """Whether the signs of Q apply to the units."""
     within: tuple[tuple[int, int, int], ...] = ()
     """``(axis, start, stop)``: the rest of the parameter, on another axis, stays."""
+    step: int = 0
+    """Distance of the starts of two units; 0: ``width``."""
+    starts: tuple[int, ...] = ()
+    """Start of every unit, for units that are not evenly spaced; ``start`` and ``step`` are unused
+    then."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +104,7 @@ def transform(
             if tensor is params[part.parameter] and not in_place:
                 tensor = moved[part.parameter] = tensor.clone()
             matrix = element if part.signed else element.abs()
-            apply_element(units_of(tensor, part, symmetry.size), matrix, symmetry.kind)
+            move_units(tensor, part, matrix, symmetry.kind)
     return moved
 
 
@@ -106,20 +115,74 @@ def random_element(symmetry: Symmetry, draw: torch.Generator) -> Tensor:
         q, r = torch.linalg.qr(torch.randn(size, size, generator=draw, dtype=torch.float64))
         rotation: Tensor = q * r.diagonal().sign()
         return rotation
-    element = torch.eye(size, dtype=torch.float64)[torch.randperm(size, generator=draw)]
-    if symmetry.kind == "signed_permutation":
+    element = torch.eye(size, dtype=torch.float64)
+    if symmetry.kind != "signs":
+        element = element[torch.randperm(size, generator=draw)]
+    if symmetry.kind in ("signed_permutation", "signs"):
         element = element * (torch.randint(0, 2, (size,), generator=draw) * 2 - 1)
     return element
 
 
 def units_of(tensor: Tensor, part: Slice, size: int) -> Tensor:
-    """Return a view ``(..., width, S)`` of a slice of a parameter."""
-    for axis, start, stop in part.within:
-        tensor = tensor.narrow(axis, start, stop - start)
-    tensor = tensor.narrow(part.axis, part.start, size * part.width)
-    units = tensor.unflatten(part.axis, (size, part.width))
+    """Return the units ``(..., width, S)`` of a slice of a parameter.
+
+    They are a view, but a copy if the slice has ``starts`` (``set_units`` writes to either).
+    """
+    tensor = _inside(tensor, part)
+    if part.starts:
+        units = tensor.index_select(part.axis, _entries(part, size).to(tensor.device))
+        units = units.unflatten(part.axis, (size, part.width))
+    elif part.step in (0, part.width):
+        tensor = tensor.narrow(part.axis, part.start, size * part.width)
+        units = tensor.unflatten(part.axis, (size, part.width))
+    else:
+        span = (size - 1) * part.step + part.width
+        units = tensor.narrow(part.axis, part.start, span).unfold(part.axis, part.width, part.step)
+        return units.movedim((-1, part.axis), (-2, -1))
     moved: Tensor = units.movedim((part.axis + 1, part.axis), (-2, -1))
     return moved
+
+
+def set_units(tensor: Tensor, part: Slice, units: Tensor) -> None:
+    """Set the units of a slice of a parameter to ``units`` ``(..., width, S)``, in place."""
+    size = units.shape[-1]
+    if not part.starts:
+        units_of(tensor, part, size).copy_(units)
+        return
+    entries = units.movedim((-2, -1), (part.axis + 1, part.axis)).flatten(part.axis, part.axis + 1)
+    index = _entries(part, size).to(tensor.device)
+    _inside(tensor, part).index_copy_(part.axis, index, entries.to(tensor.dtype))
+
+
+def move_units(tensor: Tensor, part: Slice, element: Tensor, kind: str) -> None:
+    """Replace the units of a slice of a parameter by units @ ``element``, in place."""
+    size = len(element)
+    if not part.starts:
+        apply_element(units_of(tensor, part, size), element, kind)
+        return
+    inner = _inside(tensor, part)
+    rest = replace(part, within=())
+    for block in inner.split(BLOCK) if part.axis else (inner,):
+        units = units_of(block, rest, size)
+        apply_element(units, element, kind)
+        set_units(block, rest, units)
+
+
+def _inside(tensor: Tensor, part: Slice) -> Tensor:
+    """Return the view of a parameter inside which a slice lies."""
+    for axis, start, stop in part.within:
+        tensor = tensor.narrow(axis, start, stop - start)
+    return tensor
+
+
+def _entries(part: Slice, size: int) -> Tensor:
+    """Return the places of all entries of a slice with ``starts``, unit by unit."""
+    if len(part.starts) != size:
+        raise MergeError(
+            f"{part.parameter}: a slice has {len(part.starts)} starts, its symmetry {size} units;"
+            " give one start per unit"
+        )
+    return (torch.tensor(part.starts)[:, None] + torch.arange(part.width)).flatten()
 
 
 @torch.no_grad()
@@ -145,14 +208,17 @@ def check_scores(after: Tensor, before: Tensor, name: str) -> None:
 
 def apply_element(units: Tensor, element: Tensor, kind: str) -> None:
     """Replace ``units`` ``(..., S)`` by ``units @ element``, in place, a block at a time."""
-    is_permuted = kind != "rotation"
+    element = element.to(units.device)
     order, signs = element.abs().argmax(0), element.sum(0)  # of a permutation
-    is_signed = is_permuted and bool((signs < 0).any())
+    is_signed = kind != "rotation" and bool((signs < 0).any())
     views = units if units.ndim > 1 else units[None]
     for start in range(0, len(views), BLOCK):
         block = views[start : start + BLOCK]
-        if is_permuted:
+        if kind == "rotation":
+            block.copy_((block.double() @ element).to(block.dtype))
+        elif kind == "signs":
+            if is_signed:
+                block.copy_(torch.where(signs < 0, -block, block))
+        else:
             moved = block[..., order]
             block.copy_(torch.where(signs < 0, -moved, moved) if is_signed else moved)
-        else:
-            block.copy_((block.double() @ element).to(block.dtype))
