@@ -30,6 +30,7 @@ from cki_rec.merging.discovery.labels import (
     varying,
 )
 from cki_rec.merging.discovery.twin import Mode, arguments, operation
+from cki_rec.merging.discovery.values import operands
 
 MOVES = frozenset(
     "_unsafe_view cat stack index index_select gather flip roll repeat embedding transpose t "
@@ -53,10 +54,9 @@ READS_VALUES = frozenset("_local_scalar_dense is_nonzero nonzero unique _unique2
 
 Operand = tuple[list[Tensor], frozenset[int]]
 """Labels of a tensor, and the axes that it spans."""
-Within = tuple[int, ...]
-"""The place on axis 0 that nodes belong to, and the number of places; empty: all places."""
-Owner = tuple[str, int, Within]
-"""Parameter and axis of nodes, and their place on axis 0."""
+Owner = tuple[str, int, int]
+"""Parameter and axis of nodes, and their place on axis 0 (``EVERY``: all places)."""
+EVERY = -1
 
 
 def is_move(func: Any) -> bool:
@@ -82,39 +82,46 @@ class Tracer(Mode):
 
     Args:
         tensors: The parameters and buffers that may move.
-        stacked: Parameters whose places on axis 0 have nodes of their own, on these other axes.
+        stacked: Parameters whose places on axis 0 have nodes of their own on the other axes. A
+            place is a block that holds them.
     """
 
-    def __init__(self, tensors: Mapping[str, Tensor], stacked: Mapping[str, Set[int]]) -> None:
+    def __init__(self, tensors: Mapping[str, Tensor], stacked: Set[str]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.count = 1  # node 0 stands for all that is fixed
-        self.owners: list[tuple[int, Owner]] = [(0, ("", 0, ()))]
+        self.owners: list[tuple[int, Owner]] = [(0, ("", 0, EVERY))]
         self.fixed: list[Tensor] = [torch.zeros(1, dtype=torch.long)]
         self.unions: list[Tensor] = []
         self.parents: list[Tensor] = []  # pairs: a node moves only with the block that holds it
         self.tags: list[Tensor] = []  # pairs: only nodes with equal tags may change places
         self.labels: dict[int, tuple[Tensor, list[Tensor]]] = {}
         self.unknown: dict[str, list[Tensor]] = defaultdict(list)
+        self.reads: set[str] = set()  # operations that read values which depend on parameters
         self.sources: dict[int, str] = {}  # tensors that are a parameter, or a view of one
         self.uses: dict[str, set[str]] = defaultdict(set)
         for name, tensor in tensors.items():
-            self.put(tensor, self._labels_of(name, tensor, stacked.get(name)))
+            self.put(tensor, self._labels_of(name, tensor, name in stacked))
             self.sources[id(tensor)] = name
 
-    def _labels_of(self, name: str, tensor: Tensor, stacked: Set[int] | None) -> list[Tensor]:
+    def _labels_of(self, name: str, tensor: Tensor, is_stacked: bool) -> list[Tensor]:
+        def shaped(nodes: Tensor, axis: int) -> Tensor:
+            shape = [1] * tensor.ndim
+            shape[axis] = len(nodes)
+            return nodes.view(shape).to(tensor.device)
+
         labels = []
         for axis, size in enumerate(tensor.shape):
-            shape = [1] * tensor.ndim
-            shape[axis] = size
-            if stacked is None:
-                labels.append(self.new(size, (name, axis, ())).view(shape))
-            elif axis in stacked:
-                withins = [(row, len(tensor)) for row in range(len(tensor))]
-                rows = [self.new(size, (name, axis, within)).view(shape) for within in withins]
+            if axis and is_stacked:
+                rows = [
+                    shaped(self.new(size, (name, axis, row)), axis) for row in range(len(tensor))
+                ]
                 labels.append(torch.cat(rows))
-        return [label.to(tensor.device) for label in labels]
+                self.pair(self.parents, labels[-1], labels[0])
+            else:
+                labels.append(shaped(self.new(size, (name, axis, EVERY)), axis))
+        return labels
 
-    def new(self, size: int, owner: Owner = ("", 0, ())) -> Tensor:
+    def new(self, size: int, owner: Owner = ("", 0, EVERY)) -> Tensor:
         """Return new nodes."""
         self.owners.append((self.count, owner))
         self.count += size
@@ -157,6 +164,11 @@ class Tracer(Mode):
                 label = first(label, axes - shared)
             elif shared and theirs < axes:
                 self.pair(self.parents, label, other)
+            elif shared and inner not in shared and inner_axis(other) not in shared:
+                blocks = first(label, axes - shared)  # different units of the same blocks
+                names = self.new(blocks.numel()).view(blocks.shape).to(label.device)
+                self.pair(self.parents, label, names)
+                self.pair(self.parents, other, names)
             elif shared and not axes < theirs:
                 self.fix(label, other)
         if bare == axes:
@@ -167,12 +179,12 @@ class Tracer(Mode):
             self.pair(self.tags, label, numbers)
         return label
 
-    def merge(self, operands: list[Operand]) -> list[Tensor]:
+    def merge(self, parts: list[Operand]) -> list[Tensor]:
         """Return the labels of an element-wise combination of operands of equal rank."""
         merged = []
-        for i, (labels, _) in enumerate(operands):
+        for i, (labels, _) in enumerate(parts):
             for label in labels:
-                for others, wide in operands[:i] + operands[i + 1 :]:
+                for others, wide in parts[:i] + parts[i + 1 :]:
                     label = self.meet(label, others, wide)
                 merged.append(label)
         return merged
@@ -207,10 +219,17 @@ class Tracer(Mode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
-        if not any(self.get(t) for t in tensors):
-            return func(*args, **kwargs)
+        tensors = operands(args, kwargs)
         name, moves = operation(func), is_move(func)
+        if name in READS_VALUES and any(id(t) in self.labels for t in tensors):
+            self.reads.add(name)
+        if not any(self.get(t) for t in tensors):
+            out = func(*args, **kwargs)
+            if any(id(t) in self.labels for t in tensors):  # computed from parameters
+                for result in tree_leaves(out):
+                    if isinstance(result, Tensor):
+                        self.labels.setdefault(id(result), (result, []))
+            return out
         if not func.is_view:
             for tensor in tensors:
                 if id(tensor) in self.sources:
@@ -219,7 +238,8 @@ class Tracer(Mode):
             labels = self.combine(func, name, tensors, arguments(func, args, kwargs))
         except Exception:
             labels = None
-        is_simple = labels is not None or moves or name in REDUCTIONS or name in ORDERED
+        is_simple = labels is not None or moves or name in REDUCTIONS | ORDERED
+        is_simple = is_simple or "embedding_bag" in name
         if not is_simple and func in decompositions():
             with contextlib.suppress(Exception), self:
                 return decompositions()[func](*args, **kwargs)
@@ -300,18 +320,18 @@ class Tracer(Mode):
     def move(self, func: Any, args: Any, kwargs: Any, results: list[Tensor]) -> None:
         """Run an operation on labels; labels of several operands are joined slot by slot."""
         name, many = func._schema.name, isinstance(args[0], (list, tuple))
-        operands = list(args[0]) if many else [args[0]]
+        parts = list(args[0]) if many else [args[0]]
         named = arguments(func, args, kwargs)
-        dim = named["dim"] % operands[0].ndim if name == "aten::cat" else None
+        dim = named["dim"] % parts[0].ndim if name == "aten::cat" else None
         slots: dict[frozenset[int | None], list[Tensor]] = {}
-        for place, tensor in enumerate(operands):
+        for place, tensor in enumerate(parts):
             for label in self.get(tensor):
                 if name == "aten::embedding" and 0 in axes_of(label):
                     self.fix(label)  # ids are fixed, and so are rows
                     continue
                 blank = torch.zeros((), dtype=torch.long, device=label.device)
                 slot = slots.setdefault(
-                    axes_of(label) - {dim}, [blank.expand(t.shape) for t in operands]
+                    axes_of(label) - {dim}, [blank.expand(t.shape) for t in parts]
                 )
                 slot[place] = label.expand(tensor.shape)
         labels_of: list[list[Tensor]] = [[] for _ in results]
@@ -322,11 +342,16 @@ class Tracer(Mode):
                 labels_of[place].append(compact(label))
         for result, labels in zip(results, labels_of, strict=True):
             chosen: list[Tensor] = []
-            for label in sorted(labels, key=lambda x: -len(x.unique())):
-                if any(axes_of(label) & axes_of(other) for other in chosen):
-                    self.fix(label)  # two hidden axes flattened into one: only the longer moves
-                else:
-                    chosen.append(label)
+            # two hidden axes flattened into one: only the longer moves
+            for label in sorted(labels, key=lambda x: (len(axes_of(x)), -len(x.unique()))):
+                inside = [axes_of(other) for other in chosen if axes_of(other) <= axes_of(label)]
+                shared = frozenset[int]().union(*inside)
+                if shared == axes_of(label):
+                    self.fix(label)
+                    continue
+                if shared:
+                    self.pair(self.unions, label, first(label, shared))
+                chosen.append(first(label, shared))
             self.put(result, chosen)
 
 
