@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, get_args
@@ -11,6 +10,7 @@ import torch
 from torch import nn
 
 from cki_rec.merging.calling import evaluating
+from cki_rec.merging.discovery import find_symmetries
 from cki_rec.merging.inputs import (
     Model,
     Sources,
@@ -19,10 +19,10 @@ from cki_rec.merging.inputs import (
     check_module,
     checked_score,
     counts_of,
+    network_of,
     sources_of,
     symmetries_of,
     tables_of,
-    unwrapped,
 )
 from cki_rec.merging.methods import METHODS
 from cki_rec.merging.mixing import source_shares
@@ -110,7 +110,7 @@ def merge(
         MergeError: Models that differ or have NaN, an unknown method or option, a missing input.
     """
     extras, batches = extras or Extras(), batches_of(batches)
-    module = None if module is None else unwrapped(module)
+    module = None if module is None else network_of(module)
     sources = sources_of(models, dtype, module)
     recipe = Recipe(method, align, repair, options)
     is_search = method == AUTO
@@ -360,11 +360,5 @@ def _symmetries(
             f"{purpose} needs the symmetries of the network: pass symmetries, or module and"
             " batches to find them"
         )
-    return symmetries_of(_find(module, batches[0], seed), sources)
-
-
-def _find(module: nn.Module, batch: Any, seed: int) -> Sequence[Symmetry]:
-    discovery = importlib.import_module("cki_rec.merging.discovery")  # slow to import, rarely used
-    example = tuple(batch) if type(batch) is list else batch
-    found: Sequence[Symmetry] = discovery.find_symmetries(module, example, seed=seed)
-    return found
+    example = tuple(batches[0]) if type(batches[0]) is list else batches[0]
+    return symmetries_of(find_symmetries(module, example, seed=seed), sources)

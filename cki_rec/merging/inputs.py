@@ -193,6 +193,7 @@ def counts_of(counts: Any, sources: Sources) -> list[Params]:
     if len(counts) != len(sources.models):
         raise MergeError(f"counts of {len(counts)} sources for {len(sources.models)} models")
     result: list[Params] = []
+    source: Any
     for k, source in enumerate(counts):
         if not isinstance(source, Mapping):
             raise MergeError(
@@ -219,7 +220,7 @@ def counts_of(counts: Any, sources: Sources) -> list[Params]:
     return result
 
 
-def symmetries_of(symmetries: Sequence[Symmetry], sources: Sources) -> Sequence[Symmetry]:
+def symmetries_of(symmetries: Sequence[Any], sources: Sources) -> Sequence[Symmetry]:
     """Return symmetries under the names of the merged tensors.
 
     Raises:
@@ -263,14 +264,23 @@ def batches_of(batches: Iterable[Any] | None) -> list[Any] | None:
     return held
 
 
+def network_of(module: Any) -> nn.Module:
+    """Return the network of the sources, without wrappers.
+
+    Raises:
+        MergeError: It is no module.
+    """
+    if not isinstance(module, nn.Module):
+        raise MergeError(f"module is a {type(module).__name__}; pass the network of the sources")
+    return unwrapped(module)
+
+
 def check_module(module: nn.Module, sources: Sources) -> None:
     """Check that a module has the parameters of the sources.
 
     Raises:
-        MergeError: It is no module, or its tensors differ; names the first.
+        MergeError: Its tensors differ; names the first.
     """
-    if not isinstance(module, nn.Module):
-        raise MergeError(f"module is a {type(module).__name__}; pass the network of the sources")
     state = module.state_dict()
     check_names(sources.names, state, "the sources", "module")
     for name, tensor in sources.models[0].items():

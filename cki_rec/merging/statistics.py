@@ -1,11 +1,12 @@
 """Statistics of the activations and gradients of several models on the same rows.
 
-A batch is any argument that the network takes (``calling``); labels are not used. Shape legend:
-B rows, K models, I inputs of a layer and the constant 1, O outputs of a layer.
+A batch is any argument that the network takes; labels are not used. Shape legend: B rows,
+K models, I inputs of a layer and the constant 1, O outputs of a layer.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from cki_rec.merging.calling import call, rows_of, tensors_of
+from cki_rec.merging.calling import logits_of
 from cki_rec.merging.params import Params
 from cki_rec.merging.repair import Moments
 from cki_rec.merging.traits import valid_positions_of
@@ -48,11 +49,9 @@ def linear_moments(
 ) -> Moments:
     """Return second moments of the inputs of every Linear layer, over all models side by side.
 
-    A network with one output per row also has products of inputs and outputs, which a repair of
-    the last layer reads. Three kinds of layers are left out: layers that run more than once per
-    batch, layers without input, and layers whose input is the same for all rows. Layers inside a
-    module with ``valid_positions`` count valid positions only: the module drops the outputs of
-    the others.
+    Three kinds of layers are left out: layers that run more than once per batch, layers without
+    input, and layers whose input is the same for all rows. Layers inside a module with
+    ``valid_positions`` count valid positions only: the module drops the outputs of the others.
 
     Args:
         network: A network with unsharded tables; its own parameters are not used.
@@ -72,20 +71,19 @@ def linear_moments(
     with _recorded_inputs(network, layers) as (inputs, valid):
         for batch in batches:
             inputs.clear()
-            outputs = [call(network, batch, model) for model in models]
-            num_rows, logits = _rows_and_logits(outputs, batch)
-            logit_BK = None if logits is None else torch.stack(logits, 1).double()
-            total += num_rows
+            scores = [logits_of(network, batch, model) for model in models]
+            logit_BK = torch.stack(scores, 1).double()
+            total += len(logit_BK)
             order |= dict.fromkeys(inputs)
             for name, parts in inputs.items():
                 if len(parts) != len(models) or not len(parts[0]):  # shared, or without input
                     continue
-                if name not in valid and len(parts[0]) != num_rows:
+                if name not in valid and len(parts[0]) != len(logit_BK):
                     continue
                 x_BKI = torch.stack(parts, 1).double()
                 flat, shape = x_BKI.flatten(1), x_BKI.shape[1:]
                 _add(second, name, (flat.T @ flat).unflatten(0, shape).unflatten(2, shape))
-                if name not in valid and logit_BK is not None:
+                if name not in valid:
                     _add(logit, name, (flat.T @ logit_BK).unflatten(0, shape))
                 rows[name] = rows.get(name, 0) + len(flat)
     seen = [n for n in order if n in second and (n in valid or rows[n] == total)]
@@ -104,8 +102,8 @@ def output_gradients(
 ) -> dict[str, Tensor]:
     r"""Return per Linear layer the mean over rows of :math:`g g^T` ``(K, O, K, O)`` float64.
 
-    g concatenates the gradients of the models' outputs, summed, in the outputs of the layer.
-    Layers that run more than once per batch, or that do not read one input per row, are left out.
+    g concatenates the gradients of the models' logits in the outputs of the layer. Layers that
+    run more than once per batch, or that do not read one input per row, are left out.
 
     Args:
         network: A network with unsharded tables; its own parameters are not used.
@@ -132,14 +130,14 @@ def output_gradients(
         for batch in batches:
             for parts in nudges.values():
                 parts.clear()
-            outputs = [call(network, batch, model) for model in models]
-            num_rows, _ = _rows_and_logits(outputs, batch)
+            logits = torch.stack([logits_of(network, batch, model) for model in models])
+            num_rows = logits.shape[1]
             total += num_rows
             once = {
                 n: p for n, p in nudges.items() if [len(x) for x in p] == [num_rows] * len(models)
             }
             inputs = [part for parts in once.values() for part in parts]
-            gradients = iter(torch.autograd.grad(_sum_of(outputs), inputs) if inputs else ())
+            gradients = iter(torch.autograd.grad(logits.sum(), inputs) if inputs else ())
             for name, parts in once.items():
                 g_BKO = torch.stack([next(gradients) for _ in parts], 1).double()
                 flat, shape = g_BKO.flatten(1), g_BKO.shape[1:]
@@ -149,6 +147,16 @@ def output_gradients(
         for handle in handles:
             handle.remove()
     return {name: value / total for name, value in products.items() if rows[name] == total}
+
+
+def untied_linears(network: nn.Module) -> dict[str, nn.Linear]:
+    """Return the Linear layers by the names of their weights, without weights of other modules."""
+    held = Counter(id(p) for m in network.modules() for p in m.parameters(recurse=False))
+    return {
+        f"{name}.weight": module
+        for name, module in network.named_modules()
+        if isinstance(module, nn.Linear) and held[id(module.weight)] == 1
+    }
 
 
 @contextmanager
@@ -161,7 +169,7 @@ def _recorded_inputs(
         The inputs per layer with a constant 1, call by call, valid positions only; and the masks
         of layers inside a module with ``valid_positions``.
     """
-    linears = {f"{n}.weight": m for n, m in network.named_modules() if isinstance(m, nn.Linear)}
+    linears = untied_linears(network)
     inputs: dict[str, list[Tensor]] = {}
     valid: dict[str, Tensor] = {}
 
@@ -194,24 +202,6 @@ def _recorded_inputs(
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _rows_and_logits(outputs: Sequence[Any], batch: Any) -> tuple[int, list[Tensor] | None]:
-    """Return the number of rows, and the outputs ``(B,)`` of networks with one output per row."""
-    first = outputs[0]
-    if isinstance(first, Tensor) and first.is_floating_point():
-        if first.ndim == 1:
-            return len(first), list(outputs)
-        if first.ndim == 2 and first.shape[1] == 1:
-            return len(first), [output[:, 0] for output in outputs]
-    return rows_of(batch), None
-
-
-def _sum_of(outputs: Sequence[Any]) -> Tensor:
-    """Return the sum of all floating outputs."""
-    if all(isinstance(output, Tensor) for output in outputs):
-        return torch.stack(list(outputs)).sum()
-    return torch.cat([tensor.flatten() for o in outputs for tensor in tensors_of(o)]).sum()
 
 
 def _add(totals: dict[str, Tensor], name: str, value: Tensor) -> None:
