@@ -326,8 +326,8 @@ def test_labels_equal_file_names():
 def test_every_table_row_has_a_file():
     from cki_rec.data.raw.formats import FORMATS
     from cki_rec.merging.methods import METHODS
-    from cki_rec.models import MODELS
     from cki_rec.merging.search import AUTO
+    from cki_rec.models import MODELS
     from cki_rec.pipelines.references import REFERENCES
 
     def values(group, key):

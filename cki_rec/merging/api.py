@@ -19,10 +19,10 @@ from cki_rec.merging.inputs import (
     check_module,
     checked_score,
     counts_of,
+    network_of,
     sources_of,
     symmetries_of,
     tables_of,
-    unwrapped,
 )
 from cki_rec.merging.methods import METHODS
 from cki_rec.merging.mixing import source_shares
@@ -110,7 +110,7 @@ def merge(
         MergeError: Models that differ or have NaN, an unknown method or option, a missing input.
     """
     extras, batches = extras or Extras(), batches_of(batches)
-    module = None if module is None else unwrapped(module)
+    module = None if module is None else network_of(module)
     sources = sources_of(models, dtype, module)
     recipe = Recipe(method, align, repair, options)
     is_search = method == AUTO

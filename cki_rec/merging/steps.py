@@ -30,7 +30,7 @@ from cki_rec.merging.projection import anchor_weights, project_tables
 from cki_rec.merging.registry import MergeInputs, Method, Score
 from cki_rec.merging.repair import fit_layers, recalibrate, rescale
 from cki_rec.merging.selection import constant_weights
-from cki_rec.merging.statistics import ActivationStatistics
+from cki_rec.merging.statistics import ActivationStatistics, untied_linears
 from cki_rec.merging.symmetry import LogitScale, Symmetry, check_scores, transform
 from cki_rec.merging.traits import elementwise_parameters
 from cki_rec.merging.vocabulary import from_owners, restrict_weights, shared_rows
@@ -328,7 +328,7 @@ def repair_model(
         return fitted, weights, None
     products = table_products(models, network.moved_tables("rotation"), row_weights)
     copied = elementwise_parameters(activations.network)
-    readers = linear_weights(activations.network) - copied
+    readers = set(untied_linears(activations.network)) - copied
     projected = project_tables(merged, models, symmetries, products, weights, readers)
     if not copied:
         fitted = fit_layers(projected, models, shares, activations, symmetries, True)
@@ -348,11 +348,6 @@ def repair_model(
     anchor = scores.index(max(scores))
     chosen = anchor_weights(weights, symmetries, readers, copied, anchor)
     return best, {**weights, **chosen}, {"source": anchor, "valid_auc": scores}
-
-
-def linear_weights(module: nn.Module) -> set[str]:
-    """Return the names of the weights of all Linear layers."""
-    return {f"{name}.weight" for name, m in module.named_modules() if isinstance(m, nn.Linear)}
 
 
 def calibrate_model(
@@ -385,7 +380,10 @@ def row_weights_of(
     Without counts every row has the same weight. But rows of joined vocabularies that a source
     lacks (``row_mask``) have none: they hold its row for unseen tokens.
     """
-    if counts or not row_mask:
+    if counts:
+        rest = {name: torch.ones(len(models[0][name])) for name in tables if name not in counts[0]}
+        return [{**rest, **source} for source in counts] if rest else counts
+    if not row_mask:
         return counts
     return [
         {

@@ -24,8 +24,14 @@ def draw(seed):
         ("average", {"align": "weights"}, "align=weights needs the symmetries of the network"),
         ("average", {"repair": "mend"}, "repair='mend': one of none, rescale"),
         ("slerp", {"repair": "rescale"}, "slerp does not average layers"),
-        ("average", {"extras": Extras(fixed={"bias": "last"})}, "fixed['bias']='last': one of first, evidence"),
-        ("average", {"extras": Extras(fixed={"gain": "first"})}, "fixed names gain, which no model has"),
+        (
+            *("average", {"extras": Extras(fixed={"bias": "last"})}),
+            "fixed['bias']='last': one of first, evidence",
+        ),
+        (
+            *("average", {"extras": Extras(fixed={"gain": "first"})}),
+            "fixed names gain, which no model has",
+        ),
     ],
 )
 def test_steps_are_checked_by_the_library_too(method, words, message):

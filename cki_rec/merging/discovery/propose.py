@@ -227,11 +227,16 @@ class Graph:
 
     def _match_blocks(self, parents: list[Tensor]) -> None:
         """Unite blocks that several operations name, if they match one to one."""
+        single: dict[int, set[int]] = defaultdict(set)  # as before unions
+        for child, parent in _pairs(parents):
+            single[child].add(self.find(parent))
         matches = defaultdict(set)
-        for several in self.gather(parents).values():
+        for several in [*self.gather(parents).values(), *single.values()]:
+            owners = {p: self.owner(p) for p in several}
+            if len(set(owners.values())) < len(owners):
+                continue  # a unit that several blocks share matches none of them
             for p, q in itertools.combinations(sorted(several), 2):
-                if self.owner(p) != self.owner(q):
-                    matches[self.owner(p), self.owner(q)].add((p, q))
+                matches[owners[p], owners[q]].add((p, q))
         for match in matches.values():
             if len(match) == len({p for p, _ in match}) == len({q for _, q in match}):
                 for p, q in match:
@@ -241,10 +246,24 @@ class Graph:
         named = {*self.root, *self.root.values(), *self.held}
         fixed = {self.find(x) for x in named if not self.loose[x]}
         fixed |= {p for several in self.held.values() for p in several if not self.loose[p]}
-        for child, several in self.held.items():
+        for child, several in list(self.held.items()):
+            self.held[child] = several = self._not_shared(several)
             if len(several) > 1 or child in fixed:
                 fixed |= several
         return fixed
+
+    def _not_shared(self, blocks: set[int]) -> set[int]:
+        """Return the blocks of a unit but for axes of which it is in every block.
+
+        A unit that all blocks share moves with none of them.
+        """
+        for place in {self.owner(block) for block in blocks} if len(blocks) > 1 else ():
+            ends = [start for start, _ in self.owners[place : place + 2]]
+            stop = ends[1] if len(ends) > 1 else len(self.loose)
+            everything = {self.find(node) for node in range(ends[0], stop)}
+            if len(everything) > 1 and everything <= blocks:
+                blocks = blocks - everything
+        return blocks
 
     def entries(self, nodes: list[Tensor]) -> list[str]:
         """Return the parameters and axes that nodes, or nodes united with them, belong to."""

@@ -205,13 +205,15 @@ class Trial:
 
     def searched(self, symmetries: Sequence[Symmetry], tolerance: float) -> float:
         """Return the change on the states of the search; most wrong proposals end here."""
-        draws = [(0, LARGE), (1, SMALL), (0, UNIFORM), (1, LARGE)]
+        draws = [(0, LARGE), (1, SMALL), (0, UNIFORM)]
         return self.worst(symmetries, draws, tolerance)
 
     def final(self, symmetries: Sequence[Symmetry], tolerance: float) -> float:
         """Return the change on the reserved states, which served for nothing else."""
-        points = range(SEARCHED, SEARCHED + RESERVED)
-        draws = [(point, how) for how in (LARGE, SMALL, UNIFORM) for point in points]
+        kinds = (LARGE, SMALL, UNIFORM)
+        draws = [
+            (SEARCHED + i, kinds[(i + shift) % 3]) for shift in (0, 1) for i in range(RESERVED)
+        ]
         return self.worst(symmetries, draws, tolerance)
 
     def is_seen(self, symmetries: Sequence[Symmetry], tolerance: float) -> bool:

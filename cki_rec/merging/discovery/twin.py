@@ -18,13 +18,16 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
-from cki_rec.merging.discovery.values import call, is_float, tensors_in
+from cki_rec.merging.discovery.values import call, is_float, operands, tensors_in
 from cki_rec.merging.params import MergeError
 
 SHARED = 1 << 16
 """Parameters of more entries are not copied before their use is known."""
 LOOKUPS = ("embedding", "_embedding_bag", "_embedding_bag_forward_only", "index_select", "index")
 """Operations that read rows of their first argument by id."""
+
+
+SHORT = frozenset({torch.float32, torch.float16, torch.bfloat16})
 
 
 class UnseenRow(RuntimeError):
@@ -106,7 +109,8 @@ class _Watch(Mode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        read = [id(t) for t in tensors_in((args, kwargs)) if id(t) in self.tables]
+        kwargs = kwargs or {}
+        read = [id(t) for t in operands(args, kwargs) if id(t) in self.tables]
         if read and func._schema.is_mutable:
             self.written = {self.tables[key] for key in read}
             raise _Written
@@ -116,7 +120,7 @@ class _Watch(Mode):
                 self.others.add(key)
             else:
                 self.ids.setdefault(key, []).append(ids.unique())
-        return func(*args, **(kwargs or {}))
+        return func(*args, **kwargs)
 
 
 class Float64(Mode):
@@ -137,14 +141,13 @@ class Float64(Mode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = dict(kwargs or {})
-        short = {torch.float32, torch.float16, torch.bfloat16}
-        if kwargs.get("dtype") in short:
+        if kwargs.get("dtype") in SHORT:
             kwargs["dtype"] = torch.float64
         if args and id(args[0]) in self.rows and operation(func) in LOOKUPS:
             args = self._translated(func, args)
         if not func._schema.is_mutable:
-            dtypes = {t.dtype for t in tensors_in((args, kwargs)) if is_float(t)}
-            if torch.float64 in dtypes and dtypes & short:
+            dtypes = {t.dtype for t in operands(args, kwargs)}
+            if torch.float64 in dtypes and dtypes & SHORT:
                 args, kwargs = tree_map(lambda x: x.double() if is_float(x) else x, (args, kwargs))
         return func(*args, **kwargs)
 
