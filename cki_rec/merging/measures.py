@@ -66,13 +66,15 @@ def paper_sums(
             *(("local", local), ("dual", dual)),
             *(("hard", harden(dual)), ("soft", soften(dual))),
         ):
-            sums[name] += values.flatten(1).sum(1, dtype=torch.float64).cpu()
+            sums[name] += values.flatten(1).sum(1).double().cpu()
         for name, scores in (("local_ratio", local), ("dual_ratio", dual)):
-            sums[name] += _ratio(scores).sum(dtype=torch.float64).cpu()
+            sums[name] += _ratio(scores).sum().double().cpu()
     return sums
 
 
-def pair_sums(tensors: Sequence[Tensor], base: Tensor | None = None) -> Sums:
+def pair_sums(
+    tensors: Sequence[Tensor], base: Tensor | None = None, dtype: torch.dtype | None = None
+) -> Sums:
     """Return sums over entries from which distances and cosines of every two sources follow.
 
     ``products`` and ``squares`` are ``(K, K)``: products of two sources, and squares of their
@@ -82,17 +84,18 @@ def pair_sums(tensors: Sequence[Tensor], base: Tensor | None = None) -> Sums:
     Args:
         tensors: One per source.
         base: The parameter that all sources started from.
+        dtype: Type to compute in; None: float32 or wider, and float64 if that overflows.
     """
     num_sources = len(tensors)
     names = ("products", "squares", *(() if base is None else ("task_products",)))
     sums = {name: torch.zeros(num_sources, num_sources, dtype=torch.float64) for name in names}
     if base is not None:
         sums["conflicts"] = torch.zeros((), dtype=torch.float64)
-    for blocks in _blocks(tensors if base is None else [*tensors, base]):
+    for blocks in _blocks(tensors if base is None else [*tensors, base], dtype):
         sources = blocks[:num_sources]
         sums["products"] += _products(sources)
         for k, j in combinations(range(num_sources), 2):
-            square = (sources[k] - sources[j]).square().sum(dtype=torch.float64).cpu()
+            square = (sources[k] - sources[j]).square().sum().double().cpu()
             sums["squares"][k, j] += square
             sums["squares"][j, k] += square
         if base is not None:
@@ -100,6 +103,8 @@ def pair_sums(tensors: Sequence[Tensor], base: Tensor | None = None) -> Sums:
             sums["task_products"] += _products(changes)
             signs = torch.stack([change.sign() for change in changes])
             sums["conflicts"] += ((signs.amin(0) < 0) & (signs.amax(0) > 0)).sum().cpu()
+    if dtype is None and not all(bool(total.isfinite().all()) for total in sums.values()):
+        return pair_sums(tensors, base, torch.float64)
     return sums
 
 
@@ -137,20 +142,19 @@ def _products(tensors: Sequence[Tensor]) -> Tensor:
     products = torch.zeros(len(tensors), len(tensors), dtype=torch.float64)
     for k, left in enumerate(tensors):
         for j, right in enumerate(tensors[: k + 1]):
-            products[k, j] = (left * right).sum(dtype=torch.float64)
+            products[k, j] = (left * right).sum()
             products[j, k] = products[k, j]
     return products
 
 
 def _ratio(scores_K: Tensor) -> Tensor:
     """Return the smallest score over the largest; 1 if all are 0."""
-    low, high = scores_K.amin(0), scores_K.amax(0)
-    return torch.where(high > 0, low / torch.where(high > 0, high, 1), 1)
+    return (scores_K.amin(0) / scores_K.amax(0)).nan_to_num(nan=1.0)
 
 
-def _blocks(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+def _blocks(tensors: Sequence[Tensor], dtype: torch.dtype | None = None) -> Iterator[list[Tensor]]:
     """Yield blocks of rows of all tensors, in the type to compute in."""
-    dtype = compute_dtype(tensors[0])
+    dtype = dtype or compute_dtype(tensors[0])
     views = [tensor.detach().reshape(-1) if tensor.ndim == 0 else tensor for tensor in tensors]
     if not views[0].numel():
         return

@@ -41,9 +41,10 @@ def assessment_text(
     width = width or shutil.get_terminal_size((110, 24)).columns
     parameters = [row for row in rows if row["kind"] in ("table", "tensor")]
     summaries = [row for row in rows if row["kind"] not in ("table", "tensor")]
-    lines = _table([*parameters[:MOST_ROWS], *summaries], width)
-    if len(parameters) > MOST_ROWS:
-        lines.insert(1 + MOST_ROWS, f"({len(parameters) - MOST_ROWS} more compatible ones)")
+    shown = parameters[:MOST_ROWS]
+    lines = _table([*shown, *summaries], width)
+    num_hidden = len(parameters) - len(shown)
+    lines.insert(1 + len(shown), f"({num_hidden} more compatible ones)" if num_hidden else "")
     lines += ["", *wrap(LEGEND, width)]
     if barrier is not None:
         lines += ["", *_barrier_lines(barrier, width)]
@@ -52,9 +53,9 @@ def assessment_text(
 
 LEGEND = (
     "compat: the paper's scores, smallest source over largest (1: equal); local and global: its"
-    " two perspectives. hard, soft: percent that each source gives. dist, cos: relative distance and"
-    " cosine of the sources; > after alignment. rows: percent of a table's rows that all sources"
-    " have seen / some / none."
+    " two perspectives. hard, soft: percent that each source gives. dist, cos: relative distance"
+    " and cosine of the sources; > after alignment. rows: percent of a table's rows that all"
+    " sources have seen / some / none."
 )
 
 
