@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from cki_rec.merging.assessment_rows import assessment_rows, seen_rows
 from cki_rec.merging.barrier import Loss, by_deviation, by_loss, by_score, measure_barrier
+from cki_rec.merging.calling import evaluating
 from cki_rec.merging.measures import pair_sums, paper_sums
 from cki_rec.merging.methods.cki.assessment import Histogram, entropies, global_terms
 from cki_rec.merging.methods.cki.gate import check_gate, initialize_gate
@@ -79,7 +80,9 @@ class Assessment:
         """Return ``flat_rows`` as a frame (pandas must be installed)."""
         import pandas as pd
 
-        return pd.DataFrame(self.flat_rows())
+        frame = pd.DataFrame(self.flat_rows())
+        numbers = [name for name in frame if name.startswith("rows")]
+        return frame.astype(dict.fromkeys(numbers, "Int64"))  # has a place for undefined ones
 
 
 def assess(
@@ -176,9 +179,14 @@ def assess(
     for name in gates or {}:
         if name not in sources[0]:
             raise MergeError(f"{name}: has a gate but is no parameter")
+    if module is not None:
+        _check_module(module, sources[0])
     is_table = {*tables, *seen, *_tables_in([*models, module])} & set(sources[0])
     sample = _sample(module, batches)
-    aligned = _aligned(sources, counts, symmetries, is_table, module, sample, align, starts, seed)
+    with evaluating(module):
+        aligned = _aligned(
+            sources, counts, symmetries, is_table, module, sample, align, starts, seed
+        )
     measured = {}
     for name, tensor in sources[0].items():
         tensors = [source[name] for source in sources]
@@ -219,6 +227,22 @@ def _tables_in(models: Sequence[Model | None]) -> set[str]:
         for name, part in model.named_modules()
         if isinstance(part, nn.Embedding | nn.EmbeddingBag)
     }
+
+
+def _check_module(module: nn.Module, first: Params) -> None:
+    """Check that a module has the parameters of the sources.
+
+    Raises:
+        MergeError: It has not; names the first.
+    """
+    state = module.state_dict()
+    for name, tensor in first.items():
+        shape = tuple(state[name].shape) if name in state else "none"
+        if shape != tuple(tensor.shape):
+            raise MergeError(
+                f"{name}: {tuple(tensor.shape)} in the sources, {shape} in module; pass the"
+                " network of the sources"
+            )
 
 
 def _sample(module: nn.Module | None, batches: Iterable[Any] | None) -> list[Any]:

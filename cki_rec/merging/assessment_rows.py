@@ -69,7 +69,7 @@ def assessment_rows(
         [
             ("module", title, names)
             for title, names in modules.items()
-            if len(names) > 1 and layers.get(title) != names
+            if len(names) > 1 and names not in layers.values()
         ],
         [("model", "all parameters", list(first))],
     ]

@@ -11,8 +11,8 @@ from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
+from cki_rec.merging.calling import call, evaluating, rows_of
 from cki_rec.merging.mixing import mix
 from cki_rec.merging.params import MergeError, Params
 from cki_rec.merging.registry import Score
@@ -95,9 +95,8 @@ def by_loss(module: nn.Module, batches: Sequence[Any], loss: Loss) -> Evaluate:
     def evaluate(params: Params, _: Sequence[float]) -> float:
         total, rows = 0.0, 0
         for output, batch in zip(_outputs(module, params, batches), batches, strict=True):
-            size = len(output) if isinstance(output, Tensor) and output.ndim else 1
-            total += float(loss(output, batch)) * size
-            rows += size
+            total += float(loss(output, batch)) * rows_of(batch)
+            rows += rows_of(batch)
         return total / rows
 
     return evaluate
@@ -176,22 +175,7 @@ def _joined(module: nn.Module, params: Params, batches: Sequence[Any]) -> Tensor
     return torch.cat([output.double().reshape(-1, *output.shape[1:]) for output in outputs])
 
 
-@torch.no_grad()
 def _outputs(module: nn.Module, params: Params, batches: Sequence[Any]) -> list[Any]:
     """Return the outputs of a module in evaluation mode; its own state does not change."""
-    modes = {part: part.training for part in module.modules()}
-    module.eval()
-    try:
-        return [_call(module, params, batch) for batch in batches]
-    finally:
-        for part, is_training in modes.items():
-            part.training = is_training
-
-
-def _call(module: nn.Module, params: Params, batch: Any) -> Any:
-    """Return the output for one batch: a tuple holds arguments, a dictionary keywords."""
-    if isinstance(batch, tuple):
-        return functional_call(module, params, batch)
-    if isinstance(batch, dict):
-        return functional_call(module, params, (), batch)
-    return functional_call(module, params, (batch,))
+    with evaluating(module):
+        return [call(module, batch, params) for batch in batches]

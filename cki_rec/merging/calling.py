@@ -1,0 +1,94 @@
+"""One convention to run a module on a batch, whatever the module takes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from cki_rec.merging.params import MergeError, Params
+
+
+def arguments_of(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return the arguments that a batch stands for.
+
+    A tuple or a list holds positional arguments, a mapping holds keyword arguments. All else, a
+    named tuple too, is one argument.
+    """
+    if isinstance(batch, Mapping):
+        return (), {str(name): value for name, value in batch.items()}
+    if type(batch) in (tuple, list):
+        return tuple(batch), {}
+    return (batch,), {}
+
+
+def call(module: nn.Module, batch: Any, params: Params | None = None) -> Any:
+    """Return the output of a module on a batch.
+
+    Args:
+        module: The module.
+        batch: See ``arguments_of``.
+        params: Parameters and buffers to run it with; None: its own. Tied ones may be named once.
+    """
+    positional, named = arguments_of(batch)
+    if params is None:
+        return module(*positional, **named)
+    return functional_call(module, params, positional, named)
+
+
+def outputs_of(module: nn.Module, batch: Any, params: Params | None = None) -> Tensor:
+    """Return all floating outputs of a module on a batch, one after the other.
+
+    Raises:
+        MergeError: It has none.
+    """
+    outputs = list(_tensors(call(module, batch, params)))
+    if not outputs:
+        raise MergeError("the module returns no floating tensor")
+    return torch.cat([output.flatten() for output in outputs])
+
+
+def _tensors(output: Any) -> Iterator[Tensor]:
+    if isinstance(output, Tensor):
+        if output.is_floating_point():
+            yield output
+    elif isinstance(output, Mapping):
+        for value in output.values():
+            yield from _tensors(value)
+    elif isinstance(output, list | tuple):
+        for value in output:
+            yield from _tensors(value)
+    elif is_dataclass(output) and not isinstance(output, type):
+        for entry in fields(output):
+            yield from _tensors(getattr(output, entry.name))
+
+
+def rows_of(batch: Any) -> int:
+    """Return the number of rows of a batch: of its first tensor, or its length."""
+    positional, named = arguments_of(batch)
+    for value in (*positional, *named.values()):
+        if isinstance(value, Mapping | list | tuple):
+            return rows_of(value)
+        if isinstance(value, Tensor) and value.ndim:
+            return len(value)
+        if not isinstance(value, Tensor) and hasattr(value, "__len__"):
+            return len(value)
+    return 1
+
+
+@contextmanager
+def evaluating(module: nn.Module | None) -> Iterator[None]:
+    """Put a module into evaluation mode, and restore the modes of all its parts afterwards."""
+    modes = {} if module is None else {part: part.training for part in module.modules()}
+    try:
+        if module is not None:
+            module.eval()
+        yield
+    finally:
+        for part, mode in modes.items():
+            part.training = mode
