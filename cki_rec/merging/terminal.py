@@ -52,10 +52,10 @@ def assessment_text(
 
 
 LEGEND = (
-    "compat: the paper's scores, smallest source over largest (1: equal); local and global: its"
-    " two perspectives. hard, soft: percent that each source gives. dist, cos: relative distance"
-    " and cosine of the sources; > after alignment. rows: percent of a table's rows that all"
-    " sources have seen / some / none."
+    "Compat is the smallest score of a source over the largest; 1 means equal sources. Local and"
+    " global are its two perspectives. Hard and soft are the percentages that the sources give."
+    " Dist and cos are their relative distance and cosine, > after alignment. Rows are percentages"
+    " of a table: seen by all sources / by some / by none."
 )
 
 

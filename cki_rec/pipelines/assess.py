@@ -104,9 +104,9 @@ def check_options(config: Config) -> None:
         vocabularies.check_folders(options.vocabularies, len(options.sources) + num_bases)
         if reads_rows(config) and not config.data.vocabularies:
             raise UserError(
-                "merge.vocabularies: the assessment reads rows, which are not encoded with the"
+                "merge.vocabularies: the assessment reads rows. These are not encoded with the"
                 " joined vocabularies; set assess.barrier=0 and assess.align=weights, or"
-                " data.vocabularies=[FOLDER,...], the encoded data sets of the sources"
+                " data.vocabularies=[FOLDER,...] to the encoded data sets of the sources"
             )
 
 
