@@ -41,8 +41,9 @@ def assessment_plot(rows: Sequence[Mapping[str, Any]], barrier: Mapping[str, Any
     def draw(figure: Figure) -> None:
         upper: Figure | SubFigure = figure
         if barrier is not None:
-            upper, lower = figure.subfigures(2, 1, height_ratios=[height, below])
-            _barrier_panel(lower.subplots(), barrier)
+            parts: Any = figure.subfigures(2, 1, height_ratios=[height, below])
+            upper = parts[0]
+            _barrier_panel(parts[1].subplots(), barrier)
         left, right = upper.subplots(1, 2, sharey=True)
         names = tensor_names([row["name"] for row in drawn])
         left.set_yticks(range(len(drawn)), [names[row["name"]] for row in drawn])

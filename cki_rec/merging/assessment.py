@@ -36,6 +36,7 @@ from cki_rec.merging.steps import Network, Processes, align_models, row_weights_
 from cki_rec.merging.suggestions import facts_of, suggest
 from cki_rec.merging.symmetry import Symmetry
 from cki_rec.merging.terminal import assessment_text
+from cki_rec.merging.traits import symmetries_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -80,9 +81,9 @@ class Assessment:
         """Return ``flat_rows`` as a frame (pandas must be installed)."""
         import pandas as pd
 
-        frame = pd.DataFrame(self.flat_rows())
-        numbers = [name for name in frame if name.startswith("rows")]
-        return frame.astype(dict.fromkeys(numbers, "Int64"))  # has a place for undefined ones
+        flat = self.flat_rows()
+        numbers = [name for name in flat[0] if name.startswith("rows")]
+        return pd.DataFrame(flat).astype(dict.fromkeys(numbers, "Int64"))  # whole or undefined
 
 
 def assess(
@@ -90,7 +91,7 @@ def assess(
     *,
     counts: Sequence[Params] = (),
     base: Model | None = None,
-    symmetries: Sequence[Symmetry] = (),
+    symmetries: Sequence[Symmetry] | None = None,
     tables: Collection[str] = (),
     module: nn.Module | None = None,
     batches: Iterable[Any] | None = None,
@@ -134,7 +135,7 @@ def assess(
         models: Two or more state dicts or modules. Integer buffers are left out.
         counts: Per source and table ``(V,)`` training rows that looked a row up.
         base: The model that all sources started from.
-        symmetries: Symmetries of the sources' network.
+        symmetries: Symmetries of the sources' network; None: those that ``module`` declares.
         tables: Names of embedding tables, besides those in ``counts`` and in ``module``.
         module: The network of the models; its own parameters are not used.
         batches: Inputs of the network: for activations, for the barrier and to verify symmetries.
@@ -183,6 +184,8 @@ def assess(
         _check_module(module, sources[0])
     is_table = {*tables, *seen, *_tables_in([*models, module])} & set(sources[0])
     sample = _sample(module, batches)
+    if symmetries is None:
+        symmetries = [] if module is None else symmetries_of(module)
     with evaluating(module):
         aligned = _aligned(
             sources, counts, symmetries, is_table, module, sample, align, starts, seed

@@ -85,6 +85,18 @@ def test_modules_and_state_dicts_are_the_same():
     assert named["table.weight"] == "table"
 
 
+def test_symmetries_are_those_that_the_module_declares():
+    class Declaring(Recommender):
+        def symmetries(self):
+            return SYMMETRIES
+
+    declared = assess(PAIR, module=Declaring(0))
+    assert declared.rows == assess(PAIR, symmetries=SYMMETRIES, module=MODULE).rows
+    assert declared.rows[-1]["aligned_cosine"] is not None
+    assert assess(PAIR, module=Declaring(0), symmetries=[]).rows[-1]["aligned_cosine"] is None
+    assert assess(PAIR, module=Declaring(0), align="none").rows[-1]["aligned_cosine"] is None
+
+
 def test_the_same_seed_gives_the_same_figures():
     one, other, third = (assess(PAIR, gate="full", seed=seed).rows for seed in (1, 1, 2))
     assert one == other
