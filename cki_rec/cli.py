@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 PIPELINES = {
     "prepare": "encode a data set and print its summary",
     "train": "train one model",
+    "assess": "compare models before a merge: compatibility, distances, seen rows, the barrier",
     "merge": "make one model out of several; trains sources that are missing",
     "finetune": "merge, then train briefly on all rows",
     "evaluate": "all of the above as configured, then metrics and intervals on test rows",
@@ -33,6 +34,7 @@ PIPELINES = {
 EXAMPLES = {
     "prepare": "data=movielens_1m data.raw=ml-1m.zip",
     "train": "model=deepfm seed=2 train.epochs=5",
+    "assess": "'merge.sources=[{seed: 1},{seed: 2}]' assess.barrier=5",
     "merge": "merge=evidence 'merge.sources=[{seed: 1},{seed: 2}]'",
     "finetune": "merge=evidence finetune=one_epoch",
     "evaluate": "-m suite=seeds,shards seed=1,2,3 merge=average,evidence",
@@ -387,6 +389,7 @@ def _help(groups: dict[str, list[str]]) -> str:
 READS = {
     "prepare": ["data"],
     "train": ["data", "model", "train"],
+    "assess": ["data", "model", "train", "suite", "merge", "assess"],
     "merge": ["data", "model", "train", "suite", "merge"],
     "finetune": ["data", "model", "train", "suite", "merge", "finetune"],
     "evaluate": ["data", "model", "train", "suite", "merge", "finetune", "evaluate"],

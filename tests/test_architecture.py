@@ -53,6 +53,7 @@ MAY_IMPORT = {
 LAYOUT = {
     *("merging/api.py", "merging/registry.py", "merging/params.py", "merging/mixing.py"),
     *("merging/symmetry.py", "merging/alignment.py", "merging/projection.py", "merging/repair.py"),
+    *("merging/assessment.py", "merging/barrier.py", "pipelines/assess.py"),
     *("merging/vocabulary.py", "merging/statistics.py", "merging/methods/cki/method.py"),
     *("models/embeddings.py", "data/schema.py", "data/dataset.py", "data/loader.py"),
     *("data/provenance.py", "data/test_labels.py", "data/raw/delimited.py"),

@@ -7,6 +7,7 @@ from cki_rec.config.data_options import Data, Download, Partition, Split, Synthe
 from cki_rec.config.errors import RankLost, ReportedElsewhere, Stopped, UserError, nearest
 from cki_rec.config.options import (
     Align,
+    Assess,
     Attention,
     Config,
     Cross,
@@ -34,6 +35,7 @@ from cki_rec.config.section import choices
 
 __all__ = [
     "Align",
+    "Assess",
     "Attention",
     "Config",
     "Cross",

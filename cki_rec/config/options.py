@@ -221,6 +221,25 @@ class Merge:
 
 
 @section
+class Assess:
+    """Comparison of models before a merge."""
+
+    align: Literal["none", "weights", "activations"]
+    """``none``, ``weights`` or ``activations`` (hidden units by their activations on rows)."""
+    barrier: NonNegative
+    """Points on the straight line between sources, both ends included, whose validation AUC is
+    measured; 0: none, so that no labels are read."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Assess:
+        if self.barrier in (1, 2):
+            raise ValueError(
+                f"barrier={self.barrier}: must be 0 (none) or at least 3 (both ends, the middle)"
+            )
+        return self
+
+
+@section
 class Finetune:
     """Short training of a merged model on all data."""
 
@@ -311,6 +330,7 @@ class Config:
     model: Model
     train: Train
     merge: Merge
+    assess: Assess
     finetune: Finetune
     evaluate: Evaluate
     runtime: Runtime

@@ -79,7 +79,7 @@ def metric_plot(summary: pd.DataFrame, runs: pd.DataFrame, metric: str) -> str:
             list(entries.values()), list(entries), loc="outside lower left", ncols=3, frameon=False
         )
 
-    return _svg(5.2, max(sum(heights) + 0.9, 3.0), draw)
+    return svg_text(5.2, max(sum(heights) + 0.9, 3.0), draw)
 
 
 def mixing_plot(
@@ -117,7 +117,7 @@ def mixing_plot(
         _mixing_panel(figure, shares_of, tensors)
         figure.suptitle(f"{suite}, repetition {seed}", x=0.01, ha="left", fontweight="bold")
 
-    return _svg(max(2.2 + 1.25 * len(names), 5.0), 0.3 * len(tensors) + 1.6, draw)
+    return svg_text(max(2.2 + 1.25 * len(names), 5.0), 0.3 * len(tensors) + 1.6, draw)
 
 
 def tensor_names(keys: Sequence[str]) -> dict[str, str]:
@@ -222,7 +222,7 @@ def _own_settings() -> Iterator[None]:
         yield
 
 
-def _svg(width: float, height: float, draw: Callable[[Figure], None]) -> str:
+def svg_text(width: float, height: float, draw: Callable[[Figure], None]) -> str:
     """Return the SVG text of a figure of a size in inches, filled by ``draw``."""
     with _own_settings():
         figure = Figure(figsize=(width, height), layout="constrained", facecolor="white")

@@ -107,7 +107,7 @@ def check_options(config: Config) -> None:
     """
     options = config.merge
     entry = entry_of(options)
-    _check_deltas(options)
+    check_deltas(options)
     _check_processes(options, entry)
     if entry is None:
         _check_recipes(config)
@@ -177,7 +177,7 @@ def check_options(config: Config) -> None:
             )
 
 
-def _check_deltas(options: Merge) -> None:
+def check_deltas(options: Merge) -> None:
     """Check that sources and base are named by options that a training reads."""
     named = {f"merge.sources[{place}]": delta for place, delta in enumerate(options.sources)}
     for where, delta in {**named, "merge.base": options.base or {}}.items():

@@ -20,7 +20,9 @@ from cki_rec.engine.record import Run
 from cki_rec.merging.options import in_yaml
 from cki_rec.pipelines import train
 
-NOT_OF_TRAINING = ("merge.", "merge=", "suite.", "finetune", "evaluate", "check_only", "name", "-")
+NOT_OF_TRAINING = (
+    *("merge.", "merge=", "suite.", "assess", "finetune", "evaluate", "check_only", "name", "-"),
+)
 """Prefixes of command-line words that do not affect the training of a source."""
 
 log = logging.getLogger(__name__)

@@ -130,14 +130,34 @@ def global_compatibility(
         The form for more than two sources is ours; the paper only names the case. So are ranges
         other than ``own``: the released histogram mostly measures the two extreme entries.
     """
+    terms = global_terms(entropies(tensors, bins, histogram), a, c)
+    return torch.tensor(terms, dtype=torch.float64, device=tensors[0].device)
+
+
+def entropies(
+    tensors: Sequence[Tensor], bins: int = 10, histogram: Histogram = "own"
+) -> list[float]:
+    """Return the entropy of each source of one parameter.
+
+    Raises:
+        MergeError: As ``entropy`` and ``histogram_bounds``.
+    """
+    bounds = histogram_bounds(tensors, histogram)
+    return [entropy(w, bins, ends) for w, ends in zip(tensors, bounds, strict=True)]
+
+
+def global_terms(entropies_K: Sequence[float], a: float = 0.4, c: float = 500.0) -> list[float]:
+    """Return the global term of each source (``global_compatibility``) from its entropy.
+
+    Raises:
+        MergeError: ``a`` is not in [0, 1].
+    """
     if not 0 <= a <= 1:
         raise MergeError(f"a must be between 0 and 1, not {a}")
-    bounds = histogram_bounds(tensors, histogram)
-    entropies = [entropy(w, bins, ends) for w, ends in zip(tensors, bounds, strict=True)]
-    terms = [_global_term(difference, a, c) for difference in compare_entropies(entropies)]
+    terms = [_global_term(difference, a, c) for difference in compare_entropies(entropies_K)]
     if len(terms) == 2:
         terms[1] = 1 - terms[0]
-    return torch.tensor(terms, dtype=torch.float64, device=tensors[0].device)
+    return terms
 
 
 def compute_global_terms(
