@@ -157,6 +157,7 @@ def _best_signs(
             score = torch.where(is_better, value, score)
             chosen = {n: torch.where(is_better, signs[n], chosen[n]) for n in names}
         return score, chosen
+    chosen |= _independent_signs(products, ones)
     for _ in range(len(names)):
         before = chosen
         for name in names:
@@ -170,6 +171,27 @@ def _best_signs(
         if all(torch.equal(chosen[name], before[name]) for name in names):
             break
     return total(chosen), chosen
+
+
+def _independent_signs(
+    products: Mapping[frozenset[int], Tensor], ones: Tensor
+) -> dict[int, Tensor]:
+    """Return signs that make products positive, the largest first: elimination modulo 2."""
+    basis: list[tuple[int, frozenset[int], Tensor]] = []
+    for pattern in sorted(products, key=lambda p: float(products[p].norm()), reverse=True):
+        rest, sign = pattern, torch.where(products[pattern] < 0, -1.0, 1.0).to(ones)
+        for pivot, other, value in basis:
+            if pivot in rest:
+                rest, sign = rest ^ other, sign * value
+        if rest:
+            basis.append((min(rest), rest, sign))
+    signs: dict[int, Tensor] = {}
+    for pivot, rest, sign in reversed(basis):
+        known = [signs[name] for name in rest if name in signs]
+        for value in known:
+            sign = sign * value
+        signs[pivot] = sign
+    return signs
 
 
 def _product(signs: Mapping[int, Tensor], pattern: frozenset[int], ones: Tensor) -> Tensor:
