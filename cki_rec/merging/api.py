@@ -11,6 +11,7 @@ from torch import nn
 
 from cki_rec.merging.calling import evaluating
 from cki_rec.merging.discovery import find_symmetries
+from cki_rec.merging.extras import Extras, Rule
 from cki_rec.merging.inputs import (
     Model,
     Sources,
@@ -33,9 +34,7 @@ from cki_rec.merging.result import Align, MergeResult, Recipe, Repair
 from cki_rec.merging.search import AUTO, possible, search
 from cki_rec.merging.statistics import ActivationStatistics
 from cki_rec.merging.steps import (
-    Extras,
     Network,
-    Rule,
     align_models,
     calibrate_model,
     check_sample,

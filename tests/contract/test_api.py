@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from cki_rec.merging.api import merge
+from cki_rec.merging.extras import Extras
 from cki_rec.merging.params import MergeError
-from cki_rec.merging.steps import Extras
 
 
 def draw(seed):

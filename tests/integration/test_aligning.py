@@ -196,7 +196,7 @@ def test_what_is_kept_as_it_is_is_not_recalibrated(options, capsys):
 
 
 def test_a_source_above_all_recipes_is_chosen(options, folder, capsys):
-    sources = "merge.sources=[{seed: 1},{seed: 2, train.epochs: 0}]"
+    sources = "suite.sources=[{seed: 1},{seed: 2, train.epochs: 0}]"
     recipes = "merge.recipes=[{method: average}]"
     words = ["merge=auto", sources, recipes, *options]
     for _ in range(2):  # made, and found again
