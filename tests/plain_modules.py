@@ -1,7 +1,9 @@
-"""Plain modules that know nothing of cki_rec, and random ones, on which symmetries are searched."""
+"""Plain modules that do not know cki_rec, and random ones, to search symmetries in."""
 
 from __future__ import annotations
 
+import copy
+import itertools
 import random
 from collections.abc import Callable
 
@@ -22,7 +24,7 @@ def floats(*shape: int, seed: int = 0) -> Tensor:
 
 def mlp(*sizes: int, act: type = nn.ReLU, norm: type | None = None) -> nn.Sequential:
     layers: list[nn.Module] = []
-    for a, b in zip(sizes[:-2], sizes[1:-1], strict=True):
+    for a, b in itertools.pairwise(sizes[:-1]):
         layers += [nn.Linear(a, b), *([norm(b)] if norm else []), act()]
     return nn.Sequential(*layers, nn.Linear(*sizes[-2:]))
 
@@ -316,8 +318,6 @@ def independent_error(module, inputs: tuple, symmetries, seed: int) -> float:
 
     States, inputs and elements are new, and entries are moved one by one.
     """
-    import copy
-
     torch.manual_seed(seed)
     model = copy.deepcopy(module).double().eval()
     tensors = dict(model.named_parameters()) | dict(model.named_buffers())

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence, Set
 from typing import Any
@@ -361,5 +362,7 @@ _DECOMPOSITIONS: list[Mapping[Any, Callable[..., Any]]] = []
 def decompositions() -> Mapping[Any, Callable[..., Any]]:
     """Return PyTorch's decompositions of operations; loaded when the first one is needed."""
     if not _DECOMPOSITIONS:
-        _DECOMPOSITIONS.append(torch.export.default_decompositions())
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            _DECOMPOSITIONS.append(torch.export.default_decompositions())
     return _DECOMPOSITIONS[0]

@@ -97,11 +97,17 @@ class Mode(TorchDispatchMode):
 
 
 class _Watch(Mode):
-    """Records which parameters a run reads by id only, and with which ids."""
+    """Records which parameters a run reads by id only, and with which ids.
 
-    def __init__(self, tables: Mapping[int, int]) -> None:
+    Args:
+        tables: By the identity of a parameter of the copy that runs: that of the original.
+        shared: By the address of a table that the copy shares: the identity of the original.
+    """
+
+    def __init__(self, tables: Mapping[int, int], shared: Mapping[int, int]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.tables = tables
+        self.shared = shared
         self.ids: dict[int, list[Tensor]] = {}
         self.others: set[int] = set()
         self.written: set[int] = set()
@@ -111,9 +117,11 @@ class _Watch(Mode):
     ) -> Any:
         kwargs = kwargs or {}
         read = [id(t) for t in operands(args, kwargs) if id(t) in self.tables]
-        if read and func._schema.is_mutable:
-            self.written = {self.tables[key] for key in read}
-            raise _Written
+        if func._schema.is_mutable:  # through a view, perhaps
+            starts = {_start_of(t) for t in operands(args, kwargs)}
+            self.written = {self.shared[start] for start in starts if start in self.shared}
+            if self.written:
+                raise _Written
         for key in read:
             ids = row_ids(func, args) if args and id(args[0]) == key else None
             if ids is None:
@@ -222,7 +230,8 @@ def rows_read(module: nn.Module, inputs: Any) -> dict[int, Tensor]:
             raise MergeError(f"module cannot be copied ({reason_of(error)})") from error
         pairs = list(zip(module.parameters(), probe.parameters(), strict=True))
         originals = {id(b): id(a) for a, b in pairs if id(a) in tables}
-        watch = _Watch(originals)
+        starts = {_start_of(table): key for key, table in shared.items()}
+        watch = _Watch(originals, starts)
         try:
             with torch.no_grad(), torch.random.fork_rng(cuda_devices()), watch:
                 torch.manual_seed(0)
@@ -239,6 +248,11 @@ def rows_read(module: nn.Module, inputs: Any) -> dict[int, Tensor]:
             for key, ids in watch.ids.items()
             if key not in watch.others and len(ids)
         }
+
+
+def _start_of(tensor: Tensor) -> int:
+    """Return the address of the storage of a tensor; 0: it has none."""
+    return tensor.untyped_storage().data_ptr() if tensor.layout is torch.strided else 0
 
 
 def cuda_devices() -> list[int]:
