@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 
 from cki_rec.merging.discovery.labels import channels, compact, first, lifted
 from cki_rec.merging.discovery.propose import Member
-from cki_rec.merging.discovery.trace import CONTRACTIONS, decompositions, is_move, moved
+from cki_rec.merging.discovery.trace import CONTRACTIONS, EVERY, decompositions, is_move, moved
 from cki_rec.merging.discovery.twin import Mode, arguments, operation
 
 ODD = frozenset(
@@ -50,7 +50,8 @@ class Parity(Mode):
         for place, atom in enumerate(atoms):
             tensor = tensors[atom.parameter]
             parity = self.get(tensor).expand(tensor.shape).clone()
-            part = parity[atom.within[0] : atom.within[0] + 1] if atom.within else parity
+            row = atom.row(0)
+            part = parity if row == EVERY else parity[row : row + 1]
             unit = part.select(atom.axis, int(atom.index[0, 0, 0]))
             unit.copy_(self.add(unit, torch.full_like(unit, self.number(1 << place))))
             self.put(tensor, parity)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cki_rec.merging.discovery.trace import Tracer, Within
+from cki_rec.merging.discovery.trace import EVERY, Tracer
 from cki_rec.merging.symmetry import Kind, Slice, Symmetry
 
 
@@ -29,13 +29,27 @@ class Member:
 
     parameter: str
     axis: int
-    within: Within
-    """Only this place on axis 0, out of so many, moves; empty: all places."""
     index: Tensor
+    rows: Tensor
+    """Places on axis 0, of the same shape; ``EVERY``: the entries of all places."""
+    length: int
+    """Size of axis 0."""
 
     def copies(self) -> list[Member]:
         """Return one member per copy."""
-        return [replace(self, index=copy) for copy in self.index.split(1, dim=2)]
+        pairs = zip(self.index.split(1, dim=2), self.rows.split(1, dim=2), strict=True)
+        return [replace(self, index=index, rows=rows) for index, rows in pairs]
+
+    def row(self, block: int) -> int:
+        """Return the place on axis 0 of the only copy in a block.
+
+        Raises:
+            ValueError: Units lie in different places.
+        """
+        rows = self.rows[block].unique().tolist()
+        if len(rows) > 1:
+            raise ValueError(f"units lie in different places on axis 0 of {self.parameter}")
+        return int(rows[0])
 
 
 @dataclass(frozen=True)
@@ -50,8 +64,10 @@ class Candidate:
 
     def units(self, chosen: list[int]) -> Candidate:
         """Return the class of some of the units."""
-        members = tuple(replace(m, index=m.index[:, chosen]) for m in self.members)
-        return replace(self, size=len(chosen), members=members)
+        members = [
+            replace(m, index=m.index[:, chosen], rows=m.rows[:, chosen]) for m in self.members
+        ]
+        return replace(self, size=len(chosen), members=tuple(members))
 
     def atoms(self) -> list[Member]:
         """Return the members copy by copy: the smallest parts that may change sign alone."""
@@ -77,15 +93,16 @@ def symmetries_of(
     """Return one symmetry per block that acts on these members of one copy each."""
     result = []
     for block in range(blocks):
-        groups: dict[tuple[str, int, Within, bool], list[list[int]]] = defaultdict(list)
+        groups: dict[tuple[str, int, bool, int, int], list[list[int]]] = defaultdict(list)
         for place, atom in enumerate(atoms):
-            key = (atom.parameter, atom.axis, atom.within, place not in unsigned)
+            signed, row = place not in unsigned, atom.row(block)
+            key = (atom.parameter, atom.axis, signed, row, atom.length)
             groups[key].append(atom.index[block, :, 0].tolist())
-        rows: dict[Slice, list[Within]] = defaultdict(list)
-        for (parameter, axis, within, signed), places in groups.items():
+        rows: dict[tuple[Slice, int], list[int]] = defaultdict(list)
+        for (parameter, axis, signed, row, length), places in groups.items():
             for starts, width in _runs(places):
-                rows[_slice(parameter, axis, starts, width, signed)].append(within)
-        slices = [part for rest, places in rows.items() for part in _joined(rest, places)]
+                rows[_slice(parameter, axis, starts, width, signed), length].append(row)
+        slices = [part for key, places in rows.items() for part in _joined(*key, places)]
         result.append(Symmetry(kind, size, tuple(slices)))
     return result
 
@@ -112,13 +129,12 @@ def _slice(parameter: str, axis: int, starts: list[int], width: int, signed: boo
     return Slice(parameter, axis, 0, width, signed, starts=tuple(starts))
 
 
-def _joined(rest: Slice, withins: list[Within]) -> list[Slice]:
+def _joined(rest: Slice, length: int, rows: list[int]) -> list[Slice]:
     """Return slices for places on axis 0: neighbors are joined, and all places need no limit."""
-    rows = sorted(within[0] for within in withins if within)
-    if not rows or len(rows) == withins[0][1]:
+    if EVERY in rows or len(rows) == length:
         return [rest]
-    begins = [row for row in rows if row - 1 not in rows]
-    ends = [row + 1 for row in rows if row + 1 not in rows]
+    begins = [row for row in sorted(rows) if row - 1 not in rows]
+    ends = [row + 1 for row in sorted(rows) if row + 1 not in rows]
     return [replace(rest, within=((0, a, b),)) for a, b in zip(begins, ends, strict=True)]
 
 
@@ -144,7 +160,18 @@ def candidates(graph: Graph) -> list[Candidate]:
             streets[graph.kind(block), around, inside].append([block, *strands])
     units = [graph.candidate(family) for family in families.values()]
     several_blocks = [street for street in streets.values() if len(street) > 1]
-    return units + [replace(graph.candidate([s]), whole_blocks=True) for s in several_blocks]
+    return units + [_whole(graph.candidate([street])) for street in several_blocks]
+
+
+def _whole(candidate: Candidate) -> Candidate:
+    """Return a class whose units are whole blocks; a place on axis 0 takes along all it holds."""
+    places = {member.parameter for member in candidate.members if member.axis == 0}
+    members = [
+        member
+        for member in candidate.members
+        if bool((member.rows == EVERY).all()) or member.parameter not in places
+    ]
+    return replace(candidate, members=tuple(members), whole_blocks=True)
 
 
 class Graph:
@@ -153,7 +180,8 @@ class Graph:
     def __init__(self, tracer: Tracer) -> None:
         self.root: dict[int, int] = {}
         self.owners = tracer.owners
-        self.order = {key: place for place, (_, key) in enumerate(tracer.owners)}
+        self.order = {key[:2]: place for place, (_, key) in enumerate(tracer.owners)}
+        self.lengths = {key[0]: 1 + key[2] for _, key in tracer.owners if key[2] != EVERY}
         self.starts = torch.tensor([start for start, _ in tracer.owners])
         for a, b in _pairs(tracer.unions):
             self.unite(a, b)
@@ -163,14 +191,15 @@ class Graph:
         self.loose[torch.cat(tracer.fixed)] = False
         self.fixed = self._fixed()
         self.blocks = {p for several in self.held.values() for p in several}
-        self.strands: dict[int, dict[tuple[str, int, Within], list[int]]] = defaultdict(
+        self.strands: dict[int, dict[tuple[str, int], list[tuple[int, int]]]] = defaultdict(
             lambda: defaultdict(list)
         )
+        """Per strand, parameter and axis: rows and places."""
         nodes = self.loose.nonzero().flatten()
         for node, place in zip(nodes.tolist(), self.owner(nodes), strict=True):
-            start, key = self.owners[place]
-            if key[0] and self.find(node) not in self.fixed:
-                self.strands[self.find(node)][key].append(node - start)
+            start, (name, axis, row) = self.owners[place]
+            if name and self.find(node) not in self.fixed:
+                self.strands[self.find(node)][name, axis].append((row, node - start))
 
     def find(self, x: int) -> int:
         """Return the node that stands for all nodes united with one."""
@@ -198,11 +227,16 @@ class Graph:
 
     def _match_blocks(self, parents: list[Tensor]) -> None:
         """Unite blocks that several operations name, if they match one to one."""
+        single: dict[int, set[int]] = defaultdict(set)  # as before unions
+        for child, parent in _pairs(parents):
+            single[child].add(self.find(parent))
         matches = defaultdict(set)
-        for several in self.gather(parents).values():
+        for several in [*self.gather(parents).values(), *single.values()]:
+            owners = {p: self.owner(p) for p in several}
+            if len(set(owners.values())) < len(owners):
+                continue  # a unit that several blocks share matches none of them
             for p, q in itertools.combinations(sorted(several), 2):
-                if self.owner(p) != self.owner(q):
-                    matches[self.owner(p), self.owner(q)].add((p, q))
+                matches[owners[p], owners[q]].add((p, q))
         for match in matches.values():
             if len(match) == len({p for p, _ in match}) == len({q for _, q in match}):
                 for p, q in match:
@@ -212,10 +246,24 @@ class Graph:
         named = {*self.root, *self.root.values(), *self.held}
         fixed = {self.find(x) for x in named if not self.loose[x]}
         fixed |= {p for several in self.held.values() for p in several if not self.loose[p]}
-        for child, several in self.held.items():
+        for child, several in list(self.held.items()):
+            self.held[child] = several = self._not_shared(several)
             if len(several) > 1 or child in fixed:
                 fixed |= several
         return fixed
+
+    def _not_shared(self, blocks: set[int]) -> set[int]:
+        """Return the blocks of a unit but for axes of which it is in every block.
+
+        A unit that all blocks share moves with none of them.
+        """
+        for place in {self.owner(block) for block in blocks} if len(blocks) > 1 else ():
+            ends = [start for start, _ in self.owners[place : place + 2]]
+            stop = ends[1] if len(ends) > 1 else len(self.loose)
+            everything = {self.find(node) for node in range(ends[0], stop)}
+            if len(everything) > 1 and everything <= blocks:
+                blocks = blocks - everything
+        return blocks
 
     def entries(self, nodes: list[Tensor]) -> list[str]:
         """Return the parameters and axes that nodes, or nodes united with them, belong to."""
@@ -234,11 +282,17 @@ class Graph:
         members = []
         keys = {key for unit in units[0] for strand in unit for key in self.strands[strand]}
         for key in sorted(keys, key=self.order.__getitem__):
-            places = [
-                [[p for strand in unit for p in self.strands[strand].get(key, [])] for unit in b]
-                for b in units
-            ]
-            members.append(Member(*key, torch.tensor(places)))
+            entries = torch.tensor(
+                [
+                    [
+                        [pair for strand in unit for pair in self.strands[strand].get(key, [])]
+                        for unit in b
+                    ]
+                    for b in units
+                ]
+            )
+            rows, index = entries.unbind(-1)
+            members.append(Member(*key, index, rows, self.lengths.get(key[0], 1)))
         return Candidate(len(units[0]), len(units), tuple(members))
 
 

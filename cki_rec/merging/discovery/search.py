@@ -6,8 +6,7 @@ that ``parity`` proposes. A refused class is split into units that may change pl
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Mapping, Set
+from collections.abc import Set
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -51,7 +50,7 @@ class Search:
     def result(self) -> Symmetries:
         """Return the symmetries that hold one by one and together."""
         try:
-            tracer, classes = self._proposals({})
+            tracer, classes = self._proposals(set())
         except Exception as error:
             reason = f"everything: the trace failed ({reason_of(error)})"
             return Symmetries(frozen=[reason], runs=self.trial.runs)
@@ -79,7 +78,7 @@ class Search:
             self.trial.runs,
         )
 
-    def _proposals(self, stacked: Mapping[str, Set[int]]) -> tuple[Tracer, list[Candidate]]:
+    def _proposals(self, stacked: Set[str]) -> tuple[Tracer, list[Candidate]]:
         trial = self.trial
         state, inputs, _ = trial.points[0]
         trial.load(state)
@@ -92,20 +91,15 @@ class Search:
             self.reasons += _unknown(name, nodes, graph)
         return tracer, candidates(graph)
 
-    def _stacked(self, tracer: Tracer, classes: list[Candidate]) -> dict[str, set[int]]:
-        """Return the parameters whose axis 0 may count separate ones, and the axes that move.
-
-        Experts in one parameter are an example. Axis 0 itself must not move.
-        """
-        moving: dict[str, set[int]] = defaultdict(set)
-        for member in (member for c in classes for member in c.members):
-            moving[member.parameter].add(member.axis)
+    def _stacked(self, tracer: Tracer, classes: list[Candidate]) -> set[str]:
+        """Return the parameters whose axis 0 may count separate ones, such as experts."""
+        moving = {member.parameter for c in classes for member in c.members if member.axis == 0}
         return {
-            name: moving[name] or set(range(1, tensor.ndim))
+            name
             for name, tensor in self.trial.tensors.items()
             if tensor.ndim > 1
             and 1 < len(tensor) <= MAX_STACKED
-            and 0 not in moving[name]
+            and name not in moving
             and name in tracer.uses
             and "convolution" not in tracer.uses[name]
             and (tensor.ndim > 2 or not tracer.uses[name] & UNSTACKED)

@@ -53,10 +53,9 @@ READS_VALUES = frozenset("_local_scalar_dense is_nonzero nonzero unique _unique2
 
 Operand = tuple[list[Tensor], frozenset[int]]
 """Labels of a tensor, and the axes that it spans."""
-Within = tuple[int, ...]
-"""The place on axis 0 that nodes belong to, and the number of places; empty: all places."""
-Owner = tuple[str, int, Within]
-"""Parameter and axis of nodes, and their place on axis 0."""
+Owner = tuple[str, int, int]
+"""Parameter and axis of nodes, and their place on axis 0 (``EVERY``: all places)."""
+EVERY = -1
 
 
 def is_move(func: Any) -> bool:
@@ -82,13 +81,14 @@ class Tracer(Mode):
 
     Args:
         tensors: The parameters and buffers that may move.
-        stacked: Parameters whose places on axis 0 have nodes of their own, on these other axes.
+        stacked: Parameters whose places on axis 0 have nodes of their own on the other axes. A
+            place is a block that holds them.
     """
 
-    def __init__(self, tensors: Mapping[str, Tensor], stacked: Mapping[str, Set[int]]) -> None:
+    def __init__(self, tensors: Mapping[str, Tensor], stacked: Set[str]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.count = 1  # node 0 stands for all that is fixed
-        self.owners: list[tuple[int, Owner]] = [(0, ("", 0, ()))]
+        self.owners: list[tuple[int, Owner]] = [(0, ("", 0, EVERY))]
         self.fixed: list[Tensor] = [torch.zeros(1, dtype=torch.long)]
         self.unions: list[Tensor] = []
         self.parents: list[Tensor] = []  # pairs: a node moves only with the block that holds it
@@ -98,23 +98,28 @@ class Tracer(Mode):
         self.sources: dict[int, str] = {}  # tensors that are a parameter, or a view of one
         self.uses: dict[str, set[str]] = defaultdict(set)
         for name, tensor in tensors.items():
-            self.put(tensor, self._labels_of(name, tensor, stacked.get(name)))
+            self.put(tensor, self._labels_of(name, tensor, name in stacked))
             self.sources[id(tensor)] = name
 
-    def _labels_of(self, name: str, tensor: Tensor, stacked: Set[int] | None) -> list[Tensor]:
+    def _labels_of(self, name: str, tensor: Tensor, is_stacked: bool) -> list[Tensor]:
+        def shaped(nodes: Tensor, axis: int) -> Tensor:
+            shape = [1] * tensor.ndim
+            shape[axis] = len(nodes)
+            return nodes.view(shape).to(tensor.device)
+
         labels = []
         for axis, size in enumerate(tensor.shape):
-            shape = [1] * tensor.ndim
-            shape[axis] = size
-            if stacked is None:
-                labels.append(self.new(size, (name, axis, ())).view(shape))
-            elif axis in stacked:
-                withins = [(row, len(tensor)) for row in range(len(tensor))]
-                rows = [self.new(size, (name, axis, within)).view(shape) for within in withins]
+            if axis and is_stacked:
+                rows = [
+                    shaped(self.new(size, (name, axis, row)), axis) for row in range(len(tensor))
+                ]
                 labels.append(torch.cat(rows))
-        return [label.to(tensor.device) for label in labels]
+                self.pair(self.parents, labels[-1], labels[0])
+            else:
+                labels.append(shaped(self.new(size, (name, axis, EVERY)), axis))
+        return labels
 
-    def new(self, size: int, owner: Owner = ("", 0, ())) -> Tensor:
+    def new(self, size: int, owner: Owner = ("", 0, EVERY)) -> Tensor:
         """Return new nodes."""
         self.owners.append((self.count, owner))
         self.count += size
@@ -157,6 +162,11 @@ class Tracer(Mode):
                 label = first(label, axes - shared)
             elif shared and theirs < axes:
                 self.pair(self.parents, label, other)
+            elif shared and inner not in shared and inner_axis(other) not in shared:
+                blocks = first(label, axes - shared)  # different units of the same blocks
+                names = self.new(blocks.numel()).view(blocks.shape).to(label.device)
+                self.pair(self.parents, label, names)
+                self.pair(self.parents, other, names)
             elif shared and not axes < theirs:
                 self.fix(label, other)
         if bare == axes:
@@ -322,11 +332,16 @@ class Tracer(Mode):
                 labels_of[place].append(compact(label))
         for result, labels in zip(results, labels_of, strict=True):
             chosen: list[Tensor] = []
-            for label in sorted(labels, key=lambda x: -len(x.unique())):
-                if any(axes_of(label) & axes_of(other) for other in chosen):
-                    self.fix(label)  # two hidden axes flattened into one: only the longer moves
-                else:
-                    chosen.append(label)
+            # two hidden axes flattened into one: only the longer moves
+            for label in sorted(labels, key=lambda x: (len(axes_of(x)), -len(x.unique()))):
+                inside = [axes_of(other) for other in chosen if axes_of(other) <= axes_of(label)]
+                shared = frozenset[int]().union(*inside)
+                if shared == axes_of(label):
+                    self.fix(label)
+                    continue
+                if shared:
+                    self.pair(self.unions, label, first(label, shared))
+                chosen.append(first(label, shared))
             self.put(result, chosen)
 
 
