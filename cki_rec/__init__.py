@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # for editors and type checkers: the same names as in _NAMES
     from cki_rec.merging.api import merge, methods
+    from cki_rec.merging.discovery import Symmetries, find_symmetries, verify
     from cki_rec.merging.params import MergeError, MixingWeights, Params
     from cki_rec.merging.registry import MethodInfo, method
     from cki_rec.merging.result import MergeResult, Recipe
@@ -29,10 +30,13 @@ _NAMES = {
     "Params": "merging.params",
     "Recipe": "merging.result",
     "Slice": "merging.symmetry",
+    "Symmetries": "merging.discovery",
     "Symmetry": "merging.symmetry",
+    "find_symmetries": "merging.discovery",
     "merge": "merging.api",
     "method": "merging.registry",
     "methods": "merging.api",
+    "verify": "merging.discovery",
 }
 """Public name -> the module that defines it."""
 
@@ -46,11 +50,14 @@ __all__ = [
     "Params",
     "Recipe",
     "Slice",
+    "Symmetries",
     "Symmetry",
+    "find_symmetries",
     "merge",
     "method",
     "methods",
     "project_root",
+    "verify",
 ]
 
 

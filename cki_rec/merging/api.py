@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, get_args
@@ -11,6 +10,7 @@ import torch
 from torch import nn
 
 from cki_rec.merging.calling import evaluating
+from cki_rec.merging.discovery import find_symmetries
 from cki_rec.merging.inputs import (
     Model,
     Sources,
@@ -360,11 +360,5 @@ def _symmetries(
             f"{purpose} needs the symmetries of the network: pass symmetries, or module and"
             " batches to find them"
         )
-    return symmetries_of(_find(module, batches[0], seed), sources)
-
-
-def _find(module: nn.Module, batch: Any, seed: int) -> Sequence[Symmetry]:
-    discovery = importlib.import_module("cki_rec.merging.discovery")  # slow to import, rarely used
-    example = tuple(batch) if type(batch) is list else batch
-    found: Sequence[Symmetry] = discovery.find_symmetries(module, example, seed=seed)
-    return found
+    example = tuple(batches[0]) if type(batches[0]) is list else batches[0]
+    return symmetries_of(find_symmetries(module, example, seed=seed), sources)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from cki_rec.merging.params import MergeError, Params
+from cki_rec.merging.params import MergeError, NotPossible, Params
 
 
 def arguments_of(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -39,6 +39,24 @@ def call(module: nn.Module, batch: Any, params: Params | None = None) -> Any:
     if params is None:
         return module(*positional, **named)
     return functional_call(module, params, positional, named)
+
+
+def logits_of(module: nn.Module, batch: Any, params: Params | None = None) -> Tensor:
+    """Return ``(B,)`` outputs of a module that gives one number per row, ``(B,)`` or ``(B, 1)``.
+
+    Raises:
+        NotPossible: Its output has another form.
+    """
+    output = call(module, batch, params)
+    if not isinstance(output, Tensor):
+        kind = type(output).__name__
+        raise NotPossible(f"the module returns a {kind}; layers are fitted to one logit per row")
+    if output.ndim == 2 and output.shape[1] == 1:
+        return output[:, 0]
+    if output.ndim != 1:
+        shape = tuple(output.shape)
+        raise NotPossible(f"the module returns {shape}; layers are fitted to one logit per row")
+    return output
 
 
 def outputs_of(module: nn.Module, batch: Any, params: Params | None = None) -> Tensor:

@@ -193,6 +193,7 @@ def counts_of(counts: Any, sources: Sources) -> list[Params]:
     if len(counts) != len(sources.models):
         raise MergeError(f"counts of {len(counts)} sources for {len(sources.models)} models")
     result: list[Params] = []
+    source: Any
     for k, source in enumerate(counts):
         if not isinstance(source, Mapping):
             raise MergeError(
@@ -219,7 +220,7 @@ def counts_of(counts: Any, sources: Sources) -> list[Params]:
     return result
 
 
-def symmetries_of(symmetries: Sequence[Symmetry], sources: Sources) -> Sequence[Symmetry]:
+def symmetries_of(symmetries: Sequence[Any], sources: Sources) -> Sequence[Symmetry]:
     """Return symmetries under the names of the merged tensors.
 
     Raises:

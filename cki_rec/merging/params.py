@@ -24,6 +24,10 @@ class MergeError(ValueError):
     """Models, options or inputs that cannot be merged: an error of the caller."""
 
 
+class NotPossible(MergeError):
+    """A step that these models do not allow; a search over recipes goes on without it."""
+
+
 BLOCK = 1 << 16
 """Rows of a table that are worked on at a time: bounds temporaries."""
 ENTRIES = 1 << 20

@@ -6,10 +6,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Generic, TypeVar
 
-from cki_rec.merging.params import Params
+from cki_rec.merging.params import NotPossible, Params
 from cki_rec.merging.registry import Score
 from cki_rec.merging.result import MergeResult, Recipe
-from cki_rec.merging.steps import NotPossible
 
 AUTO = "auto"
 """The name of the search among the methods."""

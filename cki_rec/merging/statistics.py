@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.utils.hooks import RemovableHandle
 
+from cki_rec.merging.calling import logits_of
 from cki_rec.merging.params import Params
 from cki_rec.merging.repair import Moments
 from cki_rec.merging.traits import valid_positions_of
@@ -70,7 +70,7 @@ def linear_moments(
     with _recorded_inputs(network, layers) as (inputs, valid):
         for batch in batches:
             inputs.clear()
-            scores = [functional_call(network, model, (batch,)) for model in models]
+            scores = [logits_of(network, batch, model) for model in models]
             logit_BK = torch.stack(scores, 1).double()
             total += len(logit_BK)
             order |= dict.fromkeys(inputs)
@@ -129,7 +129,7 @@ def output_gradients(
         for batch in batches:
             for parts in nudges.values():
                 parts.clear()
-            logits = torch.stack([functional_call(network, model, (batch,)) for model in models])
+            logits = torch.stack([logits_of(network, batch, model) for model in models])
             num_rows = logits.shape[1]
             total += num_rows
             once = {

@@ -20,6 +20,7 @@ from cki_rec.merging.mixing import mix
 from cki_rec.merging.params import (
     MergeError,
     MixingWeights,
+    NotPossible,
     Params,
     check_same,
     check_shares,
@@ -41,10 +42,6 @@ T = TypeVar("T")
 Rule = Literal["first", "evidence"]
 """Mixing weights that replace those of the method: the first source alone, or row counts."""
 Gates = Mapping[str, Tensor | None]
-
-
-class NotPossible(MergeError):
-    """A step that these inputs do not allow; a search over recipes goes on without it."""
 
 
 class ScarceSample(NotPossible):
