@@ -350,6 +350,11 @@ def _spot(part: Slice, size: int) -> tuple[object, ...]:
     return part.parameter, part.axis, starts_of(part, size), part.width, within
 
 
+def is_same_place(part: Slice, other: Slice, size: int) -> bool:
+    """Return whether two slices hold the same units."""
+    return _spot(part, size) == _spot(other, size)
+
+
 def _is_signs_on(outer: Symmetry, inner: Symmetry) -> bool:
     spots = {_spot(part, outer.size) for part in outer.slices}
     return (

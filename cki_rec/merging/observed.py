@@ -14,8 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from cki_rec.merging.hidden_units import unit_covariance
-from cki_rec.merging.nested import Nest, slice_around, starts_of
+from cki_rec.merging.nested import Nest, is_same_place, slice_around, starts_of
 from cki_rec.merging.symmetry import Slice, Symmetry
 
 Second = Mapping[tuple[str, int], Tensor]
@@ -47,9 +46,10 @@ def observe(symmetries: Sequence[Symmetry], nests: Mapping[int, Nest], second: S
         if symmetry.kind not in ("permutation", "signed_permutation"):
             continue
         nest = nests.get(place, Nest())
-        seen = [p for p in symmetry.slices if (p.parameter, p.axis) in second and p.axis == 1]
-        seen = seen or [p for p in symmetry.slices if (p.parameter, p.axis) in second]
-        tables = {f"activations {place}.{n}": part for n, part in enumerate(seen) if not part.step}
+        seen = [part for part in symmetry.slices if (part.parameter, part.axis) in second]
+        readers = [part for part in seen if part.axis == 1]
+        seen = seen if nest.inside else readers or seen
+        tables = {f"activations {place}.{n}": part for n, part in enumerate(seen)}
         blocks = {n: _products(second, p, symmetry.size, nest) for n, p in tables.items()}
         if not any(bool(block.any()) for block in blocks.values()):
             continue  # no unit varies, and weights decide
@@ -59,15 +59,17 @@ def observe(symmetries: Sequence[Symmetry], nests: Mapping[int, Nest], second: S
             whole = Slice(name, 1, 0, part.width, part.signed)
             moved[place] = _with(moved[place], whole)
             for sign in nest.signs:
-                if any(_is_same(part, other) for other in symmetries[sign].slices):
-                    moved[sign] = _with(moved[sign], whole)
+                if any(is_same_place(part, p, symmetry.size) for p in symmetries[sign].slices):
+                    moved[sign] = _with(moved[sign], replace(whole, signed=True))
+                    places.add(sign)
             for inner in (member for family in nest.inside for member in family):
-                size = symmetries[inner].size
                 for other in symmetries[inner].slices:
                     around = slice_around(symmetry, symmetries[inner], other)
                     is_here = around is not None and symmetry.slices[around[0]] is part
-                    if is_here and other.axis == part.axis:
-                        starts = tuple(s - part.start for s in starts_of(other, size))
+                    if around is not None and is_here and other.axis == part.axis:
+                        unit, size = around[1], symmetries[inner].size
+                        begin = starts_of(part, symmetry.size)[unit] - unit * part.width
+                        starts = tuple(start - begin for start in starts_of(other, size))
                         copy = replace(other, parameter=name, axis=1, starts=starts, within=())
                         moved[inner] = _with(moved[inner], copy)
                         places.add(inner)
@@ -77,7 +79,9 @@ def observe(symmetries: Sequence[Symmetry], nests: Mapping[int, Nest], second: S
 def _products(second: Second, part: Slice, size: int, nest: Nest) -> Tensor:
     """Return ``(K, K, D, D)`` correlations of coordinates, or covariances of trace 1."""
     moments = second[part.parameter, part.axis]
-    covariance = unit_covariance(moments, part.start, size * part.width)
+    entries = torch.tensor([s + w for s in starts_of(part, size) for w in range(part.width)])
+    mean = moments[:, entries, 0, -1]
+    covariance = moments[:, entries][:, :, :, entries] - torch.einsum("ki,jm->kijm", mean, mean)
     variance = torch.einsum("kiki->ki", covariance).clamp_min(0)
     if nest.inside:
         variance = variance.sum(1, keepdim=True).expand_as(variance)
@@ -88,7 +92,3 @@ def _products(second: Second, part: Slice, size: int, nest: Nest) -> Tensor:
 
 def _with(symmetry: Symmetry, part: Slice) -> Symmetry:
     return replace(symmetry, slices=(*symmetry.slices, part))
-
-
-def _is_same(part: Slice, other: Slice) -> bool:
-    return replace(part, signed=True) == replace(other, signed=True)
