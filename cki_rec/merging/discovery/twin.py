@@ -145,7 +145,7 @@ class Float64(Mode):
         if not func._schema.is_mutable:
             dtypes = {t.dtype for t in tensors_in((args, kwargs)) if is_float(t)}
             if torch.float64 in dtypes and dtypes & short:
-                args, kwargs = tree_map(lambda x: x.double() if is_float(x) else x, (args, kwargs))
+                args, kwargs = tree_map(lambda x: _lengthened(x, short), (args, kwargs))
         return func(*args, **kwargs)
 
     def _translated(self, func: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -165,6 +165,13 @@ class Float64(Mode):
             place = (rows == new[8]).nonzero().flatten().tolist()
             new[8] = place[0] if place else -1
         return tuple(new)
+
+
+def _lengthened(value: Any, short: set[torch.dtype]) -> Any:
+    """Return a tensor of a short type in float64; all else, as it is, for the modes below."""
+    if isinstance(value, Tensor) and value.dtype in short:
+        return torch.ops.aten._to_copy(value, dtype=torch.float64)
+    return value
 
 
 class Twin:
