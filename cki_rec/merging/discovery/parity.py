@@ -21,14 +21,26 @@ from torch.utils._pytree import tree_leaves
 
 from cki_rec.merging.discovery.labels import channels, compact, first, lifted
 from cki_rec.merging.discovery.propose import Member
-from cki_rec.merging.discovery.trace import CONTRACTIONS, EVERY, decompositions, is_move, moved
+from cki_rec.merging.discovery.trace import (
+    CONTRACTIONS,
+    EVERY,
+    LIKE_POINTWISE,
+    ORDERED,
+    REDUCTIONS,
+    decompositions,
+    is_move,
+    moved,
+)
 from cki_rec.merging.discovery.twin import Mode, arguments, operation
+from cki_rec.merging.discovery.values import operands
 
 ODD = frozenset(
     "tanh sin neg asinh atan erf sinh tan asin sgn sign reciprocal clone alias detach lift_fresh "
     "_to_copy contiguous trunc fix copysign".split()
 )
 EVEN = frozenset("abs square cos cosh".split())
+SIMPLE = LIKE_POINTWISE | REDUCTIONS | ORDERED
+"""Operations that are not decomposed where no rule fits."""
 CREATES = frozenset("zeros_like ones_like full_like empty_like new_zeros new_ones".split())
 """Operations whose result does not depend on values."""
 
@@ -104,18 +116,18 @@ class Parity(Mode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        tensors = operands(args, kwargs)
         if not any(id(t) in self.parities for t in tensors):
             return func(*args, **kwargs)
-        operands = [self.get(tensor) for tensor in tensors]
+        seen = [self.get(tensor) for tensor in tensors]
         parity: Tensor | None = None
         try:
             parity = self.combine(func, tensors, args, kwargs)
         except Exception:  # as for an operation without a rule
             parity = None
-        is_pointwise = torch.Tag.pointwise in func.tags
+        is_simple = torch.Tag.pointwise in func.tags or operation(func) in SIMPLE
         moves = is_move(func)
-        if parity is None and not moves and not is_pointwise and func in decompositions():
+        if parity is None and not moves and not is_simple and func in decompositions():
             try:
                 with self:
                     return decompositions()[func](*args, **kwargs)
@@ -130,7 +142,7 @@ class Parity(Mode):
             except Exception:
                 parity = None
         if parity is None:
-            self.require_zero(*operands)
+            self.require_zero(*seen)
         for result in results:
             self.put(result, torch.zeros_like(self.get(result)) if parity is None else parity)
         return out
@@ -240,8 +252,8 @@ class Parity(Mode):
 
     def move(self, func: Any, args: Any, kwargs: Any, results: list[Tensor]) -> None:
         """Run an operation that moves data on parities."""
-        operands = list(args[0]) if isinstance(args[0], (list, tuple)) else [args[0]]
-        arrays = [self.get(tensor).expand(tensor.shape) for tensor in operands]
+        tensors = list(args[0]) if isinstance(args[0], (list, tuple)) else [args[0]]
+        arrays = [self.get(tensor).expand(tensor.shape) for tensor in tensors]
         for result, parity in zip(
             results, tree_leaves(moved(func, arrays, args, kwargs)), strict=True
         ):

@@ -14,10 +14,10 @@ from torch import Tensor
 from cki_rec.merging.discovery.parity import Parity, null_space
 from cki_rec.merging.discovery.propose import Candidate, Graph, candidates, symmetries_of
 from cki_rec.merging.discovery.result import Symmetries
-from cki_rec.merging.discovery.trace import CONTRACTIONS, READS_VALUES, Tracer
+from cki_rec.merging.discovery.trace import CONTRACTIONS, Tracer
 from cki_rec.merging.discovery.trial import Trial
 from cki_rec.merging.discovery.twin import LOOKUPS, reason_of
-from cki_rec.merging.symmetry import Kind, Symmetry
+from cki_rec.merging.symmetry import Symmetry
 
 MAX_SPLIT, MAX_PARTS = 256, 8
 """Refused classes of at most so many units are split, into at most so many parts."""
@@ -89,6 +89,11 @@ class Search:
         graph = Graph(tracer)
         for name, nodes in sorted(tracer.unknown.items()):
             self.reasons += _unknown(name, nodes, graph)
+        if tracer.reads:
+            self.reasons.append(
+                f"control flow or shapes depend on values ({', '.join(sorted(tracer.reads))}): the"
+                " units that are read stay, and the rest holds for the paths of these inputs"
+            )
         return tracer, candidates(graph)
 
     def _stacked(self, tracer: Tracer, classes: list[Candidate]) -> set[str]:
@@ -125,49 +130,56 @@ class Search:
 
     def _groups(self, candidate: Candidate) -> list[Family] | None:
         """Return the groups of a class; None: none holds."""
-        kinds: tuple[Kind, ...] = ("rotation", "permutation")
-        for kind in kinds[1:] if candidate.whole_blocks else kinds:
-            family = self._accepted(candidate.symmetries(kind))
-            if family is None:
+        if candidate.whole_blocks:
+            whole = self._accepted(candidate.symmetries("permutation"))
+            families = [whole] if whole else []
+        else:
+            rotation = self._accepted(candidate.symmetries("rotation"))
+            families = [rotation] if rotation else self._permutations(candidate)
+        if families and not self.trial.is_seen(families[0].symmetries, self.tolerance):
+            self.reasons.append(f"{_title(candidate)}: the outputs do not depend on it")
+            return []
+        return families or None
+
+    def _permutations(self, candidate: Candidate) -> list[Family]:
+        """Return the groups of a class whose units change places, with or without signs.
+
+        A single pattern of signs joins the permutation. Several are groups of their own.
+        """
+        atoms = candidate.atoms()
+        everything = frozenset(range(len(atoms)))
+        proposals = self._patterns(candidate)
+        if len(proposals) == 1:
+            signed = self._signed(candidate, proposals[0])
+            if signed:
+                return [signed]
+        permutation = self._accepted(candidate.symmetries("permutation"))
+        if permutation is None:
+            return []
+        patterns: list[frozenset[int]] = []
+        families: list[Family] = []
+        for pattern in [*proposals, everything]:
+            if _spans(patterns, pattern):
                 continue
-            if not self.trial.is_seen(family.symmetries, self.tolerance):
-                self.reasons.append(f"{_title(candidate)}: the outputs do not depend on it")
-                return []
-            if kind == "permutation" and not candidate.whole_blocks:
-                return self._with_signs(candidate, family)
-            return [family]
-        return None
+            chosen = [atoms[place] for place in sorted(pattern)]
+            signs = self._accepted(
+                symmetries_of(chosen, "signs", candidate.blocks, candidate.size)
+            )
+            if signs and self.trial.is_seen(signs.symmetries, self.tolerance):
+                patterns.append(pattern)
+                families.append(signs)
+        signed = self._signed(candidate, patterns[0]) if len(patterns) == 1 else None
+        return [signed] if signed else [permutation, *families]
+
+    def _signed(self, candidate: Candidate, pattern: frozenset[int]) -> Family | None:
+        unsigned = frozenset(range(len(candidate.atoms()))) - pattern
+        return self._accepted(candidate.symmetries("signed_permutation", unsigned))
 
     def _accepted(self, symmetries: list[Symmetry]) -> Family | None:
         error = self.trial.searched(symmetries, self.tolerance)
         if error <= self.tolerance:
             error = max(error, self.trial.final(symmetries, self.tolerance))
         return Family(symmetries, error) if error <= self.tolerance else None
-
-    def _with_signs(self, candidate: Candidate, family: Family) -> list[Family]:
-        """Return the groups of a permuted class: one with signs, or further ones of signs."""
-        atoms, size, blocks = candidate.atoms(), candidate.size, candidate.blocks
-        everything = frozenset(range(len(atoms)))
-        proposals = self._patterns(candidate)
-        if everything not in proposals:
-            proposals.append(everything)
-        patterns: list[frozenset[int]] = []
-        families: list[Family] = []
-        for pattern in proposals:
-            if pattern == everything and _spans(patterns, pattern):
-                continue
-            chosen = [atoms[place] for place in sorted(pattern)]
-            signs = self._accepted(symmetries_of(chosen, "signs", blocks, size))
-            if signs and self.trial.is_seen(signs.symmetries, self.tolerance):
-                patterns.append(pattern)
-                families.append(signs)
-        if len(patterns) == 1:
-            signed = self._accepted(
-                candidate.symmetries("signed_permutation", everything - patterns[0])
-            )
-            if signed:
-                return [signed]
-        return [family, *families]
 
     def _patterns(self, candidate: Candidate) -> list[frozenset[int]]:
         atoms = candidate.atoms()
@@ -245,5 +257,4 @@ def _unknown(name: str, nodes: list[Tensor], graph: Graph) -> list[str]:
     entries = graph.entries(nodes)
     if not entries:
         return []
-    why = "reads values, so the path may depend on them" if name in READS_VALUES else "has no rule"
-    return [f"{', '.join(entries)}: operation {name} {why}"]
+    return [f"{', '.join(entries)}: operation {name} has no rule"]

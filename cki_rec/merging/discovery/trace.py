@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence, Set
 from typing import Any
@@ -30,6 +31,7 @@ from cki_rec.merging.discovery.labels import (
     varying,
 )
 from cki_rec.merging.discovery.twin import Mode, arguments, operation
+from cki_rec.merging.discovery.values import operands
 
 MOVES = frozenset(
     "_unsafe_view cat stack index index_select gather flip roll repeat embedding transpose t "
@@ -95,6 +97,7 @@ class Tracer(Mode):
         self.tags: list[Tensor] = []  # pairs: only nodes with equal tags may change places
         self.labels: dict[int, tuple[Tensor, list[Tensor]]] = {}
         self.unknown: dict[str, list[Tensor]] = defaultdict(list)
+        self.reads: set[str] = set()  # operations that read values which depend on parameters
         self.sources: dict[int, str] = {}  # tensors that are a parameter, or a view of one
         self.uses: dict[str, set[str]] = defaultdict(set)
         for name, tensor in tensors.items():
@@ -177,12 +180,12 @@ class Tracer(Mode):
             self.pair(self.tags, label, numbers)
         return label
 
-    def merge(self, operands: list[Operand]) -> list[Tensor]:
+    def merge(self, parts: list[Operand]) -> list[Tensor]:
         """Return the labels of an element-wise combination of operands of equal rank."""
         merged = []
-        for i, (labels, _) in enumerate(operands):
+        for i, (labels, _) in enumerate(parts):
             for label in labels:
-                for others, wide in operands[:i] + operands[i + 1 :]:
+                for others, wide in parts[:i] + parts[i + 1 :]:
                     label = self.meet(label, others, wide)
                 merged.append(label)
         return merged
@@ -217,10 +220,17 @@ class Tracer(Mode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
-        if not any(self.get(t) for t in tensors):
-            return func(*args, **kwargs)
+        tensors = operands(args, kwargs)
         name, moves = operation(func), is_move(func)
+        if name in READS_VALUES and any(id(t) in self.labels for t in tensors):
+            self.reads.add(name)
+        if not any(self.get(t) for t in tensors):
+            out = func(*args, **kwargs)
+            if any(id(t) in self.labels for t in tensors):  # computed from parameters
+                for result in tree_leaves(out):
+                    if isinstance(result, Tensor):
+                        self.labels.setdefault(id(result), (result, []))
+            return out
         if not func.is_view:
             for tensor in tensors:
                 if id(tensor) in self.sources:
@@ -229,7 +239,8 @@ class Tracer(Mode):
             labels = self.combine(func, name, tensors, arguments(func, args, kwargs))
         except Exception:
             labels = None
-        is_simple = labels is not None or moves or name in REDUCTIONS or name in ORDERED
+        is_simple = labels is not None or moves or name in REDUCTIONS | ORDERED
+        is_simple = is_simple or "embedding_bag" in name
         if not is_simple and func in decompositions():
             with contextlib.suppress(Exception), self:
                 return decompositions()[func](*args, **kwargs)
@@ -310,18 +321,18 @@ class Tracer(Mode):
     def move(self, func: Any, args: Any, kwargs: Any, results: list[Tensor]) -> None:
         """Run an operation on labels; labels of several operands are joined slot by slot."""
         name, many = func._schema.name, isinstance(args[0], (list, tuple))
-        operands = list(args[0]) if many else [args[0]]
+        parts = list(args[0]) if many else [args[0]]
         named = arguments(func, args, kwargs)
-        dim = named["dim"] % operands[0].ndim if name == "aten::cat" else None
+        dim = named["dim"] % parts[0].ndim if name == "aten::cat" else None
         slots: dict[frozenset[int | None], list[Tensor]] = {}
-        for place, tensor in enumerate(operands):
+        for place, tensor in enumerate(parts):
             for label in self.get(tensor):
                 if name == "aten::embedding" and 0 in axes_of(label):
                     self.fix(label)  # ids are fixed, and so are rows
                     continue
                 blank = torch.zeros((), dtype=torch.long, device=label.device)
                 slot = slots.setdefault(
-                    axes_of(label) - {dim}, [blank.expand(t.shape) for t in operands]
+                    axes_of(label) - {dim}, [blank.expand(t.shape) for t in parts]
                 )
                 slot[place] = label.expand(tensor.shape)
         labels_of: list[list[Tensor]] = [[] for _ in results]
@@ -351,5 +362,7 @@ _DECOMPOSITIONS: list[Mapping[Any, Callable[..., Any]]] = []
 def decompositions() -> Mapping[Any, Callable[..., Any]]:
     """Return PyTorch's decompositions of operations; loaded when the first one is needed."""
     if not _DECOMPOSITIONS:
-        _DECOMPOSITIONS.append(torch.export.default_decompositions())
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            _DECOMPOSITIONS.append(torch.export.default_decompositions())
     return _DECOMPOSITIONS[0]

@@ -18,13 +18,16 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
-from cki_rec.merging.discovery.values import call, is_float, tensors_in
+from cki_rec.merging.discovery.values import call, is_float, operands, tensors_in
 from cki_rec.merging.params import MergeError
 
 SHARED = 1 << 16
 """Parameters of more entries are not copied before their use is known."""
 LOOKUPS = ("embedding", "_embedding_bag", "_embedding_bag_forward_only", "index_select", "index")
 """Operations that read rows of their first argument by id."""
+
+
+SHORT = frozenset({torch.float32, torch.float16, torch.bfloat16})
 
 
 class UnseenRow(RuntimeError):
@@ -94,11 +97,17 @@ class Mode(TorchDispatchMode):
 
 
 class _Watch(Mode):
-    """Records which parameters a run reads by id only, and with which ids."""
+    """Records which parameters a run reads by id only, and with which ids.
 
-    def __init__(self, tables: Mapping[int, int]) -> None:
+    Args:
+        tables: By the identity of a parameter of the copy that runs: that of the original.
+        shared: By the address of a table that the copy shares: the identity of the original.
+    """
+
+    def __init__(self, tables: Mapping[int, int], shared: Mapping[int, int]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.tables = tables
+        self.shared = shared
         self.ids: dict[int, list[Tensor]] = {}
         self.others: set[int] = set()
         self.written: set[int] = set()
@@ -106,17 +115,20 @@ class _Watch(Mode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        read = [id(t) for t in tensors_in((args, kwargs)) if id(t) in self.tables]
-        if read and func._schema.is_mutable:
-            self.written = {self.tables[key] for key in read}
-            raise _Written
+        kwargs = kwargs or {}
+        read = [id(t) for t in operands(args, kwargs) if id(t) in self.tables]
+        if func._schema.is_mutable:  # through a view, perhaps
+            starts = {_start_of(t) for t in operands(args, kwargs)}
+            self.written = {self.shared[start] for start in starts if start in self.shared}
+            if self.written:
+                raise _Written
         for key in read:
             ids = row_ids(func, args) if args and id(args[0]) == key else None
             if ids is None:
                 self.others.add(key)
             else:
                 self.ids.setdefault(key, []).append(ids.unique())
-        return func(*args, **(kwargs or {}))
+        return func(*args, **kwargs)
 
 
 class Float64(Mode):
@@ -137,15 +149,14 @@ class Float64(Mode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = dict(kwargs or {})
-        short = {torch.float32, torch.float16, torch.bfloat16}
-        if kwargs.get("dtype") in short:
+        if kwargs.get("dtype") in SHORT:
             kwargs["dtype"] = torch.float64
         if args and id(args[0]) in self.rows and operation(func) in LOOKUPS:
             args = self._translated(func, args)
         if not func._schema.is_mutable:
-            dtypes = {t.dtype for t in tensors_in((args, kwargs)) if is_float(t)}
-            if torch.float64 in dtypes and dtypes & short:
-                args, kwargs = tree_map(lambda x: _lengthened(x, short), (args, kwargs))
+            dtypes = {t.dtype for t in operands(args, kwargs)}
+            if torch.float64 in dtypes and dtypes & SHORT:
+                args, kwargs = tree_map(_lengthened, (args, kwargs))
         return func(*args, **kwargs)
 
     def _translated(self, func: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -167,9 +178,9 @@ class Float64(Mode):
         return tuple(new)
 
 
-def _lengthened(value: Any, short: set[torch.dtype]) -> Any:
-    """Return a tensor of a short type in float64; all else, as it is, for the modes below."""
-    if isinstance(value, Tensor) and value.dtype in short:
+def _lengthened(value: Any) -> Any:
+    """Return a tensor of a shorter type in float64; all else stays as it is."""
+    if isinstance(value, Tensor) and value.dtype in SHORT:
         return torch.ops.aten._to_copy(value, dtype=torch.float64)
     return value
 
@@ -226,7 +237,8 @@ def rows_read(module: nn.Module, inputs: Any) -> dict[int, Tensor]:
             raise MergeError(f"module cannot be copied ({reason_of(error)})") from error
         pairs = list(zip(module.parameters(), probe.parameters(), strict=True))
         originals = {id(b): id(a) for a, b in pairs if id(a) in tables}
-        watch = _Watch(originals)
+        starts = {_start_of(table): key for key, table in shared.items()}
+        watch = _Watch(originals, starts)
         try:
             with torch.no_grad(), torch.random.fork_rng(cuda_devices()), watch:
                 torch.manual_seed(0)
@@ -243,6 +255,11 @@ def rows_read(module: nn.Module, inputs: Any) -> dict[int, Tensor]:
             for key, ids in watch.ids.items()
             if key not in watch.others and len(ids)
         }
+
+
+def _start_of(tensor: Tensor) -> int:
+    """Return the address of the storage of a tensor; 0: it has none."""
+    return tensor.untyped_storage().data_ptr() if tensor.layout is torch.strided else 0
 
 
 def cuda_devices() -> list[int]:

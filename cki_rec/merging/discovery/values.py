@@ -50,6 +50,17 @@ def tensors_in(value: Any) -> list[Tensor]:
     return tensors
 
 
+def operands(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+    """Return the tensors among the arguments of an operation, which nest no deeper than lists."""
+    tensors: list[Tensor] = []
+    for item in (*args, *kwargs.values()):
+        if isinstance(item, Tensor):
+            tensors.append(item)
+        elif isinstance(item, (list, tuple)):
+            tensors += [entry for entry in item if isinstance(entry, Tensor)]
+    return tensors
+
+
 def call(module: nn.Module, inputs: Any) -> Any:
     """Return the result of a module.
 
