@@ -12,17 +12,17 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:  # for editors and type checkers: the same names as in _NAMES
     from cki_rec.merging.api import merge, methods
     from cki_rec.merging.discovery import Symmetries, find_symmetries, verify
+    from cki_rec.merging.extras import Extras
     from cki_rec.merging.params import MergeError, MixingWeights, Params
     from cki_rec.merging.registry import MethodInfo, method
     from cki_rec.merging.result import MergeResult, Recipe
-    from cki_rec.merging.steps import Extras
     from cki_rec.merging.symmetry import Slice, Symmetry
 
 __version__ = "0.2.0"
 COMMAND_VARIABLE = "CKI_REC_COMMAND"
 """The command line as typed, for runs in this process and in those a launcher starts."""
 _NAMES = {
-    "Extras": "merging.steps",
+    "Extras": "merging.extras",
     "MergeError": "merging.params",
     "MergeResult": "merging.result",
     "MethodInfo": "merging.registry",

@@ -98,7 +98,7 @@ def install(environment: Path, accelerator: str) -> None:
     uninstall = [str(python), "-m", "pip", "uninstall", "--quiet", "--yes", other]
     subprocess.run(uninstall, check=True, stderr=subprocess.DEVNULL)
     print("setup: 1 of 2, the project and its dependencies (minutes the first time)", flush=True)
-    subprocess.run([*pip, "--editable", f"{project}[{accelerator},dev]"], check=True)
+    subprocess.run([*pip, "--editable", f"{project}[train,report,{accelerator},dev]"], check=True)
     print("setup: 2 of 2, torchrec", flush=True)
     subprocess.run([*pip, "--no-deps", f"torchrec=={TORCHREC}"], check=True)
     stamp.write_text(wanted)

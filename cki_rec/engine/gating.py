@@ -18,9 +18,9 @@ from cki_rec.data.loader import Loader
 from cki_rec.data.schema import Batch, FeatureSchema
 from cki_rec.engine.embeddings import table_of
 from cki_rec.engine.evaluator import predict
+from cki_rec.merging.extras import Gates, Learned, Weigh
 from cki_rec.merging.mixing import mix
 from cki_rec.merging.params import Params
-from cki_rec.merging.steps import Gates, Learned, Weigh
 from cki_rec.merging.vocabulary import restrict_weights
 from cki_rec.progress import progress
 

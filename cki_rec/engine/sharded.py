@@ -28,8 +28,8 @@ from cki_rec.data.provenance import Provenance
 from cki_rec.data.schema import FeatureSchema
 from cki_rec.engine import checkpoint_io, distributed
 from cki_rec.engine.embeddings import table_of
+from cki_rec.merging.extras import Processes
 from cki_rec.merging.params import Params
-from cki_rec.merging.steps import Processes
 
 T = TypeVar("T")
 Groups = dict[str, dict[str, Any]]

@@ -11,6 +11,7 @@ from torch import nn
 
 from cki_rec.merging.calling import evaluating
 from cki_rec.merging.discovery import find_symmetries
+from cki_rec.merging.extras import Extras, Rule
 from cki_rec.merging.inputs import (
     Model,
     Sources,
@@ -19,10 +20,10 @@ from cki_rec.merging.inputs import (
     check_module,
     checked_score,
     counts_of,
+    network_of,
     sources_of,
     symmetries_of,
     tables_of,
-    unwrapped,
 )
 from cki_rec.merging.methods import METHODS
 from cki_rec.merging.mixing import source_shares
@@ -33,9 +34,7 @@ from cki_rec.merging.result import Align, MergeResult, Recipe, Repair
 from cki_rec.merging.search import AUTO, possible, search
 from cki_rec.merging.statistics import ActivationStatistics
 from cki_rec.merging.steps import (
-    Extras,
     Network,
-    Rule,
     align_models,
     calibrate_model,
     check_sample,
@@ -110,7 +109,7 @@ def merge(
         MergeError: Models that differ or have NaN, an unknown method or option, a missing input.
     """
     extras, batches = extras or Extras(), batches_of(batches)
-    module = None if module is None else unwrapped(module)
+    module = None if module is None else network_of(module)
     sources = sources_of(models, dtype, module)
     recipe = Recipe(method, align, repair, options)
     is_search = method == AUTO

@@ -264,14 +264,23 @@ def batches_of(batches: Iterable[Any] | None) -> list[Any] | None:
     return held
 
 
+def network_of(module: Any) -> nn.Module:
+    """Return the network of the sources, without wrappers.
+
+    Raises:
+        MergeError: It is no module.
+    """
+    if not isinstance(module, nn.Module):
+        raise MergeError(f"module is a {type(module).__name__}; pass the network of the sources")
+    return unwrapped(module)
+
+
 def check_module(module: nn.Module, sources: Sources) -> None:
     """Check that a module has the parameters of the sources.
 
     Raises:
-        MergeError: It is no module, or its tensors differ; names the first.
+        MergeError: Its tensors differ; names the first.
     """
-    if not isinstance(module, nn.Module):
-        raise MergeError(f"module is a {type(module).__name__}; pass the network of the sources")
     state = module.state_dict()
     check_names(sources.names, state, "the sources", "module")
     for name, tensor in sources.models[0].items():

@@ -6,8 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from cki_rec.merging.extras import Calibration, Learned
 from cki_rec.merging.params import Params
-from cki_rec.merging.steps import Calibration, Learned
 
 Align = Literal["none", "weights", "activations"]
 Repair = Literal["none", "rescale", "least_squares", "select_units", "project"]

@@ -6,6 +6,7 @@ K models, I inputs of a layer and the constant 1, O outputs of a layer.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -148,6 +149,16 @@ def output_gradients(
     return {name: value / total for name, value in products.items() if rows[name] == total}
 
 
+def untied_linears(network: nn.Module) -> dict[str, nn.Linear]:
+    """Return the Linear layers by the names of their weights, without weights of other modules."""
+    held = Counter(id(p) for m in network.modules() for p in m.parameters(recurse=False))
+    return {
+        f"{name}.weight": module
+        for name, module in network.named_modules()
+        if isinstance(module, nn.Linear) and held[id(module.weight)] == 1
+    }
+
+
 @contextmanager
 def _recorded_inputs(
     network: nn.Module, layers: Sequence[str] | None
@@ -158,7 +169,7 @@ def _recorded_inputs(
         The inputs per layer with a constant 1, call by call, valid positions only; and the masks
         of layers inside a module with ``valid_positions``.
     """
-    linears = {f"{n}.weight": m for n, m in network.named_modules() if isinstance(m, nn.Linear)}
+    linears = untied_linears(network)
     inputs: dict[str, list[Tensor]] = {}
     valid: dict[str, Tensor] = {}
 

@@ -6,15 +6,16 @@ Shape legend: K sources, V rows of a table.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal, Protocol, TypeVar
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from cki_rec.merging.alignment import Alignment, align, table_products
 from cki_rec.merging.calling import evaluating, outputs_of, rows_of
+from cki_rec.merging.extras import Calibration, Gates, Learn, Learned, Processes, Rule
 from cki_rec.merging.methods.evidence import evidence_shares
 from cki_rec.merging.mixing import mix
 from cki_rec.merging.params import (
@@ -30,7 +31,7 @@ from cki_rec.merging.projection import anchor_weights, project_tables
 from cki_rec.merging.registry import MergeInputs, Method, Score
 from cki_rec.merging.repair import fit_layers, recalibrate, rescale
 from cki_rec.merging.selection import constant_weights
-from cki_rec.merging.statistics import ActivationStatistics
+from cki_rec.merging.statistics import ActivationStatistics, untied_linears
 from cki_rec.merging.symmetry import LogitScale, Symmetry, check_scores, transform
 from cki_rec.merging.traits import elementwise_parameters
 from cki_rec.merging.vocabulary import from_owners, restrict_weights, shared_rows
@@ -38,67 +39,10 @@ from cki_rec.merging.vocabulary import from_owners, restrict_weights, shared_row
 ENOUGH = 10
 """Rows per input of a layer. Least squares of I inputs on n rows have a mean square error larger
 by the share I / (n - I - 1) than the best linear map has: here about a ninth."""
-T = TypeVar("T")
-Rule = Literal["first", "evidence"]
-"""Mixing weights that replace those of the method: the first source alone, or row counts."""
-Gates = Mapping[str, Tensor | None]
 
 
 class ScarceSample(NotPossible):
     """A sample has too few rows to fit a layer."""
-
-
-class Weigh(Protocol):
-    """Mixing weights of some parameters, or of some rows of tables, for given gates."""
-
-    def __call__(
-        self, models: Sequence[Params], counts: Sequence[Params], gates: Gates
-    ) -> MixingWeights:
-        """Return ``(K, *s)`` per parameter."""
-
-
-@dataclass(slots=True)
-class Learned:
-    """Result of learning: the best epoch of gates, and of parameters trained beside them."""
-
-    gates: Gates
-    trunk: Params
-    epoch: int
-    valid_metric: float | None
-
-
-class Learn(Protocol):
-    """Training of gates: gradients reach them through the mixed parameters."""
-
-    def __call__(self, models: Sequence[Params], gates: Gates, weigh: Weigh) -> Learned:
-        """Return the gates of the best epoch."""
-
-
-@dataclass(frozen=True, slots=True)
-class Calibration:
-    """Scale and shift that fit a model's logits to validation rows."""
-
-    scale: float | None
-    """None: there is no best scale."""
-    shift: float | None
-    reason: str | None = None
-    """Reason why the logits stay as they are."""
-
-
-class Processes:
-    """The processes that hold the models; here one, which holds all rows."""
-
-    def total(self, products: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Return per table the sum of ``products`` over all processes."""
-        return products
-
-    def agree(self, value: T) -> T:
-        """Return the value of the first process."""
-        return value
-
-    def mean_shares(self, shares: dict[str, list[float]]) -> dict[str, list[float]]:
-        """Return per parameter the mean share of each source over all processes' rows."""
-        return shares
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,33 +63,6 @@ class Network:
         chosen = [s for s in self.symmetries if not kinds or s.kind in kinds]
         names = [part.parameter for symmetry in chosen for part in symmetry.slices]
         return [name for name in dict.fromkeys(names) if name in self.tables]
-
-
-@dataclass(frozen=True, slots=True)
-class Extras:
-    """Facts and steps that the pipelines add to a merge; few users need them."""
-
-    tables: Collection[str] | None = None
-    """Names of the embedding tables; None: lookups in the module, and tables with counts."""
-    probe: Any = None
-    """A batch on which aligned sources must score as before; None: the first batch."""
-    logit_scale: LogitScale | None = None
-    fisher: Callable[[Sequence[Params]], Sequence[Params]] | None = None
-    """(aligned models) -> the diagonal of the Fisher information of each."""
-    imitate: Callable[[Sequence[Params], Params, int, float], Params] | None = None
-    """(teachers, first parameters, epochs, learning rate) -> a trained model."""
-    learn: Learn | None = None
-    """Training of the method's gates; None: closed form."""
-    calibrate: Callable[[Params], Calibration] | None = None
-    """(parameters) -> the scale and shift of the logit that fit validation rows."""
-    fixed: Mapping[str, Rule] = field(default_factory=dict)
-    """Parameters whose mixing weights the method does not decide."""
-    row_mask: Mapping[str, Tensor] = field(default_factory=dict)
-    """Per table of joined vocabularies ``(K, V)`` bool, the rows that a source has."""
-    processes: Processes = field(default_factory=Processes)
-    """The processes that hold the models; here one."""
-    in_place: bool = False
-    """Alignment may transform the tensors of the sources, and the result may share them."""
 
 
 def align_models(
@@ -328,7 +245,7 @@ def repair_model(
         return fitted, weights, None
     products = table_products(models, network.moved_tables("rotation"), row_weights)
     copied = elementwise_parameters(activations.network)
-    readers = linear_weights(activations.network) - copied
+    readers = set(untied_linears(activations.network)) - copied
     projected = project_tables(merged, models, symmetries, products, weights, readers)
     if not copied:
         fitted = fit_layers(projected, models, shares, activations, symmetries, True)
@@ -348,11 +265,6 @@ def repair_model(
     anchor = scores.index(max(scores))
     chosen = anchor_weights(weights, symmetries, readers, copied, anchor)
     return best, {**weights, **chosen}, {"source": anchor, "valid_auc": scores}
-
-
-def linear_weights(module: nn.Module) -> set[str]:
-    """Return the names of the weights of all Linear layers."""
-    return {f"{name}.weight" for name, m in module.named_modules() if isinstance(m, nn.Linear)}
 
 
 def calibrate_model(
@@ -385,7 +297,10 @@ def row_weights_of(
     Without counts every row has the same weight. But rows of joined vocabularies that a source
     lacks (``row_mask``) have none: they hold its row for unseen tokens.
     """
-    if counts or not row_mask:
+    if counts:
+        rest = {name: torch.ones(len(models[0][name])) for name in tables if name not in counts[0]}
+        return [{**rest, **source} for source in counts] if rest else counts
+    if not row_mask:
         return counts
     return [
         {

@@ -20,11 +20,11 @@ from cki_rec.engine.networks import merging_network
 from cki_rec.engine.record import Run, open_run
 from cki_rec.engine.sampling import sample_statistics
 from cki_rec.merging.api import merge
+from cki_rec.merging.extras import Extras, Learned
 from cki_rec.merging.optimizer_state import merge_accumulators, merge_counts
 from cki_rec.merging.params import MergeError, NotPossible
 from cki_rec.merging.result import MergeResult
 from cki_rec.merging.search import AUTO, choose
-from cki_rec.merging.steps import Extras, Learned
 from cki_rec.models import build_model
 from cki_rec.pipelines import check_only, preflight, sources, train, vocabularies
 from cki_rec.pipelines.compatibility import compare, counts_of, finite, require

@@ -20,10 +20,10 @@ from cki_rec.engine.gating import train_gates
 from cki_rec.engine.networks import declared
 from cki_rec.engine.sampling import sample_statistics
 from cki_rec.evaluation.metrics import auc
+from cki_rec.merging.extras import Gates, Learn, Learned, Rule, Weigh
 from cki_rec.merging.params import Params
 from cki_rec.merging.perturbation import permute, shuffle
 from cki_rec.merging.statistics import ActivationStatistics
-from cki_rec.merging.steps import Gates, Learn, Learned, Rule, Weigh
 from cki_rec.models import build_model
 from cki_rec.pipelines.compatibility import counts_of
 from cki_rec.pipelines.vocabularies import Joined

@@ -21,8 +21,8 @@ from cki_rec.engine.record import save_arrays
 from cki_rec.engine.restoration import restore
 from cki_rec.evaluation.metrics import auc
 from cki_rec.evaluation.recalibration import recalibration
+from cki_rec.merging.extras import Calibration
 from cki_rec.merging.params import Params
-from cki_rec.merging.steps import Calibration
 from cki_rec.models import build_model
 from cki_rec.pipelines import vocabularies
 from cki_rec.pipelines.provenance import check_rows, other_tables

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from cki_rec.merging.api import merge
+from cki_rec.merging.extras import Extras
 from cki_rec.merging.params import MergeError
-from cki_rec.merging.steps import Extras
 
 
 def draw(seed):
@@ -24,8 +24,14 @@ def draw(seed):
         ("average", {"align": "weights"}, "align=weights needs the symmetries of the network"),
         ("average", {"repair": "mend"}, "repair='mend': one of none, rescale"),
         ("slerp", {"repair": "rescale"}, "slerp does not average layers"),
-        ("average", {"extras": Extras(fixed={"bias": "last"})}, "fixed['bias']='last': one of first, evidence"),
-        ("average", {"extras": Extras(fixed={"gain": "first"})}, "fixed names gain, which no model has"),
+        (
+            *("average", {"extras": Extras(fixed={"bias": "last"})}),
+            "fixed['bias']='last': one of first, evidence",
+        ),
+        (
+            *("average", {"extras": Extras(fixed={"gain": "first"})}),
+            "fixed names gain, which no model has",
+        ),
     ],
 )
 def test_steps_are_checked_by_the_library_too(method, words, message):

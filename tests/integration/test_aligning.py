@@ -68,7 +68,13 @@ def test_the_best_candidate_is_kept_and_can_be_fine_tuned(options, folder):
     assert main(["evaluate", *words, *options]) == 0
     search = next(r for r in records(folder, "merge") if r["config"]["merge"]["method"] == "auto")
     (chosen,) = search["result"]["chosen"]
-    assert chosen in [record["run_id"] for record in records(folder, "merge")]
+    made = [
+        record["run_id"] for pipeline in ("merge", "train") for record in records(folder, pipeline)
+    ]
+    scores = search["result"]["valid_auc"]["all"]
+    assert set(scores) <= set(made)
+    assert len(scores) == 8  # six recipes, two sources
+    assert scores[chosen] == search["result"]["valid_auc"]["chosen"] == max(scores.values())
     assert records(folder, "evaluate")[-1]["result"]["finetuned"]
 
 
@@ -189,15 +195,30 @@ def test_what_is_kept_as_it_is_is_not_recalibrated(options, capsys):
     assert "Traceback" not in error
 
 
-def test_a_merge_below_its_best_source_is_told(options, capsys):
-    sources = "merge.sources=[{seed: 1},{seed: 2, train.epochs: 0}]"
+def test_a_source_above_all_recipes_is_chosen(options, folder, capsys):
+    sources = "suite.sources=[{seed: 1},{seed: 2, train.epochs: 0}]"
     recipes = "merge.recipes=[{method: average}]"
-    words = ["merge", "merge=auto", sources, recipes, *options]
+    words = ["merge=auto", sources, recipes, *options]
     for _ in range(2):  # made, and found again
-        assert main(words) == 0
-        told = "".join(capsys.readouterr())
-        assert "below the" in told
-        assert "its source {'seed': 1}; use that one" in told
+        assert main(["merge", *words]) == 0
+        shown = "".join(capsys.readouterr())
+        assert "no recipe is above the validation AUC" in shown
+        assert "of the source {'seed': 1}, which is returned unchanged" in shown
+        assert "unchanged: train-" in shown
+    result = records(folder, "merge")[-1]["result"]
+    best = next(
+        record["run_id"]
+        for record in records(folder, "train")
+        if record["run_id"] in result["chosen"]
+    )
+    assert result["valid_auc"]["is_source"]
+    assert result["valid_auc"]["chosen"] == result["valid_auc"]["best_source"]
+    assert main(["evaluate", *words]) == 0
+    alone = records(folder, "evaluate")[-1]
+    assert alone["config"]["members"] == [best]
+    difference = alone["result"]["difference"]["best_source"]["auc"]
+    assert difference["estimate"] == 0
+    assert main(["evaluate", *words, "finetune=one_epoch"]) == 0
 
 
 def test_candidates_that_a_sample_cannot_fit_are_left_out(options, folder, capsys):

@@ -127,7 +127,7 @@ def test_install_runs_pip_in_the_new_environment(commands, tmp_path, capsys, acc
     assert uninstall == [*pip, "uninstall", "--quiet", "--yes", other]
     root = Path(environment.__file__).resolve().parents[1]
     quiet = ["install", "--quiet", "--disable-pip-version-check"]
-    assert project == [*pip, *quiet, "--editable", f"{root}[{accelerator},dev]"]
+    assert project == [*pip, *quiet, "--editable", f"{root}[train,report,{accelerator},dev]"]
     assert torchrec == [*pip, *quiet, "--no-deps", f"torchrec=={TORCHREC}"]
     assert f"setup: {accelerator} packages (as asked)" in capsys.readouterr().out
 
@@ -142,7 +142,7 @@ def test_install_the_second_time_does_nothing(commands, tmp_path, capsys):
 
 def test_auto_asks_the_driver(commands, tmp_path, capsys):
     install(tmp_path, "auto")
-    assert commands[2][-1].endswith("[cuda,dev]")
+    assert commands[2][-1].endswith("[train,report,cuda,dev]")
     assert "NVIDIA driver found" in capsys.readouterr().out
 
 
