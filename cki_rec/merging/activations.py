@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from cki_rec.merging.calling import call, evaluating
-from cki_rec.merging.nested import find_nests, joined
+from cki_rec.merging.nesting import find_nests, joined
 from cki_rec.merging.params import Params
 from cki_rec.merging.symmetry import Symmetry
 

@@ -65,25 +65,26 @@ def outputs_of(module: nn.Module, batch: Any, params: Params | None = None) -> T
     Raises:
         MergeError: It has none.
     """
-    outputs = list(_tensors(call(module, batch, params)))
+    outputs = list(tensors_of(call(module, batch, params)))
     if not outputs:
         raise MergeError("the module returns no floating tensor")
     return torch.cat([output.flatten() for output in outputs])
 
 
-def _tensors(output: Any) -> Iterator[Tensor]:
+def tensors_of(output: Any) -> Iterator[Tensor]:
+    """Yield the floating tensors of an output, in order."""
     if isinstance(output, Tensor):
         if output.is_floating_point():
             yield output
     elif isinstance(output, Mapping):
         for value in output.values():
-            yield from _tensors(value)
+            yield from tensors_of(value)
     elif isinstance(output, list | tuple):
         for value in output:
-            yield from _tensors(value)
+            yield from tensors_of(value)
     elif is_dataclass(output) and not isinstance(output, type):
         for entry in fields(output):
-            yield from _tensors(getattr(output, entry.name))
+            yield from tensors_of(getattr(output, entry.name))
 
 
 def rows_of(batch: Any) -> int:

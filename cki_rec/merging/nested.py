@@ -1,7 +1,7 @@
-"""Nested symmetries: signs on the units of a permutation, or symmetries inside its units.
+"""Joint solutions for nested symmetries (``nesting``): a permutation with all that it contains.
 
 Two networks whose heads are permuted and rotated inside can only be matched jointly: a pair of
-heads is compared after the best rotation. ``find_nests`` finds such cases from the slices alone.
+heads is compared after the best rotation.
 
 Shape legend: S units of the outer permutation, T size of a symmetry inside a unit, R the rest.
 """
@@ -10,100 +10,20 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
 
 import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from cki_rec.merging.closest import best_element, product_with
+from cki_rec.merging.nesting import Nest, Step, order_of, spot_of
 from cki_rec.merging.params import Params
-from cki_rec.merging.symmetry import Slice, Symmetry, set_units, units_of
+from cki_rec.merging.symmetry import Symmetry, set_units, units_of
 
 MOST_PATTERNS = 8
 """Sign patterns of one permutation whose combinations are all tried; more are found by turns."""
-PERMUTATIONS = ("permutation", "signed_permutation")
-Step = tuple[int, Tensor]
-"""Place of a symmetry in the list, and one of its elements."""
-
-
-@dataclass(frozen=True, slots=True)
-class Nest:
-    """A permutation, and symmetries that act on the same entries."""
-
-    signs: tuple[int, ...] = ()
-    """Places of signs on the permuted units."""
-    inside: tuple[tuple[int, ...], ...] = ()
-    """Per kind of symmetry inside the units, its place for every unit."""
-
-
-def find_nests(symmetries: Sequence[Symmetry]) -> tuple[dict[int, Nest], set[int]]:
-    """Return the nested symmetries by the place of their permutation, and places to leave alone.
-
-    Symmetries overlap if they move the same entries on the same axis. They can be composed if
-    one of them permutes the other's elements. Permutations that overlap otherwise are left alone.
-    """
-    signs: dict[int, list[int]] = {}
-    inside: dict[int, dict[tuple[object, ...], dict[int, int]]] = {}
-    idle: set[int] = set()
-    for pair in _overlapping(symmetries):
-        for outer, inner in (pair, pair[::-1]):
-            if symmetries[outer].kind not in PERMUTATIONS:
-                continue
-            if _is_signs_on(symmetries[outer], symmetries[inner]):
-                signs.setdefault(outer, []).append(inner)
-                break
-            unit = _unit_around(symmetries[outer], symmetries[inner])
-            if unit is not None:
-                key = _key(symmetries[outer], symmetries[inner])
-                inside.setdefault(outer, {}).setdefault(key, {})[unit] = inner
-                break
-        else:
-            is_outer = [symmetries[place].kind in PERMUTATIONS for place in pair]
-            idle.add(pair[is_outer.index(True)] if any(is_outer) else pair[1])
-    nests: dict[int, Nest] = {}
-    for outer in {**signs, **inside}:
-        units = range(symmetries[outer].size)
-        families = list(inside.get(outer, {}).values())
-        for family in families:
-            is_complete = set(family) == set(units)
-            if not is_complete or len({place < outer for place in family.values()}) > 1:
-                idle.add(outer)
-        if outer not in idle:
-            members = tuple(tuple(family[unit] for unit in units) for family in families)
-            nests[outer] = Nest(tuple(sorted(signs.get(outer, []))), members)
-    return nests, idle
-
-
-def compose(
-    nests: Mapping[int, Nest], elements: list[Tensor], place: int, step: Tensor
-) -> list[Tensor]:
-    """Return elements that act, in the order of the list, as ``elements`` and then ``step``.
-
-    The step is moved towards its place, past the elements that come after it. A permutation that
-    it passes conjugates it, and it conjugates what its own permutation contains.
-    """
-    elements, moved = list(elements), set[tuple[int, ...]]()
-    for passed in reversed(range(len(elements))):
-        if passed <= place:
-            break
-        own, other = nests.get(place, Nest()), nests.get(passed, Nest())
-        family = next((f for f in own.inside if passed in f), None)
-        around = next((f for f in other.inside if place in f), None)
-        if passed in own.signs:
-            elements[passed] = step.abs().T @ elements[passed] @ step.abs()
-        elif family is not None and family not in moved:
-            moved.add(family)
-            origin = step.abs().argmax(0).tolist()
-            before = [elements[member] for member in family]
-            for unit, member in enumerate(family):
-                elements[member] = before[origin[unit]]
-        elif place in other.signs:
-            step = elements[passed].abs() @ step @ elements[passed].abs().T
-        elif around is not None:
-            place = around[int(elements[passed][:, around.index(place)].abs().argmax())]
-    elements[place] = elements[place] @ step
-    return elements
+SMALLEST_GAIN = 1e-10
+"""Gains of the objective below this are rounding."""
 
 
 def solve_jointly(
@@ -113,6 +33,7 @@ def solve_jointly(
     view: Params,
     reference: Params,
     scale: Mapping[str, float],
+    sign_scale: Mapping[str, float] | None = None,
 ) -> tuple[list[Step], float]:
     r"""Return the best elements of a permutation and of what it contains, and their gain.
 
@@ -132,15 +53,19 @@ def solve_jointly(
         view: Parameters of a source.
         reference: Parameters to match.
         scale: Weight of every parameter.
+        sign_scale: Weights of the parameters that decide signs; None: ``scale``. Activations often
+            leave signs open.
     """
     outer = symmetries[place]
     rest = _without(view, symmetries, nest) if nest.inside else view
     by_pattern = _products_by_pattern(symmetries, place, nest, rest, reference, scale)
     score, chosen = _best_signs(by_pattern, outer.size)
-    now = sum(
-        (product.diagonal() for product in by_pattern.values()),
-        torch.zeros(outer.size, dtype=torch.float64),
-    )
+    now = _now(by_pattern, outer.size)
+    if sign_scale is not None:
+        by_sign = _products_by_pattern(symmetries, place, nest, rest, reference, sign_scale)
+        best, chosen = _best_signs(by_sign, outer.size)
+        sign_gain = float((best.diagonal() - _now(by_sign, outer.size)).sum())
+        now = score.diagonal()
     families = [
         family
         for family in nest.inside
@@ -156,6 +81,8 @@ def solve_jointly(
         inner.append(elements)
     rows, columns = linear_sum_assignment(score.numpy(), maximize=True)
     gain = float(score[rows, columns].sum() - now.sum())
+    if sign_scale is not None and gain <= SMALLEST_GAIN:
+        gain = sign_gain
     element = torch.zeros(outer.size, outer.size, dtype=torch.float64)
     element[rows, columns] = 1.0
     if place in chosen:
@@ -173,6 +100,14 @@ def solve_jointly(
     return [step for step, same in zip(steps, is_identity, strict=True) if not same], gain
 
 
+def _now(products: Mapping[frozenset[int], Tensor], size: int) -> Tensor:
+    """Return the product ``(S,)`` of every unit as it stands."""
+    total = torch.zeros(size, dtype=torch.float64)
+    for product in products.values():
+        total = total + product.diagonal()
+    return total
+
+
 def _products_by_pattern(
     symmetries: Sequence[Symmetry],
     place: int,
@@ -184,13 +119,13 @@ def _products_by_pattern(
     """Return ``(S, S)`` products of units per set of signs that reach them."""
     outer = symmetries[place]
     reached = {
-        sign: {_spot(p, outer.size) for p in symmetries[sign].slices} for sign in nest.signs
+        sign: {spot_of(p, outer.size) for p in symmetries[sign].slices} for sign in nest.signs
     }
     products: dict[frozenset[int], Tensor] = {}
     for part in outer.slices:
         if part.parameter not in scale:
             continue
-        spot = _spot(part, outer.size)
+        spot = spot_of(part, outer.size)
         signs = {sign for sign, spots in reached.items() if spot in spots}
         signs |= {place} if outer.kind == "signed_permutation" and part.signed else set()
         left = units_of(view[part.parameter], part, outer.size)
@@ -222,6 +157,7 @@ def _best_signs(
             score = torch.where(is_better, value, score)
             chosen = {n: torch.where(is_better, signs[n], chosen[n]) for n in names}
         return score, chosen
+    chosen |= _independent_signs(products, ones)
     for _ in range(len(names)):
         before = chosen
         for name in names:
@@ -235,6 +171,27 @@ def _best_signs(
         if all(torch.equal(chosen[name], before[name]) for name in names):
             break
     return total(chosen), chosen
+
+
+def _independent_signs(
+    products: Mapping[frozenset[int], Tensor], ones: Tensor
+) -> dict[int, Tensor]:
+    """Return signs that make products positive, the largest first: elimination modulo 2."""
+    basis: list[tuple[int, frozenset[int], Tensor]] = []
+    for pattern in sorted(products, key=lambda p: float(products[p].norm()), reverse=True):
+        rest, sign = pattern, torch.where(products[pattern] < 0, -1.0, 1.0).to(ones)
+        for pivot, other, value in basis:
+            if pivot in rest:
+                rest, sign = rest ^ other, sign * value
+        if rest:
+            basis.append((min(rest), rest, sign))
+    signs: dict[int, Tensor] = {}
+    for pivot, rest, sign in reversed(basis):
+        known = [signs[name] for name in rest if name in signs]
+        for value in known:
+            sign = sign * value
+        signs[pivot] = sign
+    return signs
 
 
 def _product(signs: Mapping[int, Tensor], pattern: frozenset[int], ones: Tensor) -> Tensor:
@@ -253,7 +210,7 @@ def _products_inside(
     """Return ``(2, S, S, T, T)``: of every two units' inner slices, signed and unsigned ones."""
     num, size = len(family), symmetries[family[0]].size
     products = torch.zeros(2, num, num, size, size, dtype=torch.float64)
-    sorted_slices = [sorted(symmetries[p].slices, key=_order) for p in family]
+    sorted_slices = [sorted(symmetries[p].slices, key=order_of) for p in family]
     for parts in zip(*sorted_slices, strict=True):
         name = parts[0].parameter
         if name in scale:
@@ -288,134 +245,3 @@ def _without(view: Params, symmetries: Sequence[Symmetry], nest: Nest) -> Params
                 units = units_of(rest[name], part, symmetries[place].size)
                 set_units(rest[name], part, torch.zeros_like(units))
     return rest
-
-
-def joined(symmetry: Symmetry) -> Symmetry:
-    """Return a symmetry whose slices are joined where the units of one continue those of another.
-
-    It acts as before; ``find_nests`` sees units as a whole.
-    """
-    parts = sorted(symmetry.slices, key=lambda p: (_order(p)[:2], starts_of(p, symmetry.size)))
-    if symmetry.kind not in PERMUTATIONS:
-        return symmetry
-    slices: list[Slice] = []
-    for part in parts:
-        starts = starts_of(part, symmetry.size)
-        for number, other in enumerate(slices):
-            behind = tuple(start + other.width for start in starts_of(other, symmetry.size))
-            alike = replace(part, start=0, step=0, starts=(), width=1)
-            if behind == starts and alike == replace(other, start=0, step=0, starts=(), width=1):
-                ahead = starts_of(other, symmetry.size)
-                slices[number] = replace(other, starts=ahead, width=other.width + part.width)
-                break
-        else:
-            slices.append(part)
-    is_shorter = len(slices) < len(symmetry.slices)
-    return replace(symmetry, slices=tuple(slices)) if is_shorter else symmetry
-
-
-def _overlapping(symmetries: Sequence[Symmetry]) -> list[tuple[int, int]]:
-    """Return the pairs of symmetries that move the same entries on the same axis."""
-    groups: dict[tuple[str, int], list[tuple[int, set[int], Slice]]] = {}
-    for place, symmetry in enumerate(symmetries):
-        for part in symmetry.slices:
-            entries = {s + w for s in starts_of(part, symmetry.size) for w in range(part.width)}
-            groups.setdefault((part.parameter, part.axis), []).append((place, entries, part))
-    pairs: dict[tuple[int, int], None] = {}
-    for group in groups.values():
-        for (one, left, first), (two, right, second) in itertools.combinations(group, 2):
-            if one != two and (one, two) not in pairs and left & right and _meet(first, second):
-                pairs[one, two] = None
-    return list(pairs)
-
-
-def _meet(first: Slice, second: Slice) -> bool:
-    """Return whether the boxes of two slices share entries."""
-    boxes = {axis: (start, stop) for axis, start, stop in second.within}
-    return all(
-        start < boxes.get(axis, (0, stop))[1] and boxes.get(axis, (start, stop))[0] < stop
-        for axis, start, stop in first.within
-    )
-
-
-def starts_of(part: Slice, size: int) -> tuple[int, ...]:
-    """Return where every unit of a slice begins."""
-    step = part.step or part.width
-    return part.starts or tuple(part.start + unit * step for unit in range(size))
-
-
-def _spot(part: Slice, size: int) -> tuple[object, ...]:
-    """Return the place of a slice, whatever way it is written."""
-    within = tuple(sorted(part.within))
-    return part.parameter, part.axis, starts_of(part, size), part.width, within
-
-
-def is_same_place(part: Slice, other: Slice, size: int) -> bool:
-    """Return whether two slices hold the same units."""
-    return _spot(part, size) == _spot(other, size)
-
-
-def _is_signs_on(outer: Symmetry, inner: Symmetry) -> bool:
-    spots = {_spot(part, outer.size) for part in outer.slices}
-    return (
-        inner.kind == "signs"
-        and inner.size == outer.size
-        and all(_spot(part, inner.size) in spots for part in inner.slices)
-    )
-
-
-def _unit_around(outer: Symmetry, inner: Symmetry) -> int | None:
-    """Return the unit of ``outer`` that all slices of ``inner`` are in; None: there is none."""
-    units: set[int | None] = set()
-    for part in inner.slices:
-        around = slice_around(outer, inner, part)
-        units.add(None if around is None else around[1])
-    return units.pop() if len(units) == 1 else None
-
-
-def slice_around(outer: Symmetry, inner: Symmetry, part: Slice) -> tuple[int, int] | None:
-    """Return the slice of ``outer``, and its unit, that contain a slice of ``inner``."""
-    boxes = _boxes(part, inner.size)
-    for number, other in enumerate(outer.slices):
-        around = {axis: (start, stop) for axis, start, stop in other.within}
-        is_inside = other.parameter == part.parameter and other.axis in boxes
-        for unit, start in enumerate(starts_of(other, outer.size) if is_inside else ()):
-            around[other.axis] = (start, start + other.width)
-            if all(
-                axis in boxes and low <= boxes[axis][0] and boxes[axis][1] <= high
-                for axis, (low, high) in around.items()
-            ):
-                return number, unit
-    return None
-
-
-def _boxes(part: Slice, size: int) -> dict[int, tuple[int, int]]:
-    """Return per axis the first entry of a slice and the entry behind the last."""
-    starts = starts_of(part, size)
-    boxes = {axis: (start, stop) for axis, start, stop in part.within}
-    return {**boxes, part.axis: (min(starts), max(starts) + part.width)}
-
-
-def _key(outer: Symmetry, inner: Symmetry) -> tuple[object, ...]:
-    """Return the place of a symmetry inside a unit, equal for those that correspond."""
-    slices = []
-    for part in inner.slices:
-        around = slice_around(outer, inner, part)
-        assert around is not None
-        other = outer.slices[around[0]]
-        begin = starts_of(other, outer.size)[around[1]]
-        entries = [
-            (start - begin if part.axis == other.axis else start)
-            for start in starts_of(part, inner.size)
-        ]
-        within = [
-            (axis, start - begin, stop - begin) if axis == other.axis else (axis, start, stop)
-            for axis, start, stop in sorted(part.within)
-        ]
-        slices.append((around[0], part.axis, entries, part.width, within, part.signed))
-    return inner.kind, inner.size, str(sorted(slices))
-
-
-def _order(part: Slice) -> tuple[object, ...]:
-    """Return a key that sorts the slices of symmetries inside units alike."""
-    return part.parameter, part.axis, part.starts or (part.start,), part.within

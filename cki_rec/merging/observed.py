@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from cki_rec.merging.nested import Nest, is_same_place, slice_around, starts_of
+from cki_rec.merging.nesting import Nest, is_same_place, slice_around, starts_of
 from cki_rec.merging.symmetry import Slice, Symmetry
 
 Second = Mapping[tuple[str, int], Tensor]
@@ -61,7 +61,6 @@ def observe(symmetries: Sequence[Symmetry], nests: Mapping[int, Nest], second: S
             for sign in nest.signs:
                 if any(is_same_place(part, p, symmetry.size) for p in symmetries[sign].slices):
                     moved[sign] = _with(moved[sign], replace(whole, signed=True))
-                    places.add(sign)
             for inner in (member for family in nest.inside for member in family):
                 for other in symmetries[inner].slices:
                     around = slice_around(symmetry, symmetries[inner], other)
