@@ -137,6 +137,33 @@ def test_casts_and_constants_of_a_shorter_type_stay_exact():
     assert not any("fails" in reason for reason in found.frozen)
 
 
+def test_a_constant_of_a_shorter_type_freezes_nothing():
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.last = nn.Linear(5, 4), nn.Linear(4, 1)
+
+        def forward(self, x):
+            return self.last(self.first(x).relu() * torch.FloatTensor([0.5]))
+
+    found = find_symmetries(Scaled(), floats(6, 5))
+    assert [(s.kind, s.size) for s in found] == [("permutation", 4)]
+    assert not found.frozen
+
+
+@pytest.mark.parametrize("pool", [nn.MaxPool2d(2), nn.AvgPool2d(2), nn.AdaptiveMaxPool2d(3)])
+def test_channels_pass_through_a_pooling(pool):
+    module = nn.Sequential(nn.Conv2d(2, 5, 3), pool, nn.Flatten(), nn.Linear(45, 1))
+    found = find_symmetries(module, floats(3, 2, 8, 8))
+    assert [s.size for s in found] == [5]
+    assert [(p.parameter, p.axis, p.width) for p in found[0].slices] == [
+        ("0.weight", 0, 1),
+        ("0.bias", 0, 1),
+        ("3.weight", 1, 9),
+    ]
+    assert not found.frozen
+
+
 class TestResult:
     def test_is_an_immutable_sequence(self, module):
         found = find_symmetries(module, floats(6, 5))

@@ -256,6 +256,8 @@ class Tracer(Mode):
                 rows = [x for x in self.get(tensors[0]) if 0 in axes_of(x)]
                 self.fix(*rows)
                 self.put(results[0], [x for x in self.get(tensors[0]) if 0 not in axes_of(x)])
+            elif "_pool" in name:
+                self.pool(tensors[0], results)
             elif moves:
                 self.move(func, args, kwargs, results)
                 if func.is_view and len(results) == 1 and id(tensors[0]) in self.sources:
@@ -317,6 +319,14 @@ class Tracer(Mode):
         for result in results:
             squeezed = result.ndim < tensor.ndim
             self.put(result, [x.squeeze(tuple(gone)) for x in labels] if squeezed else labels)
+
+    def pool(self, tensor: Tensor, results: list[Tensor]) -> None:
+        """Label the results of a pooling over the places of each channel; places are fixed."""
+        labels = self.get(tensor)
+        is_place = [max(axes_of(label)) > 1 for label in labels]
+        self.fix(*itertools.compress(labels, is_place))
+        for result in results:
+            self.put(result, [y for y, p in zip(labels, is_place, strict=True) if not p])
 
     def move(self, func: Any, args: Any, kwargs: Any, results: list[Tensor]) -> None:
         """Run an operation on labels; labels of several operands are joined slot by slot."""

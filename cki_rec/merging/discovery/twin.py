@@ -156,7 +156,7 @@ class Float64(Mode):
         if not func._schema.is_mutable:
             dtypes = {t.dtype for t in operands(args, kwargs)}
             if torch.float64 in dtypes and dtypes & SHORT:
-                args, kwargs = tree_map(lambda x: x.double() if is_float(x) else x, (args, kwargs))
+                args, kwargs = tree_map(_lengthened, (args, kwargs))
         return func(*args, **kwargs)
 
     def _translated(self, func: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -176,6 +176,13 @@ class Float64(Mode):
             place = (rows == new[8]).nonzero().flatten().tolist()
             new[8] = place[0] if place else -1
         return tuple(new)
+
+
+def _lengthened(value: Any) -> Any:
+    """Return a tensor of a shorter type in float64; all else stays as it is."""
+    if isinstance(value, Tensor) and value.dtype in SHORT:
+        return torch.ops.aten._to_copy(value, dtype=torch.float64)
+    return value
 
 
 class Twin:
