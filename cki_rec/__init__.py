@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # for editors and type checkers: the same names as in _NAMES
+    from cki_rec.merging.aligning import AlignedModels, align
     from cki_rec.merging.api import merge, methods
+    from cki_rec.merging.assessment import Assessment, assess
     from cki_rec.merging.discovery import Symmetries, find_symmetries, verify
     from cki_rec.merging.extras import Extras
     from cki_rec.merging.params import MergeError, MixingWeights, Params
@@ -22,6 +24,8 @@ __version__ = "0.2.0"
 COMMAND_VARIABLE = "CKI_REC_COMMAND"
 """The command line as typed, for runs in this process and in those a launcher starts."""
 _NAMES = {
+    "AlignedModels": "merging.aligning",
+    "Assessment": "merging.assessment",
     "Extras": "merging.extras",
     "MergeError": "merging.params",
     "MergeResult": "merging.result",
@@ -32,6 +36,8 @@ _NAMES = {
     "Slice": "merging.symmetry",
     "Symmetries": "merging.discovery",
     "Symmetry": "merging.symmetry",
+    "align": "merging.aligning",
+    "assess": "merging.assessment",
     "find_symmetries": "merging.discovery",
     "merge": "merging.api",
     "method": "merging.registry",
@@ -42,6 +48,8 @@ _NAMES = {
 
 __all__ = [
     "COMMAND_VARIABLE",
+    "AlignedModels",
+    "Assessment",
     "Extras",
     "MergeError",
     "MergeResult",
@@ -52,6 +60,8 @@ __all__ = [
     "Slice",
     "Symmetries",
     "Symmetry",
+    "align",
+    "assess",
     "find_symmetries",
     "merge",
     "method",

@@ -131,7 +131,7 @@ def merge(
     check_finite(sources.models)
     purpose = _reader_of_symmetries(recipe, rule)
     network = Network(
-        _symmetries(symmetries, sources, module, batches, purpose, is_search, seed),
+        network_symmetries(symmetries, sources, module, batches, purpose, is_search, seed),
         tables_of(module, known_counts, sources) if extras.tables is None else extras.tables,
         module,
         extras.probe if extras.probe is not None or not batches else batches[0],
@@ -336,7 +336,7 @@ def _reader_of_symmetries(recipe: Recipe, rule: Method | None) -> str | None:
     return f"method {rule.name}" if rule is not None and "symmetries" in rule.inputs else None
 
 
-def _symmetries(
+def network_symmetries(
     symmetries: Sequence[Symmetry] | None,
     sources: Sources,
     module: nn.Module | None,

@@ -10,38 +10,42 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from cki_rec.merging.api import network_symmetries
 from cki_rec.merging.assessment_rows import assessment_rows, seen_rows
 from cki_rec.merging.barrier import Loss, by_deviation, by_loss, by_score, measure_barrier
 from cki_rec.merging.calling import evaluating
+from cki_rec.merging.extras import Processes
+from cki_rec.merging.inputs import (
+    Model,
+    base_of,
+    batches_of,
+    check_module,
+    checked_score,
+    counts_of,
+    network_of,
+    sources_of,
+    tables_of,
+)
 from cki_rec.merging.measures import pair_sums, paper_sums
 from cki_rec.merging.methods.cki.assessment import Histogram, entropies, global_terms
 from cki_rec.merging.methods.cki.gate import check_gate, initialize_gate
 from cki_rec.merging.methods.cki.method import Gate
 from cki_rec.merging.methods.evidence import evidence_shares
-from cki_rec.merging.params import (
-    MergeError,
-    Params,
-    check_base,
-    check_finite,
-    check_same,
-    widened,
-)
+from cki_rec.merging.params import MergeError, Params, check_finite
 from cki_rec.merging.registry import Score
 from cki_rec.merging.statistics import ActivationStatistics
-from cki_rec.merging.steps import Network, Processes, align_models, row_weights_of
+from cki_rec.merging.steps import Network, align_models, row_weights_of
 from cki_rec.merging.suggestions import facts_of, suggest
 from cki_rec.merging.symmetry import Symmetry
 from cki_rec.merging.terminal import assessment_text
-from cki_rec.merging.traits import symmetries_of
 
 if TYPE_CHECKING:
     import pandas as pd
 
-Model: TypeAlias = Mapping[str, Tensor] | nn.Module
 PER_SOURCE = ("entropy", "global", "local", "dual", "hard", "soft", "evidence", "rows_one")
 """Entries of a row that hold one value per source."""
 
@@ -89,7 +93,7 @@ class Assessment:
 def assess(
     models: Sequence[Model],
     *,
-    counts: Sequence[Params] = (),
+    counts: Sequence[Mapping[str, Any]] = (),
     base: Model | None = None,
     symmetries: Sequence[Symmetry] | None = None,
     tables: Collection[str] = (),
@@ -132,10 +136,12 @@ def assess(
     merged. Layers and modules have means over their entries.
 
     Args:
-        models: Two or more state dicts or modules. Integer buffers are left out.
+        models: Two or more state dicts or modules. Integer tensors are left out, tied ones are
+            compared once.
         counts: Per source and table ``(V,)`` training rows that looked a row up.
         base: The model that all sources started from.
-        symmetries: Symmetries of the sources' network; None: those that ``module`` declares.
+        symmetries: Symmetries of the sources' network; None: those that ``module`` declares, or
+            those that are found with ``module`` and ``batches``.
         tables: Names of embedding tables, besides those in ``counts`` and in ``module``.
         module: The network of the models; its own parameters are not used.
         batches: Inputs of the network: for activations, for the barrier and to verify symmetries.
@@ -167,96 +173,61 @@ def assess(
         Compatibility as a ratio, distances, rows and the barrier are ours. So is the form for
         more than two sources.
     """
-    sources = [_params(model) for model in models]
+    sample = batches_of(batches) or []
+    network = None if module is None else network_of(module)
+    if sample and network is None:
+        raise MergeError("batches: module, the network that reads them, is missing")
+    known = sources_of(models, None, network)
+    sources = known.models
     if len(sources) < 2:
         raise MergeError(f"assess compares two or more models, not {len(sources)}")
-    check_same(sources)
+    if network is not None:
+        check_module(network, known)
     check_finite(sources)
-    start = None if base is None else _params(base)
+    start = None if base is None else base_of(base, known)
     if start is not None:
-        check_base(sources, start)
         check_finite([start], "the base")
-    seen = evidence_shares(sources, counts) if counts else {}
+    seen_by = counts_of(counts, known)
+    seen = evidence_shares(sources, seen_by) if seen_by else {}
     for name in gates or {}:
         if name not in sources[0]:
             raise MergeError(f"{name}: has a gate but is no parameter")
-    if module is not None:
-        _check_module(module, sources[0])
-    is_table = {*tables, *seen, *_tables_in([*models, module])} & set(sources[0])
-    sample = _sample(module, batches)
-    if symmetries is None:
-        symmetries = [] if module is None else symmetries_of(module)
-    with evaluating(module):
+    modules = [network, *(network_of(m) for m in models if isinstance(m, nn.Module))]
+    in_modules = [name for each in modules for name in tables_of(each, seen_by, known)]
+    is_table = {known.tied.get(name, name) for name in (*tables, *in_modules)} & set(sources[0])
+    symmetries = (
+        ()
+        if align == "none"
+        else network_symmetries(symmetries, known, network, sample, None, True, seed)
+    )
+    with evaluating(network):
         aligned = _aligned(
-            sources, counts, symmetries, is_table, module, sample, align, starts, seed
+            sources, seen_by, symmetries, is_table, network, sample, align, starts, seed
         )
     measured = {}
     for name, tensor in sources[0].items():
         tensors = [source[name] for source in sources]
         moved = tensors if aligned is None else [source[name] for source in aligned]
-        known = (gates or {}).get(name, initialize_gate(tensor.shape, gate, seed, name))
-        if known is not None:
-            check_gate(name, tensor.shape, known)
-            known = known.to(tensor.device)
+        used = (gates or {}).get(name, initialize_gate(tensor.shape, gate, seed, name))
+        if used is not None:
+            check_gate(name, tensor.shape, used)
+            used = used.to(tensor.device)
         try:
             entropies_K = entropies(moved, bins, histogram)
             terms = global_terms(entropies_K, a, c)
         except MergeError as error:
             raise MergeError(f"{name}: {error}") from None
-        sums = paper_sums(moved, terms, known, scale)
+        sums = paper_sums(moved, terms, used, scale)
         sums |= pair_sums(tensors, None if start is None else start[name])
         if aligned is not None:
             parts = pair_sums(moved) if _is_moved(tensors, moved) else sums
             sums |= {f"aligned_{key}": parts[key] for key in ("products", "squares")}
         measured[name] = (sums, entropies_K)
-    barrier = _barrier(sources, aligned, module, sample, score, loss, points)
-    rows = assessment_rows(sources[0], measured, is_table, seen_rows(counts), seen)
+    checked = None if score is None else checked_score(score, known)
+    barrier = _barrier(sources, aligned, network, sample, checked, loss, points)
+    rows = assessment_rows(sources[0], measured, is_table, seen_rows(seen_by), seen)
     facts = facts_of(rows, barrier, aligned is not None)
     return Assessment(rows, barrier, suggest(facts), len(sources))
-
-
-def _params(model: Model) -> Params:
-    """Return the floating tensors of a model; they are shared, not copied."""
-    state = model.state_dict() if isinstance(model, nn.Module) else model
-    return {name: t.detach() for name, t in state.items() if t.is_floating_point()}
-
-
-def _tables_in(models: Sequence[Model | None]) -> set[str]:
-    """Return the names of the embedding tables of modules."""
-    return {
-        f"{name}.weight"
-        for model in models
-        if isinstance(model, nn.Module)
-        for name, part in model.named_modules()
-        if isinstance(part, nn.Embedding | nn.EmbeddingBag)
-    }
-
-
-def _check_module(module: nn.Module, first: Params) -> None:
-    """Check that a module has the parameters of the sources.
-
-    Raises:
-        MergeError: It has not; names the first.
-    """
-    state = module.state_dict()
-    for name, tensor in first.items():
-        shape = tuple(state[name].shape) if name in state else "none"
-        if shape != tuple(tensor.shape):
-            raise MergeError(
-                f"{name}: {tuple(tensor.shape)} in the sources, {shape} in module; pass the"
-                " network of the sources"
-            )
-
-
-def _sample(module: nn.Module | None, batches: Iterable[Any] | None) -> list[Any]:
-    if batches is None:
-        return []
-    if module is None:
-        raise MergeError("batches: module, the network that reads them, is missing")
-    sample = list(batches)
-    if not sample:
-        raise MergeError("batches is empty; give at least one batch, or none (batches=None)")
-    return sample
 
 
 def _aligned(
@@ -283,10 +254,11 @@ def _aligned(
     probe = None if not sample else sample[0]
     network = Network(symmetries, counted, module if sample else None, probe)
     activations = ActivationStatistics(module, sample) if module and sample else None
-    wide = [widened(source) for source in sources]
-    row_weights = row_weights_of(wide, counts, {}, counted)
+    row_weights = row_weights_of(sources, counts, {}, counted)
     seen = activations if align == "activations" else None
-    aligned, _ = align_models(wide, network, row_weights, seen, starts, seed, Processes(), False)
+    aligned, _ = align_models(
+        sources, network, row_weights, seen, starts, seed, Processes(), False
+    )
     return aligned
 
 

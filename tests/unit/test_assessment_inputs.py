@@ -97,6 +97,47 @@ def test_symmetries_are_those_that_the_module_declares():
     assert assess(PAIR, module=Declaring(0), align="none").rows[-1]["aligned_cosine"] is None
 
 
+def test_symmetries_are_found_and_models_may_have_several_forms():
+    found = assess(PAIR, module=MODULE, batches=IDS)
+    declared = assess(PAIR, module=MODULE, batches=IDS, symmetries=SYMMETRIES)
+    rows = [found.rows[-1]["aligned_cosine"], declared.rows[-1]["aligned_cosine"]]
+    assert rows[0] >= rows[1] - 1e-9  # more are found: signs
+    assert rows[0] > found.rows[-1]["cosine"]
+    wrapped = {f"module.{name}": t.clone() for name, t in PAIR[0].items()}
+    double = {name: t.double() if t.is_floating_point() else t for name, t in PAIR[1].items()}
+    other = assess([wrapped, double])
+    assert other.rows[-1]["cosine"] == pytest.approx(found.rows[-1]["cosine"])
+
+
+class Tied(nn.Module):
+    """Two names of one table."""
+
+    def __init__(self, seed):
+        super().__init__()
+        torch.manual_seed(seed)
+        self.table = nn.Embedding(7, 3)
+        self.same = self.table
+
+    def forward(self, ids):
+        return (self.table(ids) * self.same(ids)).sum(-1)
+
+
+def test_tied_tensors_are_compared_once():
+    pair, counts = [Tied(0), Tied(1)], [{"same.weight": [1] * 7}] * 2
+    got = assess(pair, module=pair[0], batches=[torch.arange(7)], counts=counts)
+    assert [row["name"] for row in got.rows] == ["table.weight", "all parameters"]
+    assert got.rows[0]["kind"] == "table"
+    assert got.rows[0]["rows_all"] == 7
+    assert got.rows[-1]["entries"] == 21
+
+
+def test_the_package_offers_it():
+    import cki_rec
+
+    assert cki_rec.assess is assess
+    assert cki_rec.Assessment is Assessment
+
+
 def test_the_same_seed_gives_the_same_figures():
     one, other, third = (assess(PAIR, gate="full", seed=seed).rows for seed in (1, 1, 2))
     assert one == other
@@ -118,12 +159,12 @@ COUNTS = [{"table.weight": torch.ones(30)}, {"table.weight": torch.ones(30)}]
     ("models", "options", "part"),
     [
         (PAIR[:1], {}, "two or more models, not 1"),
-        ([], {}, "two or more models, not 0"),
+        ([], {}, "no models to merge: pass a list"),
         ([PAIR[0], changed(out__bias=torch.tensor([INF]))], {}, r"out\.bias: source 1 has NaN or"),
         ([PAIR[0], changed(out__bias=torch.ones(2))], {}, r"out\.bias: shapes differ"),
-        ([PAIR[0], changed(more=torch.ones(2))], {}, "more: only one of sources 0 and 1"),
+        ([PAIR[0], changed(more=torch.ones(2))], {}, "only in source 1: more"),
         (PAIR, {"base": changed(out__bias=torch.tensor([INF]))}, r"out\.bias: the base has NaN"),
-        (PAIR, {"base": {"a": torch.ones(1)}}, "the base .* does not fit"),
+        (PAIR, {"base": {"a": torch.ones(1)}}, "source 0 and the base have different tensors"),
         (PAIR, {"counts": COUNTS[:1]}, "counts of 1 sources for 2 models"),
         (PAIR, {"counts": [{"tabel": torch.ones(30)}] * 2}, "tabel: has counts but is no param"),
         (PAIR, {"counts": [{"table.weight": torch.ones(29)}] * 2}, r"table\.weight: counts \(29,"),
@@ -138,14 +179,14 @@ COUNTS = [{"table.weight": torch.ones(30)}, {"table.weight": torch.ones(30)}]
         (PAIR, {"batches": iter(()), "module": MODULE}, "batches is empty"),
         (PAIR, {"loss": lambda *_: 0.0, "module": MODULE}, "loss: module and batches are missing"),
         (PAIR, {"loss": lambda *_: 0.0, "score": lambda _: 0.0}, "score and loss"),
-        (PAIR, {"score": lambda _: float("nan")}, "score is nan at shares .1.0, 0.0. of the raw"),
+        (PAIR, {"score": lambda _: float("nan")}, "score returned NaN; it must return a number"),
         (PAIR, {"score": lambda _: 1.0, "points": 2}, "points must be at least 3"),
         (
             PAIR,
             {"module": Recommender(0, 31)},
-            r"table\.weight: \(30, 4\) in the sources, \(31, 4",
+            r"table\.weight: shapes differ, \(30, 4\) in the sources, \(31",
         ),
-        (PAIR, {"module": nn.Identity()}, r"table\.weight: \(30, 4\) in the sources, none in mod"),
+        (PAIR, {"module": nn.Identity()}, "only in the sources: table.weight, hidden.weight"),
         (PAIR, {"gates": {"x": None}}, "x: has a gate but is no parameter"),
         (PAIR, {"gates": {"out.weight": torch.ones(3, 3)}}, r"out\.weight: a gate of shape"),
         (PAIR, {"gate": "round"}, "gate kind 'round' is none of full"),
