@@ -74,7 +74,7 @@ def measure(threads: int) -> None:
     ]
     tables = [name for name in counts[0] if not name.endswith("first_order")]
     base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    held = _resident()
+    held = resident()
     start_time = time.perf_counter()
     alignment = align(models, symmetries, table_products(models, tables, counts))
     aligned = [
@@ -101,7 +101,7 @@ def measure(threads: int) -> None:
     )
 
 
-def _resident() -> int:
+def resident() -> int:
     """Return the resident memory now, in KiB."""
     with open("/proc/self/statm") as file:
         return int(file.read().split()[1]) * resource.getpagesize() // 1024
