@@ -42,8 +42,8 @@ def solve_jointly(
     .. math:: s_{ij} = \max_{c} \sum_v \Big(\prod_{q \in v} c_q\Big) G^v_{ij}
                        + \sum_f \max_{Q} \langle Q, M^f_{ij} \rangle
 
-    Here v runs over the sets of signs that reach some slices, and G are products of units.
-    f runs over the symmetries inside units, and M are products of their slices. With kind
+    Here v runs over the sets of signs that reach some slices, and G are products of units. The
+    sum over f runs over the symmetries inside units, and M are products of their slices. With kind
     rotation the last maximum is a nuclear norm. Then units are assigned.
 
     Args:
