@@ -28,7 +28,7 @@ from cki_rec.merging.inputs import (
 from cki_rec.merging.methods import METHODS
 from cki_rec.merging.mixing import source_shares
 from cki_rec.merging.options import nearest
-from cki_rec.merging.params import MergeError, Params, check_finite
+from cki_rec.merging.params import MergeError, MixingWeights, Params, check_finite, is_finite
 from cki_rec.merging.registry import MergeInputs, Method, MethodInfo, Score
 from cki_rec.merging.result import Align, MergeResult, Recipe, Repair
 from cki_rec.merging.search import AUTO, possible, search
@@ -128,7 +128,6 @@ def merge(
         check_module(module, sources)
     known_counts = counts_of(counts, sources)
     given_base = None if base is None else base_of(base, sources)
-    check_finite(sources.models)
     purpose = _reader_of_symmetries(recipe, rule)
     network = Network(
         network_symmetries(symmetries, sources, module, batches, purpose, is_search, seed),
@@ -196,6 +195,10 @@ def run(recipe: Recipe, task: _Task) -> MergeResult:
     alignment, anchor, calibration, warnings = None, None, None, list[str]()
 
     task.progress("align", 0, 3)
+    is_plain = align == "none" and repair == "none" and extras.learn is None
+    is_checked = rule.reads_values or not is_plain or not rule.returns_weights
+    if is_checked:
+        check_finite(models)
     if repair in FITTED and is_several:
         warnings += check_sample(repair, models[0], required(activations, repair))
         if align == "none" and task.base is None:
@@ -229,7 +232,11 @@ def run(recipe: Recipe, task: _Task) -> MergeResult:
         params, weights, anchor = repair_model(
             repair, params, sources, weights, network, row_weights, seen, task.score
         )
-    check_finite([params], "the result")
+    if not is_checked and weights is not None:
+        check_hidden(models, weights)
+    if not all(is_finite(tensor) for tensor in params.values()):
+        check_finite(task.sources.models)
+        check_finite([params], "the result")
     if extras.calibrate is not None:
         params, calibration = calibrate_model(params, network, extras.calibrate(params))
         if calibration.reason:
@@ -306,6 +313,16 @@ def check_fixed(fixed: Mapping[str, Rule], params: Params) -> None:
             raise MergeError(f"fixed[{name!r}]={rule!r}: one of {', '.join(get_args(Rule))}")
         if name not in params:
             raise MergeError(f"fixed names {name}, which no model has")
+
+
+def check_hidden(models: Sequence[Params], weights: MixingWeights) -> None:
+    """Check the sources' tensors that have a weight of 0 or 1, where a mix would hide a NaN.
+
+    Raises:
+        MergeError: One has NaN or infinite entries; names tensor and model.
+    """
+    hidden = [n for n, w in weights.items() if bool(((w <= 0) | (w >= 1)).any())]
+    check_finite([{name: model[name] for name in hidden} for model in models])
 
 
 def required(activations: ActivationStatistics | None, purpose: str) -> ActivationStatistics:

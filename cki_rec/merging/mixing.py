@@ -138,6 +138,9 @@ def _mix_wholes(tensors: Sequence[Tensor], weight: Tensor) -> Tensor:
         return tensors[max(k for k, share in enumerate(shares) if share == 1)].clone()
     result = torch.empty_like(tensors[0], memory_format=torch.contiguous_format)
     first, *others = [tensors[k].reshape(-1) for k in used]
+    if len(others) == 1 and shares[used[1]] == 0.5 and first.dtype == dtype:
+        torch.lerp(others[0], first, 0.5, out=result.view(-1))  # the same bits, in one pass
+        return result
     flat, size = result.view(-1), min(FLAT, first.numel())
     difference = torch.empty(size, dtype=dtype, device=first.device)
     mixed = torch.empty(size, dtype=dtype, device=first.device)

@@ -110,6 +110,8 @@ class Method:
     row_wise: bool
     """A row of a merged table depends on that row of its sources alone. So tables can be merged a
     few rows at a time, or by several processes."""
+    reads_values: bool
+    """The mixing weights depend on the values of parameters, not on their shapes alone."""
     averages_dense: bool
     """Parameters that are not tables become the plain mean of all sources, which ``repair``
     restores the function of."""
@@ -192,6 +194,7 @@ def method(
     row_wise: bool = False,
     reference: str = "ours",
     cost: str = "one pass over parameters",
+    reads_values: bool = True,
     averages_dense: bool = False,
     is_ordered: bool = False,
     max_models: int | None = None,
@@ -209,6 +212,7 @@ def method(
         row_wise: See ``Method``, as for the other arguments.
         reference: Paper and equation, or "ours".
         cost: Cost besides reading the models, in words.
+        reads_values: See ``Method``.
         averages_dense: See ``Method``.
         is_ordered: See ``Method``.
         max_models: Most models; None: any number.
@@ -261,6 +265,7 @@ def method(
             returns_weights=returned == MixingWeights,
             always_needs=needs,
             row_wise=row_wise,
+            reads_values=reads_values,
             averages_dense=averages_dense,
             is_ordered=is_ordered,
             max_models=max_models,

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable
 from resource import RUSAGE_SELF, getrusage
+from typing import Any
 
 import torch
 
@@ -32,7 +33,8 @@ def average_vs_lerp(config: Config) -> Figure:
         f" {statistics.median(measured['merge']):.3f} s, lerp"
         f" {statistics.median(measured['lerp']):.3f} s, {config.runtime.threads or 'all'} threads"
     )
-    return Figure(statistics.median(ratios), detail, ROUNDS, (ratios[0], ratios[-1]))
+    rounds = [measured["merge"], measured["lerp"]]
+    return Figure(statistics.median(ratios), detail, rounds, (ratios[0], ratios[-1]))
 
 
 def average_extra_memory(config: Config) -> Figure:
@@ -42,11 +44,11 @@ def average_extra_memory(config: Config) -> Figure:
     return Figure(measured["extra"] / (4 * measured["parameters"]), detail)
 
 
-def _measured(config: Config) -> dict[str, float]:
+def _measured(config: Config) -> dict[str, Any]:
     threads = config.runtime.threads or torch.get_num_threads()
     command = [sys.executable, __file__, str(threads)]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-    figures: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    figures: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return figures
 
 

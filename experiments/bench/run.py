@@ -17,6 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import average_100m
 import data_layer
 import merge_100m
 import torch
@@ -141,6 +142,12 @@ BENCHMARKS: dict[str, Benchmark] = {
     "train_two_processes": Benchmark(train_steps.train_two_processes, "of one process", "above", 0.8),
     "train_bf16": Benchmark(train_steps.train_bf16, "times", "above", 1.0),
     "train_compiled": Benchmark(train_steps.train_compiled, "times", "above", 1.0),
+    "average_vs_lerp": Benchmark(
+        average_100m.average_vs_lerp, "times torch.lerp", "below", 1.2
+    ),
+    "average_extra_memory": Benchmark(
+        average_100m.average_extra_memory, "times one model", "below", 1.3
+    ),
     "merge_seconds_100m": Benchmark(merge_100m.merge_seconds_100m, "s", "below", 10.0),
     "merge_extra_memory_100m": Benchmark(
         merge_100m.merge_extra_memory_100m, "times one model", "below", 2.5

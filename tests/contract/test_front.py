@@ -8,7 +8,6 @@ import inspect
 import subprocess
 import sys
 
-import numpy as np
 import pytest
 import torch
 from samples import ROOT
@@ -18,7 +17,7 @@ from torch import nn
 import cki_rec
 from cki_rec.merging.api import merge
 from cki_rec.merging.params import MergeError
-from cki_rec.merging.registry import METHODS, RESERVED
+from cki_rec.merging.registry import RESERVED
 
 DOCS = (ROOT / "docs" / "python.md").read_text()
 FORBIDDEN = (
@@ -308,80 +307,6 @@ def test_the_same_seed_gives_the_same_bits():
     assert not all(torch.equal(one[n], other[n]) for n in one)
 
 
-PAIR = [draw(1), draw(2)]
-ONE = PAIR[0]
-COUNTS = [{"table": torch.ones(6)}] * 2
-
-
-class Shared(nn.Module):
-    """Two towers; its output has no form that layers could be fitted to."""
-
-    def __init__(self, num_outputs):
-        super().__init__()
-        self.first, self.last = nn.Linear(3, 5), nn.Linear(5, num_outputs)
-
-    def forward(self, x):
-        return self.last(self.first(x).relu())
-
-
-@pytest.mark.parametrize("is_worse", [False, True])
-def test_auto_is_never_below_the_best_source(is_worse):
-    torch.manual_seed(0)
-    models = [Shared(1) for _ in range(3)]
-    best = models[1].state_dict()
-    sample = [torch.randn(100, 3) for _ in range(2)]
-
-    def score(state):
-        far = sum(float((state[n] - best[n]).abs().sum()) for n in best)
-        return -far if is_worse else far
-
-    stages = []
-    result = merge(
-        models,
-        "auto",
-        module=models[0],
-        batches=sample,
-        score=score,
-        progress=lambda *facts: stages.append(facts),
-    )
-    assert len(result.scores) == 9
-    assert result.scores[result.recipe] == max(result.scores.values()) == score(result.params)
-    if is_worse:
-        assert result.recipe == "source 1"
-        assert all(torch.equal(result.params[n], best[n]) for n in best)
-        assert all(share == [0, 1, 0] for share in result.shares.values())
-    assert [done for _, done, _ in stages] == list(range(10))
-    assert {total for *_, total in stages} == {9}
-    assert result.recipe in result.report()
-
-
-def test_auto_leaves_out_recipes_that_the_inputs_do_not_allow():
-    torch.manual_seed(0)
-    models = [Shared(4) for _ in range(2)]
-    sample = [torch.randn(100, 3)]
-    score = lambda state: float(state["last.bias"].sum())  # noqa: E731
-    alone = merge([m.state_dict() for m in models], "auto", score=score)
-    assert set(alone.scores) == {"average", "source 0", "source 1"}
-    result = merge(models, "auto", score=score, module=models[0], batches=sample)
-    assert "average, align=weights" in result.scores
-    assert any("one logit per row" in warning for warning in result.warnings)
-    counted = merge(PAIR, "auto", counts=COUNTS, score=lambda s: float(s["bias"].sum()))
-    assert "evidence" in counted.scores
-    assert set(merge([ONE], "auto", score=lambda _: 1.0).scores) == {"average", "source 0"}
-
-
-def test_recipes_are_those_of_the_preset():
-    from omegaconf import OmegaConf
-
-    from cki_rec.merging.search import RECIPES
-
-    preset = OmegaConf.load(ROOT / "conf" / "merge" / "auto.yaml").recipes
-    assert [
-        {"align": r.get("align.by", "none"), "repair": r.get("repair", "none")} for r in preset
-    ] == [{"align": r.align, "repair": r.repair} for r in RECIPES]
-    assert {recipe.method for recipe in RECIPES} == {"evidence"}
-
-
 def test_batches_of_every_form_give_the_same():
     torch.manual_seed(0)
     models = [net(1), net(2)]
@@ -397,79 +322,3 @@ def test_batches_of_every_form_give_the_same():
         for form in forms
     ]
     assert all(torch.equal(results[0][n], other[n]) for other in results[1:] for n in results[0])
-
-
-@pytest.fixture
-def registry():
-    before = dict(METHODS)
-    yield
-    METHODS.clear()
-    METHODS.update(before)
-
-
-def test_methods_of_users_are_checked(registry):
-    @cki_rec.method(reference="here")
-    def wrong_sum(models, *, by: float = 0.7) -> cki_rec.MixingWeights:
-        return {n: torch.full((2, *[1] * t.ndim), by) for n, t in models[0].items()}
-
-    with pytest.raises(MergeError, match=r"table: mixing weights must be .* sum to 1"):
-        merge(PAIR, "wrong_sum")
-    assert merge(PAIR, "wrong_sum", by=0.5).recipe == "wrong_sum, by=0.5"
-    info = cki_rec.methods()["wrong_sum"]
-    assert (info.needs, dict(info.options), info.reference) == ((), {"by": 0.7}, "here")
-    with pytest.raises(ValueError, match="option align is an argument of merge"):
-
-        @cki_rec.method()
-        def clash(models, align: str = "x") -> cki_rec.Params:
-            return models[0]
-
-    with pytest.raises(ValueError, match="annotate its result"):
-
-        @cki_rec.method()
-        def untyped(models):
-            return models[0]
-
-    @cki_rec.method()
-    def lossy(models) -> cki_rec.Params:
-        return {"bias": models[0]["bias"]}
-
-    with pytest.raises(MergeError, match="only in source 0: table, weight"):
-        merge(PAIR, "lossy")
-
-
-def test_methods_lists_all():
-    listed = cki_rec.methods()
-    assert set(listed) == set(METHODS)
-    assert listed["ties"].needs == ("base",)
-    assert listed["weighted_average"].needs == ("score",)
-    assert "density=0.2" in str(listed["ties"])
-    with pytest.raises(TypeError):
-        listed["ties"].options["density"] = 1
-
-
-def test_published_values_hold_without_a_score():
-    result = merge(PAIR, "ties", base=draw(3), density=0.2)
-    assert result.recipe == "ties, density=0.2, scale=1.0"
-    assert "without a score: scale=1.0" in result.warnings[0]
-    fixed = merge(PAIR, "ties", base=draw(3), density=0.2, scale=1.0)
-    assert all(torch.equal(result.params[n], fixed.params[n]) for n in ONE)
-    scored = merge(PAIR, "ties", base=draw(3), score=lambda s: -float(s["bias"].abs().sum()))
-    assert not scored.warnings
-
-
-def test_numpy_counts_are_counts():
-    counts = [{"table": np.arange(6)}, {"table": np.ones(6)}]
-    tensors = [{"table": torch.as_tensor(c["table"])} for c in counts]
-    one, two = (merge(PAIR, "evidence", counts=c).params for c in (counts, tensors))
-    assert torch.equal(one["table"], two["table"])
-
-
-def test_the_report_is_text():
-    result = merge(PAIR, "evidence", counts=COUNTS)
-    text = result.report()
-    assert text == str(result)
-    assert "recipe: evidence" in text
-    assert "50.0%" in text
-    assert repr(result) == "MergeResult(recipe='evidence', 3 tensors)"
-    many = {f"layer{k}": torch.ones(2) for k in range(60)}
-    assert "and 20 more" in merge([many, many]).report()

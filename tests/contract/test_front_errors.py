@@ -57,6 +57,14 @@ COUNTS = [{"table": torch.ones(6)}] * 2
         ({"models": [nn.LazyLinear(2)]}, "weight: source 0 is not initialized"),
         ({"models": [ONE, NAN]}, "weight: source 1 has NaN or infinite entries"),
         ({"models": [INF, ONE]}, "bias: source 0 has NaN or infinite entries"),
+        (
+            {
+                "models": [ONE, broken(lambda m: m["table"][2:3].fill_(math.nan))],
+                "method": "evidence",
+                "counts": [{"table": torch.ones(6)}, {"table": torch.arange(6) % 2}],
+            },
+            "table: source 1 has NaN",  # in a row of which it has no share
+        ),
         ({"models": [INF, ONE], "method": "slerp"}, "bias: source 0 has NaN or infinite"),
         ({"method": "tiess"}, "no method 'tiess': did you mean 'ties'"),
         ({"method": 3}, "no method 3: one of auto, "),

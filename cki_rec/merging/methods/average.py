@@ -17,6 +17,7 @@ from cki_rec.merging.selection import Score, constant_weights, select_best
 
 @method(
     row_wise=True,
+    reads_values=False,
     averages_dense=True,
     reference="CKI (arXiv 2501.07596), baseline averaging",
 )

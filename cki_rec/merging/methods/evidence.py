@@ -97,6 +97,7 @@ def evidence_shares(models: Sequence[Params], counts: Sequence[Params]) -> Mixin
 @method(
     needs=("counts",),
     row_wise=True,
+    reads_values=False,
     averages_dense=True,
     reference="RegMean (Jin et al., ICLR 2023) for one-hot inputs",
 )
