@@ -208,7 +208,7 @@ def run(recipe: Recipe, task: _Task) -> MergeResult:
         models, facts = align_models(
             models,
             *(network, row_weights, seen, task.starts, task.seed),
-            *(extras.processes, extras.in_place),
+            *(extras.processes, extras.in_place, extras.recorded_alignment),
         )
         alignment = {"by": align, **facts}
     task.progress("mix", 1, 3)

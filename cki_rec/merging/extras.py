@@ -96,5 +96,8 @@ class Extras:
     """Per table of joined vocabularies ``(K, V)`` bool, the rows that a source has."""
     processes: Processes = field(default_factory=Processes)
     """The processes that hold the models; here one."""
+    recorded_alignment: bool = False
+    """Search an alignment from the identity alone, and compare activations at inputs of Linear
+    layers alone. The pipelines do, so that recorded results stay."""
     in_place: bool = False
     """Alignment may transform the tensors of the sources, and the result may share them."""

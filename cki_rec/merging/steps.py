@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cki_rec.merging.activations import unit_moments
 from cki_rec.merging.alignment import Alignment, align, table_products
 from cki_rec.merging.calling import evaluating, outputs_of, rows_of
 from cki_rec.merging.extras import Calibration, Gates, Learn, Learned, Processes, Rule
@@ -74,6 +75,7 @@ def align_models(
     seed: int,
     processes: Processes,
     in_place: bool,
+    is_recorded: bool = False,
 ) -> tuple[list[Params], dict[str, Any]]:
     """Return the sources in a shared basis, and how well they agree there and did before.
 
@@ -86,15 +88,27 @@ def align_models(
         seed: Seed of the search.
         processes: The processes that hold the models.
         in_place: Transform the tensors of ``models`` themselves.
+        is_recorded: See ``Extras.recorded_alignment``.
 
     Raises:
         MergeError: An aligned source does not score the probe as before.
     """
-    moments = None if activations is None else activations(models).second
+    symmetries, moments, outputs = network.symmetries, None, None
+    if activations is not None and is_recorded:
+        moments = activations(models).second
+    elif activations is not None:
+        outputs = unit_moments(activations.network, models, activations.batches, symmetries)
     products = table_products(models, network.moved_tables(), row_weights)
     products = processes.total(products)
     alignment: Alignment = processes.agree(  # other machines may round otherwise
-        align(models, network.symmetries, products, moments, starts=starts, seed=seed)
+        align(
+            models,
+            *(symmetries, products, moments),
+            outputs=outputs,
+            anchored_start=not is_recorded,
+            starts=starts,
+            seed=seed,
+        )
     )
     aligned = []
     for k, (model, elements) in enumerate(zip(models, alignment.elements, strict=True)):
@@ -102,7 +116,7 @@ def align_models(
         with torch.no_grad(), evaluating(network.module):
             if network.module is not None and network.probe is not None:
                 before = outputs_of(network.module, network.probe, model)
-            aligned.append(transform(model, network.symmetries, elements, in_place=in_place))
+            aligned.append(transform(model, symmetries, elements, in_place=in_place))
             if network.module is not None and before is not None:
                 after = outputs_of(network.module, network.probe, aligned[k])
                 check_scores(after, before, f"source {k}")

@@ -317,6 +317,7 @@ def _merge_params(
             fixed=fixed_rules(options, first.params),
             row_mask=joined.owners,
             processes=sharded.ShardProcesses(first.schema),
+            recorded_alignment=True,
             in_place=True,
         ),
         **options.options,
