@@ -94,7 +94,13 @@ class Search:
                 f"control flow or shapes depend on values ({', '.join(sorted(tracer.reads))}): the"
                 " units that are read stay, and the rest holds for the paths of these inputs"
             )
-        return tracer, candidates(graph)
+        return tracer, [c for c in candidates(graph) if not self._moves_rows(c, tracer)]
+
+    def _moves_rows(self, candidate: Candidate, tracer: Tracer) -> bool:
+        """Return whether a class moves rows that are read by id: no trial has other ids."""
+        shrunk = {name for name, t in self.trial.tensors.items() if id(t) in self.trial.twin.rows}
+        looked_up = {name for name, uses in tracer.uses.items() if uses & set(LOOKUPS)}
+        return any(m.axis == 0 and m.parameter in shrunk | looked_up for m in candidate.members)
 
     def _stacked(self, tracer: Tracer, classes: list[Candidate]) -> set[str]:
         """Return the parameters whose axis 0 may count separate ones, such as experts."""
