@@ -196,7 +196,7 @@ class Problem:
         chosen: list[Tensor],
         scale: Mapping[str, float],
     ) -> list[Step]:
-        """Return the best change of one symmetry, and of what it contains; empty: none."""
+        """Return the best change of one symmetry and of those nested in it; empty: none."""
         if place in self.idle:
             return []
         symmetry, is_seen = self.symmetries[place], place in self.observed

@@ -35,16 +35,16 @@ def solve_jointly(
     scale: Mapping[str, float],
     sign_scale: Mapping[str, float] | None = None,
 ) -> tuple[list[Step], float]:
-    r"""Return the best elements of a permutation and of what it contains, and their gain.
+    r"""Return the best elements of a permutation and of its nested symmetries, and their gain.
 
     Units i and j are compared by
 
     .. math:: s_{ij} = \max_{c} \sum_v \Big(\prod_{q \in v} c_q\Big) G^v_{ij}
                        + \sum_f \max_{Q} \langle Q, M^f_{ij} \rangle
 
-    where v runs over the sets of signs that reach some slices, G are products of units, f runs
-    over the symmetries inside units, and M are products of their slices. With kind rotation the
-    last maximum is a nuclear norm. Then units are assigned.
+    The sets v of signs reach the same slices, and G are products of their units. The symmetries f
+    act inside units, and M are products of their slices. For a rotation the last maximum is a
+    nuclear norm. Then units are assigned.
 
     Args:
         symmetries: All symmetries of the network.

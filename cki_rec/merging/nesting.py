@@ -75,7 +75,7 @@ def compose(
     """Return elements that act, in the order of the list, as ``elements`` and then ``step``.
 
     The step is moved towards its place, past the elements that come after it. A permutation that
-    it passes conjugates it, and it conjugates what its own permutation contains.
+    it passes conjugates it. A permutation conjugates the nested elements that it passes.
     """
     elements, moved = list(elements), set[tuple[int, ...]]()
     for passed in reversed(range(len(elements))):

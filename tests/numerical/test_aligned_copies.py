@@ -147,7 +147,11 @@ NETWORKS = {
     "tied tables": (Tied, pairs),
     "convolutions": (Channels, rows(7)),
 }
+QUICK = ("MLP with batch norm", "GMF", "DIN", "encoder", "GRU", "tied tables")
 every_network = pytest.mark.parametrize("title", NETWORKS)
+some_quickly = pytest.mark.parametrize(
+    "title", [pytest.param(t, marks=() if t in QUICK else pytest.mark.slow) for t in NETWORKS]
+)
 
 
 @functools.lru_cache
@@ -194,19 +198,27 @@ def distance(left, right):
 @every_network
 def test_the_original_is_found_by_weights(title):
     _, state, symmetries = found(title)
-    for seed in range(2):
-        other = planted(title, seed)
-        assert distance(other, state) > 0.3
-        before = {name: tensor.clone() for name, tensor in other.items()}
-        aligned = align([state, other], symmetries, anchor=0, seed=seed)
-        assert distance(aligned.models[1], state) < 1e-9
-        assert aligned.agreement == pytest.approx(1)
-        assert aligned.agreement > aligned.agreement_before
-        assert all(torch.equal(aligned.models[0][name], state[name]) for name in state)
-        assert all(torch.equal(other[name], before[name]) for name in other)
+    other = planted(title, 0)
+    assert distance(other, state) > 0.3
+    before = {name: tensor.clone() for name, tensor in other.items()}
+    aligned = align([state, other], symmetries, anchor=0)
+    assert distance(aligned.models[1], state) < 1e-9
+    assert aligned.agreement == pytest.approx(1)
+    assert aligned.agreement > aligned.agreement_before
+    assert all(torch.equal(aligned.models[0][name], state[name]) for name in state)
+    assert all(torch.equal(other[name], before[name]) for name in other)
 
 
+@pytest.mark.slow
 @every_network
+@pytest.mark.parametrize("seed", range(1, 6))
+def test_the_original_is_found_whatever_the_draw(title, seed):
+    _, state, symmetries = found(title)
+    aligned = align([state, planted(title, seed)], symmetries, anchor=0, seed=seed)
+    assert distance(aligned.models[1], state) < 1e-9
+
+
+@some_quickly
 def test_the_original_is_found_by_activations(title):
     module, state, symmetries = found(title)
     aligned = align(
@@ -220,7 +232,7 @@ def test_the_original_is_found_by_activations(title):
     assert distance(aligned.models[1], state) < 1e-9
 
 
-@every_network
+@some_quickly
 def test_three_models_share_a_basis_and_noise_is_borne(title):
     _, state, symmetries = found(title)
     exact = align([state, planted(title, 4), planted(title, 5)], symmetries)
@@ -231,7 +243,7 @@ def test_three_models_share_a_basis_and_noise_is_borne(title):
     assert noisy.agreement > max(0.9, noisy.agreement_before + 0.3)
 
 
-@pytest.mark.parametrize("title", ["GMF", "encoder", "LSTM"])
+@pytest.mark.parametrize("title", ["GMF", "SASRec"])
 def test_elements_reproduce_the_aligned_models(title):
     _, state, symmetries = found(title)
     models = [state, planted(title, 7, 0.1), planted(title, 8, 0.1)]
@@ -245,30 +257,30 @@ def test_elements_reproduce_the_aligned_models(title):
 
 @pytest.mark.parametrize("by", ["weights", "activations"])
 def test_independent_models_keep_their_outputs(by):
-    module, state, symmetries = found("encoder")
+    module, _, symmetries = found("encoder")
     torch.manual_seed(5)
     other = TwoLayers().double().eval()
     sample = batches("encoder", 2)
     aligned = align([module, other], symmetries, by=by, module=module, batches=sample)
-    assert aligned.agreement > aligned.agreement_before
+    assert by == "activations" or aligned.agreement > aligned.agreement_before
     expected = other(*sample[1])
     other.load_state_dict(aligned.models[1])
     torch.testing.assert_close(other(*sample[1]), expected)
 
 
 def test_activations_decide_where_weights_mislead():
-    """The first layers agree as they are, but the units that read them are permuted."""
-    net = mlp(5, 8, 1).double()
-    state = net.state_dict()
-    (symmetry,) = find_symmetries(net, numbers(0))
-    moved = transform(state, [symmetry], [random_element(symmetry, generator(2, "units"))])
-    misled = moved | {"0.bias": state["0.bias"], "2.weight": 50 * state["2.weight"]}
-    sample = [tuple(x.double() for x in numbers(seed)) for seed in range(4)]
-    aligned = align([state, misled], [symmetry], by="activations", module=net, batches=sample)
-    first, second = aligned.elements
-    torch.testing.assert_close(
-        transform(moved, [symmetry], [second[0] @ first[0].T])["0.weight"], state["0.weight"]
-    )
+    """Unit 0 is read with a large weight in both models, but it is not the same unit."""
+    module, state, symmetries = found("MLP")
+    models = [dict(state), planted("MLP", 2)]
+    for model in models:
+        model["2.weight"] = model["2.weight"].clone()
+        model["2.weight"][:, 0] = 1e3
+    by_weights = align(models, symmetries, anchor=0)
+    assert not torch.allclose(by_weights.models[1]["0.weight"], state["0.weight"])
+    how = {"by": "activations", "module": module, "batches": batches("MLP")}
+    by_activations = align(models, symmetries, anchor=0, **how)
+    torch.testing.assert_close(by_activations.models[1]["0.weight"], state["0.weight"])
+    assert by_activations.agreement < by_weights.agreement
 
 
 def test_float32_models_and_integers_stay_as_they_are():
