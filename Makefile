@@ -1,6 +1,6 @@
 # cki_rec: every target sets up what it needs; nothing but Python 3.10 to 3.13 and pip is assumed.
 .DEFAULT_GOAL := help
-.PHONY: help setup reproduce test test-all lint format bench bench-peers clean
+.PHONY: help setup reproduce test test-all lint format bench bench-peers bench-zoo clean
 
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -66,5 +66,18 @@ peers-%: # both sides of one data set; finished runs are kept
 		$(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) --requirement $<
 	@touch $@
 
+bench-zoo: setup .venv-zoo/installed ## merge model definitions of other packages, in an environment of its own (SELECT="NAME ...": some)
+	@PYTHONPATH=$(CURDIR) OMP_NUM_THREADS=1 .venv-zoo/bin/python experiments/zoo/run.py \
+		experiments/zoo/results.jsonl experiments/zoo/table.md $(SELECT)
+
+# It sees the packages of our environment, so that torch is installed once; ours sees none of its.
+.venv-zoo/installed: experiments/zoo/requirements.txt
+	@echo "bench-zoo: installing the packages of others in .venv-zoo"
+	@$(BIN)/python -m venv --clear .venv-zoo
+	@$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
+		> $$(.venv-zoo/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/ours.pth
+	@.venv-zoo/bin/pip install --quiet --disable-pip-version-check --no-deps --requirement $<
+	@touch $@
+
 clean: ## remove the environments, encoded data and runs
-	rm -rf $(VENV) .venv-peers data/encoded experiments/runs .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) .venv-peers .venv-zoo data/encoded experiments/runs .mypy_cache .ruff_cache .pytest_cache

@@ -98,6 +98,7 @@ def markdown_texts() -> Iterator[Text]:
     """Yield the texts of README, docs and the newest version of the changelog."""
     names = ["README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "CHANGELOG.md", "data/README.md"]
     names += ["experiments/README.md", "experiments/peers/README.md"]
+    names.append("experiments/zoo/README.md")
     for path in [*(ROOT / name for name in names), *sorted((ROOT / "docs").rglob("*.md"))]:
         text = path.read_text()
         if path.name == "CHANGELOG.md":

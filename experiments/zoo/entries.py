@@ -417,7 +417,7 @@ def llama() -> Built:
 def x_transformers() -> Built:
     """Return a decoder."""
     package = import_module("x_transformers")
-    layers = package.Decoder(dim=8, depth=2, heads=2, attn_dim_head=4, rotary_pos_emb=True)
+    layers = package.Decoder(dim=8, depth=2, heads=2, attn_dim_head=4)
     module = package.TransformerWrapper(num_tokens=IDS, max_seq_len=LENGTH, attn_layers=layers)
     return module, ids(2, LENGTH)
 

@@ -5,17 +5,19 @@ from __future__ import annotations
 from typing import Any
 
 SHOWN = 6
-"""Reasons that the table lists per model; the rest is counted."""
+"""Axes that the table lists per model and reason; the rest is counted."""
 HEADS = "model package kind groups frozen seconds runs error distance agreement change two".split()
 TITLES = {
     "kind": "field",
-    "groups": "groups: kind size x count",
+    "groups": "groups: kind, size x number",
     "frozen": "reasons for frozen axes",
-    "error": "largest error",
-    "distance": "distance to a moved copy, before -> after",
-    "agreement": "agreement, before -> after",
-    "change": "change of the outputs by averaging with that copy, plain -> aligned",
-    "two": "two models merged",
+    "seconds": "CPU seconds of the search",
+    "runs": "runs",
+    "error": "largest change of an output",
+    "distance": "distance to a moved copy, then aligned",
+    "agreement": "agreement with it, then aligned",
+    "change": "change of the outputs by an average with it, then aligned",
+    "two": "average of two random models",
 }
 
 
@@ -63,17 +65,29 @@ def groups_of(line: dict[str, Any]) -> str:
 
 
 def details(line: dict[str, Any]) -> list[str]:
-    """Return the paragraph of one entry: tensors that move, and reasons for frozen axes."""
+    """Return the paragraph of one entry: axes that no group moves, and reasons of the search."""
     text = [f"**{line['name']}** ({line['package']})."]
-    if "moved" in line:
-        text[0] += f" Groups move {line['moved']} of {line['parameters']} parameters."
     if "failed" in line:
         text[0] += f" Failed: {line['failed']}."
+    if "axes" in line:
+        fixed = line["fixed"]
+        text[0] += f" Groups move {line['axes'] - len(fixed)} of {line['axes']} axes."
+        text[0] += f" Fixed: {_some(fixed)}." if fixed else ""
     reasons = line.get("frozen", [])
-    text += ["", *(f"- {reason}" for reason in reasons[:SHOWN])] if reasons else []
-    if len(reasons) > SHOWN:
-        text.append(f"- and {len(reasons) - SHOWN} more")
+    text += ["", *(f"- {shortened(reason)}" for reason in reasons)] if reasons else []
     return [*text, ""]
+
+
+def shortened(reason: str) -> str:
+    """Return a reason with the first of its axes only."""
+    axes, separator, why = reason.rpartition(": operation ")
+    return f"{_some(axes.split(', '))}{separator}{why}" if separator else reason
+
+
+def _some(names: list[str]) -> str:
+    more = len(names) - SHOWN
+    shown = ", ".join(f"`{name}`" for name in names[:SHOWN])
+    return shown + (f" and {more} more" if more > 0 else "")
 
 
 def _pair(line: dict[str, Any], key: str, form: str) -> str:

@@ -139,7 +139,9 @@ class Trial:
     def _random(self, name: str, tensor: Tensor) -> Tensor:
         if name in self.buffers:  # a running variance must stay positive
             return tensor * (0.5 + torch.rand_like(tensor)) + 0.1 * torch.rand_like(tensor)
-        scale = tensor.square().mean().sqrt().clamp(min=0.1)
+        width = tensor.shape[-1] if tensor.ndim > 1 else 100
+        least = max(0.1, width**-0.5)  # attention on tiny embeddings would hardly be seen
+        scale = tensor.square().mean().sqrt().clamp(min=least)
         return tensor + 0.5 * scale * torch.randn_like(tensor)
 
     def watch_all_buffers(self) -> None:
