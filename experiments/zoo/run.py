@@ -28,8 +28,8 @@ from entries import ENTRIES, Entry
 from table import table
 
 import cki_rec
+from cki_rec import align
 from cki_rec.files import write_atomically
-from cki_rec.merging.aligning import align
 from cki_rec.merging.calling import evaluating, outputs_of
 from cki_rec.merging.params import Params, generator
 from cki_rec.merging.symmetry import Symmetry, random_element, transform

@@ -21,6 +21,8 @@ from cki_rec.merging.symmetry import Symmetry
 
 MAX_SPLIT, MAX_PARTS = 256, 8
 """Refused classes of at most so many units are split, into at most so many parts."""
+NAMED = 4
+"""Most axes that a reason names."""
 MAX_STACKED = 64
 """A longer axis 0 is no stack of separate parameters."""
 UNSTACKED = CONTRACTIONS | {"convolution", *LOOKUPS}
@@ -263,4 +265,5 @@ def _unknown(name: str, nodes: list[Tensor], graph: Graph) -> list[str]:
     entries = graph.entries(nodes)
     if not entries:
         return []
-    return [f"{', '.join(entries)}: operation {name} has no rule"]
+    more = f" and {len(entries) - NAMED} more" if len(entries) > NAMED else ""
+    return [f"{', '.join(entries[:NAMED])}{more}: operation {name} has no rule"]

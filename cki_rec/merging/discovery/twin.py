@@ -18,7 +18,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
-from cki_rec.merging.discovery.values import call, is_float, operands, tensors_in
+from cki_rec.merging.calling import call
+from cki_rec.merging.discovery.values import is_float, operands, tensors_in
 from cki_rec.merging.params import MergeError
 
 SHARED = 1 << 16

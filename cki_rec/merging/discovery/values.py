@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 
@@ -59,18 +59,6 @@ def operands(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
         elif isinstance(item, (list, tuple)):
             tensors += [entry for entry in item if isinstance(entry, Tensor)]
     return tensors
-
-
-def call(module: nn.Module, inputs: Any) -> Any:
-    """Return the result of a module.
-
-    Args:
-        module: Any module.
-        inputs: A tuple of positional arguments, a dict of keyword arguments, or one argument.
-    """
-    if isinstance(inputs, tuple) and not hasattr(inputs, "_fields"):
-        return module(*inputs)
-    return module(**inputs) if type(inputs) is dict else module(inputs)
 
 
 def relative_difference(a: Tensor | None, b: Tensor | None) -> float:
