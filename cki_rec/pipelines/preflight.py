@@ -24,8 +24,8 @@ RECIPE = {"merge.method": Recipe().method, "merge.recipes": []}
 TRAINING_ROWS = frozenset({"fisher", "moments", "imitate"})
 """Inputs of methods that are computed on training rows."""
 INSTEAD = "use merge=evidence or merge=aligned_weights, or start it without torchrun"
-SECTIONS_OF_SOURCES = ("data", "model", "train", "seed", "runtime", "path")
-"""Sections of the configuration that name a source."""
+NOT_OF_SOURCES = ("merge", "suite", "finetune", "evaluate", "assess")
+"""Sections of the configuration that do not change the training of a source."""
 
 
 def entry_of(options: Merge) -> Method | Reference | None:
@@ -182,7 +182,7 @@ def check_deltas(options: Merge) -> None:
     named = {f"merge.sources[{place}]": delta for place, delta in enumerate(options.sources)}
     for where, delta in {**named, "merge.base": options.base or {}}.items():
         for key in delta:
-            if key.split(".")[0] not in SECTIONS_OF_SOURCES:
+            if key.split(".")[0] in NOT_OF_SOURCES:
                 raise UserError(
                     f"{where}: {key} does not change the training of a source; name a source by"
                     " seed, data, model or train, or by the path of a checkpoint"

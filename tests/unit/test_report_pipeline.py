@@ -54,7 +54,7 @@ def test_runs_that_do_not_belong_together_are_refused_with_their_releases(tmp_pa
         one["run_id"] = f"evaluate-{seed}"
         one["result"]["seed"] = seed
         one["config"]["evaluate"] = {**one["config"]["evaluate"], "confidence": confidence}
-        one["versions"] = {"cki-rec": release}
+        one["provenance"]["versions"] = {"cki-rec": release}
         write_run(tmp_path, one, "mixed", "best_source")
     assert main(["report", "name=mixed", f"runtime.out={tmp_path}"]) == 2
     error = capsys.readouterr().err
