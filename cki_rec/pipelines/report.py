@@ -87,7 +87,8 @@ def _frames(
         replicates = {run.path.name: _replicates(run) for run in runs}
         return frame, summary_frame(frame, replicates, *confidences)
     except ValueError as error:
-        releases = sorted({record["provenance"]["versions"].get("cki-rec", "unknown") for record in records})
+        versions = [record["provenance"]["versions"] for record in records]
+        releases = sorted({known.get("cki-rec", "unknown") for known in versions})
         made_by = f", made by releases {' and '.join(releases)}" if len(releases) > 1 else ""
         raise UserError(
             f"name={name} holds runs that do not belong in one table ({error}){made_by}; evaluate"
