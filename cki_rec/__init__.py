@@ -16,6 +16,7 @@ if TYPE_CHECKING:  # for editors and type checkers: the same names as in _NAMES
     from cki_rec.merging.discovery import Symmetries, find_symmetries, verify
     from cki_rec.merging.extras import Extras
     from cki_rec.merging.params import MergeError, MixingWeights, Params
+    from cki_rec.merging.refinement import refine
     from cki_rec.merging.registry import MethodInfo, method
     from cki_rec.merging.result import MergeResult, Recipe
     from cki_rec.merging.symmetry import Slice, Symmetry
@@ -42,6 +43,7 @@ _NAMES = {
     "merge": "merging.api",
     "method": "merging.registry",
     "methods": "merging.api",
+    "refine": "merging.refinement",
     "verify": "merging.discovery",
 }
 """Public name -> the module that defines it."""
@@ -67,6 +69,7 @@ __all__ = [
     "method",
     "methods",
     "project_root",
+    "refine",
     "verify",
 ]
 

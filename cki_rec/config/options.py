@@ -169,6 +169,24 @@ class Learn:
 
 
 @section
+class Refinement:
+    """Fit of a merged model to a teacher made of its sources, without labels."""
+
+    field: str | None
+    """The field whose ids choose among the sources; null: the one whose row counts differ most."""
+    share: Annotated[float, Field(gt=0, le=1)]
+    """Share of the sources in a routed teacher. The rest is the merged model itself."""
+    steps: Positive
+    """About this many; whole passes over the rows, two at least."""
+    batch_size: Positive
+    """Rows of a step, all processes together."""
+    learning_rate: NonNegativeFloat
+    """Adam, dense parameters; falls to 0 by a cosine."""
+    table_learning_rate: NonNegativeFloat
+    """Of ``fused`` embeddings; falls likewise."""
+
+
+@section
 class Merge:
     """Merge of several models into one."""
 
@@ -195,6 +213,17 @@ class Merge:
     ``select_units``: also select hidden units from all sources. ``project``: also project tables
     from all sources' spaces. Then element-wise modules are copied, together with their tables,
     from the source with the best validation AUC."""
+    refine: Literal["none", "mean", "router", "auto"]
+    """Fit the merged model to outputs of its sources, without labels. ``none``. ``mean``: their
+    mean logit. ``router``: weighted by how often each source has seen the row's ids, and mixed
+    with the merged model. ``auto``: the better one on validation rows. The merged model stays as
+    it is unless it gains on validation rows."""
+    rows: str
+    """Rows that a refinement reads: ``training``, ``random`` (ids drawn by row counts), or the
+    folder of an encoded data set."""
+    effort: Literal["closed_form", "refine"]
+    """Of ``auto``: ``closed_form``, or ``refine`` the best model too."""
+    refinement: Refinement
     recalibrate: bool
     """Scale and shift the merged model's logit, by its parameters, to fit validation rows."""
     sample: Positive
@@ -247,6 +276,8 @@ class Finetune:
     """0: none."""
     learning_rate: NonNegativeFloat
     table_learning_rate: NonNegativeFloat
+    objective: Literal["labels", "teacher", "both"]
+    """``labels``, the ``teacher`` of ``merge.refine`` (``none``: as ``auto``), or ``both``."""
 
 
 @section

@@ -5,8 +5,8 @@ Shape legend: B rows of a batch, F features, N rows of the data set, R rows to b
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -15,17 +15,35 @@ from torch import Tensor
 
 from cki_rec.config import UserError
 from cki_rec.data.columns import Ints, Ragged
-from cki_rec.data.dataset import EncodedDataset
 from cki_rec.data.permutation import Permutation
 from cki_rec.data.prefetch import prefetch
 from cki_rec.data.schema import Batch, FeatureSchema
 
+Targets = Callable[[Ints], NDArray[np.float32]]
+"""Row numbers -> the logits of a teacher on these rows."""
 CPU = torch.device("cpu")
 SMALLEST_SHARE = 2
 """Fewest rows per rank in the last step of an epoch; fewer rows join the previous step. (Batch
 normalization requires a variance, so batches of one row are impossible.)"""
 SHUFFLE_STREAM = 3
 """Seed word of this permutation; other permutations of the same seed use other words."""
+
+
+class LoadedRows(Protocol):
+    """What batches are gathered from: an encoded data set, or rows in memory."""
+
+    schema: FeatureSchema
+    id_columns: list[str]
+    ids: NDArray[np.int32]
+    """``(N, C)``."""
+    numbers: NDArray[np.float32]
+    """``(N, numeric fields)``."""
+
+    def column(self, name: str) -> NDArray[Any] | Ragged:
+        """Return the ids or numbers of a field."""
+
+    def labels(self, rows: Ints) -> NDArray[np.float32]:
+        """Return the labels of ``rows``; NaN where there are none."""
 
 
 class Loader:
@@ -49,6 +67,7 @@ class Loader:
         world_size: Number of processes.
         device: Device of the batches. Batches are copied to CUDA from page-locked memory, on a
             separate stream, while the previous batch is in use.
+        targets: The teacher's logits; None: batches have no target.
 
     Raises:
         UserError: ``batch_size`` or the number of rows is below the number of processes.
@@ -56,7 +75,7 @@ class Loader:
 
     def __init__(
         self,
-        dataset: EncodedDataset,
+        dataset: LoadedRows,
         schema: FeatureSchema,
         rows: Ints,
         batch_size: int,
@@ -65,6 +84,7 @@ class Loader:
         rank: int = 0,
         world_size: int = 1,
         device: torch.device = CPU,
+        targets: Targets | None = None,
     ) -> None:
         if batch_size < world_size:
             raise UserError(
@@ -73,7 +93,7 @@ class Loader:
             )
         if len(rows) < world_size:
             raise UserError(f"{len(rows)} rows for {world_size} processes; start fewer processes")
-        self._gather = Gather(dataset, schema)
+        self._gather, self._targets = Gather(dataset, schema), targets
         self._rows, self._batch_size, self._seed = rows, batch_size, seed
         self._rank, self._world_size, self._device = rank, world_size, device
         self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
@@ -148,6 +168,8 @@ class Loader:
             order = Permutation(len(self._rows), self._seed, self._epoch, SHUFFLE_STREAM)
             rows = self._rows[order(np.arange(first, last))]
         batch = self._gather(np.asarray(rows))
+        if self._targets is not None:
+            batch.target = torch.from_numpy(self._targets(np.asarray(rows)))
         batch.step_rows = stop - start
         batch.stride = -(-batch.step_rows // self._world_size)
         if self._copies is None:
@@ -164,7 +186,7 @@ class Gather:
         schema: Features, in the order of the batch.
     """
 
-    def __init__(self, dataset: EncodedDataset, schema: FeatureSchema) -> None:
+    def __init__(self, dataset: LoadedRows, schema: FeatureSchema) -> None:
         columns = [dataset.column(feature.name) for feature in schema.lookups]
         self._ragged = [c if isinstance(c, Ragged) else None for c in columns]
         names = [f.name for f, r in zip(schema.lookups, self._ragged, strict=True) if r is None]

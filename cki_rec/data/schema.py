@@ -86,6 +86,8 @@ class Batch:
     """Rows of the step on all processes, of which the batch is a share; None: B."""
     stride: int | None = None
     """Rows of the largest share of the step; all processes look up this many. None: B."""
+    target: Tensor | None = None
+    """``(B,)`` float32 logits of a teacher; None: there is no teacher."""
 
     def __len__(self) -> int:
         """Return B."""
@@ -101,7 +103,7 @@ class Batch:
 
     def record_stream(self, stream: torch.Stream) -> None:
         """Keep the memory of the batch until ``stream`` has used it."""
-        for tensor in (self.values, self.lengths, self.label, self.numbers):
+        for tensor in (self.values, self.lengths, self.label, self.numbers, self.target):
             if tensor is not None:
                 tensor.record_stream(stream)
 
@@ -113,6 +115,7 @@ class Batch:
             None if self.numbers is None else change(self.numbers),
             self.step_rows,
             self.stride,
+            None if self.target is None else change(self.target),
         )
 
 

@@ -7,8 +7,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from cki_rec.data.encoding.store import EncodedDataset
-from cki_rec.data.loader import Loader
+from cki_rec.data.loader import LoadedRows, Loader
 from cki_rec.data.schema import FeatureSchema
 from cki_rec.engine import distributed
 
@@ -18,7 +17,7 @@ BATCH_SIZE = 16_384
 @torch.no_grad()
 def predict(
     module: nn.Module,
-    dataset: EncodedDataset,
+    dataset: LoadedRows,
     schema: FeatureSchema,
     rows: NDArray[np.int64],
     device: torch.device,

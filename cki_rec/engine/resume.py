@@ -59,6 +59,14 @@ class LoopState:
         self.rows += rows
         self.loss_sum += loss * rows
 
+    def begin(self, metrics: dict[str, float | None]) -> dict[str, Any]:
+        """Take the model before the first step as the best one; return its entry."""
+        self.best = metrics["monitor"]
+        known = {f"valid_{name}": metric for name, metric in metrics.items()}
+        entry = {"epoch": 0, "step": 0, "train_loss": None, **known, "is_best": True}
+        self.history.append(entry)
+        return entry
+
     def end_epoch(self, metrics: dict[str, float | None], schedule: Train) -> dict[str, Any]:
         """Finish an epoch with its validation metrics; return its entry in the history."""
         value = metrics["monitor"]

@@ -9,17 +9,18 @@ import itertools
 import math
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn.functional import binary_cross_entropy_with_logits
+from torch.nn.functional import binary_cross_entropy_with_logits, mse_loss
 
 from cki_rec.config import Train, UserError
 from cki_rec.data.encoding.store import EncodedDataset
-from cki_rec.data.loader import Loader
+from cki_rec.data.loader import LoadedRows, Loader, Targets
 from cki_rec.data.schema import Batch, FeatureSchema
 from cki_rec.engine import distributed
 from cki_rec.engine.embeddings import ShardedModel
@@ -32,6 +33,24 @@ from cki_rec.progress import progress
 
 Metrics = Callable[[NDArray[np.float32], NDArray[np.float32]], dict[str, float | None]]
 """Function of (labels, logits) of validation rows to values by name; ``monitor`` is decisive."""
+
+
+@dataclass(frozen=True, slots=True)
+class Objective:
+    """What a training fits: labels, the logits of a teacher, or the sum of both losses."""
+
+    loss: Literal["labels", "teacher", "both"] = "labels"
+    """Cross entropy with labels, mean squared difference to the teacher's logits, or their sum."""
+    targets: Targets | None = None
+    """The teacher's logits on training rows."""
+    data: LoadedRows | None = None
+    """What holds the training rows; None: the data set of the validation rows."""
+    refines: bool = False
+    """Refine a model: dropout is off, learning rates fall by a cosine over all steps, and the
+    initial model is returned unless an epoch is better."""
+
+
+LABELS = Objective()
 
 
 def fit(
@@ -47,11 +66,13 @@ def fit(
     title: str,
     checkpointer: Checkpointer | None = None,
     log: StepLog | None = None,
+    objective: Objective = LABELS,
 ) -> list[dict[str, Any]]:
     """Train until the monitored metric stops rising; call ``save`` after every best epoch.
 
     Learning rates fall by ``plateau_factor`` after an epoch without improvement. Training ends
     after ``patience`` such epochs in a row. All processes call this and take the same decisions.
+    ``objective`` changes the loss, and for refinements the schedule.
 
     Returns:
         One dictionary per epoch: ``epoch, step, train_loss, learning_rate, is_best`` and metrics.
@@ -63,20 +84,42 @@ def fit(
     adam = initialized_adam(model, schedule.learning_rate)
     average = Average(model, schedule.ema) if schedule.ema is not None else None
     loader = Loader(
-        dataset, schema, train_rows, schedule.batch_size, seed=seed,
+        objective.data or dataset, schema, train_rows, schedule.batch_size, seed=seed,
         rank=distributed.rank(), world_size=distributed.world_size(), device=model.device,
+        targets=objective.targets,
     )  # fmt: skip
+    total_steps = schedule.epochs * len(loader)
     label = dataset.labels(valid_rows)
     checkpointer, log = checkpointer or Checkpointer.none(), log or StepLog.none()
     state = TrainingState(model, adam, average, loader)
     loop = checkpointer.restore(state)
     log.start(loop.step, loop.epoch)
-    step = Stepper(model, adam, schedule)
+    step = Stepper(model, adam, schedule, objective)
+
+    def judged() -> dict[str, float | None]:
+        """Return the metrics of the model on validation rows."""
+        logits = predict(model.module, dataset, schema, valid_rows, model.device)
+        if not np.isfinite(logits).all():
+            raise UserError(
+                f"{title}: scores are not finite after epoch {loop.epoch}; lower"
+                " train.learning_rate or train.table_learning_rate"
+            )
+        values = metrics(label, logits)
+        if values["monitor"] is None:
+            raise UserError(
+                f"{title}: a monitored metric is undefined on validation rows: they hold"
+                " only one class, or no user with both classes"
+            )
+        return values
+
     with progress(title, schedule.epochs * len(train_rows)) as advance, checkpointer, log, step:
         advance((loop.epoch - 1) * len(train_rows) + loop.rows)
+        if objective.refines and not loop.history:
+            log.epoch(loop.begin(judged()))
+            save()
         while loop.epoch <= schedule.epochs and loop.stalled < schedule.patience:
             set_learning_rates(model, adam, schedule, loop.scale)
-            model.module.train()
+            model.module.train(not objective.refines)
             for loss, rows in step.epoch(loader, seed, loop.step):
                 if not math.isfinite(loss):
                     raise UserError(
@@ -88,21 +131,12 @@ def fit(
                 loop.count(loss, rows)
                 advance(rows, f"epoch {loop.epoch}")
                 log.step(loop.step, loss, rows, adam.param_groups[0]["lr"])
+                if objective.refines:
+                    loop.scale = cosine(loop.step, total_steps)
+                    set_learning_rates(model, adam, schedule, loop.scale)
                 checkpointer.save_if_due(loop, state)
             with average.applied() if average is not None else nullcontext():
-                logits = predict(model.module, dataset, schema, valid_rows, model.device)
-                if not np.isfinite(logits).all():
-                    raise UserError(
-                        f"{title}: scores are not finite after epoch {loop.epoch}; lower"
-                        " train.learning_rate or train.table_learning_rate"
-                    )
-                values = metrics(label, logits)
-                if values["monitor"] is None:
-                    raise UserError(
-                        f"{title}: a monitored metric is undefined on validation rows: they hold"
-                        " only one class, or no user with both classes"
-                    )
-                entry = loop.end_epoch(values, schedule)
+                entry = loop.end_epoch(judged(), schedule)
                 if entry["is_best"]:
                     save()
             log.epoch(entry)
@@ -116,10 +150,18 @@ class Stepper:
         model: The model.
         adam: Optimizer of the parameters without a fused optimizer.
         schedule: Options of the loss and its gradient.
+        objective: The loss.
     """
 
-    def __init__(self, model: ShardedModel, adam: torch.optim.Optimizer, schedule: Train) -> None:
+    def __init__(
+        self,
+        model: ShardedModel,
+        adam: torch.optim.Optimizer,
+        schedule: Train,
+        objective: Objective = LABELS,
+    ) -> None:
         self._model, self._adam, self._schedule = model, adam, schedule
+        self._loss = objective.loss
         self._l2 = TableL2(model, schedule.table_l2)
         self._num = distributed.world_size()
 
@@ -155,7 +197,7 @@ class Stepper:
             yield self._step(batch, forward), batch.step_rows or len(batch)
 
     def __call__(self, batch: Batch) -> float:
-        """Take one step; return the mean cross entropy before it, over the rows of all processes.
+        """Take one step; return the mean loss before it, over the rows of all processes.
 
         If it is not finite, no parameter is changed on any process.
         """
@@ -171,7 +213,7 @@ class Stepper:
         return value
 
     def _forward(self, batch: Batch) -> tuple[float, Tensor]:
-        """Return the mean cross entropy over the rows of all processes, and the local share of it.
+        """Return the mean loss over the rows of all processes, and the local share of it.
 
         The share is multiplied by the number of processes, which average their gradients.
         """
@@ -180,9 +222,19 @@ class Stepper:
         is_bf16 = self._schedule.precision == "bf16"
         with torch.autocast(self._model.device.type, torch.bfloat16, enabled=is_bf16):
             logit_B = self._model.module(batch)
-        total = binary_cross_entropy_with_logits(logit_B.float(), batch.label, reduction="sum")
+        total = self._total(logit_B.float(), batch)
         share = total / rows
         return float(distributed.total(share.detach().clone())), share * self._num
+
+    def _total(self, logit_B: Tensor, batch: Batch) -> Tensor:
+        """Return the loss, summed over the rows of the batch."""
+        losses = []
+        if self._loss != "teacher":
+            losses.append(binary_cross_entropy_with_logits(logit_B, batch.label, reduction="sum"))
+        if self._loss != "labels":
+            assert batch.target is not None
+            losses.append(mse_loss(logit_B, batch.target, reduction="sum"))
+        return sum(losses[1:], losses[0])
 
     def _finish(self) -> None:
         """Add the L2 term to the gradient of Adam and clip it."""
@@ -198,6 +250,11 @@ def set_learning_rates(
     model.set_table_learning_rate(max(schedule.table_learning_rate * scale, smallest))
     for group in adam.param_groups:
         group["lr"] = max(schedule.learning_rate * scale, smallest)
+
+
+def cosine(step: int, total: int) -> float:
+    """Return the factor of the learning rates before step ``step`` of ``total``: 1 falls to 0."""
+    return (1 + math.cos(math.pi * min(step, total) / total)) / 2
 
 
 def step_seed(seed: int, step: int, rank: int) -> int:

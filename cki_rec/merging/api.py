@@ -212,7 +212,7 @@ def run(recipe: Recipe, task: _Task) -> MergeResult:
         )
         alignment = {"by": align, **facts}
     task.progress("mix", 1, 3)
-    sources, fisher, imitate = list(models), extras.fisher, extras.imitate
+    sources, fisher = list(models), extras.fisher
     inputs = MergeInputs(
         seed=task.seed,
         counts=counts,
@@ -221,7 +221,6 @@ def run(recipe: Recipe, task: _Task) -> MergeResult:
         symmetries=network.symmetries,
         fisher=fisher(sources) if fisher and "fisher" in rule.inputs else (),
         moments=activations(sources).second if activations and "moments" in rule.inputs else {},
-        imitate=None if imitate is None else lambda *first: imitate(sources, *first),
     )
     params, weights, learned = mix_models(
         rule, sources, inputs, recipe.options, fixed, extras.row_mask, extras.learn

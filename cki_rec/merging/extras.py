@@ -84,8 +84,6 @@ class Extras:
     logit_scale: LogitScale | None = None
     fisher: Callable[[Sequence[Params]], Sequence[Params]] | None = None
     """(aligned models) -> the diagonal of the Fisher information of each."""
-    imitate: Callable[[Sequence[Params], Params, int, float], Params] | None = None
-    """(teachers, first parameters, epochs, learning rate) -> a trained model."""
     learn: Learn | None = None
     """Training of the method's gates; None: closed form."""
     calibrate: Callable[[Params], Calibration] | None = None

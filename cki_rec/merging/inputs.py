@@ -159,22 +159,20 @@ def without_prefixes(
         state = {name.removeprefix(prefix): value for name, value in state.items()}
 
 
-def base_of(base: Model, sources: Sources) -> Params:
-    """Return the base of all sources in their form.
+def base_of(base: Model, sources: Sources, title: str = "the base") -> Params:
+    """Return the base of all sources, or another model of their network, in their form.
 
     Raises:
         MergeError: It has other tensors than the sources.
     """
-    state = state_of(base, "the base")
+    state = state_of(base, title)
     first = sources.models[0]
     missing = [n for n in sources.names if n not in state]
     if missing or len(state) > len(sources.names):
-        check_names(sources.names, state, "source 0", "the base")
+        check_names(sources.names, state, "source 0", title)
     for name, tensor in first.items():
         if state[name].shape != tensor.shape:
-            shapes = (
-                f"{tuple(tensor.shape)} in the sources, {tuple(state[name].shape)} in the base"
-            )
+            shapes = f"{tuple(tensor.shape)} in the sources, {tuple(state[name].shape)} in {title}"
             raise MergeError(f"{name}: shapes differ, {shapes}")
     return {name: state[name].to(like.device, like.dtype) for name, like in first.items()}
 

@@ -44,8 +44,6 @@ class MergeInputs:
     """The model that all sources started from."""
     score: Score | None = None
     """Validation AUC of a model."""
-    imitate: Callable[[Params, int, float], Params] | None = None
-    """(first parameters, epochs, learning rate) -> a model fitted to the sources' mean logit."""
     gates: Mapping[str, Tensor | None] | None = None
     """Learned parameters of the method; None: those that it starts from."""
     statistics: Mapping[str, Tensor] | None = None
@@ -85,7 +83,6 @@ MISSING = {
     "fisher": "the Fisher information of every source (fisher)",
     "moments": "second moments of activations (moments)",
     "score": "a score of models on validation rows (score)",
-    "imitate": "training rows (imitate)",
 }
 """Input -> its name in messages."""
 

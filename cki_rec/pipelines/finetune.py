@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import logging
 import shutil
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from cki_rec.checkpoints import Description, describe
 from cki_rec.config import Config, Train, UserError, run_id, section
@@ -16,7 +19,8 @@ from cki_rec.data.provenance import Provenance
 from cki_rec.engine import checkpoint_io, distributed
 from cki_rec.engine.record import Run, open_run
 from cki_rec.engine.restoration import restore
-from cki_rec.pipelines import merge, preflight, train, vocabularies
+from cki_rec.engine.trainer import LABELS, Objective
+from cki_rec.pipelines import merge, preflight, refine, train, vocabularies
 from cki_rec.pipelines.provenance import check_rows, other_tables
 from cki_rec.pipelines.sources import Source, Sources
 
@@ -47,7 +51,8 @@ def ensure(config: Config, models: Sources | None = None, force: bool = False) -
     """
     if not preflight.is_single_model(config.merge):
         raise UserError(f"merge={config.merge.label} gives no single model to fine-tune")
-    start = merge.model_of(config, models or merge.resolve(config))
+    models = models or merge.resolve(config)
+    start = merge.model_of(config, models)
     dataset = store.prepare(config.data, config.runtime.encoded, config.runtime.chunk_mb)
     reads = {
         "start": start.identity,
@@ -55,21 +60,36 @@ def ensure(config: Config, models: Sources | None = None, force: bool = False) -
         "schedule": train.schedule_section(_schedule(config)),
         "seed": config.seed,
     }
+    if config.finetune.objective != "labels":
+        reads["teacher"] = {
+            **section(config.finetune),
+            "sources": [source.identity for source in models.merged],
+            "refine": config.merge.refine,
+            "field": config.merge.refinement.field,
+            "share": config.merge.refinement.share,
+        }
     distributed.start(config.runtime)
     out, resume = Path(config.runtime.out), config.runtime.resume
     with open_run(out, run_id("finetune", reads), force, resume) as run:
         if run.record is None:
-            _finetune(config, dataset, start, run, reads)
+            _finetune(config, dataset, models.merged, start, run, reads)
     return run
 
 
 def _schedule(config: Config) -> Train:
     """Return the schedule of training with the changes of ``conf/finetune``."""
-    return replace(config.train, **section(config.finetune))
+    changes = section(config.finetune)
+    del changes["objective"]
+    return replace(config.train, **changes)
 
 
 def _finetune(
-    config: Config, dataset: EncodedDataset, start: Source, run: Run, reads: dict[str, Any]
+    config: Config,
+    dataset: EncodedDataset,
+    sources: Sequence[Source],
+    start: Source,
+    run: Run,
+    reads: dict[str, Any],
 ) -> None:
     scratch, schedule = run.path / "start", _schedule(config)
     saved, folder = _moved(config, dataset, start, scratch)
@@ -81,7 +101,22 @@ def _finetune(
     train.run_training(
         *(config, dataset, run, reads, model, saved.model, saved.schema),
         *(rows, counts, schedule, title, Provenance.union([saved.origin, dataset.origin])),
+        _objective(config, dataset, sources, start),
     )
+
+
+def _objective(
+    config: Config, dataset: EncodedDataset, sources: Sequence[Source], start: Source
+) -> Objective:
+    """Return what the fine-tuning fits: labels, the teacher of ``merge.refine``, or both."""
+    loss = config.finetune.objective
+    if loss == "labels":
+        return LABELS
+    rows = np.asarray(dataset.rows("train"))
+    teacher = refine.choose_teacher(config, dataset, sources)
+    read = refine.UnlabelledRows(dataset, rows, f"{dataset.hash[:16]}-all")
+    target_R = refine.teacher_logits(config, dataset, sources, teacher, read, start)
+    return Objective(loss, lambda numbers: target_R[np.searchsorted(rows, numbers)])
 
 
 def _moved(

@@ -25,10 +25,11 @@ from cki_rec.merging.optimizer_state import merge_accumulators, merge_counts
 from cki_rec.merging.params import MergeError, NotPossible
 from cki_rec.merging.result import MergeResult
 from cki_rec.merging.search import AUTO, choose
+from cki_rec.merging.steps import calibrate_model
 from cki_rec.models import build_model
-from cki_rec.pipelines import check_only, preflight, sources, train, vocabularies
+from cki_rec.pipelines import check_only, preflight, refine, sources, train, vocabularies
 from cki_rec.pipelines.compatibility import compare, counts_of, finite, require
-from cki_rec.pipelines.merge_inputs import ablated, fisher, fixed_rules, imitation, learning
+from cki_rec.pipelines.merge_inputs import ablated, fisher, fixed_rules, learning
 from cki_rec.pipelines.predictions import calibrator, scorer, valid_auc
 from cki_rec.pipelines.references import REFERENCES
 from cki_rec.pipelines.sources import Source, Sources, are_disjoint, shard_of
@@ -71,6 +72,9 @@ def ensure(config: Config, models: Sources | None = None, force: bool = False) -
     preflight.check_options(config)
     models = models or resolve(config)
     options = config.merge
+    if options.refine != "none" and options.method != AUTO:
+        closed = replace(options, refine="none", recalibrate=False)
+        return _refined(config, models, model_of(replace(config, merge=closed), models), force)
     dataset = None
     if preflight.needs_rows(options):
         dataset = store.prepare(config.data, config.runtime.encoded, config.runtime.chunk_mb)
@@ -83,6 +87,11 @@ def ensure(config: Config, models: Sources | None = None, force: bool = False) -
         [shard_of(source) for source in candidates]
     )
     reads = _reads(config, candidates, base, dataset, is_disjoint)
+    if preflight.is_refined_search(options):
+        best = _best(config, models, candidates, dataset)
+        refined = _refined(config, models, best, force=False)
+        candidates.append(Source(f"{best.name}, refined", refined.path.name, refined.checkpoint))
+        reads["sources"] = [source.identity for source in candidates]
     with open_run(Path(config.runtime.out), run_id("merge", reads), force) as run:
         if run.record is None:
             with run.phase("merge"):
@@ -109,10 +118,11 @@ def model_of(config: Config, models: Sources) -> Source:
     chosen = done.record["result"]["chosen"]
     if chosen is None:
         return Source(config.merge.label, done.path.name, done.checkpoint)
-    candidates = list(models.merged)
-    if config.merge.method == AUTO and not any(s.identity in chosen for s in candidates):
-        candidates = _recipes(config, models)
-    return next(source for source in candidates if source.identity in chosen)
+    for source in models.merged:
+        if source.identity in chosen:
+            return source
+    run = Run(Path(config.runtime.out) / chosen[0])  # the best of a search
+    return Source(config.merge.label, chosen[0], run.checkpoint)
 
 
 def warn_if_unchanged(config: Config, result: dict[str, Any]) -> None:
@@ -143,7 +153,8 @@ def _reads(
 ) -> dict[str, Any]:
     """Return everything that the result depends on."""
     rule = section(config.merge)
-    for name in ("sources", "label", "vocabularies"):
+    of_refinement = ("effort", "refine", "refinement", "rows")  # held by the refined candidate
+    for name in ("sources", "label", "vocabularies", *of_refinement):
         del rule[name]
     rule["base"] = None if base is None else base.identity
     reads = {
@@ -185,6 +196,55 @@ def _recipes(config: Config, models: Sources) -> list[Source]:
     if not candidates:
         raise UserError("merge.recipes: none could be made; see the warnings above")
     return candidates
+
+
+def _refined(config: Config, models: Sources, start: Source, force: bool) -> Run:
+    """Return the finished refinement of a model, recalibrated if so configured."""
+    fitted = refine.ensure(config, models, start)
+    reads = {"refined": fitted.path.name, "recalibrate": config.merge.recalibrate}
+    with open_run(Path(config.runtime.out), run_id("merge", reads), force) as run:
+        if run.record is None:
+            with run.phase("merge"):
+                data, result = _finished(config, fitted, run)
+            if distributed.rank() == 0:
+                run.finish(reads, data, result)
+    return run
+
+
+def _finished(config: Config, fitted: Run, run: Run) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Write a refined model as the checkpoint of ``run``; return facts and result."""
+    assert fitted.record is not None
+    (saved,) = sharded.load([fitted.checkpoint])
+    dataset = store.prepare(config.data, config.runtime.encoded, config.runtime.chunk_mb)
+    params, calibration = saved.params, None
+    if config.merge.recalibrate:
+        network = merging_network(saved, config.seed, is_aligned=False)
+        fit = calibrator(config, dataset, saved)(params)
+        params, calibration = calibrate_model(params, network, fit)
+        if calibration.reason:
+            log.warning("  merge.recalibrate=true: not done, %s", calibration.reason)
+    tensors = {"model": params, "accumulator": saved.accumulators, "counts": saved.counts}
+    sharded.save(run.checkpoint, tensors, saved, saved.origin)
+    if fitted.record["result"]["best_epoch"] == 0:
+        log.warning("  %s: no pass gains on validation rows; not refined", config.merge.label)
+    result = _result(recalibration=asdict(calibration) if calibration else None)
+    history = fitted.record["result"]["history"]
+    result["refinement"] = {
+        "start_auc": history[0]["valid_auc"],
+        "valid_auc": fitted.record["result"]["valid_auc"],
+        **fitted.record["provenance"]["teacher"],
+    }
+    return train.data_facts(dataset), result
+
+
+def _best(
+    config: Config, models: Sources, candidates: list[Source], dataset: EncodedDataset | None
+) -> Source:
+    """Return the best of the merges and sources on validation rows."""
+    assert dataset is not None
+    preflight.check_sources(config, replace(models, merged=candidates), dataset)
+    everyone = {each.identity: each for each in [*candidates, *models.merged]}
+    return choose(everyone.items(), lambda source: valid_auc(config, dataset, source)).best
 
 
 def _choose(
@@ -309,7 +369,6 @@ def _merge_params(
             probe=network.probe,
             logit_scale=network.logit_scale,
             fisher=fisher(config, first, dataset, activations),
-            imitate=imitation(config, first, dataset),
             learn=learning(config, checkpoints, dataset, joined),
             calibrate=calibrator(config, dataset, first)
             if dataset and options.recalibrate

@@ -13,7 +13,6 @@ from cki_rec.config import Config, Merge, UserError, with_delta
 from cki_rec.data.encoding.store import EncodedDataset
 from cki_rec.data.schema import Batch
 from cki_rec.engine import distributed
-from cki_rec.engine.distillation import imitate
 from cki_rec.engine.embeddings import table_of
 from cki_rec.engine.fisher import fisher_diagonal
 from cki_rec.engine.gating import train_gates
@@ -106,26 +105,6 @@ def fisher(
         fisher_diagonal(activations.network, model, rows_of(delta))
         for model, delta in zip(models, config.merge.sources, strict=True)
     ]
-
-
-def imitation(
-    config: Config, first: Checkpoint, dataset: EncodedDataset | None
-) -> Callable[[Sequence[Params], Params, int, float], Params] | None:
-    """Return a function that trains a model to give the mean logit of its teachers."""
-    if dataset is None:
-        return None
-
-    def train_student(
-        teachers: Sequence[Params], start: Params, epochs: int, learning_rate: float
-    ) -> Params:
-        distributed.start(config.runtime)
-        return imitate(
-            build_model(first.schema, first.model, torch.device("cpu")),
-            *(teachers, start, dataset, first.schema, epochs, learning_rate),
-            *(config.train.batch_size, config.seed, _title(config)),
-        )
-
-    return train_student
 
 
 def learning(

@@ -19,7 +19,6 @@ NEEDS = {
     "counts": "row counts",
     "fisher": "training rows",
     "moments": "training rows",
-    "imitate": "training rows",
     "base": "base model",
     "score": "validation rows",
 }

@@ -15,6 +15,7 @@ from torch import nn
 from cki_rec.checkpoints import Checkpoint, describe
 from cki_rec.config import Config, UserError
 from cki_rec.data.encoding.store import EncodedDataset
+from cki_rec.data.schema import FeatureSchema
 from cki_rec.engine import distributed
 from cki_rec.engine.evaluator import predict
 from cki_rec.engine.record import save_arrays
@@ -47,19 +48,7 @@ def predictions(
     home = Path(config.runtime.out) / (f"logits/{name}" if is_external(name) else name)
     path = home / f"logits-{dataset.hash[:16]}.npz"
     if not path.exists():
-        saved = describe(source.folder)
-        check_rows(saved, dataset, str(source.folder))
-        device = distributed.start(config.runtime)
-        if other_tables(saved, dataset):
-            moved = vocabularies.on_rows_of(config, source.folder, dataset)
-            schema = moved.schema
-            with device:
-                module = build_model(schema, moved.model, device)
-            module.load_state_dict(moved.params)
-        else:
-            plain = replace(config.train, embeddings="fused", compile=False)
-            schema = saved.schema
-            module = restore(saved, source.folder, plain, config.runtime).module
+        module, schema, device = scoring_model(config, dataset, source)
         logits = {
             split: predict(module, dataset, schema, dataset.rows(split), device)
             for split in SPLITS
@@ -73,6 +62,30 @@ def predictions(
         save_arrays(path, logits)
     with np.load(path, allow_pickle=False) as arrays:
         return {split: arrays[split] for split in SPLITS}
+
+
+def scoring_model(
+    config: Config, dataset: EncodedDataset, source: Source
+) -> tuple[nn.Module, FeatureSchema, torch.device]:
+    """Return the network of a model on its device, ready to score rows, and its features.
+
+    A model of other vocabularies is moved to the data set's (``vocabularies.on_rows_of``).
+
+    Raises:
+        UserError: The model does not fit the data set.
+    """
+    saved = describe(source.folder)
+    check_rows(saved, dataset, str(source.folder))
+    device = distributed.start(config.runtime)
+    if other_tables(saved, dataset):
+        moved = vocabularies.on_rows_of(config, source.folder, dataset)
+        with device:
+            network = build_model(moved.schema, moved.model, device)
+        network.load_state_dict(moved.params)
+        return network, moved.schema, device
+    plain = replace(config.train, embeddings="fused", compile=False)
+    model = restore(saved, source.folder, plain, config.runtime)
+    return model.module, saved.schema, device
 
 
 def valid_auc(config: Config, dataset: EncodedDataset, source: Source) -> float:

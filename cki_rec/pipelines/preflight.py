@@ -19,9 +19,9 @@ from cki_rec.pipelines.provenance import check_data, check_rows
 from cki_rec.pipelines.references import REFERENCES, Reference
 from cki_rec.pipelines.sources import Sources
 
-RECIPE = {"merge.method": Recipe().method, "merge.recipes": []}
+RECIPE = {"merge.method": Recipe().method, "merge.recipes": [], "merge.refine": "none"}
 """Options from which a recipe starts."""
-TRAINING_ROWS = frozenset({"fisher", "moments", "imitate"})
+TRAINING_ROWS = frozenset({"fisher", "moments"})
 """Inputs of methods that are computed on training rows."""
 INSTEAD = "use merge=evidence or merge=aligned_weights, or start it without torchrun"
 NOT_OF_SOURCES = ("merge", "suite", "finetune", "evaluate", "assess")
@@ -52,6 +52,11 @@ def is_single_model(options: Merge) -> bool:
     """Return whether the result is one model of unchanged size."""
     entry = entry_of(options)
     return not isinstance(entry, Reference) or entry.single_model
+
+
+def is_refined_search(options: Merge) -> bool:
+    """Return whether the best model of a search is refined too."""
+    return options.method == AUTO and options.effort == "refine" and options.refine != "none"
 
 
 def recipes_of(config: Config) -> list[Config]:
@@ -85,7 +90,12 @@ def needs_counts(options: Merge) -> bool:
 
 def needs_labels(options: Merge) -> bool:
     """Return whether the merge reads labels of validation rows, whatever the network."""
-    return options.recalibrate or options.learn.what != "none" or "score" in needs_of(options)
+    return (
+        options.recalibrate
+        or options.refine != "none"
+        or options.learn.what != "none"
+        or "score" in needs_of(options)
+    )
 
 
 def needs_activations(options: Merge) -> bool:
@@ -121,7 +131,8 @@ def check_options(config: Config) -> None:
             raise UserError(f"merge.options: {where} has no options")
         for name, is_set in {
             f"ablation={options.ablation}": options.ablation != "none",
-            "recalibrate=true": options.recalibrate,
+            "recalibrate=true": options.recalibrate and options.refine == "none",
+            f"refine={options.refine}": options.refine != "none" and not entry.single_model,
             f"repair={options.repair}": options.repair != "none",
             f"learn.what={options.learn.what}": options.learn.what != "none",
         }.items():
@@ -149,6 +160,7 @@ def check_options(config: Config) -> None:
     if options.vocabularies and not config.data.vocabularies and needs_labels(options):
         readers = {
             "merge.recalibrate=true": options.recalibrate,
+            f"merge.refine={options.refine}": options.refine != "none",
             f"merge.learn.what={options.learn.what}": options.learn.what != "none",
             where: True,
         }

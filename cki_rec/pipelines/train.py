@@ -37,7 +37,7 @@ from cki_rec.engine.record import Run, open_run
 from cki_rec.engine.restoration import restore
 from cki_rec.engine.resume import RESUME, Checkpointer
 from cki_rec.engine.steps import StepLog
-from cki_rec.engine.trainer import Metrics, fit
+from cki_rec.engine.trainer import LABELS, Metrics, Objective, fit
 from cki_rec.evaluation.metrics import METRICS, PRIMARY
 from cki_rec.models import model_schema
 from cki_rec.models.comparison import decides, differences
@@ -207,6 +207,7 @@ def run_training(
     schedule: Train,
     title: str,
     origin: Provenance,
+    objective: Objective = LABELS,
 ) -> None:
     """Train ``model`` on the first of ``rows``, choose on the second, and write the record.
 
@@ -225,6 +226,7 @@ def run_training(
         schedule: Options of the training.
         title: Title of the progress display.
         origin: Rows that the trained model has seen.
+        objective: What it fits.
     """
     counts = {table: torch.from_numpy(values) for table, values in row_counts.items()}
 
@@ -247,7 +249,7 @@ def run_training(
         else:
             history = fit(
                 *(model, dataset, schema, rows[0], rows[1], schedule, config.seed),
-                *(metrics, save, title, keeper, steps),
+                *(metrics, save, title, keeper, steps, objective),
             )
     run.facts["resumed_at_step"] = keeper.resumed
     finish(run, reads, dataset, history)
