@@ -291,7 +291,6 @@ def inputs_with(**changes):
         counts=[{}, {}],
         moments={"x": torch.zeros(2, 1, 2, 1)},
         score=lambda _: 0.5,
-        imitate=lambda first, *_: first,
         **changes,
     )
 
@@ -362,7 +361,6 @@ def run_on(name, network, batch, models, **changes):
         fisher=[fisher_diagonal(network, model, [batch]) for model in models],
         moments=linear_moments(network, models, [batch]).second,
         symmetries=network.symmetries(),
-        imitate=lambda first, *_: {n: t.clone() for n, t in first.items()},
         seed=1,
         counts=[{} for _ in models],
         base=models[0],

@@ -111,8 +111,6 @@ MERGES = {
     "regmean_diagonal": ("regmean", lambda _: {"correlation": 0.0}),
     "ot_fusion": ("ot_fusion", lambda _: {"temperature": 1e-3}),
     "zipit": ("zipit", lambda _: {}),
-    "distillation": ("distillation", lambda _: {"epochs": 0, "source": 0}),
-    "distillation_chosen": ("distillation", lambda _: {}),
 }
 """Methods that return parameters, with options that return equal sources unchanged."""
 BY_DIFFERENCES = {
@@ -142,7 +140,6 @@ def draw_inputs(models, **changes):
             "fisher": draw_fisher(len(models)),
             "moments": draw_moments(len(models)),
             "symmetries": SYMMETRIES,
-            "imitate": lambda first, *_: {name: tensor.clone() for name, tensor in first.items()},
             **changes,
         }
     )

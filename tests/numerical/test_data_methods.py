@@ -10,7 +10,6 @@ from networks import act, draw_batch, make_case, random_element
 from torch.func import functional_call
 
 from cki_rec.merging.hidden_units import hidden_layers, unit_covariance
-from cki_rec.merging.methods.distillation import distillation
 from cki_rec.merging.methods.fisher import fisher as merge_by_fisher
 from cki_rec.merging.methods.ot_fusion import ot_fusion, sinkhorn
 from cki_rec.merging.methods.regmean import regmean
@@ -272,10 +271,6 @@ def test_dtypes_stay_and_one_source_comes_back(title, dtype):
         (lambda m: regmean(m, {"b.weight": torch.ones(2, 2, 2, 2)}, []), "b.weight: moments"),
         (lambda m: zipit(m, TWO_LAYERS, {"b.weight": torch.ones(3, 3, 3, 3)}), "b.weight: mom"),
         (lambda m: merge_by_fisher(m, [], floor=-1.0), "floor=-1.0"),
-        (lambda m: distillation(m, None, None), "source=null"),
-        (lambda m: distillation(m, None, None, source=2), "source=2: sources are 0 to 1"),
-        (lambda m: distillation(m, None, None, epochs=-1), "epochs=-1"),
-        (lambda m: distillation(m, None, None, source=0), "needs training rows"),
     ],
 )
 def test_mistakes_are_named(call, message):

@@ -41,7 +41,7 @@ OPTIONS = {
 QUICK = (
     *("average", "random_splice", "ablation_frozen", "weighted_average", "greedy_soup", "pruning"),
     *("slerp", "karcher", "task_arithmetic", "ties", "dare", "della", "breadcrumbs", "fisher"),
-    *("model_stock", "regmean", "ot_fusion", "zipit", "filter_grafting", "distillation", "auto"),
+    *("model_stock", "regmean", "ot_fusion", "zipit", "filter_grafting", "auto"),
     *("cki_dual_hard", "cki_released", "evidence, activations, project", "evidence"),
 )
 """Cases that run on one model each, so that every method runs; all cases are slow."""
@@ -72,7 +72,7 @@ def golden(raw_zip, tmp_path_factory):
         named = sources if "three" in case else sources[:2]
         words = [*words_of(case), f"merge.sources=[{','.join(f'{{path: {p}}}' for p in named)}]"]
         words += [f"merge.base={{path: {base}}}", "merge.learn.epochs=1", "merge.sample=1500"]
-        words += ["merge.options.epochs=1"] if case == "distillation" else []
+        words += ["merge.effort=closed_form"] if case == "auto" else []
         done = merge.ensure(parse(compose_tree(*fixed, f"model={model}", *words)))
         folder, scores = done.path, done.record["result"]["valid_auc"]
         if scores is not None:  # of auto; that commit chose among merges only
