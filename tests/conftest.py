@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import zipfile
 from pathlib import Path
 
@@ -31,6 +32,12 @@ SMALL = (
 
 settings.register_profile("fixed", derandomize=True)  # make test: the same examples everywhere
 settings.register_profile("search", print_blob=True)  # make test-all: new ones every time
+
+
+def pytest_collection_finish():
+    """Keep the imports of all tests out of garbage collections: they are most of the heap."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
