@@ -120,12 +120,12 @@ def check_equal(run: Run, unbroken: Run, resumed: int | None) -> None:
 @pytest.mark.parametrize(
     ("more", "step"),
     [
-        ([], 5),
+        pytest.param([], 5, marks=pytest.mark.slow),
         ([], 19),
         ([], 21),
         (["train.embeddings=dense", "train.gradient_clip=0.5", "train.table_l2=1e-3"], 30),
         (["train.ema=0.9"], 27),
-        (["train.ema=0.9", "train.embeddings=dense"], 41),
+        pytest.param(["train.ema=0.9", "train.embeddings=dense"], 41, marks=pytest.mark.slow),
         (["train.table_optimizer=adagrad", "model.batch_norm=true"], 33),
         (["train.plateau_factor=0.5", "train.min_gain=0.5"], 45),
         (["model=din", "model.attention.dropout=0.2", "data.history_length=5"], 25),
@@ -375,6 +375,7 @@ def test_a_process_killed_five_times_at_random_resumes(words, configured, unbrok
 
 
 @pytest.mark.dist
+@pytest.mark.slow  # the same within this process: test_a_wish_to_stop_within_this_process
 def test_a_process_asked_to_stop_keeps_its_work(words, configured, unbroken):
     want = unbroken(*LONG)
     config = configured(*LONG, "runtime.checkpoint_steps=0")

@@ -102,7 +102,7 @@ def test_transform_leaves_its_input_alone_and_permutes_bit_for_bit(case):
 
 
 @all_cases
-@pytest.mark.parametrize("seed", [1, 2])
+@pytest.mark.parametrize("seed", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_planted_elements_are_found(case, seed):
     subject = Subject(case)
     found, (first, second) = subject.align([subject.params, subject.moved(seed)], starts=16)
