@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ import torch
 
 from cki_rec.checkpoints import checkpoint
 from cki_rec.cli import main
-from cki_rec.config import Config, Stopped, parse
+from cki_rec.config import Config, Stopped, parse, with_delta
 from cki_rec.engine.record import Run
 from cki_rec.engine.resume import RESUME, Checkpointer, unfinished_checkpoints
 from cki_rec.engine.steps import EVENTS, STEPS, StepLog
@@ -51,21 +52,26 @@ def words(raw_zip, folder_of_all, tmp_path):
     return lambda *more: [*shared, *places, *SMALL, *more]
 
 
-@pytest.fixture
-def configured(words, compose):
-    """Function (*more) -> Config of such a training."""
-    return lambda *more: parse(compose(*words(*more)))
+@pytest.fixture(scope="module")
+def composed(raw_zip, folder_of_all, compose):
+    """Function (*more) -> Config of a training that nothing interrupts, composed once."""
+    places = [f"runtime.{key}={folder_of_all / key}" for key in ("out", "reports", "encoded")]
+    return lru_cache(lambda *more: parse(compose(f"data.raw={raw_zip}", *places, *SMALL, *more)))
 
 
 @pytest.fixture
-def unbroken(configured, folder_of_all):
+def configured(composed, tmp_path):
+    """Function (*more) -> the same Config with the folders of this test."""
+    places = {f"runtime.{key}": str(tmp_path / key) for key in ("out", "reports")}
+    return lambda *more: with_delta(composed(*more), places)
+
+
+@pytest.fixture
+def unbroken(composed):
     """Function (*more, pipeline=train) -> the run of a training that nothing interrupts."""
-
-    def make(*more: str, pipeline=train) -> Run:
-        without = ("runtime.checkpoint_steps=0", f"runtime.out={folder_of_all / 'unbroken'}")
-        return pipeline.ensure(configured(*more, *without))
-
-    return make
+    return lambda *more, pipeline=train: pipeline.ensure(
+        composed(*more, "runtime.checkpoint_steps=0")
+    )
 
 
 def kill_at(config: Config, step: int, pipeline=train) -> Path:
