@@ -52,6 +52,8 @@ def run(config: Config) -> None:
     for name, shares in (result["shares"] or {}).items():
         log.info("  %-52s %s", name, "  ".join(f"{share:6.1%}" for share in shares))
     warn_if_unchanged(config, result)
+    if fitted := result.get("refinement"):
+        log.info("refined: validation AUC %.4f, before %.4f", fitted["auc"], fitted["start_auc"])
     if result["chosen"] is None:
         log.info("model: %s", done.checkpoint)
     else:
@@ -238,7 +240,7 @@ def _finished(config: Config, fitted: Run, run: Run) -> tuple[dict[str, Any], di
     history = fitted.record["result"]["history"]
     result["refinement"] = {
         "start_auc": history[0]["valid_auc"],
-        "valid_auc": fitted.record["result"]["valid_auc"],
+        "auc": fitted.record["result"]["valid_auc"],
         **fitted.record["provenance"]["teacher"],
     }
     return train.data_facts(dataset), result
