@@ -226,6 +226,7 @@ ALLOWED_WORDS = {
     ("cki_rec.merging.steps", "first"),
     ("cki_rec.pipelines.merge_inputs", "evidence"),
     ("cki_rec.pipelines.preflight", "evidence"),
+    ("cki_rec.pipelines.refine", "random"),  # rows of a refinement
     ("cki_rec.pipelines.merge_inputs", "first"),
 }
 """Module and word that is also the name of a method or model, and stands for something else."""

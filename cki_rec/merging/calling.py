@@ -35,11 +35,14 @@ def call(module: nn.Module, batch: Any, params: Params | None = None) -> Any:
         module: The module.
         batch: See ``arguments_of``.
         params: Parameters and buffers to run it with; None: its own. Tied ones may be named once.
+            They do not change: lookups with ``max_norm``, which rescale rows in place, get copies.
     """
     positional, named = arguments_of(batch)
     with uncompiled():
         if params is None:
             return module(*positional, **named)
+        if any(getattr(part, "max_norm", None) is not None for part in module.modules()):
+            params = {name: tensor.clone() for name, tensor in params.items()}
         return functional_call(module, params, positional, named)
 
 

@@ -89,7 +89,7 @@ def sources_of(
     merged = [name for name, tensor in first.items() if tensor.is_floating_point()]
     for k, state in enumerate(states[1:], start=1):
         _check_alike(first, state, k)
-    tied = _ties(states, merged)
+    tied = _ties(states, merged, module)
     names = [name for name in merged if name not in tied]
     wide = {n: _widest([state[n] for state in states]) for n in names}
     return Sources(
@@ -341,30 +341,52 @@ def _check_alike(first: Params, other: Params, k: int) -> None:
             raise MergeError(f"{name}: {types}; both must be floating, or neither")
 
 
-def _ties(states: Sequence[Params], names: Collection[str]) -> dict[str, str]:
-    """Return the names whose tensor has an earlier name in the first source.
+def _ties(
+    states: Sequence[Params], names: Collection[str], module: nn.Module | None
+) -> dict[str, str]:
+    """Return the names whose tensor has an earlier name in the first source, or in the module.
 
     Raises:
-        MergeError: It is one tensor in the first source and two in another.
+        MergeError: It is one tensor in the first source or the module, and two in another source.
     """
     held: dict[Any, str] = {}
     tied = {}
+    shared = _shared_names(module)
     for name in names:
         tensor = states[0][name]
         if not tensor.numel():
             continue
-        earlier = held.setdefault(_place(tensor), name)
+        earlier = held.setdefault(shared.get(name, _place(tensor)), name)
         if earlier == name:
             continue
         tied[name] = earlier
-        for k, state in enumerate(states[1:], start=1):
+        for k, state in enumerate(states):
             one, two = state[earlier], state[name]
-            if _place(one) != _place(two) and not torch.equal(one, two):
+            if _place(one) == _place(two) or torch.equal(one, two):
+                continue
+            if name in shared:
                 raise MergeError(
-                    f"{name}: one tensor with {earlier} in source 0, another one in source {k};"
-                    " pass state dicts with copies to merge both"
+                    f"{name}: one tensor with {earlier} in module, another one in source {k};"
+                    " pass a module that holds both"
                 )
+            raise MergeError(
+                f"{name}: one tensor with {earlier} in source 0, another one in source {k};"
+                " pass state dicts with copies to merge both"
+            )
     return tied
+
+
+def _shared_names(module: nn.Module | None) -> dict[str, str]:
+    """Return the names of parameters with several names: name -> the first of them."""
+    if module is None:
+        return {}
+    first: dict[int, str] = {}
+    names = {
+        name: first.setdefault(id(parameter), name)
+        for name, parameter in unwrapped(module).named_parameters(remove_duplicate=False)
+    }
+    several = {one for name, one in names.items() if name != one}
+    return {name: one for name, one in names.items() if one in several}
 
 
 def _place(tensor: Tensor) -> tuple[Any, ...]:

@@ -1,7 +1,7 @@
 """Fit a merged model to a teacher made of its sources, without labels.
 
-No label is read. But the sources' outputs on rows that they were trained on hold what the sources
-memorized of those labels. Random rows, and rows that no source has seen, hold nothing of it.
+No label is read. But a source memorizes labels of its training rows, and its outputs on them hold
+some of that. Random rows, and rows that no source has seen, hold none of it.
 
 Shape legend: K sources, B rows of a batch.
 """
@@ -9,16 +9,16 @@ Shape legend: K sources, B rows of a batch.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
-from torch.optim.lr_scheduler import CosineAnnealingLR
+from torch import nn
 
-from cki_rec.merging.calling import call, evaluating
+from cki_rec.merging.adam import Adam
+from cki_rec.merging.calling import evaluating
 from cki_rec.merging.inputs import (
     Model,
     Sources,
@@ -33,10 +33,11 @@ from cki_rec.merging.params import MergeError, Params, check_finite
 from cki_rec.merging.registry import Score
 from cki_rec.merging.result import MergeResult
 from cki_rec.merging.table_maps import TableMaps
-from cki_rec.merging.teachers import Lookups, Teacher, mean_teacher, routed, routing_table
+from cki_rec.merging.targets import Targets, output_of
+from cki_rec.merging.teachers import Teacher
 
 Stage = Literal["maps", "all"]
-STAGES: tuple[Stage, ...] = ("maps", "all")
+SCHEDULES = (("all",), ("maps",), ("maps", "all"))
 SHARE = 0.75
 """Share of the sources in a routed teacher of ``merge``; the rest is the merged model."""
 CHECKS = 4
@@ -88,8 +89,8 @@ def refine(
         progress: Called with the name of a stage, the number of steps done, and that of all.
 
     Returns:
-        The new model. ``scores`` has a value per check, ``warnings`` tells if ``start`` was
-        returned.
+        The new model. ``scores`` has a value per check. ``warnings`` has a line if ``start``
+        is returned.
 
     Raises:
         MergeError: Inputs that do not fit, no batches, or a teacher with NaN.
@@ -107,7 +108,8 @@ def refine(
     sources = sources_of(models, dtype, module)
     check_module(module, sources)
     check_finite(sources.models)
-    _check_options(stages, steps, learning_rate, share, start, len(sources.models))
+    _check_options(teacher, route, stages, steps, learning_rate)
+    _check_start(start, share, stages, len(sources.models))
     quality = None if score is None else checked_score(score, sources)
     first, lead = _start(start, sources, quality)
     plan = Plan(teacher, share, route, tuple(stages), steps, learning_rate)
@@ -156,6 +158,7 @@ class Fitted:
     warnings: list[str] = field(default_factory=list)
 
 
+@torch.enable_grad()
 def fit(
     plan: Plan,
     module: nn.Module,
@@ -180,7 +183,9 @@ def fit(
         score: Quality of parameters.
         progress: See ``refine``.
     """
-    targets = Targets(plan, module, sources, counts, start, batches)
+    targets = Targets(
+        plan.teacher, plan.share, plan.route, module, sources, counts, start, batches
+    )
     best = Fitted(start)
     first = -math.inf
     if score is not None:
@@ -206,23 +211,25 @@ def fit(
             return {name: now[name] for name in start}
 
         leaves = [*fitted.values(), *(maps.maps.values() if maps else ())]
-        adam = torch.optim.Adam(leaves, lr=plan.learning_rate)
-        schedule, below = CosineAnnealingLR(adam, plan.steps), 0
+        adam, below = Adam(leaves), 0
         checks = {-(-plan.steps * part // CHECKS) for part in range(1, CHECKS + 1)}
         for step in range(1, plan.steps + 1):
             progress(stage, done + step - 1, plan.steps * len(plan.stages))
             batch, target = targets.next()
             with maps.applied() if maps else nullcontext():
-                output = call(module, batch, {**sources.copied, **fixed, **fitted})
+                output = output_of(module, batch, {**sources.copied, **fixed, **fitted})
             loss = (output - target).square().mean()
+            if not loss.requires_grad:
+                raise MergeError(
+                    "refine: the outputs have no gradient; run no part of the module within"
+                    " torch.no_grad, and detach nothing"
+                )
             if not math.isfinite(value := float(loss.detach())):
                 raise MergeError(
                     f"refine: the loss is {value} at step {step}; lower learning_rate"
                 )
-            adam.zero_grad()
             loss.backward()
-            adam.step()
-            schedule.step()
+            adam.step(plan.learning_rate * (1 + math.cos(math.pi * (step - 1) / plan.steps)) / 2)
             if score is not None and step in checks:
                 value = best.scores[f"{stage} {step}"] = score(candidate := current())
                 if value > max(v for n, v in best.scores.items() if n != f"{stage} {step}"):
@@ -230,133 +237,14 @@ def fit(
                 below = below + 1 if value < first else 0
                 if below == 2:
                     break
-        params, done = current(), done + plan.steps
+        params = best.params if below == 2 else current()
+        done += plan.steps
     progress("done", done, done)
     if score is None:
         best.params = params
     elif best.params is start:
         best.warnings.append("refine: no step is above the score of the start, which is returned")
     return best
-
-
-class Targets:
-    """Batches and the teacher's outputs on them, computed once if the batches are a list.
-
-    Args:
-        plan: The teacher.
-        module: The network.
-        sources: The sources.
-        counts: Row counts in the form of the sources.
-        start: The first parameters.
-        batches: Rows without labels.
-    """
-
-    def __init__(
-        self,
-        plan: Plan,
-        module: nn.Module,
-        sources: Sources,
-        counts: Sequence[Params],
-        start: Params,
-        batches: Iterable[Any],
-    ) -> None:
-        if isinstance(batches, Tensor | Mapping | str) or not isinstance(batches, Iterable):
-            raise MergeError(
-                f"batches is one {type(batches).__name__}; pass a list of batches, [x]"
-            )
-        self._plan, self._module, self._sources = plan, module, sources
-        self._start, self._batches = start, batches
-        self._known: dict[int, Tensor] | None = {} if isinstance(batches, list | tuple) else None
-        self._lookups, self._counts_KV = None, torch.empty(0)
-        if plan.teacher == "router":
-            table = _router_table(plan.route, counts, sources)
-            self._lookups = Lookups(module, table)
-            self._counts_KV = torch.stack([source[table].cpu() for source in counts])
-        self._number, self._all = 0, self._endless()
-
-    def next(self) -> tuple[Any, Tensor]:
-        """Return the next batch and its target outputs.
-
-        Raises:
-            MergeError: There are no more batches, or the teacher gives NaN.
-        """
-        place, batch = next(self._all)
-        self._number += 1
-        if self._known is None:
-            return batch, self._target(batch)
-        if place not in self._known:
-            self._known[place] = self._target(batch)
-        return batch, self._known[place]
-
-    def _endless(self) -> Iterator[tuple[int, Any]]:
-        while True:
-            before = self._number
-            yield from enumerate(self._batches)
-            if self._number == before:
-                if not before:
-                    raise MergeError("batches is empty; pass at least one batch")
-                raise MergeError(
-                    f"batches ended after {before} of them; pass a list, a DataLoader, or an"
-                    " iterator without an end"
-                )
-
-    @torch.no_grad()
-    def _target(self, batch: Any) -> Tensor:
-        outputs = []
-        for k, model in enumerate(self._sources.models):
-            with self._lookups.recorded() if self._lookups and k == 0 else nullcontext():
-                outputs.append(_output(self._module, batch, {**self._sources.copied, **model}))
-        stacked = torch.stack(outputs)
-        teacher = self._plan.teacher
-        if self._lookups is not None:
-            shares = self._lookups.shares(self._counts_KV, len(outputs[0])).to(stacked.device)
-            target = routed(stacked, shares)
-        elif callable(teacher):
-            target = teacher(batch, stacked)
-            if not isinstance(target, Tensor) or target.shape != outputs[0].shape:
-                shape = tuple(target.shape) if isinstance(target, Tensor) else type(target)
-                raise MergeError(
-                    f"teacher returned {shape}; the outputs are {tuple(outputs[0].shape)}"
-                )
-        else:
-            target = mean_teacher(batch, stacked)
-        if self._plan.share != 1:
-            own = _output(self._module, batch, {**self._sources.copied, **self._start})
-            target = self._plan.share * target + (1 - self._plan.share) * own
-        if not bool(target.isfinite().all()):
-            raise MergeError(
-                f"refine: the teacher gives NaN or infinite outputs on batch {self._number - 1}"
-            )
-        return target
-
-
-def _output(module: nn.Module, batch: Any, params: Params) -> Tensor:
-    output = call(module, batch, params)
-    if not isinstance(output, Tensor) or not output.ndim or not output.is_floating_point():
-        kind = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
-        raise MergeError(
-            f"refine: the module returns {kind}; it must return one floating tensor, a row per row"
-            " of the batch"
-        )
-    return output
-
-
-def _router_table(route: str | None, counts: Sequence[Params], sources: Sources) -> str:
-    if not counts:
-        raise MergeError(
-            "teacher='router' needs row counts of every source (counts); without them use"
-            " teacher='mean'"
-        )
-    table = sources.tied.get(route, route) if route else routing_table(counts)
-    if table is None:
-        raise MergeError(
-            "teacher='router': all sources have seen the same ids equally often; use"
-            " teacher='mean', or name a table (route)"
-        )
-    if table not in counts[0]:
-        known = ", ".join(counts[0])
-        raise MergeError(f"route={route}: no counts of this table; counts are of {known}")
-    return table
 
 
 def _start(
@@ -374,27 +262,36 @@ def _start(
 
 
 def _check_options(
+    teacher: str | Teacher,
+    route: str | None,
     stages: Sequence[Stage],
     steps: int,
     learning_rate: float,
-    share: float,
-    start: Model | int | None,
-    num_models: int,
 ) -> None:
-    if isinstance(stages, str) or not stages or any(stage not in STAGES for stage in stages):
+    if teacher not in ("mean", "router") and not callable(teacher):
+        raise MergeError(f"teacher={teacher!r}: pass 'mean', 'router' or a function")
+    if route is not None and teacher != "router":
+        raise MergeError(f"route={route} requires teacher='router'; leave it out")
+    if isinstance(stages, str) or tuple(stages) not in SCHEDULES:
         raise MergeError(f"stages={stages!r}: pass ('all',), ('maps',) or ('maps', 'all')")
-    if steps < 1 or not learning_rate > 0 or not 0 < share <= 1:
+    if not isinstance(steps, int) or steps < 1 or not learning_rate > 0:
         raise MergeError(
-            f"steps={steps}, learning_rate={learning_rate}, share={share}: must be positive, and"
-            " share at most 1"
+            f"steps={steps}, learning_rate={learning_rate}: pass a positive whole number and a"
+            " positive number"
         )
+
+
+def _check_start(
+    start: Model | int | None, share: float, stages: Sequence[Stage], num_models: int
+) -> None:
+    if not 0 < share <= 1:
+        raise MergeError(f"share={share}: must be above 0, and at most 1")
+    is_source = isinstance(start, int | None)
     if isinstance(start, int) and not 0 <= start < num_models:
         raise MergeError(f"start={start}: there are sources 0 to {num_models - 1}")
-    if "maps" in stages and (stages[0] != "maps" or not (start is None or isinstance(start, int))):
-        raise MergeError(
-            "stages: maps comes first and begins as a source; pass start as its number"
-        )
-    if share != 1 and isinstance(start, int | None):
+    if "maps" in stages and not is_source:
+        raise MergeError("stages: maps begins as a source; pass start as its number")
+    if share != 1 and is_source:
         raise MergeError(
             f"share={share}: the rest of the teacher is the output of start; pass a merged model"
         )

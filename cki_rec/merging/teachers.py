@@ -5,8 +5,8 @@ Shape legend: K sources, B rows of a batch, V rows of a table, N looked-up ids.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any, TypeAlias
 
 import torch
@@ -46,15 +46,15 @@ def router_shares(counts_KV: Tensor, ids_N: Tensor, rows_N: Tensor, num_rows: in
     seen_KB = counts_KV.new_zeros(num, num_rows, dtype=torch.float64)
     seen_KB.index_add_(1, rows_N, counts_KV[:, ids_N].double())
     total_B = seen_KB.sum(0)
-    return torch.where(total_B > 0, seen_KB / total_B.clamp(min=1), 1 / num)
+    return torch.where(total_B > 0, seen_KB / total_B, 1 / num)
 
 
 def separation(counts: Sequence[Params]) -> dict[str, float]:
     """Return how far the sources were trained on different ids: 0 (the same) to 1 (disjoint).
 
-    It is the mean over training rows of the total variation distance between the shares of the
-    sources in the observations of the row's id and their shares in all rows, divided by its value
-    for disjoint sources.
+    An id has shares: how often each source has seen it, of all observations. They are compared
+    with the shares of the sources in all rows, by the total variation distance. The result is its
+    mean over training rows, divided by its value for disjoint sources.
 
     Args:
         counts: Per source and table ``(V,)``, the training rows that looked each row up.
@@ -63,18 +63,18 @@ def separation(counts: Sequence[Params]) -> dict[str, float]:
     for table in counts[0]:
         counts_KV = torch.stack([source[table].double() for source in counts])
         total_V, total_K = counts_KV.sum(0), counts_KV.sum(1)
-        prior_K = total_K / total_K.sum().clamp(min=1)
-        largest = 1 - float(prior_K.square().sum())
-        if float(total_K.sum()) == 0 or largest <= 0:
+        if not bool((total_K > 0).sum() > 1):
             continue
-        shares_KV = counts_KV / total_V.clamp(min=1)
+        prior_K = total_K / total_K.sum()
+        largest = 1 - float(prior_K.square().sum())
+        shares_KV = torch.where(total_V > 0, counts_KV / total_V, 0)
         distance_V = (shares_KV - prior_K[:, None]).abs().sum(0) / 2
         result[table] = float((total_V * distance_V).sum() / total_V.sum()) / largest
     return result
 
 
 def routing_table(counts: Sequence[Params]) -> str | None:
-    """Return the table whose ids tell the sources apart best; None: none does."""
+    """Return the table with the largest separation; None: none is above ``SEPARATED``."""
     found = separation(counts) if counts else {}
     best = max(found, key=lambda table: found[table], default=None)
     return best if best is not None and found[best] >= SEPARATED else None
@@ -85,20 +85,21 @@ class Lookups:
 
     Args:
         module: A module that reads the table through ``nn.Embedding`` or ``nn.EmbeddingBag``.
-        table: Name of the table's parameter.
+        table: Name of the table's parameter, for messages.
+        names: All names of this parameter.
 
     Raises:
         MergeError: No such submodule holds the table.
     """
 
-    def __init__(self, module: nn.Module, table: str) -> None:
-        owner = lookup_modules(module).get(table)
-        if owner is None:
+    def __init__(self, module: nn.Module, table: str, names: Collection[str]) -> None:
+        owners = [owner for name, owner in lookup_modules(module).items() if name in names]
+        if not owners:
             raise MergeError(
                 f"route={table}: no nn.Embedding or nn.EmbeddingBag of the module holds it; pass a"
                 " teacher of your own, (batch, outputs) -> targets"
             )
-        self._owner, self._table = owner, table
+        self._owners, self._table = owners, table
         self._ids: list[Tensor] = []
         self._rows: list[Tensor] = []
 
@@ -106,11 +107,11 @@ class Lookups:
     def recorded(self) -> Iterator[None]:
         """Record the lookups of one run of the module within the block."""
         self._ids, self._rows = [], []
-        handle = self._owner.register_forward_hook(self._record, with_kwargs=True)
-        try:
+        with ExitStack() as stack:
+            for owner in self._owners:
+                hook = owner.register_forward_hook(self._record, with_kwargs=True)
+                stack.callback(hook.remove)
             yield
-        finally:
-            handle.remove()
 
     def shares(self, counts_KV: Tensor, num_rows: int) -> Tensor:
         """Return ``router_shares`` of the recorded rows.
@@ -131,11 +132,11 @@ class Lookups:
         return router_shares(counts_KV, torch.cat(self._ids), rows, num_rows)
 
     def _record(
-        self, _: nn.Module, arguments: tuple[Any, ...], named: Mapping[str, Any], __: Any
+        self, owner: nn.Module, arguments: tuple[Any, ...], named: Mapping[str, Any], __: Any
     ) -> None:
         ids = named["input"] if "input" in named else arguments[0]
         offsets = named.get("offsets", arguments[1] if len(arguments) > 1 else None)
-        if isinstance(self._owner, nn.EmbeddingBag) and offsets is not None:
+        if isinstance(owner, nn.EmbeddingBag) and offsets is not None:
             places = torch.arange(len(ids), device=ids.device)
             rows = torch.searchsorted(offsets.to(ids.device).long(), places, right=True) - 1
         else:

@@ -49,7 +49,7 @@ TEACHERS = "teachers"
 
 @dataclass(frozen=True, slots=True)
 class Teacher:
-    """What a model is fitted to."""
+    """The teacher of a refinement."""
 
     field: str | None
     """The field whose ids choose among the sources; None: their mean logit."""
@@ -194,7 +194,7 @@ def choose_teacher(config: Config, dataset: EncodedDataset, sources: Sequence[So
     The router is tried if the sources were trained on different ids of a field.
 
     Raises:
-        UserError: ``router``, and no evidence tells the sources apart.
+        UserError: ``router``, and the sources have similar row counts, or none.
     """
     options, mean = config.merge.refinement, Teacher(None, 1.0)
     if config.merge.refine == "mean":
@@ -204,8 +204,8 @@ def choose_teacher(config: Config, dataset: EncodedDataset, sources: Sequence[So
     if field is None:
         if config.merge.refine == "router":
             raise UserError(
-                "merge.refine=router: the row counts of the sources do not tell them apart; use"
-                " merge.refine=mean, or name a field (merge.refinement.field)"
+                "merge.refine=router: the sources have seen the ids of every field about equally"
+                " often; use merge.refine=mean, or name a field (merge.refinement.field)"
             )
         return mean
     router = Teacher(field, options.share, far)

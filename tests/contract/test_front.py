@@ -231,6 +231,18 @@ def test_tied_tensors_stay_tied(as_dict):
     assert torch.allclose(result.params["out.weight"], mean)
 
 
+def test_copies_of_a_tensor_that_the_module_ties_are_merged_once():
+    """State dicts that were read from files hold it twice."""
+    copies = [{n: t.clone() for n, t in net(seed).state_dict().items()} for seed in (1, 2)]
+    sample = [(torch.randint(0, 6, (64,)), torch.randint(0, 5, (64,)))]
+    words = {"module": net(3), "batches": sample, "align": "activations"}
+    merged = merge(copies, "average", **words).params
+    assert merged["out.weight"].equal(merged["item.weight"])
+    copies[1]["out.weight"] += 1
+    with pytest.raises(MergeError, match="out.weight: one tensor with item.weight in module"):
+        merge(copies, "average", **words)
+
+
 def test_tensors_tied_in_one_source_only_are_named():
     a, b = net(1).state_dict(), net(2).state_dict()
     b["out.weight"] = b["out.weight"].clone()

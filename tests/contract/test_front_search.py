@@ -56,14 +56,14 @@ def test_auto_is_never_below_the_best_source(is_worse):
         score=score,
         progress=lambda *facts: stages.append(facts),
     )
-    assert len(result.scores) == 9
+    assert len(result.scores) == 10  # the best one is refined
     assert result.scores[result.recipe] == max(result.scores.values()) == score(result.params)
     if is_worse:
         assert result.recipe == "source 1"
         assert all(torch.equal(result.params[n], best[n]) for n in best)
         assert all(share == [0, 1, 0] for share in result.shares.values())
-    assert [done for _, done, _ in stages] == list(range(10))
-    assert {total for *_, total in stages} == {9}
+    assert [done for _, done, _ in stages] == list(range(11))
+    assert {total for *_, total in stages} == {10}
     assert result.recipe in result.report()
 
 

@@ -1,69 +1,20 @@
-"""Refinement without labels: what it fits, what it leaves alone, and what it refuses.
+"""Refinement without labels: what it fits, and what it leaves alone.
 
-Shape legend: K sources, B rows of a batch, V rows of a table, D columns.
+Shape legend: K sources, B rows of a batch, V rows of a table.
 """
 
 from __future__ import annotations
 
 import copy
 import itertools
-import math
 
 import pytest
 import torch
+from refined import BATCHES, COUNTS, SOURCES, net, refine
 from torch import nn
 
 import cki_rec
-from cki_rec.merging.params import MergeError
-
-
-class Net(nn.Module):
-    """Two tables, a batch norm with its statistics, a tied output and an integer buffer."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.user = nn.Embedding(6, 4)
-        self.items = nn.EmbeddingBag(5, 4, mode="sum", include_last_offset=True)
-        self.mlp = nn.Sequential(nn.Linear(8, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Dropout(0.5))
-        self.last, self.tied = nn.Linear(6, 1), nn.Linear(6, 1)
-        self.tied.weight = self.last.weight
-        self.register_buffer("ids", torch.arange(3))
-
-    def forward(self, user, items, offsets):
-        hidden = self.mlp(torch.cat([self.user(user), self.items(items, offsets=offsets)], 1))
-        return (self.last(hidden) + self.tied(hidden))[:, 0]
-
-
-def net(seed: int, dtype: torch.dtype = torch.float32) -> Net:
-    torch.manual_seed(seed)
-    model = Net().to(dtype)
-    model.mlp[1].running_mean.normal_()
-    model.mlp[1].running_var.uniform_(0.5, 1.5)
-    return model
-
-
-def batch(seed: int, rows: int = 16) -> dict[str, torch.Tensor]:
-    noise = torch.Generator().manual_seed(seed)
-    lengths = torch.randint(0, 3, (rows,), generator=noise)
-    lengths[-1] = 0
-    return {
-        "user": torch.randint(6, (rows,), generator=noise),
-        "items": torch.randint(5, (int(lengths.sum()),), generator=noise),
-        "offsets": torch.cat([torch.zeros(1, dtype=torch.long), lengths.cumsum(0)]),
-    }
-
-
-BATCHES = [batch(seed) for seed in range(4)]
-SOURCES = [net(1), net(2)]
-COUNTS = [
-    {"user.weight": torch.tensor([9, 5, 1, 0, 0, 0])},
-    {"user.weight": torch.tensor([0, 0, 1, 7, 4, 0])},
-]
-
-
-def refine(models=SOURCES, **words):
-    words = {"module": SOURCES[0], "batches": BATCHES, "steps": 8} | words
-    return cki_rec.refine(models, **words)
+from cki_rec.merging.adam import Adam
 
 
 @torch.no_grad()
@@ -165,7 +116,7 @@ def test_a_table_with_several_names_routes_by_all_its_lookups():
     expected = {0: [8 / 16, 0.0, 1.0], 1: [8 / 16, 1.0, 0.0]}  # 0, 2, 2 / 2, 2, 3 / 1, 0, 1
 
     def teacher(_, outputs_KB):
-        return sum(torch.tensor(w)[:, None] * o for w, o in zip(expected.values(), outputs_KB))
+        return sum(torch.tensor(expected[k])[:, None] * outputs_KB[k] for k in expected)
 
     words = {"module": models[0], "batches": [x], "steps": 3, "stages": ("maps", "all")}
     routed = cki_rec.refine(models, teacher="router", counts=counts, **words).params
@@ -269,6 +220,31 @@ def test_renormalized_tables_of_sources_stay():
     assert all(m.weight.equal(old) for m, old in zip(models, before, strict=True))
 
 
+def test_a_merge_within_no_grad_is_refined_too():
+    words = {"module": SOURCES[0], "batches": BATCHES, "refine": "mean"}
+    with torch.no_grad():
+        merged = cki_rec.merge(SOURCES, "average", **words)
+    assert loss(merged.params) < 0.1 * loss(cki_rec.merge(SOURCES, "average").params)
+
+
+def test_adam_is_that_of_torch():
+    torch.manual_seed(0)
+    leaves = [torch.randn(5, 3, requires_grad=True), torch.randn(4, requires_grad=True)]
+    theirs = [leaf.detach().clone().requires_grad_() for leaf in leaves]
+    ours, reference = Adam(leaves), torch.optim.Adam(theirs, lr=0.1)
+    for step in range(20):
+        for group in (leaves, theirs):
+            group[0].square().mul(torch.arange(3)).sum().backward()
+            if step % 2:
+                group[1].sin().sum().backward()
+        reference.param_groups[0]["lr"] = 0.1 / (step + 1)
+        reference.step()
+        reference.zero_grad()
+        ours.step(0.1 / (step + 1))
+    for leaf, their in zip(leaves, theirs, strict=True):
+        torch.testing.assert_close(leaf, their, rtol=1e-6, atol=1e-7)
+
+
 # scores
 
 
@@ -310,104 +286,3 @@ def test_a_score_that_falls_at_once_returns_the_start_and_stops():
 def test_few_steps_are_scored_up_to_the_last(steps):
     result = refine(score=lambda _: 0.5, steps=steps, start=0)
     assert list(result.scores)[-1] == f"all {steps}"
-
-
-# refusals
-
-
-def nan_teacher(_, outputs_KB):
-    return outputs_KB.mean(0) * math.nan
-
-
-class NoGradient(Net):
-    @torch.no_grad()
-    def forward(self, *args, **named):
-        return super().forward(*args, **named)
-
-
-class Scalar(Net):
-    def forward(self, *args, **named):
-        return super().forward(*args, **named).sum()
-
-
-EMPTY = {"user": torch.tensor([], dtype=torch.long), "items": torch.tensor([], dtype=torch.long),
-         "offsets": torch.tensor([0])}  # fmt: skip
-ROUTER = {"teacher": "router", "counts": COUNTS}
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        ({"stages": "all"}, "stages='all': pass"),
-        ({"stages": ()}, "stages=.*: pass"),
-        ({"stages": ("all", "maps")}, "stages=.*: pass"),
-        ({"stages": ("all", "all")}, "stages=.*: pass"),
-        ({"stages": ("tables",)}, "stages=.*: pass"),
-        ({"stages": ("maps",), "start": SOURCES[0]}, "maps.* begins as a source"),
-        ({"steps": 0}, "steps=0"),
-        ({"steps": 2.5}, "steps=2.5"),
-        ({"learning_rate": 0.0}, "learning_rate=0.0"),
-        ({"learning_rate": math.nan}, "learning_rate=nan"),
-        ({"learning_rate": 1e30}, "the loss is .* lower learning_rate"),
-        ({"share": 0.0, "start": SOURCES[0]}, "share=0.0"),
-        ({"share": 1.5, "start": SOURCES[0]}, "share=1.5"),
-        ({"share": 0.5}, "share=0.5: .* pass a merged model"),
-        ({"share": 0.5, "start": 1}, "share=0.5: .* pass a merged model"),
-        ({"start": 2}, "start=2: there are sources 0 to 1"),
-        ({"start": -1}, "start=-1"),
-        ({"start": {"x": torch.ones(2)}}, "start"),
-        ({"start": {n: t * math.nan for n, t in SOURCES[0].state_dict().items()}}, "start.*NaN"),
-        ({"teacher": "rooter"}, "teacher='rooter': .*mean.*router.*function"),
-        ({"teacher": "router"}, "needs row counts.*teacher='mean'"),
-        ({"route": "user.weight"}, "route=user.weight.*teacher='router'"),
-        (ROUTER | {"route": "users"}, "route=users: no counts of this table.*user.weight"),
-        (ROUTER | {"counts": COUNTS[:1] * 2}, "equally often.*teacher='mean'"),
-        (ROUTER | {"counts": COUNTS[:1]}, "counts of 1 sources for 2 models"),
-        (ROUTER | {"counts": [{"mlp.0.weight": torch.arange(6) * k} for k in (0, 1)],
-                   "route": "mlp.0.weight"}, "route=mlp.0.weight: no nn.Embedding"),
-        ({"teacher": nan_teacher}, "NaN or infinite outputs on batch 0"),
-        ({"teacher": lambda *_: torch.ones(3)}, r"teacher returned \(3,\); the outputs are \(16,\)"),
-        ({"teacher": lambda *_: 0.5}, "teacher returned .*float"),
-        ({"batches": []}, "batches is empty"),
-        ({"batches": iter(BATCHES[:2])}, "batches ended after 2"),
-        ({"batches": BATCHES[0]}, "batches is one dict"),
-        ({"batches": [EMPTY]}, "batch 0 has no rows"),
-        ({"score": 0.5}, "score is a float"),
-        ({"score": lambda _: math.nan}, "score returned NaN"),
-        ({"module": Scalar()}, r"the module returns \(\)"),
-        ({"module": NoGradient()}, "gradient"),
-        ({"module": nn.Linear(1, 1)}, "module"),
-        ({"module": "net"}, "module is a str"),
-    ],
-)  # fmt: skip
-def test_mistakes_are_one_line(words, message):
-    with pytest.raises(MergeError, match=message) as caught:
-        refine(**words)
-    assert "\n" not in str(caught.value)
-
-
-class Unused(Net):
-    """The user is known by half of its rows, or not at all."""
-
-    def __init__(self, rows: int) -> None:
-        super().__init__()
-        self.rows = rows
-
-    def forward(self, user, items, offsets):
-        self.user(torch.arange(self.rows) % 6) if self.rows else None
-        return (self.items(items, offsets=offsets) @ self.items.weight.T)[:, 0]
-
-
-@pytest.mark.parametrize(
-    ("rows", "message"), [(0, "look nothing up in it"), (20, "lookups of 20 rows for 16 outputs")]
-)
-def test_a_router_without_the_ids_of_rows_is_refused(rows, message):
-    with pytest.raises(MergeError, match=f"route=user.weight: .*{message}"):
-        refine(module=Unused(rows), **ROUTER)
-
-
-def test_nan_of_a_source_is_named():
-    broken = copy.deepcopy(SOURCES[1])
-    broken.last.bias.data[0] = math.nan
-    with pytest.raises(MergeError, match=r"last.bias: source 1 has NaN"):
-        refine([SOURCES[0], broken])
