@@ -11,12 +11,13 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from cki_rec.merging.calling import reason_of
 from cki_rec.merging.discovery.parity import Parity, null_space
 from cki_rec.merging.discovery.propose import Candidate, Graph, candidates, symmetries_of
 from cki_rec.merging.discovery.result import Symmetries
 from cki_rec.merging.discovery.trace import CONTRACTIONS, Tracer
 from cki_rec.merging.discovery.trial import Trial
-from cki_rec.merging.discovery.twin import LOOKUPS, reason_of
+from cki_rec.merging.discovery.twin import LOOKUPS
 from cki_rec.merging.symmetry import Symmetry
 
 MAX_SPLIT, MAX_PARTS = 256, 8

@@ -21,7 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cki_rec.merging.discovery.twin import Twin, UnseenRow, reason_of
+from cki_rec.merging.calling import reason_of
+from cki_rec.merging.discovery.twin import Twin, UnseenRow
 from cki_rec.merging.discovery.values import is_float, map_tensors, relative_difference
 from cki_rec.merging.symmetry import Symmetry, transform
 
