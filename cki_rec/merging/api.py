@@ -13,10 +13,10 @@ from cki_rec.merging.calling import evaluating
 from cki_rec.merging.discovery import find_symmetries
 from cki_rec.merging.extras import Extras, Rule
 from cki_rec.merging.inputs import (
-    Model,
     Sources,
     base_of,
     batches_of,
+    check_call,
     check_module,
     checked_score,
     counts_of,
@@ -32,6 +32,7 @@ from cki_rec.merging.params import MergeError, MixingWeights, Params, check_fini
 from cki_rec.merging.registry import MergeInputs, Method, MethodInfo, Score
 from cki_rec.merging.result import Align, MergeResult, Recipe, Repair
 from cki_rec.merging.search import AUTO, possible, search
+from cki_rec.merging.states import Model
 from cki_rec.merging.statistics import ActivationStatistics
 from cki_rec.merging.steps import (
     Network,
@@ -108,6 +109,7 @@ def merge(
     Raises:
         MergeError: Models that differ or have NaN, an unknown method or option, a missing input.
     """
+    check_call(method, starts, seed, progress, extras)
     extras, batches = extras or Extras(), batches_of(batches)
     module = None if module is None else network_of(module)
     sources = sources_of(models, dtype, module)
@@ -142,7 +144,7 @@ def merge(
         known_counts,
         network,
         ActivationStatistics(module, batches) if module is not None and batches else None,
-        None if score is None else checked_score(score, sources),
+        None if score is None else checked_score(score, sources, not extras.in_place),
         starts,
         seed,
         extras,

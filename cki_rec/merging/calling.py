@@ -49,7 +49,7 @@ def call(module: nn.Module, batch: Any, params: Params | None = None) -> Any:
     types = {tensor.dtype for tensor in params.values()}
     if len(types) == 1:
         positional, named = tree_map(lambda x: _widened(x, *types), (positional, named))
-    buffers = {name: params.get(name, buffer).clone() for name, buffer in module.named_buffers()}
+    buffers = {n: params.get(n, buffer).clone() for n, buffer in module.named_buffers()}
     try:
         with torch.random.fork_rng(cuda_devices()):
             torch.manual_seed(0)
@@ -67,7 +67,8 @@ def cuda_devices() -> list[int]:
 
 def reason_of(error: Exception) -> str:
     """Return one line about an exception."""
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
+    name, lines = type(error).__name__, str(error).strip().splitlines()
+    return f"{name}: {lines[0]}" if lines else name
 
 
 def _widened(value: Any, dtype: torch.dtype) -> Any:
@@ -99,6 +100,20 @@ def logits_of(module: nn.Module, batch: Any, params: Params | None = None) -> Te
     )
 
 
+def check_moments(moments: Mapping[str, Tensor]) -> None:
+    """Check that moments of activations are finite.
+
+    Args:
+        moments: By the name of the parameter beside the activations.
+
+    Raises:
+        MergeError: They are not; names the parameter.
+    """
+    for name, tensor in moments.items():
+        if not bool(tensor.isfinite().all()):
+            raise MergeError(f"{name}: activations are NaN or infinite on batches")
+
+
 def num_rows(output: Any, batch: Any) -> int:
     """Return the number of rows of an output: of its first tensor with rows, else of the batch."""
     sizes = (len(tensor) for tensor in tensors_of(output) if tensor.ndim)
@@ -112,8 +127,10 @@ def outputs_of(module: nn.Module, batch: Any, params: Params | None = None) -> T
         MergeError: It has none.
     """
     outputs = list(tensors_of(call(module, batch, params)))
-    if not outputs:
-        raise MergeError("the module returns no floating tensor")
+    if not any(output.numel() for output in outputs):
+        raise MergeError(
+            "the module returns no floating number on a batch; pass batches with rows"
+        )
     return torch.cat([output.flatten() for output in outputs])
 
 

@@ -16,11 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from cki_rec.merging.calling import call, is_logits, logits_of, num_rows
+from cki_rec.merging.calling import call, check_moments, is_logits, logits_of, num_rows
 from cki_rec.merging.params import Params
 from cki_rec.merging.repair import Moments
 from cki_rec.merging.traits import valid_positions_of
-
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
@@ -56,8 +55,9 @@ def linear_moments(
 ) -> Moments:
     """Return second moments of the inputs of every Linear layer, over all models side by side.
 
-    Batch norms are observed beside them: mean and variance of their inputs in the first model. Three kinds of layers are left out: layers that run more than once per batch, layers without
-    input, and layers whose input is the same for all rows. Layers inside a module with
+    Batch norms are observed beside them: mean and variance of their inputs in the first model.
+    Three kinds of Linear layers are left out: layers that run more than once per batch, layers
+    without input, and layers whose input is the same for all rows. Layers inside a module with
     ``valid_positions`` count valid positions only: the module drops the outputs of the others.
 
     Args:
@@ -69,6 +69,9 @@ def linear_moments(
     Returns:
         The moments, divided by the number of rows of each layer. There are none with logits if
         the module does not return one number per row.
+
+    Raises:
+        MergeError: Activations are NaN or infinite.
     """
     second: dict[str, Tensor] = {}
     logit: dict[str, Tensor] = {}
@@ -105,6 +108,7 @@ def linear_moments(
                 if name not in valid and logit_BK is not None:
                     _add(logit, name, (flat.T @ logit_BK).unflatten(0, shape))
                 rows[name] = rows.get(name, 0) + len(flat)
+    check_moments({**second, **sums})
     seen = [n for n in order if n in second and (n in valid or rows[n] == total)]
     return Moments(
         {name: second[name] / rows[name] for name in seen},

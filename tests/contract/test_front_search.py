@@ -76,7 +76,7 @@ def test_auto_leaves_out_recipes_that_the_inputs_do_not_allow():
     assert set(alone.scores) == {"average", "source 0", "source 1"}
     result = merge(models, "auto", score=score, module=models[0], batches=sample)
     assert "average, align=weights" in result.scores
-    assert any("one logit per row" in warning for warning in result.warnings)
+    assert any("one number per row" in warning for warning in result.warnings)
     counted = merge(PAIR, "auto", counts=COUNTS, score=lambda s: float(s["bias"].sum()))
     assert "evidence" in counted.scores
     assert set(merge([ONE], "auto", score=lambda _: 1.0).scores) == {"average", "source 0"}

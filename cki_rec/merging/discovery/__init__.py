@@ -22,6 +22,8 @@ from cki_rec.merging.discovery.search import Search
 from cki_rec.merging.discovery.trial import CannotRun, Trial
 from cki_rec.merging.discovery.twin import exact, rows_read
 from cki_rec.merging.discovery.verification import changes
+from cki_rec.merging.params import MergeError
+from cki_rec.merging.states import unwrapped
 from cki_rec.merging.symmetry import Symmetry
 
 __all__ = ["Symmetries", "find_symmetries", "verify"]
@@ -47,6 +49,7 @@ def find_symmetries(
     Raises:
         MergeError: The module cannot be copied, or it fails on these inputs.
     """
+    module = _checked(module, tolerance)
     ids = rows_read(module, example_inputs)
     with exact(seed):
         try:
@@ -77,6 +80,16 @@ def verify(
         MergeError: A symmetry changes the outputs, names a parameter that the module lacks, or
             does not fit its shape; names the first one. Or the module fails on these inputs.
     """
+    module = _checked(module, tolerance)
     ids = rows_read(module, inputs)
     with exact(seed):
         return changes(module, symmetries, inputs, ids, tolerance)
+
+
+def _checked(module: Any, tolerance: Any) -> nn.Module:
+    """Return a module without wrappers."""
+    if not isinstance(module, nn.Module):
+        raise MergeError(f"module is a {type(module).__name__}; pass a module")
+    if not isinstance(tolerance, int | float) or not tolerance > 0:
+        raise MergeError(f"tolerance={tolerance!r}: must be a number above 0")
+    return unwrapped(module)

@@ -251,11 +251,17 @@ def rows_read(module: nn.Module, inputs: Any) -> dict[int, Tensor]:
             raise MergeError(f"module fails on these inputs ({reason_of(error)})") from error
         if not outputs:
             raise MergeError("module returns no tensor on these inputs")
+        if not any(map(_has_numbers, outputs)):
+            raise MergeError("module returns no finite number on these inputs")
         return {
             originals[key]: torch.cat(ids).unique()
             for key, ids in watch.ids.items()
             if key not in watch.others and len(ids)
         }
+
+
+def _has_numbers(output: Tensor) -> bool:
+    return output.layout is not torch.strided or bool(output.isfinite().any())
 
 
 def _start_of(tensor: Tensor) -> int:
