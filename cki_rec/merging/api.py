@@ -230,10 +230,12 @@ def run(recipe: Recipe, task: _Task) -> MergeResult:
     )
     task.progress("repair", 2, 3)
     if repair != "none" and is_several and weights is not None:
-        seen = required(activations, repair)
+        seen, mixed = required(activations, repair), params
         params, weights, anchor = repair_model(
             repair, params, sources, weights, network, row_weights, seen, task.score
         )
+        if all(params[name] is tensor for name, tensor in mixed.items()):
+            warnings.append(f"repair={repair} changed nothing: no layer reads one input per row")
     if not is_checked and weights is not None:
         check_hidden(models, weights)
     if not all(is_finite(tensor) for tensor in params.values()):

@@ -56,7 +56,7 @@ def state_of(model: Model, title: str, names: Collection[str] = ()) -> Params:
     for name, tensor in state.items():
         if not isinstance(tensor, Tensor):
             kind = type(tensor).__name__
-            raise MergeError(f"{name}: {title} holds a {kind}; pass tensors only")
+            raise MergeError(f"{name}: {title} holds a {kind}; pass state dicts without it")
         if is_lazy(tensor):
             raise MergeError(f"{name}: {title} is not initialized yet; run it on a batch first")
         check_plain(name, tensor, title)

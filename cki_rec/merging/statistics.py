@@ -145,6 +145,7 @@ def adds_to_logit(network: nn.Module, params: Params, batch: Any, layer: str) ->
     return bool(error <= 1e-3 * before.abs().max().clamp_min(1))
 
 
+@torch.inference_mode(False)
 @torch.enable_grad()
 def output_gradients(
     network: nn.Module,
@@ -163,6 +164,7 @@ def output_gradients(
         batches: The sample.
         layers: Names of weights.
     """
+    models = [{n: t.clone() if t.is_inference() else t for n, t in m.items()} for m in models]
     nudges: dict[str, list[Tensor]] = {name: [] for name in layers}
 
     def add_nudge(name: str, module: nn.Module) -> RemovableHandle:

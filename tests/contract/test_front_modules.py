@@ -149,9 +149,19 @@ def test_gradients_are_taken_whatever_the_mode_of_the_caller():
     words = {"align": "weights", "repair": "select_units", "batches": [ROWS]}
     models = [mlp(), mlp()]
     expected = merge(models, module=models[0], **words).params
-    with torch.no_grad():
-        actual = merge(models, module=models[0], **words).params
-    assert all(torch.equal(expected[name], actual[name]) for name in expected)
+    for mode in (torch.no_grad(), torch.inference_mode()):
+        with mode:
+            actual = merge(models, module=models[0], **words).params
+        assert all(torch.equal(expected[name], actual[name]) for name in expected)
+
+
+def test_symmetries_are_found_in_inference_mode():
+    module = mlp()
+    expected = find_symmetries(module, ROWS)
+    with torch.inference_mode():
+        assert len(find_symmetries(module, ROWS)) == len(expected) == 1
+        inner = mlp()
+        assert len(verify(inner, find_symmetries(inner, ROWS), ROWS.clone())) == 1
 
 
 def test_models_may_be_an_iterator():

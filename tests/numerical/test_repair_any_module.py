@@ -117,3 +117,10 @@ def test_the_last_layer_is_fitted_to_the_logit_only_if_it_adds_to_it():
                      for how in ("none", "least_squares"))  # fmt: skip
     gap = fitted["right.2.weight"] - plain["right.2.weight"]
     assert float((gap - gap.mean(0)).abs().max()) > 1e-3  # not the same for all outputs
+
+
+def test_a_repair_without_effect_is_reported():
+    module = nn.Sequential(nn.Embedding(ROWS, 4), mlp(4, 6, 2))
+    words = {"module": module, "batches": [ids(40, 7)], "repair": "least_squares"}
+    result = merge([module, copy.deepcopy(module)], **words)
+    assert any("changed nothing: no layer reads one input" in text for text in result.warnings)

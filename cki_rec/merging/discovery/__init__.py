@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import nn
 
 from cki_rec.merging.discovery.result import Symmetries
@@ -29,6 +30,7 @@ from cki_rec.merging.symmetry import Symmetry
 __all__ = ["Symmetries", "find_symmetries", "verify"]
 
 
+@torch.inference_mode(False)  # in which a trace does not see the operations inside of layers
 def find_symmetries(
     module: nn.Module, example_inputs: Any, *, tolerance: float = 1e-9, seed: int = 0
 ) -> Symmetries:
@@ -59,6 +61,7 @@ def find_symmetries(
         return Search(trial, tolerance).result()
 
 
+@torch.inference_mode(False)
 def verify(
     module: nn.Module,
     symmetries: Sequence[Symmetry],
