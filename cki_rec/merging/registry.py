@@ -253,9 +253,9 @@ def method(
         A decorator that returns the function unchanged.
 
     Raises:
-        ValueError: The name is taken, a parameter without a default is no input, an input that is
-            needed is no parameter, an option is named like an argument of ``merge``, or the return
-            annotation is missing.
+        ValueError: The name is taken, or the return annotation is missing. A parameter without a
+            default is no input, or an input that is needed is no parameter. An option is named
+            like an argument of ``merge``.
     """
 
     def register(function: Function) -> Function:
