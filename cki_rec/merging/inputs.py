@@ -47,7 +47,8 @@ class Sources:
 
     def merged_name(self, name: str) -> str:
         """Return the name under which a tensor is merged; wrappers make no difference."""
-        name = matched(name, self.names)
+        is_known = name in self.models[0] or name in self.tied
+        name = name if is_known else matched(name, self.names)
         return self.tied.get(name, name)
 
     def restored(self, params: Params, is_new: bool = True) -> Params:

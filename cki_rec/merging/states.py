@@ -118,7 +118,7 @@ def renamed(state: Mapping[str, Any], names: Collection[str] = ()) -> Mapping[st
         raise MergeError(f"{wrong[0]!r} is no name of a tensor; pass state dicts")
     if not names:
         new = _without_prefixes(state)
-    elif all(name in names for name in state):
+    elif set(state) <= set(names):
         return state
     else:
         known = [plain(name) for name in names]
