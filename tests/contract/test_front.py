@@ -239,7 +239,7 @@ def test_copies_of_a_tensor_that_the_module_ties_are_merged_once():
     merged = merge(copies, "average", **words).params
     assert merged["out.weight"].equal(merged["item.weight"])
     copies[1]["out.weight"] += 1
-    with pytest.raises(MergeError, match="out.weight: one tensor with item.weight in module"):
+    with pytest.raises(MergeError, match=r"out.weight: one tensor with item.weight in module"):
         merge(copies, "average", **words)
 
 
