@@ -51,6 +51,8 @@ def call(module: nn.Module, batch: Any, params: Params | None = None) -> Any:
     types = {tensor.dtype for tensor in params.values()}
     if len(types) == 1:
         positional, named = tree_map(lambda x: _widened(x, *types), (positional, named))
+    if torch.is_grad_enabled():
+        positional, named = tree_map(_differentiable, (positional, named))
     buffers = {n: params.get(n, buffer).clone() for n, buffer in module.named_buffers()}
     if any(getattr(part, "max_norm", None) is not None for part in module.modules()):
         params = {n: tensor.clone() for n, tensor in params.items()}  # lookups rescale rows
@@ -79,6 +81,11 @@ def _widened(value: Any, dtype: torch.dtype) -> Any:
     """Return a floating tensor of a shorter type in ``dtype``; all else stays as it is."""
     is_short = isinstance(value, Tensor) and value.is_floating_point()
     return value.to(dtype) if is_short and value.itemsize < dtype.itemsize else value
+
+
+def _differentiable(value: Any) -> Any:
+    """Return a copy of a tensor of inference mode, which no gradient can pass by."""
+    return value.clone() if isinstance(value, Tensor) and value.is_inference() else value
 
 
 def is_logits(output: Any) -> bool:

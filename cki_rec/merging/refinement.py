@@ -158,7 +158,7 @@ class Fitted:
     warnings: list[str] = field(default_factory=list)
 
 
-@torch.enable_grad()
+@torch.inference_mode(False)  # gradients are on, whatever the mode of the caller
 def fit(
     plan: Plan,
     module: nn.Module,

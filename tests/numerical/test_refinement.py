@@ -10,7 +10,7 @@ import itertools
 
 import pytest
 import torch
-from refined import BATCHES, COUNTS, SOURCES, net, refine
+from refined import BATCHES, COUNTS, SOURCES, batch, net, refine
 from torch import nn
 
 import cki_rec
@@ -176,10 +176,15 @@ def test_results_do_not_depend_on_how_batches_are_passed_nor_on_the_call():
         assert same(first, refine(steps=6, stages=("maps", "all"), batches=batches).params)
 
 
-def test_within_no_grad_it_fits_too():
-    with torch.no_grad():
-        fitted = refine().params
-    assert same(fitted, refine().params)
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_modes_without_gradients_make_no_difference(mode):
+    words = {"stages": ("maps", "all"), "steps": 5}
+    want = refine([net(1), net(2)], **words).params
+    with mode():
+        models, batches = [net(1), net(2)], [batch(seed) for seed in range(4)]
+        fitted = refine(models, module=models[0], batches=batches, **words).params
+        assert not torch.is_grad_enabled()
+    assert same(fitted, want)
 
 
 @pytest.mark.parametrize(("dtype", "limit"), [(torch.float64, 1e-6), (torch.bfloat16, 0.02)])
