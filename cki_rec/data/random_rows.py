@@ -77,7 +77,10 @@ class RandomRows:
 
 
 def mean_lengths(schema: FeatureSchema, counts: Mapping[str, NDArray[Any]]) -> dict[str, float]:
-    """Return the mean number of ids a row of every set and history; 1 if no table has one id per row."""
+    """Return the mean number of ids a row of every set and history.
+
+    It is 1 if no table has one id per row.
+    """
     kinds: dict[str, list[str]] = {}
     for feature in schema.lookups:
         kinds.setdefault(feature.table, []).append(feature.kind)

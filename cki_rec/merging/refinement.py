@@ -1,7 +1,7 @@
 """Fit a merged model to a teacher made of its sources, without labels.
 
-No label is read. But sources may have memorized labels of their training rows, and their outputs on
-these rows show it. Random rows, and rows that no source has seen, are free of that.
+No label is read. But sources may have memorized labels of their training rows, and their outputs
+on these rows show it. Random rows, and rows that no source has seen, are free of that.
 
 Shape legend: K sources, B rows of a batch.
 """
