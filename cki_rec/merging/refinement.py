@@ -1,7 +1,7 @@
 """Fit a merged model to a teacher made of its sources, without labels.
 
-No label is read. But a source memorizes labels of its training rows, and its outputs on them hold
-some of that. Random rows, and rows that no source has seen, hold none of it.
+No label is read. But sources may have memorized labels of their training rows, and their outputs
+on these rows show it. Random rows, and rows that no source has seen, are free of that.
 
 Shape legend: K sources, B rows of a batch.
 """
@@ -89,8 +89,8 @@ def refine(
         progress: Called with the name of a stage, the number of steps done, and that of all.
 
     Returns:
-        The new model. ``scores`` has a value per check. ``warnings`` has a line if ``start``
-        is returned.
+        The new model. ``scores`` has a value per check. A warning is given if ``start`` was
+        returned.
 
     Raises:
         MergeError: Inputs that do not fit, no batches, or a teacher with NaN.

@@ -85,13 +85,8 @@ PREAMBLE = """
 import sys
 
 
-class Refuse:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in FORBIDDEN:
-            raise ImportError(f"{name} must not be imported")
-
-
-sys.meta_path.insert(0, Refuse())
+for name in FORBIDDEN:  # as if they were not installed: torch looks for some of them
+    sys.modules[name] = None
 
 import time
 
@@ -140,7 +135,7 @@ assert all(name in dir(cki_rec) and hasattr(cki_rec, name) for name in cki_rec._
 result = cki_rec.merge([a, b], "auto", module=module, batches=batches, score=validation_auc)
 assert validation_auc(result.params) >= max(map(validation_auc, (a.state_dict(), b.state_dict())))
 assert result.scores[result.recipe] == max(result.scores.values()), result.scores
-assert len(result.scores) == 8, result.scores
+assert len(result.scores) == 9, result.scores
 print("seconds", seconds)
 """
 
