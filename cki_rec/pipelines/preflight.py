@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from cki_rec.checkpoints import Checkpoint, outline
 from cki_rec.config import Config, Merge, UserError, nearest, with_delta
+from cki_rec.data.dataset import MANIFEST
 from cki_rec.data.encoding.store import EncodedDataset
 from cki_rec.engine import distributed
 from cki_rec.engine.networks import declared
@@ -23,6 +25,8 @@ RECIPE = {"merge.method": Recipe().method, "merge.recipes": [], "merge.refine": 
 """Options from which a recipe starts."""
 TRAINING_ROWS = frozenset({"fisher", "moments"})
 """Inputs of methods that are computed on training rows."""
+ROWS = ("training", "random")
+"""Rows of a refinement that need no path."""
 INSTEAD = "use merge=evidence or merge=aligned_weights, or start it without torchrun"
 NOT_OF_SOURCES = ("merge", "suite", "finetune", "evaluate", "assess")
 """Sections of the configuration that do not change the training of a source."""
@@ -52,6 +56,11 @@ def is_single_model(options: Merge) -> bool:
     """Return whether the result is one model of unchanged size."""
     entry = entry_of(options)
     return not isinstance(entry, Reference) or entry.single_model
+
+
+def is_encoded(folder: str) -> bool:
+    """Return whether a folder holds an encoded data set."""
+    return (Path(folder) / MANIFEST).is_file()
 
 
 def is_refined_search(options: Merge) -> bool:
@@ -118,6 +127,11 @@ def check_options(config: Config) -> None:
     options = config.merge
     entry = entry_of(options)
     check_deltas(options)
+    if options.refine != "none" and options.rows not in ROWS and not is_encoded(options.rows):
+        raise UserError(
+            f"merge.rows={options.rows}: no encoded data set; use {' or '.join(ROWS)}, or the"
+            " folder of a data set that cki-rec prepare wrote"
+        )
     _check_processes(options, entry)
     if entry is None:
         _check_recipes(config)

@@ -36,6 +36,7 @@ from cki_rec.merging.params import Params
 from cki_rec.merging.teachers import router_shares, routing_table, separation
 from cki_rec.pipelines import train, vocabularies
 from cki_rec.pipelines.predictions import predictions, scoring_model
+from cki_rec.pipelines.preflight import ROWS
 from cki_rec.pipelines.provenance import other_tables
 from cki_rec.pipelines.sources import Source, Sources
 
@@ -84,7 +85,7 @@ def ensure(config: Config, models: Sources, start: Source) -> Run:
         "sources": [source.identity for source in models.merged],
         "refine": options.refine,
         "refinement": section(options.refinement),
-        "rows": options.rows,
+        "rows": options.rows if options.rows in ROWS else EncodedDataset(Path(options.rows)).hash,
         "train": train.schedule_section(schedule_of(config, PASSES)),
         "data": dataset.hash,
         "seed": config.seed,
@@ -168,7 +169,7 @@ def unlabelled_rows(
         UserError: The rows have other vocabularies, or checkpoints hold no counts to draw from.
     """
     kind = config.merge.rows
-    wanted = steps * config.merge.refinement.batch_size // PASSES
+    wanted = -(-steps * config.merge.refinement.batch_size // PASSES)
     if kind == "random":
         counts = [_counts(config, dataset, source) for source in sources]
         if any(not source for source in counts):
@@ -314,15 +315,19 @@ def _routing_field(
     config: Config, schema: FeatureSchema, counts: Sequence[Params]
 ) -> tuple[str | None, float | None]:
     """Return the field that routes, and how far the sources' ids of it differ."""
-    if any(not source for source in counts):
-        return None, None
     named = config.merge.refinement.field
-    fields = {f.name: f for f in schema.lookups}
+    if any(not source for source in counts):
+        if named is not None or config.merge.refine == "router":
+            raise UserError(
+                "merge.refine=router: a source holds no row counts; use merge.refine=mean"
+            )
+        return None, None
+    fields = {f.name: f for f in schema.lookups if f.table in counts[0]}
     if named is not None:
         if named not in fields:
             raise UserError(
-                f"merge.refinement.field={named}: no field of the data set is looked up under this"
-                f" name; one of {', '.join(fields)}"
+                f"merge.refinement.field={named}: the models look up no field of this name;"
+                f" one of {', '.join(fields)}"
             )
         return named, separation(counts).get(fields[named].table)
     table = routing_table(counts)

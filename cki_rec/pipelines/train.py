@@ -321,12 +321,11 @@ def best_epoch(history: list[dict[str, Any]]) -> dict[str, Any]:
 
 def history_summary(history: list[dict[str, Any]]) -> str:
     """Return the number of epochs and the validation AUC of the best one."""
-    best = best_epoch(history)
-    if best["epoch"] == 0:
+    best, epochs = best_epoch(history), history[-1]["epoch"]
+    if epochs == 0:
         return "initial weights"
-    return (
-        f"best of {len(history)} epochs is {best['epoch']}, validation AUC {best['valid_auc']:.4f}"
-    )
+    which = best["epoch"] or "none"
+    return f"best of {epochs} epochs is {which}, validation AUC {best['valid_auc']:.4f}"
 
 
 def data_identity(config: Config, dataset: EncodedDataset) -> dict[str, Any]:
