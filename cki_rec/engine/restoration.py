@@ -36,9 +36,9 @@ def restore(
     tensors: dict[str, dict[str, Any]] = {"model": model.module.state_dict()}
     accumulators = model.accumulators() if to_train else {}
     shapes = accumulator_shapes(folder) if accumulators else {}
-    for name, shape in shapes.items():
-        needed = tuple(accumulators[name].metadata().size)
-        if shape != needed:
+    for name, accumulator in accumulators.items():  # of tables of this process
+        shape, needed = shapes.get(name), tuple(accumulator.metadata().size)
+        if shapes and shape != needed:
             raise UserError(
                 f"{folder}: the accumulator of {name} is {shape}, train.table_optimizer="
                 f"{schedule.table_optimizer} needs {needed}; use the optimizer of its training"

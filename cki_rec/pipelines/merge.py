@@ -234,7 +234,7 @@ def _finished(config: Config, fitted: Run, run: Run) -> tuple[dict[str, Any], di
             log.warning("  merge.recalibrate=true: not done, %s", calibration.reason)
     tensors = {"model": params, "accumulator": saved.accumulators, "counts": saved.counts}
     sharded.save(run.checkpoint, tensors, saved, saved.origin)
-    if fitted.record["result"]["best_epoch"] == 0:
+    if fitted.record["result"]["best_epoch"] == 0 and distributed.rank() == 0:
         log.warning("  %s: no pass gains on validation rows; not refined", config.merge.label)
     result = _result(recalibration=asdict(calibration) if calibration else None)
     history = fitted.record["result"]["history"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,7 +12,9 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
+from cki_rec.checkpoints import checkpoint
 from cki_rec.cli import main
 from cki_rec.engine.resume import RESUME
 from cki_rec.engine.steps import STEPS
@@ -73,6 +76,29 @@ def test_two_processes_train_the_chain_of_one(words, tmp_path):
     assert out.count("model: ") == 1  # the first speaks for both
     assert out.count("rank 1: ") == 2  # of each training
     assert "Traceback" not in error
+
+
+@pytest.mark.slow
+def test_two_processes_refine_the_model_of_one(words, tmp_path):
+    """Under the default plan, some tables are on one process alone."""
+    more = ("suite=seeds", "merge=average", "train.epochs=1", "merge.refinement.steps=20")
+    more += ("merge.refinement.batch_size=301", "merge.refine=mean")
+    assert main(["merge", *words("one", *more)[1:]]) == 0
+    shutil.copytree(tmp_path / "one", tmp_path / "two")
+    for pattern in ("merge-*", "refine-*", "teachers"):  # the sources stay
+        for folder in (tmp_path / "two" / "out").glob(pattern):
+            shutil.rmtree(folder)
+    process = two_processes(["merge", *words("two", *more)[1:]])
+    _, error = process.communicate(timeout=180)
+    assert process.returncode == 0, error
+    runs = [next((tmp_path / n / "out").glob("refine-*")) for n in ("one", "two")]
+    one, two = (json.loads((run / "record.json").read_text()) for run in runs)
+    assert two["provenance"]["world_size"] == 2
+    for mine, theirs in zip(two["result"]["history"], one["result"]["history"], strict=True):
+        assert mine == pytest.approx(theirs, abs=1e-4)
+    params = [checkpoint.load(run / "checkpoint").params for run in runs]
+    for name, tensor in params[0].items():
+        torch.testing.assert_close(params[1][name], tensor, rtol=1e-4, atol=1e-5)
 
 
 def children_of(pid: int) -> list[int]:

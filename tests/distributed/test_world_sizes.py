@@ -184,6 +184,17 @@ def test_a_bad_row_of_one_process_stops_all_before_any_update(worlds, num):
         assert each["unchanged"]
 
 
+@several
+def test_a_refinement_by_several_is_that_of_one(alone, worlds, num):
+    (expected,), found = messages_of(alone), messages_of(worlds[num])
+    assert expected["refined"]["is_best"]
+    for each in found:
+        assert each["refined"] == pytest.approx(expected["refined"], abs=1e-5)
+    (logits,), several_logits = arrays_of(alone), arrays_of(worlds[num])
+    for each in several_logits:
+        np.testing.assert_allclose(each["refined"], logits["refined"], atol=1e-4)
+
+
 def test_columns_apart_need_an_optimizer_that_allows_it(alone, worlds):
     (message,) = (messages["columns"] for messages in messages_of(alone))
     assert message is None  # alone, columns stay together

@@ -11,10 +11,13 @@ import torch
 from torch.nn.functional import binary_cross_entropy_with_logits
 from training import TABLES, accumulators_of, load_params, options, reference_logit, state_of, step
 
+from cki_rec.checkpoints import checkpoint
 from cki_rec.config import UserError
-from cki_rec.engine import distributed, embeddings
-from cki_rec.engine.embeddings import initial_rows, initialize, table_of
+from cki_rec.data.provenance import Provenance
+from cki_rec.engine import checkpoint_io, distributed, embeddings
+from cki_rec.engine.embeddings import ShardedModel, initial_rows, initialize, table_of
 from cki_rec.engine.optimization import initialized_adam
+from cki_rec.engine.restoration import restore
 from cki_rec.models import build_model
 
 SCHEDULE = options().train
@@ -293,3 +296,26 @@ def test_more_processes_than_cuda_devices(monkeypatch):
     monkeypatch.setattr(distributed, "local_position", lambda: (1, 2))
     with pytest.raises(UserError, match="2 processes for 1 CUDA devices on this machine"):
         distributed.start(options("runtime.device=cuda").runtime)
+
+
+def test_a_process_without_some_tables_restores_those_that_it_has(
+    sharded, schema, make_batch, tmp_path, monkeypatch
+):
+    """A plan by tables gives each process the accumulators of its own tables alone."""
+    model, config = sharded(), options()
+    step(model, make_batch(16), config.train)
+    tensors = {"model": model.module.state_dict(), "accumulator": model.accumulators()}
+    checkpoint_io.save(tmp_path / "saved", tensors, config.model, schema, Provenance("h"))
+    whole = ShardedModel.accumulators
+    held = [name for name in model.tables if "user" in name]
+    monkeypatch.setattr(
+        ShardedModel, "accumulators", lambda self: {n: whole(self)[n] for n in held}
+    )
+    saved = checkpoint.describe(tmp_path / "saved")
+    words = (saved, tmp_path / "saved", config.train, config.runtime)
+    found = accumulators_of(restore(*words, to_train=True))
+    monkeypatch.undo()
+    assert found.keys() == set(held)
+    for name, tensor in found.items():
+        assert tensor.equal(accumulators_of(model)[name])
+        assert bool((tensor > 0).any())
