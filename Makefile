@@ -35,6 +35,9 @@ format: setup ## let ruff rewrite the sources
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# pytest keeps the compiled tests for the next run, also where the environment forbids bytecode.
+test test-all: export PYTHONDONTWRITEBYTECODE =
+
 test: lint ## lint, types and tests
 	$(BIN)/pytest -q --hypothesis-profile=fixed $(PARALLEL)
 

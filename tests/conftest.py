@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import copy
+import gc
 import zipfile
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import pytest
 import torch
+from hydra._internal.config_repository import ConfigRepository
 from hypothesis import settings
 from store import train_once, trained_models, without_store
 
+from cki_rec.cli import CONF
 from cki_rec.config import Config, parse, register_resolvers
 from cki_rec.data.schema import Batch, Feature, FeatureSchema
 
@@ -31,6 +36,12 @@ SMALL = (
 
 settings.register_profile("fixed", derandomize=True)  # make test: the same examples everywhere
 settings.register_profile("search", print_blob=True)  # make test-all: new ones every time
+
+
+def pytest_collection_finish():
+    """Keep the imports of all tests out of garbage collections: they are most of the heap."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
@@ -61,6 +72,24 @@ def write_raw_zip(path: Path, seed: int = 0) -> Path:
             info = zipfile.ZipInfo(f"ml-latest-small/{name}.csv")  # without the time of day
             archive.writestr(info, "\r\n".join(lines) + "\r\n")
     return path
+
+
+@pytest.fixture(autouse=True, scope="session")
+def conf_read_once():
+    """Let Hydra read a file of ``conf/`` once: it takes a quarter of every composition."""
+    load, results = ConfigRepository.load_config, {}
+
+    def load_once(repository, config_path):
+        key = (config_path, *(source.path for source in repository.sources))
+        if key not in results:
+            result = load(repository, config_path)
+            if result is None or result.path not in (f"file://{CONF}", "pkg://hydra.conf"):
+                return result  # files of a test may change
+            results[key] = result
+        return copy.deepcopy(results[key])
+
+    with patch.object(ConfigRepository, "load_config", load_once):
+        yield
 
 
 @pytest.fixture(scope="session")

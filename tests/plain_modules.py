@@ -165,15 +165,17 @@ class OneTable(nn.Module):
 class Experts(nn.Module):
     """Experts in one parameter, with a softmax gate."""
 
-    def __init__(self, experts=3, hidden=4):
+    def __init__(self, experts=3, hidden=4, biases=False):
         super().__init__()
         self.first = nn.Parameter(floats(experts, 5, hidden))
         self.last = nn.Parameter(floats(experts, hidden, 2, seed=1))
+        self.inside = nn.Parameter(floats(experts, hidden, seed=2)) if biases else 0
+        self.outside = nn.Parameter(floats(experts, 2, seed=3)) if biases else 0
         self.gate = nn.Linear(5, experts)
 
     def forward(self, x):
-        y = torch.einsum("bd,edh->beh", x, self.first).relu()
-        y = torch.einsum("beh,ehk->bek", y, self.last)
+        y = (torch.einsum("bd,edh->beh", x, self.first) + self.inside).relu()
+        y = torch.einsum("beh,ehk->bek", y, self.last) + self.outside
         return (self.gate(x).softmax(1).unsqueeze(-1) * y).sum(1)
 
 

@@ -311,16 +311,12 @@ def sweep_of(name: str) -> list[tuple[str, ...]]:
 def test_every_sweep_expands_and_its_jobs_parse(compose, name):
     jobs = sweep_of(name)
     assert len(set(jobs)) == len(jobs) > 0
-    # every value of every axis is met, not every combination: the first job with one value changed
-    # (but only the last of the seeds, which are numbers alike)
+    # every value of every axis is met, not every combination: job n has the n-th value of each
+    # axis or its last one (of the seeds, which are numbers alike, only as many as there are jobs)
     axes = [list(dict.fromkeys(values)) for values in zip(*jobs, strict=True)]
-    one_changed = {
-        tuple(value if i == axis else first for i, first in enumerate(jobs[0]))
-        for axis, values in enumerate(axes)
-        for value in values
-        if not value.startswith("seed=")
-    }
-    for job in dict.fromkeys([jobs[0], jobs[-1], *sorted(one_changed)]):
+    lengths = [len(values) for values in axes if not values[0].startswith("seed=")]
+    for number in range(max(lengths, default=1)):
+        job = [values[min(number, len(values) - 1)] for values in axes]
         config = parse(compose(f"experiment={name}", *job))
         assert config.name == name
 

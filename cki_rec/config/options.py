@@ -184,6 +184,11 @@ class Refinement:
     """Adam, dense parameters; falls to 0 by a cosine."""
     table_learning_rate: NonNegativeFloat
     """Of ``fused`` embeddings; falls likewise."""
+    start: Literal["merged", "initial"]
+    """``merged``, or for a control ``initial`` weights."""
+    control: Literal["none", "start", "first_source", "shuffled"]
+    """Change of the teacher for controls: ``none``, the ``start`` itself, the ``first_source``
+    alone, or a router whose shares are ``shuffled`` over the rows."""
 
 
 @section

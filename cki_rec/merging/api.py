@@ -1,17 +1,24 @@
-"""The merge, from several models to one: check, align, mix, repair, recalibrate."""
+"""The merge, from several models to one: check, align, mix, repair, refine, recalibrate."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, get_args
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from cki_rec.merging.calling import evaluating
+from cki_rec.merging.checks import (
+    check_fixed,
+    check_hidden,
+    check_recipe,
+    check_search,
+    required,
+)
 from cki_rec.merging.discovery import find_symmetries
-from cki_rec.merging.extras import Extras, Rule
+from cki_rec.merging.extras import Extras
 from cki_rec.merging.inputs import (
     Model,
     Sources,
@@ -27,10 +34,10 @@ from cki_rec.merging.inputs import (
 )
 from cki_rec.merging.methods import METHODS
 from cki_rec.merging.mixing import source_shares
-from cki_rec.merging.options import nearest
-from cki_rec.merging.params import MergeError, MixingWeights, Params, check_finite, is_finite
+from cki_rec.merging.params import MergeError, Params, check_finite, is_finite
+from cki_rec.merging.refinement import SHARE, Fitted, Plan, fit
 from cki_rec.merging.registry import MergeInputs, Method, MethodInfo, Score
-from cki_rec.merging.result import Align, MergeResult, Recipe, Repair
+from cki_rec.merging.result import Align, Effort, MergeResult, Recipe, Refine, Repair
 from cki_rec.merging.search import AUTO, possible, search
 from cki_rec.merging.statistics import ActivationStatistics
 from cki_rec.merging.steps import (
@@ -43,6 +50,7 @@ from cki_rec.merging.steps import (
     row_weights_of,
 )
 from cki_rec.merging.symmetry import Symmetry
+from cki_rec.merging.teachers import routing_table
 from cki_rec.merging.traits import symmetries_of as declared_symmetries
 
 FITTED = ("least_squares", "select_units", "project")
@@ -65,6 +73,8 @@ def merge(
     batches: Iterable[Any] | None = None,
     align: Align = "none",
     repair: Repair = "none",
+    refine: Refine = "none",
+    effort: Effort = "refine",
     starts: int = 1,
     score: Score | None = None,
     dtype: torch.dtype | None = None,
@@ -94,6 +104,9 @@ def merge(
             ``module(batch)``.
         align: Bring the sources into a shared basis: by their weights or by their activations.
         repair: Fit the merged layers to the sources' layers.
+        refine: Fit all PARAMETERS to the sources' outputs on ``batches``, without labels: to their
+            ``mean``, or by a ``router`` (see ``cki_rec.refine``, whose defaults hold here).
+        effort: Of ``auto``: ``closed_form``, or ``refine``: the best model too, given batches.
         starts: Starts of the search for an alignment; the best end is taken.
         score: Quality of a state dict on validation rows; larger is better.
         dtype: Floating type of the result; None: that of the first source.
@@ -111,11 +124,11 @@ def merge(
     extras, batches = extras or Extras(), batches_of(batches)
     module = None if module is None else network_of(module)
     sources = sources_of(models, dtype, module)
-    recipe = Recipe(method, align, repair, options)
+    recipe = Recipe(method, align, repair, refine, options)
     is_search = method == AUTO
     rule = None
     if is_search:
-        _check_search(recipe, score)
+        check_search(recipe, score)
     else:
         rule = check_recipe(recipe, len(sources.models))
     notes = list[str]()
@@ -150,7 +163,7 @@ def merge(
     )
     with evaluating(module):
         if is_search:
-            result = _search(task)
+            result = _search(task, effort)
         else:
             result = run(recipe, task)
     return replace(
@@ -236,6 +249,11 @@ def run(recipe: Recipe, task: _Task) -> MergeResult:
     if not all(is_finite(tensor) for tensor in params.values()):
         check_finite(task.sources.models)
         check_finite([params], "the result")
+    scores = dict[str, float]()
+    if recipe.refine != "none" and is_several:
+        fitted = fit_to_teacher(recipe.refine, params, task)
+        params, scores = fitted.params, fitted.scores
+        warnings += fitted.warnings
     if extras.calibrate is not None:
         params, calibration = calibrate_model(params, network, extras.calibrate(params))
         if calibration.reason:
@@ -250,6 +268,7 @@ def run(recipe: Recipe, task: _Task) -> MergeResult:
         shares,
         alignment,
         str(recipe),
+        scores,
         anchor=anchor,
         learned=learned,
         calibration=calibration,
@@ -257,9 +276,32 @@ def run(recipe: Recipe, task: _Task) -> MergeResult:
     )
 
 
-def _search(task: _Task) -> MergeResult:
-    """Return the best result of the recipes that the inputs allow, and of all sources."""
+def fit_to_teacher(refine: Refine, params: Params, task: _Task) -> Fitted:
+    """Return a merged model after a refinement with the default options.
+
+    Raises:
+        MergeError: There are no batches.
+    """
+    seen = required(task.activations, f"refine={refine}")
+    teacher: Literal["mean", "router"] = "router" if refine == "router" else "mean"
+    plan = Plan(teacher, SHARE if teacher == "router" else 1.0)
+    return fit(
+        *(plan, seen.network, task.sources, task.counts, seen.batches, params, None),
+        *(task.score, task.progress),
+    )
+
+
+def _search(task: _Task, effort: Effort) -> MergeResult:
+    """Return the best result of the recipes that the inputs allow, and of all sources.
+
+    With ``effort="refine"`` the best one is refined too, if there are batches.
+    """
     assert task.score is not None
+    refinements: list[Refine] = []
+    if effort == "refine" and task.activations is not None and len(task.sources.models) > 1:
+        refinements = ["mean"]
+        if routing_table(task.counts) is not None:
+            refinements = ["router"]
     recipes = possible(
         bool(task.counts),
         bool(task.network.symmetries),
@@ -273,74 +315,9 @@ def _search(task: _Task) -> MergeResult:
         task.sources.models,
         task.score,
         task.progress,
+        refinements,
+        lambda refine, params: fit_to_teacher(refine, params, quiet).params,
     )
-
-
-def check_recipe(recipe: Recipe, num_models: int) -> Method:
-    """Return the method of a recipe, after a check of method, options and steps.
-
-    Raises:
-        MergeError: An unknown method, option or step, or a step that the method excludes.
-    """
-    if recipe.method not in METHODS:
-        hint = nearest(recipe.method, [AUTO, *METHODS])
-        known = ", ".join([AUTO, *METHODS])
-        raise MergeError(f"no method {recipe.method!r}: {hint}one of {known}")
-    rule = METHODS[recipe.method]
-    rule.check(recipe.options, num_models)
-    for name, value, known_steps in (
-        ("align", recipe.align, get_args(Align)),
-        ("repair", recipe.repair, get_args(Repair)),
-    ):
-        if value not in known_steps:
-            raise MergeError(f"{name}={value!r}: one of {', '.join(known_steps)}")
-    if recipe.repair != "none" and not rule.averages_dense:
-        raise MergeError(
-            f"repair={recipe.repair}: {rule.name} does not average layers; use repair=none"
-        )
-    return rule
-
-
-def check_fixed(fixed: Mapping[str, Rule], params: Params) -> None:
-    """Check the parameters whose mixing weights the method does not decide.
-
-    Raises:
-        MergeError: An unknown rule or parameter.
-    """
-    for name, rule in fixed.items():
-        if rule not in get_args(Rule):
-            raise MergeError(f"fixed[{name!r}]={rule!r}: one of {', '.join(get_args(Rule))}")
-        if name not in params:
-            raise MergeError(f"fixed names {name}, which no model has")
-
-
-def check_hidden(models: Sequence[Params], weights: MixingWeights) -> None:
-    """Check the sources' tensors that have a weight of 0 or 1, where a mix would hide a NaN.
-
-    Raises:
-        MergeError: One has NaN or infinite entries; names tensor and model.
-    """
-    hidden = [n for n, w in weights.items() if bool(((w <= 0) | (w >= 1)).any())]
-    check_finite([{name: model[name] for name in hidden} for model in models])
-
-
-def required(activations: ActivationStatistics | None, purpose: str) -> ActivationStatistics:
-    """Return the activations.
-
-    Raises:
-        MergeError: There are none.
-    """
-    if activations is None:
-        raise MergeError(f"{purpose} needs activations on a sample of rows (module and batches)")
-    return activations
-
-
-def _check_search(recipe: Recipe, score: Score | None) -> None:
-    if score is None:
-        raise MergeError("method='auto' needs a score of models on validation rows (score)")
-    steps = [name for name in ("align", "repair") if getattr(recipe, name) != "none"]
-    if wrong := [*steps, *recipe.options]:
-        raise MergeError(f"method='auto' chooses method, align and repair; leave out {wrong[0]}")
 
 
 def _reader_of_symmetries(recipe: Recipe, rule: Method | None) -> str | None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import fields, is_dataclass
 from typing import Any
 
@@ -36,9 +37,21 @@ def call(module: nn.Module, batch: Any, params: Params | None = None) -> Any:
         params: Parameters and buffers to run it with; None: its own. Tied ones may be named once.
     """
     positional, named = arguments_of(batch)
-    if params is None:
-        return module(*positional, **named)
-    return functional_call(module, params, positional, named)
+    with uncompiled():
+        if params is None:
+            return module(*positional, **named)
+        return functional_call(module, params, positional, named)
+
+
+@contextmanager
+def uncompiled() -> Iterator[None]:
+    """Run compiled parts of modules as they are written: compiled code calls no hooks.
+
+    torch 2.4 and 2.5 cannot do so. The compiler is not imported for it, which takes seconds.
+    """
+    is_possible = "torch._dynamo" in sys.modules and hasattr(torch.compiler, "set_stance")
+    with torch.compiler.set_stance("force_eager") if is_possible else nullcontext():
+        yield
 
 
 def logits_of(module: nn.Module, batch: Any, params: Params | None = None) -> Tensor:

@@ -37,6 +37,8 @@ from cki_rec.merging.teachers import Lookups, Teacher, mean_teacher, routed, rou
 
 Stage = Literal["maps", "all"]
 STAGES: tuple[Stage, ...] = ("maps", "all")
+SHARE = 0.75
+"""Share of the sources in a routed teacher of ``merge``; the rest is the merged model."""
 CHECKS = 4
 """Scores per stage: after each quarter of its steps."""
 

@@ -53,7 +53,7 @@ class MergeInputs:
 RESERVED = frozenset(
     {
         *("models", "method", "base", "counts", "symmetries", "module", "batches", "align"),
-        *("repair", "starts", "score", "dtype", "seed", "progress", "extras"),
+        *("repair", "refine", "effort", "starts", "score", "dtype", "seed", "progress", "extras"),
     }
 )
 """Arguments of ``api.merge``, which no option of a method may be named like."""

@@ -11,21 +11,24 @@ from cki_rec.merging.params import Params
 
 Align = Literal["none", "weights", "activations"]
 Repair = Literal["none", "rescale", "least_squares", "select_units", "project"]
+Refine = Literal["none", "mean", "router"]
+Effort = Literal["closed_form", "refine"]
 SHOWN = 40
 """Most tensors that a report lists."""
 
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """One way to merge: a method and the steps around it."""
+    """One way to merge: a method and the steps around it, ``refine`` with its default options."""
 
     method: str = "evidence"
     align: Align = "none"
     repair: Repair = "none"
+    refine: Refine = "none"
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        steps = {"align": self.align, "repair": self.repair}
+        steps = {"align": self.align, "repair": self.repair, "refine": self.refine}
         values = {**self.options, **{n: step for n, step in steps.items() if step != "none"}}
         return ", ".join([self.method, *(f"{name}={value}" for name, value in values.items())])
 

@@ -8,7 +8,7 @@ from typing import Generic, TypeVar
 
 from cki_rec.merging.params import NotPossible, Params
 from cki_rec.merging.registry import Score
-from cki_rec.merging.result import MergeResult, Recipe
+from cki_rec.merging.result import MergeResult, Recipe, Refine
 
 AUTO = "auto"
 """The name of the search among the methods."""
@@ -79,6 +79,8 @@ def search(
     sources: Sequence[Params],
     score: Score,
     progress: Callable[[str, int, int], None],
+    refinements: Sequence[Refine] = (),
+    refined: Callable[[Refine, Params], Params] | None = None,
 ) -> MergeResult:
     """Return the best result of all recipes and all sources, with the scores of all.
 
@@ -88,9 +90,11 @@ def search(
         sources: The sources.
         score: The quality of a model; larger is better.
         progress: Called before every candidate: name, number of those done, number of all.
+        refinements: Teachers that the best candidate is fitted to.
+        refined: (teacher, best candidate) -> the fitted model.
     """
     warnings: list[str] = []
-    total = len(recipes) + len(sources)
+    total = len(recipes) + len(sources) + len(refinements)
 
     def candidates() -> Iterator[tuple[str, MergeResult]]:
         for place, recipe in enumerate(recipes):
@@ -106,6 +110,20 @@ def search(
             yield f"source {k}", MergeResult(source, shares, recipe=f"source {k}")
 
     choice = choose(candidates(), lambda result: score(result.params))
+    scores = choice.scores
+    if refined is not None and refinements:
+        first = choice
+
+        def fitted() -> Iterator[tuple[str, MergeResult]]:
+            yield first.name, first.best
+            for place, teacher in enumerate(refinements):
+                name = f"{first.name}, refine={teacher}"
+                progress(name, len(recipes) + len(sources) + place, total)
+                params = refined(teacher, first.best.params)
+                yield name, replace(first.best, params=params, shares=None, recipe=name)
+
+        choice = choose(fitted(), lambda result: score(result.params))
+        scores |= choice.scores
     progress("done", total, total)
     best = choice.best
-    return replace(best, scores=choice.scores, warnings=[*best.warnings, *warnings])
+    return replace(best, scores=scores, warnings=[*best.warnings, *warnings])

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from cki_rec.checkpoints import Checkpoint, Description, describe
-from cki_rec.config import Config, UserError, run_id, section
+from cki_rec.config import Config, UserError, run_id, section, with_delta
 from cki_rec.data.encoding import store, tokens
 from cki_rec.data.encoding.store import EncodedDataset
 from cki_rec.data.provenance import Provenance
@@ -200,6 +200,9 @@ def _recipes(config: Config, models: Sources) -> list[Source]:
 
 def _refined(config: Config, models: Sources, start: Source, force: bool) -> Run:
     """Return the finished refinement of a model, recalibrated if so configured."""
+    if config.merge.refinement.start == "initial":
+        initial = train.ensure(with_delta(config, {"train.epochs": 0}))
+        start = Source("initial weights", initial.path.name, initial.checkpoint)
     fitted = refine.ensure(config, models, start)
     reads = {"refined": fitted.path.name, "recalibrate": config.merge.recalibrate}
     with open_run(Path(config.runtime.out), run_id("merge", reads), force) as run:

@@ -223,11 +223,19 @@ def teacher_logits(
     start: Source | None,
 ) -> NDArray[np.float32]:
     """Return ``(R,)`` logits of a teacher on unlabelled rows."""
+    control = config.merge.refinement.control
+    if control == "start" and start is not None:
+        return _logits(config, dataset, start, rows)
+    if control == "first_source":
+        return _logits(config, dataset, sources[0], rows)
     logits_KR = np.stack([_logits(config, dataset, source, rows) for source in sources])
     if teacher.field is None:
         mean: NDArray[np.float32] = logits_KR.mean(0)
         return mean
     shares_KR = _shares(config, dataset, sources, teacher.field, rows.data, rows.numbers)
+    if control == "shuffled":
+        order = np.random.default_rng(config.seed).permutation(len(rows.numbers))
+        shares_KR = shares_KR[:, order]
     routed: NDArray[np.float32] = (shares_KR * logits_KR).sum(0)
     if teacher.share == 1 or start is None:
         return routed

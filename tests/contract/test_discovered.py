@@ -12,7 +12,7 @@ from cki_rec.merging.discovery import find_symmetries, verify
 from cki_rec.merging.discovery.parity import null_space
 
 TITLES = [*CASES, *ON_MIXED]
-FAST = ("dnn", "final_mlp")
+FAST = ("dnn", "final_mlp", "final_mlp contexts")
 
 
 def entries_of(symmetry, network):

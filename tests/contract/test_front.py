@@ -270,7 +270,7 @@ def test_types_are_widened_and_restored(types, dtype, expected):
 
 
 class Compiled(nn.Module):
-    """A module like that of ``torch.compile``, which takes seconds to import."""
+    """A module like that of ``torch.compile``; test_wrappers has real ones."""
 
     def __init__(self, inner):
         super().__init__()

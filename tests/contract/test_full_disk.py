@@ -50,7 +50,10 @@ def disk(tmp_path) -> str:
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize(("by", "size"), [("leave_last_out", "5m"), ("random", "9m")])
+@pytest.mark.parametrize(
+    ("by", "size"),
+    [("leave_last_out", "5m"), pytest.param("random", "9m", marks=pytest.mark.slow)],
+)
 def test_full_disk_is_one_line_and_leaves_nothing(disk, by, size):
     child = CHILD.format(tests=str(ROOT / "tests"), by=by, disk=disk)
     done = on_disk_of(size, disk, [sys.executable, "-c", child])

@@ -1,6 +1,4 @@
-"""What every process of ``test_merge.py`` runs; also imported there, as the only process.
-
-    torchrun --nproc-per-node 2 merging_cases.py FOLDER SOURCES
+"""The merges of every process of ``steps.py``.
 
 Merged models go to the folder, exit codes and messages of every process beside them.
 """
@@ -11,26 +9,20 @@ import contextlib
 import errno
 import io
 import json
-import sys
 from pathlib import Path
 from unittest.mock import patch
 
 import torch
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
+from training import options
 
-TESTS = Path(__file__).resolve().parents[1]
-if __name__ == "__main__":
-    sys.path.insert(0, str(TESTS))
-
-from training import options  # noqa: E402
-
-from cki_rec.checkpoints import checkpoint  # noqa: E402
-from cki_rec.cli import main  # noqa: E402
-from cki_rec.data.provenance import Provenance  # noqa: E402
-from cki_rec.data.schema import Feature, FeatureSchema  # noqa: E402
-from cki_rec.engine import checkpoint_io, distributed  # noqa: E402
-from cki_rec.engine.embeddings import table_of  # noqa: E402
-from cki_rec.models import build_model  # noqa: E402
+from cki_rec.checkpoints import checkpoint
+from cki_rec.cli import main
+from cki_rec.data.provenance import Provenance
+from cki_rec.data.schema import Feature, FeatureSchema
+from cki_rec.engine import checkpoint_io, distributed
+from cki_rec.engine.embeddings import table_of
+from cki_rec.models import build_model
 
 SIZES = {"item": 101, "user": 37, "hour": 2, "bias": 1}
 """Rows of tables: no multiples of 2 or 3, fewer than processes; one is named like a parameter."""
@@ -156,7 +148,3 @@ def run(folder: Path, sources: Path) -> None:
             found["full"] = merge_sources(folder, "full", of(a, b), "merge=evidence")
         found["after"] = merge_sources(folder, "after", of(b, a), "merge=evidence")
     (folder / f"process-{distributed.rank()}.json").write_text(json.dumps(found))
-
-
-if __name__ == "__main__":
-    run(*map(Path, sys.argv[1:]))

@@ -1,6 +1,6 @@
 """What every process of ``test_world_sizes.py`` runs; also imported there, as the only process.
 
-    torchrun --nproc-per-node 2 steps.py FOLDER RAW ENCODED [CHECKPOINT]
+    torchrun --nproc-per-node 2 steps.py FOLDER RAW ENCODED SOURCES [CHECKPOINT]
 
 Results go to the folder: checkpoints by case and plan, arrays and messages by process.
 """
@@ -19,6 +19,7 @@ TESTS = Path(__file__).resolve().parents[1]
 if __name__ == "__main__":
     sys.path.insert(0, str(TESTS))
 
+import merging_cases  # noqa: E402
 from networks import SCHEMAS, draw_batch, select  # noqa: E402
 from training import options  # noqa: E402
 
@@ -221,12 +222,14 @@ def run(folder: Path, raw: str, encoded: str) -> None:
     (folder / f"process-{rank}.json").write_text(json.dumps(messages))
 
 
-def main(folder: str, raw: str, encoded: str, found: str = "") -> None:
-    run(Path(folder), raw, encoded)
+def main(folder: Path, raw: str, encoded: Path, sources: Path, found: Path | None = None) -> None:
+    run(folder, raw, str(encoded))
     if found:
         for case, plan in MOVED:
-            move(Path(found) / case / plan, Path(folder) / "moved" / case, case, "planner")
+            move(found / case / plan, folder / "moved" / case, case, "planner")
+    merging_cases.run(folder / "merged", sources)
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    first, raw_zip, *others = sys.argv[1:]
+    main(Path(first), raw_zip, *map(Path, others))

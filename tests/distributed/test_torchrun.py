@@ -42,48 +42,37 @@ def two_processes(words: list[str]) -> subprocess.Popen:
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def the_record(folder: Path) -> dict:
-    (path,) = folder.glob("out/train-*/record.json")
-    return json.loads(path.read_text())
+def records(folder: Path) -> dict[str, dict]:
+    """Return the records of trainings by the name of their folders."""
+    paths = folder.glob("out/train-*/record.json")
+    return {path.parent.name: json.loads(path.read_text()) for path in paths}
 
 
-def test_two_processes_train_the_model_of_one(words, tmp_path):
-    epochs = ("train.epochs=2",)
-    assert main(words("one", *epochs)) == 0
-    process = two_processes(words("two", *epochs, "runtime.sharding=row_wise"))
-    out, error = process.communicate(timeout=180)
-    assert process.returncode == 0, error
-    one, two = the_record(tmp_path / "one"), the_record(tmp_path / "two")
-    assert one["run_id"] == two["run_id"]
-    assert two["result"]["valid_auc"] == pytest.approx(one["result"]["valid_auc"], abs=1e-4)
-    for mine, theirs in zip(two["result"]["history"], one["result"]["history"], strict=True):
-        assert mine == pytest.approx(theirs, abs=1e-4)
-    assert [r["provenance"]["world_size"] for r in (one, two)] == [1, 2]
-    shards = two["provenance"]["plan"]["user"]["shards"]
-    assert {shard["rank"] for shard in shards} == {0, 1}
-    assert out.count("model: ") == 1  # the first speaks for both
-    assert out.count("rank 1: ") == 1
-    assert "Traceback" not in error
-    folders = [path for path in (tmp_path / "two" / "out").glob("train-*")]
-    assert [sorted(p.name for p in f.iterdir()) for f in folders] == [
-        ["checkpoint", "record.json", STEPS]
-    ]
-
-
-def test_two_processes_make_the_chain_of_one(words, tmp_path):
-    chain = ("train.epochs=1", "train.start={seed: 2}")
+def test_two_processes_train_the_chain_of_one(words, tmp_path):
+    """Two trainings, the second of which starts from the first."""
+    chain = ("train.epochs=2", "train.start={seed: 2}")
     assert main(words("one", *chain)) == 0
     process = two_processes(words("two", *chain, "runtime.sharding=row_wise"))
-    error = process.communicate(timeout=180)[1]
+    out, error = process.communicate(timeout=180)
     assert process.returncode == 0, error
-    one, two = (
-        {path.parent.name: json.loads(path.read_text())["result"] for path in found}
-        for found in ((tmp_path / n).glob("out/train-*/record.json") for n in ("one", "two"))
-    )
-    assert one.keys() == two.keys()
-    assert len(one) == 2
-    for run_id, result in one.items():
-        assert two[run_id]["valid_auc"] == pytest.approx(result["valid_auc"], abs=1e-4)
+    ones, twos = records(tmp_path / "one"), records(tmp_path / "two")
+    assert ones.keys() == twos.keys()
+    assert len(ones) == 2
+    for run_id, one in ones.items():
+        two = twos[run_id]
+        assert one["run_id"] == two["run_id"]
+        assert two["result"]["valid_auc"] == pytest.approx(one["result"]["valid_auc"], abs=1e-4)
+        for mine, theirs in zip(two["result"]["history"], one["result"]["history"], strict=True):
+            assert mine == pytest.approx(theirs, abs=1e-4)
+        assert [r["provenance"]["world_size"] for r in (one, two)] == [1, 2]
+        shards = two["provenance"]["plan"]["user"]["shards"]
+        assert {shard["rank"] for shard in shards} == {0, 1}
+        folder = tmp_path / "two" / "out" / run_id
+        assert sorted(p.name for p in folder.iterdir()) == ["checkpoint", "record.json", STEPS]
+    assert len([*(tmp_path / "two" / "out").glob("train-*")]) == 2
+    assert out.count("model: ") == 1  # the first speaks for both
+    assert out.count("rank 1: ") == 2  # of each training
+    assert "Traceback" not in error
 
 
 def children_of(pid: int) -> list[int]:
@@ -121,7 +110,7 @@ def test_a_lost_process_ends_the_other_and_the_command_goes_on(words, tmp_path, 
     process = two_processes(words("two", *more))
     _, error = process.communicate(timeout=180)
     assert process.returncode == 0, error
-    one, two = the_record(tmp_path / "one"), the_record(tmp_path / "two")
+    (one,), (two,) = (records(tmp_path / name).values() for name in ("one", "two"))
     assert two["provenance"]["resumed_at_step"] >= 35
     assert two["result"]["valid_auc"] == pytest.approx(one["result"]["valid_auc"], abs=1e-4)
     assert not (folder / RESUME).exists()

@@ -1,4 +1,4 @@
-"""One process, two and three: the same weights, predictions and messages from the same rows."""
+"""One process, two and three: the same trainings, predictions, merges and messages."""
 
 from __future__ import annotations
 
@@ -7,17 +7,29 @@ import subprocess
 import sys
 from pathlib import Path
 
+import merging_cases
 import numpy as np
 import pytest
 import steps
 import torch
+from merging_cases import EXACT, MISTAKES, SIZES, merged
 
 from cki_rec.checkpoints import checkpoint, read_tensors
+from cki_rec.engine.embeddings import table_of
 
 pytestmark = pytest.mark.dist
 SCRIPT = Path(steps.__file__)
 WORLDS = (2, pytest.param(3, marks=pytest.mark.slow))
+several = pytest.mark.parametrize("num", WORLDS)
 pairs = pytest.mark.parametrize(("case", "plan"), steps.FITTING)
+FAILURES = {
+    "larger": "item.weight: float32 (101, 8), in",
+    "bad": "entries are NaN or infinite",
+    "damaged": "damaged checkpoint, the file has changed",
+    "missing": "no checkpoint here",
+    "untrained": "not trained yet; make it: cki-rec train",
+    "full": "No space left on device; free space there",
+}
 
 
 def is_noise(case: str, name: str) -> bool:
@@ -43,9 +55,10 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def alone(folder, raw_zip) -> Path:
     """Folder of what one process, this one, finds."""
-    (folder / "1").mkdir()
+    merging_cases.write_all(folder / "sources")
+    (folder / "1" / "merged").mkdir(parents=True)
     torch.set_num_threads(1)
-    steps.run(folder / "1", str(raw_zip), str(folder / "encoded"))
+    steps.main(folder / "1", str(raw_zip), folder / "encoded", folder / "sources")
     return folder / "1"
 
 
@@ -58,9 +71,9 @@ class Worlds(dict):
 
     def __missing__(self, num: int) -> Path:
         path = self.folder / str(num)
-        words = [SCRIPT, path, self.raw, self.folder / "encoded"]
+        words = [SCRIPT, path, self.raw, self.folder / "encoded", self.folder / "sources"]
         words += [self[2]] if num == 3 else []
-        path.mkdir()
+        (path / "merged").mkdir(parents=True)
         done = subprocess.run(
             torchrun(num, *words), capture_output=True, text=True, check=False, timeout=300
         )
@@ -86,7 +99,7 @@ def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
     return read_tensors(folder / checkpoint.TENSORS)
 
 
-@pytest.mark.parametrize("num", WORLDS)
+@several
 @pairs
 def test_weights_after_twenty_steps_are_those_of_one_process(alone, worlds, case, plan, num):
     one, many = tensors_of(alone / case / plan), tensors_of(worlds[num] / case / plan)
@@ -98,7 +111,7 @@ def test_weights_after_twenty_steps_are_those_of_one_process(alone, worlds, case
             assert tensor.any(), name
 
 
-@pytest.mark.parametrize("num", WORLDS)
+@several
 @pairs
 def test_losses_and_logits_are_those_of_one_process(alone, worlds, case, plan, num):
     (want,) = messages_of(alone)
@@ -123,7 +136,7 @@ def test_plans_of_one_process_agree(alone):
                 torch.testing.assert_close(other[name], tensor, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("num", WORLDS)
+@several
 def test_predictions_are_gathered_in_the_order_of_rows(alone, worlds, num, raw_zip, folder):
     (want,) = arrays_of(alone)
     dataset, _ = steps.data_of(str(raw_zip), str(folder / "encoded"))
@@ -134,7 +147,7 @@ def test_predictions_are_gathered_in_the_order_of_rows(alone, worlds, num, raw_z
         assert len(np.unique(found["predictions"])) > 100
 
 
-@pytest.mark.parametrize("num", WORLDS)
+@several
 def test_batch_norm_sees_the_rows_of_all_processes(alone, worlds, num):
     (want,), found = arrays_of(alone), arrays_of(worlds[num])
     for name in [n for n in want if n.split()[0] in ("y", "gradient", "evaluated")]:
@@ -161,7 +174,7 @@ def test_checkpoint_of_two_processes_fits_one_and_three(worlds, folder, case, pl
         assert all(torch.equal(found[name], tensor) for name, tensor in written.items())
 
 
-@pytest.mark.parametrize("num", WORLDS)
+@several
 def test_a_bad_row_of_one_process_stops_all_before_any_update(worlds, num):
     found = [messages["not finite"] for messages in messages_of(worlds[num])]
     assert len(found) == num
@@ -177,3 +190,74 @@ def test_columns_apart_need_an_optimizer_that_allows_it(alone, worlds):
     for num in (2,):
         for messages in messages_of(worlds[num]):
             assert "column_wise: row-wise Adagrad needs whole rows" in messages["columns"]
+
+
+def record_of(folder: Path) -> dict:
+    return json.loads((folder / "record.json").read_text())
+
+
+def said(folder: Path, case: str) -> tuple[set[int], list[str]]:
+    """Return exit codes of all processes and the lines they said."""
+    found = [json.loads(p.read_text())[case] for p in sorted(folder.glob("process-*.json"))]
+    return {code for code, _ in found}, [x for _, text in found for x in text.splitlines()]
+
+
+def model_of(run: Path) -> dict[str, torch.Tensor]:
+    return tensors_of(run / "checkpoint")
+
+
+@several
+@pytest.mark.parametrize("case", [*EXACT, "again"])
+def test_a_model_merged_by_several_is_that_of_one_bit_for_bit(alone, worlds, case, num):
+    assert said(worlds[num] / "merged", case) == ({0}, [])
+    one, many = merged(alone / "merged", case), merged(worlds[num] / "merged", case)
+    expected, found = model_of(one), model_of(many)
+    assert set(found) == set(expected)
+    assert {f"counts.{table}" for table in SIZES} <= set(found)
+    assert sum(name.startswith("accumulator") for name in found) == 2 * len(SIZES)
+    for name, tensor in expected.items():
+        assert torch.equal(found[name], tensor), name
+    whole = checkpoint.load(many / "checkpoint")
+    assert whole.schema == merging_cases.SCHEMA
+    shares = record_of(many)["result"]["shares"]
+    for name, each in (record_of(one)["result"]["shares"] or {}).items():
+        assert shares[name] == pytest.approx(each, abs=1e-12)
+    if case != "again":
+        assert one.name == many.name
+    assert record_of(many)["provenance"]["world_size"] == num
+
+
+@several
+def test_an_aligned_model_is_that_of_one_up_to_rounding(alone, worlds, num):
+    assert said(worlds[num] / "merged", "aligned") == ({0}, [])
+    one, many = merged(alone / "merged", "aligned"), merged(worlds[num] / "merged", "aligned")
+    expected, found = model_of(one), model_of(many)
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, rtol=1e-5, atol=1e-5, msg=name)
+    plain = model_of(merged(alone / "merged", "evidence"))
+    moved = [n for n, tensor in expected.items() if not torch.equal(tensor, plain[n])]
+    assert {table_of(name.removeprefix("model.")) for name in moved} >= set(SIZES)
+    facts = [record_of(run)["result"]["alignment"] for run in (one, many)]
+    assert facts[1]["agreement"] == pytest.approx(facts[0]["agreement"], abs=1e-6)
+    assert facts[1]["agreement"] > facts[1]["agreement_before"]
+
+
+@several
+def test_every_process_writes_its_share(worlds, num):
+    tensors = merged(worlds[num] / "merged", "evidence") / "checkpoint" / checkpoint.TENSORS
+    sizes = [path.stat().st_size for path in tensors.glob("*.distcp")]
+    assert len(sizes) == num
+    assert max(sizes) < 2 * min(sizes)
+
+
+@pytest.mark.parametrize("case", [*MISTAKES, *FAILURES])
+def test_what_is_wrong_is_said_once_and_leaves_nothing(worlds, case):
+    codes, lines = said(worlds[2] / "merged", case)
+    assert codes == {2}
+    (line,) = lines
+    assert (FAILURES[case] if case in FAILURES else MISTAKES[case][0]) in line
+    assert not [*(worlds[2] / "merged").glob(f"{case}/merge-*")]
+
+
+def test_processes_that_failed_together_go_on_together(worlds):
+    assert said(worlds[2] / "merged", "after") == ({0}, [])

@@ -37,9 +37,12 @@ def records(folder, pipeline):
 @pytest.mark.parametrize(
     ("by", "model"),
     [
-        *(("weights", model) for model in ("deepfm", "dcn", "dcnv2", "din")),
-        *(("activations", model) for model in ("deepfm", "din")),
-        *(pytest.param("activations", m, marks=pytest.mark.slow) for m in ("dcn", "dcnv2")),
+        *((by, model) for by in ("weights", "activations") for model in ("deepfm", "din")),
+        *(
+            pytest.param(by, model, marks=pytest.mark.slow)
+            for by in ("weights", "activations")
+            for model in ("dcn", "dcnv2")
+        ),
     ],
 )
 def test_aligned_sources_agree_more(options, folder, by, model):

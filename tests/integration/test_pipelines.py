@@ -60,7 +60,7 @@ def test_sweep_reports_every_method_once(options, tmp_path, capsys):
     assert list((tmp_path / "reports" / "adhoc").glob("*.svg"))
 
     before = modified(tmp_path)
-    assert main(["evaluate", "-m", "suite=seeds,shards", "seed=1", *options, *sweep]) == 0
+    assert main(["evaluate", "-m", "suite=shards", "seed=1", *options, *sweep]) == 0
     assert modified(tmp_path) == before, "a finished run was repeated"
 
 
@@ -89,7 +89,7 @@ def test_another_seed_gives_another_record(options, tmp_path):
 
 
 def test_killed_sweep_goes_on_with_equal_results(options, tmp_path, capsys):
-    sweep = ["evaluate", "-m", "suite=shards", "seed=1,2,3", "merge=average", *options]
+    sweep = ["evaluate", "-m", "suite=shards", "seed=1,2", "merge=average", *options]
     unbroken, broken = tmp_path / "unbroken", tmp_path / "broken"
     places = [f"runtime.out={unbroken / 'out'}", f"runtime.reports={unbroken / 'reports'}"]
     assert main([*sweep, *places]) == 0
@@ -105,7 +105,7 @@ def test_killed_sweep_goes_on_with_equal_results(options, tmp_path, capsys):
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     finished = modified(broken)
-    assert 3 <= len(finished) < 12
+    assert 3 <= len(finished) < 8
 
     assert main([*sweep, *places]) == 0
     assert {k: v for k, v in modified(broken).items() if k in finished} == finished
@@ -118,7 +118,7 @@ def test_killed_sweep_goes_on_with_equal_results(options, tmp_path, capsys):
     for row in (*one, *two):
         del row["command"]  # names the folder
     assert one == two
-    assert {row["seed"] for row in one} == {"1", "2", "3"}
+    assert {row["seed"] for row in one} == {"1", "2"}
     assert not list(broken.rglob("*.tmp*"))
 
 

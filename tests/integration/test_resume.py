@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ import torch
 
 from cki_rec.checkpoints import checkpoint
 from cki_rec.cli import main
-from cki_rec.config import Config, Stopped, parse
+from cki_rec.config import Config, Stopped, parse, with_delta
 from cki_rec.engine.record import Run
 from cki_rec.engine.resume import RESUME, Checkpointer, unfinished_checkpoints
 from cki_rec.engine.steps import EVENTS, STEPS, StepLog
@@ -51,21 +52,26 @@ def words(raw_zip, folder_of_all, tmp_path):
     return lambda *more: [*shared, *places, *SMALL, *more]
 
 
-@pytest.fixture
-def configured(words, compose):
-    """Function (*more) -> Config of such a training."""
-    return lambda *more: parse(compose(*words(*more)))
+@pytest.fixture(scope="module")
+def composed(raw_zip, folder_of_all, compose):
+    """Function (*more) -> Config of a training that nothing interrupts, composed once."""
+    places = [f"runtime.{key}={folder_of_all / key}" for key in ("out", "reports", "encoded")]
+    return lru_cache(lambda *more: parse(compose(f"data.raw={raw_zip}", *places, *SMALL, *more)))
 
 
 @pytest.fixture
-def unbroken(configured, folder_of_all):
+def configured(composed, tmp_path):
+    """Function (*more) -> the same Config with the folders of this test."""
+    places = {f"runtime.{key}": str(tmp_path / key) for key in ("out", "reports")}
+    return lambda *more: with_delta(composed(*more), places)
+
+
+@pytest.fixture
+def unbroken(composed):
     """Function (*more, pipeline=train) -> the run of a training that nothing interrupts."""
-
-    def make(*more: str, pipeline=train) -> Run:
-        without = ("runtime.checkpoint_steps=0", f"runtime.out={folder_of_all / 'unbroken'}")
-        return pipeline.ensure(configured(*more, *without))
-
-    return make
+    return lambda *more, pipeline=train: pipeline.ensure(
+        composed(*more, "runtime.checkpoint_steps=0")
+    )
 
 
 def kill_at(config: Config, step: int, pipeline=train) -> Path:
@@ -120,12 +126,12 @@ def check_equal(run: Run, unbroken: Run, resumed: int | None) -> None:
 @pytest.mark.parametrize(
     ("more", "step"),
     [
-        ([], 5),
+        pytest.param([], 5, marks=pytest.mark.slow),
         ([], 19),
         ([], 21),
         (["train.embeddings=dense", "train.gradient_clip=0.5", "train.table_l2=1e-3"], 30),
         (["train.ema=0.9"], 27),
-        (["train.ema=0.9", "train.embeddings=dense"], 41),
+        pytest.param(["train.ema=0.9", "train.embeddings=dense"], 41, marks=pytest.mark.slow),
         (["train.table_optimizer=adagrad", "model.batch_norm=true"], 33),
         (["train.plateau_factor=0.5", "train.min_gain=0.5"], 45),
         (["model=din", "model.attention.dropout=0.2", "data.history_length=5"], 25),
@@ -375,6 +381,7 @@ def test_a_process_killed_five_times_at_random_resumes(words, configured, unbrok
 
 
 @pytest.mark.dist
+@pytest.mark.slow  # the same within this process: test_a_wish_to_stop_within_this_process
 def test_a_process_asked_to_stop_keeps_its_work(words, configured, unbroken):
     want = unbroken(*LONG)
     config = configured(*LONG, "runtime.checkpoint_steps=0")

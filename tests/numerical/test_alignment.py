@@ -102,7 +102,7 @@ def test_transform_leaves_its_input_alone_and_permutes_bit_for_bit(case):
 
 
 @all_cases
-@pytest.mark.parametrize("seed", [1, 2])
+@pytest.mark.parametrize("seed", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_planted_elements_are_found(case, seed):
     subject = Subject(case)
     found, (first, second) = subject.align([subject.params, subject.moved(seed)], starts=16)
@@ -135,7 +135,10 @@ def test_equal_models_stay_as_they_are(case):
     assert found.agreement_before == pytest.approx(1, abs=1e-9)
 
 
-@four_models
+@pytest.mark.parametrize(
+    "case",
+    [c if c in ("deepfm", "din") else pytest.param(c, marks=pytest.mark.slow) for c in MODELS],
+)
 def test_three_models_come_into_one_frame_whatever_their_order(case):
     subject = Subject(case)
     models = [subject.params, subject.moved(4), subject.moved(5)]

@@ -230,6 +230,19 @@ CASES = {
             ("permutation", 3, 1, {"first": 0, "last": 0, "gate.weight": 0, "gate.bias": 0}),
         ],
     ),
+    "more experts than units": (
+        lambda: Experts(6, 3, biases=True),
+        (floats(8, 5),),
+        [
+            ("permutation", 3, 6, {"first": 2, "last": 1, "inside": 1}),
+            (
+                *("permutation", 6, 1),
+                dict.fromkeys(
+                    ("first", "last", "inside", "outside", "gate.weight", "gate.bias"), 0
+                ),
+            ),
+        ],
+    ),
 }
 
 

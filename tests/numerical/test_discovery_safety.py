@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from plain_modules import ODD, Between, Random, floats, ids, independent_error
+from plain_modules import ODD, Between, Experts, Random, floats, ids, independent_error
 
 from cki_rec.merging.discovery import find_symmetries
 from cki_rec.merging.discovery.trace import Tracer
@@ -93,3 +93,10 @@ def test_all_odd_operations(break_proposals, how, title):
     break_proposals(how)
     operation, width = ODD[title]
     check(Between(operation, width), (floats(6, 5),), 0)
+
+
+@broken
+@pytest.mark.parametrize(("experts", "hidden"), [(3, 4), (6, 3)])
+def test_stacked_parameters(break_proposals, how, experts, hidden):
+    break_proposals(how)
+    check(Experts(experts, hidden, biases=True), (floats(6, 5),), 0)

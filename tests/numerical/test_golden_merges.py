@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
+from functools import lru_cache
 from pathlib import Path
 
 import pytest
@@ -66,9 +67,13 @@ def golden(raw_zip, tmp_path_factory):
     folders += [f"hydra.searchpath=[file://{presets}]"]
     fixed = [f"data.raw={raw_zip}", *folders, *SMALL, "model.histories=true"]
 
-    def run(model: str, case: str) -> list[str | float]:
+    @lru_cache
+    def sources_of(model: str) -> list[Path]:
         config = parse(compose_tree(*fixed, f"model={model}"))
-        base, *sources = (write_source(home, config, seed) for seed in (0, 1, 2, 3))
+        return [write_source(home, config, seed) for seed in (0, 1, 2, 3)]
+
+    def run(model: str, case: str) -> list[str | float]:
+        base, *sources = sources_of(model)
         named = sources if "three" in case else sources[:2]
         words = [*words_of(case), f"merge.sources=[{','.join(f'{{path: {p}}}' for p in named)}]"]
         words += [f"merge.base={{path: {base}}}", "merge.learn.epochs=1", "merge.sample=1500"]
@@ -86,8 +91,6 @@ def golden(raw_zip, tmp_path_factory):
 def write_source(home: Path, config, seed: int) -> Path:
     """Write a checkpoint of seeded normal draws around a common base, which is seed 0."""
     folder = home / f"{config.model.name}-{seed}" / "checkpoint"
-    if folder.exists():
-        return folder
     data = store.prepare(config.data, config.runtime.encoded, config.runtime.chunk_mb)
     schema = model_schema(data.schema, config.model)
     network = build_model(data.schema, config.model, torch.device("meta"))

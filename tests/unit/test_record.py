@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -188,18 +189,22 @@ def test_a_new_sweep_forgets_the_old_one(tmp_path):
 
 
 CHILD = """
-import sys, time
+import os, signal, sys, time
 from pathlib import Path
 from cki_rec.engine.record import open_run
-with open_run(Path(sys.argv[1]), "train-1") as run:
-    Path(sys.argv[2]).touch()
+out, reached = map(Path, sys.argv[1:])
+with open_run(out, "train-1") as run:
+    reached.touch()
     time.sleep(0.7)
     run.finish({}, {}, {"by": "child"})
+with open_run(out, "train-2"):
+    reached.with_name("again").touch()
+    os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
 @pytest.mark.dist
-def test_a_second_process_waits_and_finds_the_run_finished(tmp_path):
+def test_a_second_process_waits_and_a_killed_one_gives_the_lock_back(tmp_path):
     reached, out = tmp_path / "reached", tmp_path / "out"
     child = subprocess.Popen([sys.executable, "-c", CHILD, out, reached])
     while not reached.exists():
@@ -209,17 +214,9 @@ def test_a_second_process_waits_and_finds_the_run_finished(tmp_path):
         assert child.poll() is None  # another run does not wait
     with open_run(out, "train-1") as run:
         assert run.record["result"] == {"by": "child"}
-    assert child.wait(timeout=30) == 0
-
-
-@pytest.mark.dist
-def test_a_killed_process_gives_the_lock_back(tmp_path):
-    reached, out = tmp_path / "reached", tmp_path / "out"
-    code = CHILD.replace("time.sleep(0.7)", "import os, signal; os.kill(os.getpid(), 9)")
-    child = subprocess.Popen([sys.executable, "-c", code, out, reached])
-    assert child.wait(timeout=30) == -9
-    assert reached.exists()
-    with open_run(out, "train-1") as run:
+    assert child.wait(timeout=30) == -signal.SIGKILL
+    assert (tmp_path / "again").exists()
+    with open_run(out, "train-2") as run:
         assert run.record is None
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import json
 import logging
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, cast
 
@@ -107,13 +108,16 @@ def published_files(data: Data) -> tuple[dict[str, dict[str, str]], dict[str, st
     Raises:
         UserError: ``data.published`` is not an entry of ``conf/published.yaml``.
     """
-    registry = cast(
-        dict[str, dict[str, str]],
-        OmegaConf.to_container(OmegaConf.load(project_root() / "conf" / "published.yaml")),
-    )
+    registry = _registry(project_root() / "conf" / "published.yaml")
     if data.published is not None and data.published not in registry:
         raise UserError(
             f"data.published={data.published}: {nearest(data.published, registry)}"
             f"expected one of {', '.join(registry)}"
         )
     return registry, registry.get(data.published or "", {})
+
+
+@lru_cache(maxsize=1)
+def _registry(path: Path) -> dict[str, dict[str, str]]:
+    """Return the published files by entry: file -> md5. A process reads the file once."""
+    return cast(dict[str, dict[str, str]], OmegaConf.to_container(OmegaConf.load(path)))

@@ -22,6 +22,7 @@ from cki_rec.merging.discovery.search import Search
 from cki_rec.merging.discovery.trial import CannotRun, Trial
 from cki_rec.merging.discovery.twin import exact, rows_read
 from cki_rec.merging.discovery.verification import changes
+from cki_rec.merging.inputs import network_of
 from cki_rec.merging.symmetry import Symmetry
 
 __all__ = ["Symmetries", "find_symmetries", "verify"]
@@ -33,7 +34,8 @@ def find_symmetries(
     """Return the groups that act on hidden units of a module and leave its outputs unchanged.
 
     Args:
-        module: Any module. It does not change; its large tables are not copied.
+        module: Any module. It does not change; its large tables are not copied. Wrappers of
+            ``DistributedDataParallel`` and ``torch.compile`` are taken off.
         example_inputs: Inputs of one run: a tuple of positional arguments, a dict of keyword
             arguments, or one argument of any other type. They should reach all branches.
         tolerance: Largest relative change of an output, in float64.
@@ -45,8 +47,9 @@ def find_symmetries(
         ``frozen`` with the reason.
 
     Raises:
-        MergeError: The module cannot be copied, or it fails on these inputs.
+        MergeError: It is no module, it cannot be copied, or it fails on these inputs.
     """
+    module = network_of(module)
     ids = rows_read(module, example_inputs)
     with exact(seed):
         try:
@@ -67,7 +70,7 @@ def verify(
     """Return the largest relative change of an output under random elements of each symmetry.
 
     Args:
-        module: Any module. It does not change.
+        module: Any module, perhaps wrapped. It does not change.
         symmetries: Found or declared. Tied tensors may go by any of their names.
         inputs: As ``example_inputs`` of ``find_symmetries``.
         tolerance: Largest relative change of an output, in float64.
@@ -77,6 +80,7 @@ def verify(
         MergeError: A symmetry changes the outputs, names a parameter that the module lacks, or
             does not fit its shape; names the first one. Or the module fails on these inputs.
     """
+    module = network_of(module)
     ids = rows_read(module, inputs)
     with exact(seed):
         return changes(module, symmetries, inputs, ids, tolerance)

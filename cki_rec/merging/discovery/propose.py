@@ -183,9 +183,10 @@ class Graph:
         self.order = {key[:2]: place for place, (_, key) in enumerate(tracer.owners)}
         self.lengths = {key[0]: 1 + key[2] for _, key in tracer.owners if key[2] != EVERY}
         self.starts = torch.tensor([start for start, _ in tracer.owners])
-        for a, b in _pairs(tracer.unions):
+        unions = _pairs(tracer.unions)
+        for a, b in unions:
             self.unite(a, b)
-        self._match_blocks(tracer.parents)
+        self._match_blocks(tracer.parents, unions)
         self.held, self.tags = self.gather(tracer.parents), self.gather(tracer.tags)
         self.loose = torch.ones(tracer.count, dtype=torch.bool)
         self.loose[torch.cat(tracer.fixed)] = False
@@ -225,13 +226,17 @@ class Graph:
         places = torch.searchsorted(self.starts, torch.as_tensor(nodes), right=True) - 1
         return places.tolist()
 
-    def _match_blocks(self, parents: list[Tensor]) -> None:
-        """Unite blocks that several operations name, if they match one to one."""
+    def _match_blocks(self, parents: list[Tensor], unions: list[list[int]]) -> None:
+        """Unite blocks that several operations name, if they match one to one.
+
+        An operation names blocks of one unit, or of two units that it unites.
+        """
         single: dict[int, set[int]] = defaultdict(set)  # as before unions
         for child, parent in _pairs(parents):
             single[child].add(self.find(parent))
         matches = defaultdict(set)
-        for several in [*self.gather(parents).values(), *single.values()]:
+        pairs = [single[a] | single[b] for a, b in unions if a in single and b in single]
+        for several in [*self.gather(parents).values(), *single.values(), *pairs]:
             owners = {p: self.owner(p) for p in several}
             if len(set(owners.values())) < len(owners):
                 continue  # a unit that several blocks share matches none of them

@@ -57,7 +57,7 @@ class Search:
             reason = f"everything: the trace failed ({reason_of(error)})"
             return Symmetries(frozen=[reason], runs=self.trial.runs)
         families: list[Family] = []
-        stacked = self._stacked(tracer, classes)
+        stacked = self._stacked(tracer)
         if stacked:
             try:
                 _, finer = self._proposals(stacked)
@@ -104,15 +104,16 @@ class Search:
         looked_up = {name for name, uses in tracer.uses.items() if uses & set(LOOKUPS)}
         return any(m.axis == 0 and m.parameter in shrunk | looked_up for m in candidate.members)
 
-    def _stacked(self, tracer: Tracer, classes: list[Candidate]) -> set[str]:
-        """Return the parameters whose axis 0 may count separate ones, such as experts."""
-        moving = {member.parameter for c in classes for member in c.members if member.axis == 0}
+    def _stacked(self, tracer: Tracer) -> set[str]:
+        """Return the parameters whose axis 0 may count separate ones, such as experts.
+
+        It does not matter whether the axis moves: experts change places, and units in them too.
+        """
         return {
             name
             for name, tensor in self.trial.tensors.items()
             if tensor.ndim > 1
             and 1 < len(tensor) <= MAX_STACKED
-            and name not in moving
             and name in tracer.uses
             and "convolution" not in tracer.uses[name]
             and (tensor.ndim > 2 or not tracer.uses[name] & UNSTACKED)
