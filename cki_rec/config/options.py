@@ -226,6 +226,9 @@ class Merge:
     rows: str
     """Rows that a refinement reads: ``training``, ``random`` (ids drawn by row counts), or the
     folder of an encoded data set."""
+    margin: NonNegativeFloat
+    """Of ``auto``: the best source is returned unless a merge is above its validation AUC by this
+    many standard errors of the difference."""
     effort: Literal["closed_form", "refine"]
     """Of ``auto``: ``closed_form``, or ``refine`` the best model too."""
     refinement: Refinement

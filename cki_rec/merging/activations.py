@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from cki_rec.merging.calling import call, evaluating
+from cki_rec.merging.calling import call, check_moments, evaluating
 from cki_rec.merging.nesting import find_nests, joined
 from cki_rec.merging.params import Params
 from cki_rec.merging.symmetry import Symmetry
@@ -44,6 +44,9 @@ def unit_moments(
         models: Parameters to run the network with.
         batches: The sample, as for ``calling.call``.
         symmetries: Symmetries of the network.
+
+    Raises:
+        MergeError: Activations are NaN or infinite.
     """
     recorded: dict[Place, list[Tensor]] = {}
     wanted = _wanted(module, symmetries)
@@ -72,6 +75,7 @@ def unit_moments(
     finally:
         for handle in handles:
             handle.remove()
+    check_moments({name: moments for (name, _), moments in second.items()})
     needed = _needed_rows(symmetries)
     return {p: t / rows[p] for p, t in second.items() if rows[p] >= needed.get(p, 1)}
 

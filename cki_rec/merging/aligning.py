@@ -14,18 +14,18 @@ from cki_rec.merging.alignment import align as search_elements
 from cki_rec.merging.alignment import table_products
 from cki_rec.merging.calling import evaluating, outputs_of
 from cki_rec.merging.inputs import (
-    Model,
     Sources,
     batches_of,
     check_module,
+    check_search,
     counts_of,
+    network_of,
     sources_of,
-    state_of,
     symmetries_of,
     tables_of,
-    unwrapped,
 )
 from cki_rec.merging.params import MergeError, Params, check_finite
+from cki_rec.merging.states import Model, models_of, state_of
 from cki_rec.merging.symmetry import Symmetry, check_scores, transform
 
 By = Literal["weights", "activations"]
@@ -84,15 +84,14 @@ def align(
     """
     if by not in get_args(By):
         raise MergeError(f"by={by!r}: one of {', '.join(get_args(By))}")
-    module = None if module is None else unwrapped(module)
+    check_search(starts, seed)
+    models, module = models_of(models), None if module is None else network_of(module)
     sources, sample = sources_of(models, None, module), batches_of(batches)
     num_models = len(sources.models)
     if anchor is not None and anchor not in range(num_models):
         raise MergeError(
-            f"anchor={anchor}: there are {num_models} models; use 0 to {num_models - 1}"
+            f"anchor={anchor!r}: there are {num_models} models; use 0 to {num_models - 1}"
         )
-    if starts < 1:
-        raise MergeError(f"starts={starts}: must be at least 1")
     if module is not None:
         check_module(module, sources)
     symmetries = symmetries_of(symmetries, sources)
@@ -123,7 +122,7 @@ def align(
             with torch.no_grad(), evaluating(module):
                 before, after = (outputs_of(module, sample[0], p) for p in (params, moved))
             check_scores(after, before, f"source {k}")
-        aligned.append(_restored(models[k], k, moved, sources, module))
+        aligned.append(_restored(models[k], k, moved, sources))
     return AlignedModels(
         aligned, alignment.agreement, alignment.agreement_before, alignment.elements
     )
@@ -158,18 +157,18 @@ def _products(
 
 def _known(tables: Sequence[str], sources: Sources) -> list[str]:
     """Return tables by the names under which they are merged."""
-    names = [sources.tied.get(name, name) for name in tables]
+    if isinstance(tables, str):
+        raise MergeError(f"tables={tables!r}: pass a list of names")
+    names = [sources.merged_name(name) for name in tables]
     for name in names:
         if name not in sources.models[0]:
             raise MergeError(f"{name}: named in tables, but is no parameter")
     return names
 
 
-def _restored(
-    model: Model, k: int, moved: Params, sources: Sources, module: nn.Module | None
-) -> Params:
+def _restored(model: Model, k: int, moved: Params, sources: Sources) -> Params:
     """Return the state dict of an aligned model: its own types, integers and ties."""
-    state = state_of(model, f"source {k}", module)
+    state = state_of(model, f"source {k}", sources.names)
     result: Params = {}
     for name, tensor in state.items():
         if name in sources.tied:

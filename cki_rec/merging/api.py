@@ -20,10 +20,10 @@ from cki_rec.merging.checks import (
 from cki_rec.merging.discovery import find_symmetries
 from cki_rec.merging.extras import Extras
 from cki_rec.merging.inputs import (
-    Model,
     Sources,
     base_of,
     batches_of,
+    check_call,
     check_module,
     checked_score,
     counts_of,
@@ -39,6 +39,7 @@ from cki_rec.merging.refinement import SHARE, Fitted, Plan, fit
 from cki_rec.merging.registry import MergeInputs, Method, MethodInfo, Score
 from cki_rec.merging.result import Align, Effort, MergeResult, Recipe, Refine, Repair
 from cki_rec.merging.search import AUTO, possible, search
+from cki_rec.merging.states import Model
 from cki_rec.merging.statistics import ActivationStatistics
 from cki_rec.merging.steps import (
     Network,
@@ -121,6 +122,7 @@ def merge(
     Raises:
         MergeError: Models that differ or have NaN, an unknown method or option, a missing input.
     """
+    check_call(method, starts, seed, progress, extras)
     extras, batches = extras or Extras(), batches_of(batches)
     module = None if module is None else network_of(module)
     sources = sources_of(models, dtype, module)
@@ -155,7 +157,7 @@ def merge(
         known_counts,
         network,
         ActivationStatistics(module, batches) if module is not None and batches else None,
-        None if score is None else checked_score(score, sources),
+        None if score is None else checked_score(score, sources, not extras.in_place),
         starts,
         seed,
         extras,
@@ -240,10 +242,12 @@ def run(recipe: Recipe, task: _Task) -> MergeResult:
     )
     task.progress("repair", 2, 3)
     if repair != "none" and is_several and weights is not None:
-        seen = required(activations, repair)
+        seen, mixed = required(activations, repair), params
         params, weights, anchor = repair_model(
             repair, params, sources, weights, network, row_weights, seen, task.score
         )
+        if all(params[name] is tensor for name, tensor in mixed.items()):
+            warnings.append(f"repair={repair} changed nothing: no layer reads one input per row")
     if not is_checked and weights is not None:
         check_hidden(models, weights)
     if not all(is_finite(tensor) for tensor in params.values()):

@@ -20,7 +20,6 @@ from cki_rec.merging.barrier import Loss, by_deviation, by_loss, by_score, measu
 from cki_rec.merging.calling import evaluating
 from cki_rec.merging.extras import Processes
 from cki_rec.merging.inputs import (
-    Model,
     base_of,
     batches_of,
     check_module,
@@ -37,6 +36,7 @@ from cki_rec.merging.methods.cki.method import Gate
 from cki_rec.merging.methods.evidence import evidence_shares
 from cki_rec.merging.params import MergeError, Params, check_finite
 from cki_rec.merging.registry import Score
+from cki_rec.merging.states import Model
 from cki_rec.merging.statistics import ActivationStatistics
 from cki_rec.merging.steps import Network, align_models, row_weights_of
 from cki_rec.merging.suggestions import facts_of, suggest

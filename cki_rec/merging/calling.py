@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.utils._pytree import tree_map
 
 from cki_rec.merging.params import MergeError, NotPossible, Params
 
@@ -31,16 +32,57 @@ def arguments_of(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
 def call(module: nn.Module, batch: Any, params: Params | None = None) -> Any:
     """Return the output of a module on a batch.
 
+    With ``params``, neither these nor the module change: buffers that a forward writes are copies.
+    Every call draws the same random numbers, and the global random state stays.
+
     Args:
         module: The module.
-        batch: See ``arguments_of``.
+        batch: See ``arguments_of``. With ``params``, numbers of a shorter type are widened to that
+            of all parameters.
         params: Parameters and buffers to run it with; None: its own. Tied ones may be named once.
+
+    Raises:
+        MergeError: The module fails; only with ``params``.
     """
     positional, named = arguments_of(batch)
-    with uncompiled():
-        if params is None:
+    if params is None:
+        with uncompiled():
             return module(*positional, **named)
-        return functional_call(module, params, positional, named)
+    types = {tensor.dtype for tensor in params.values()}
+    if len(types) == 1:
+        positional, named = tree_map(lambda x: _widened(x, *types), (positional, named))
+    buffers = {n: params.get(n, buffer).clone() for n, buffer in module.named_buffers()}
+    try:
+        with uncompiled(), torch.random.fork_rng(cuda_devices()):
+            torch.manual_seed(0)
+            return functional_call(module, {**params, **buffers}, positional, named)
+    except MergeError:
+        raise
+    except Exception as error:
+        raise MergeError(f"module fails on a batch ({reason_of(error)})") from error
+
+
+def cuda_devices() -> list[int]:
+    """Return the CUDA devices whose random state a run may change."""
+    return list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
+
+
+def reason_of(error: Exception) -> str:
+    """Return one line about an exception."""
+    name, lines = type(error).__name__, str(error).strip().splitlines()
+    return f"{name}: {lines[0]}" if lines else name
+
+
+def _widened(value: Any, dtype: torch.dtype) -> Any:
+    """Return a floating tensor of a shorter type in ``dtype``; all else stays as it is."""
+    is_short = isinstance(value, Tensor) and value.is_floating_point()
+    return value.to(dtype) if is_short and value.itemsize < dtype.itemsize else value
+
+
+def is_logits(output: Any) -> bool:
+    """Return whether an output is one number per row, ``(B,)`` or ``(B, 1)``."""
+    is_tensor = isinstance(output, Tensor) and output.is_floating_point()
+    return is_tensor and (output.ndim == 1 or (output.ndim == 2 and output.shape[1] == 1))
 
 
 @contextmanager
@@ -61,15 +103,34 @@ def logits_of(module: nn.Module, batch: Any, params: Params | None = None) -> Te
         NotPossible: Its output has another form.
     """
     output = call(module, batch, params)
-    if not isinstance(output, Tensor):
-        kind = type(output).__name__
-        raise NotPossible(f"the module returns a {kind}; layers are fitted to one logit per row")
-    if output.ndim == 2 and output.shape[1] == 1:
-        return output[:, 0]
-    if output.ndim != 1:
-        shape = tuple(output.shape)
-        raise NotPossible(f"the module returns {shape}; layers are fitted to one logit per row")
-    return output
+    if is_logits(output):
+        logits: Tensor = output.flatten()
+        return logits
+    form = f"shape {tuple(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
+    raise NotPossible(
+        f"the module returns {form}; select_units and project need one number per row: use"
+        " repair=least_squares, rescale or none"
+    )
+
+
+def check_moments(moments: Mapping[str, Tensor]) -> None:
+    """Check that moments of activations are finite.
+
+    Args:
+        moments: By the name of the parameter beside the activations.
+
+    Raises:
+        MergeError: They are not; names the parameter.
+    """
+    for name, tensor in moments.items():
+        if not bool(tensor.isfinite().all()):
+            raise MergeError(f"{name}: activations are NaN or infinite on batches")
+
+
+def num_rows(output: Any, batch: Any) -> int:
+    """Return the number of rows of an output: of its first tensor with rows, else of the batch."""
+    sizes = (len(tensor) for tensor in tensors_of(output) if tensor.ndim)
+    return next(sizes, None) or rows_of(batch)
 
 
 def outputs_of(module: nn.Module, batch: Any, params: Params | None = None) -> Tensor:
@@ -79,8 +140,10 @@ def outputs_of(module: nn.Module, batch: Any, params: Params | None = None) -> T
         MergeError: It has none.
     """
     outputs = list(tensors_of(call(module, batch, params)))
-    if not outputs:
-        raise MergeError("the module returns no floating tensor")
+    if not any(output.numel() for output in outputs):
+        raise MergeError(
+            "the module returns no floating number on a batch; pass batches with rows"
+        )
     return torch.cat([output.flatten() for output in outputs])
 
 

@@ -8,21 +8,25 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeAlias
+from numbers import Integral
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DataParallel, DistributedDataParallel
-from torch.nn.parameter import is_lazy
 
-from cki_rec.merging.params import MergeError, Params, check_names, compute_dtype
+from cki_rec.merging.extras import Extras
+from cki_rec.merging.params import MergeError, Params, check_names, compute_dtype, is_finite
 from cki_rec.merging.registry import Score
-from cki_rec.merging.symmetry import Symmetry
-
-Model: TypeAlias = nn.Module | Mapping[str, Tensor]
-"""A model as users pass it."""
-PREFIXES = ("module.", "_orig_mod.")
-"""Prefixes of the names in the state dicts of wrapped modules: parallel ones, compiled ones."""
+from cki_rec.merging.states import (
+    Model,
+    check_plain,
+    matched,
+    models_of,
+    renamed,
+    state_of,
+    unwrapped,
+)
+from cki_rec.merging.symmetry import Symmetry, check_list, check_symmetry
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,12 +45,21 @@ class Sources:
     tied: dict[str, str]
     """Name -> the name under which its tensor is merged."""
 
+    def merged_name(self, name: str) -> str:
+        """Return the name under which a tensor is merged; wrappers make no difference."""
+        is_known = name in self.models[0] or name in self.tied
+        name = name if is_known else matched(name, self.names)
+        return self.tied.get(name, name)
+
     def restored(self, params: Params, is_new: bool = True) -> Params:
         """Return the state dict of a merged model.
 
         Args:
             params: The merged tensors.
             is_new: Share no memory with the sources.
+
+        Raises:
+            MergeError: A result is too large for its type.
         """
         shared = set()
         if is_new:
@@ -59,6 +72,12 @@ class Sources:
                 state[name] = self.copied[name].clone() if is_new else self.copied[name]
                 continue
             tensor = params[name].to(self.types[name])
+            is_short = tensor.itemsize < params[name].itemsize
+            if is_short and not is_finite(tensor.float()) and is_finite(params[name]):
+                raise MergeError(
+                    f"{name}: entries of the result do not fit {tensor.dtype}; use"
+                    " dtype=torch.float32"
+                )
             state[name] = tensor.clone() if _storage(tensor) in shared else tensor
         return {name: state[self.tied.get(name, name)] for name in self.names}
 
@@ -71,21 +90,17 @@ def sources_of(
     Args:
         models: Modules or state dicts.
         dtype: Floating type of the result; None: that of the first source.
-        module: A module that state dicts belong to; its names are no prefixes of wrappers.
+        module: The network of the sources; its names are used.
 
     Raises:
         MergeError: No model, no tensors, or tensors that differ; names the first.
     """
-    if isinstance(models, nn.Module | Mapping | Tensor | str) or not isinstance(models, Iterable):
-        raise MergeError(
-            f"models is one {type(models).__name__}; pass a list of models, merge([a, b])"
-        )
+    models = models_of(models)
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise MergeError(f"dtype={dtype}: must be a floating type, such as torch.float32")
-    states = [state_of(model, f"source {k}", module) for k, model in enumerate(models)]
-    if not states:
-        raise MergeError("no models to merge: pass a list of at least one")
-    first = states[0]
+    first = state_of(models[0], "source 0", () if module is None else tuple(module.state_dict()))
+    rest = [state_of(other, f"source {k}", tuple(first)) for k, other in enumerate(models[1:], 1)]
+    states = [first, *rest]
     merged = [name for name, tensor in first.items() if tensor.is_floating_point()]
     for k, state in enumerate(states[1:], start=1):
         _check_alike(first, state, k)
@@ -101,71 +116,13 @@ def sources_of(
     )
 
 
-def state_of(model: Model, title: str, module: nn.Module | None = None) -> Params:
-    """Return the state dict of a model, without wrappers and gradients.
-
-    Raises:
-        MergeError: It is no model, or holds values that cannot be merged, by name.
-    """
-    if isinstance(model, nn.Module):
-        state: Mapping[str, Any] = unwrapped(model).state_dict()
-    elif isinstance(model, Mapping):
-        state = without_prefixes(model, module)
-    else:
-        raise MergeError(f"{title} is a {type(model).__name__}; pass a module or a state dict")
-    for name, tensor in state.items():
-        if not isinstance(tensor, Tensor):
-            kind = type(tensor).__name__
-            raise MergeError(f"{name}: {title} holds a {kind}; pass tensors only")
-        if is_lazy(tensor):
-            raise MergeError(f"{name}: {title} is not initialized yet; run it on a batch first")
-        if tensor.is_meta:
-            raise MergeError(f"{name}: {title} is on the meta device, without values")
-        if tensor.is_complex() or tensor.is_quantized or tensor.layout != torch.strided:
-            form = f"{tensor.dtype}, {tensor.layout}"
-            raise MergeError(f"{name}: {title} has a tensor ({form}) that cannot be merged")
-    if not state:
-        raise MergeError(f"{title} has no tensors")
-    return {name: tensor.detach() for name, tensor in state.items()}
-
-
-def unwrapped(module: nn.Module) -> nn.Module:
-    """Return the module inside of wrappers: data-parallel and compiled modules."""
-    while True:
-        if isinstance(module, DataParallel | DistributedDataParallel):
-            module = module.module
-        elif isinstance(inner := getattr(module, "_orig_mod", None), nn.Module):
-            module = inner
-        else:
-            return module
-
-
-def without_prefixes(
-    state: Mapping[str, Any], module: nn.Module | None = None
-) -> Mapping[str, Any]:
-    """Return a dictionary without the prefixes of wrappers that all of its names carry.
-
-    Args:
-        state: A state dict, or another dictionary with its names.
-        module: The module it belongs to; a prefix of all its names stays.
-    """
-    if wrong := [name for name in state if not isinstance(name, str)]:
-        raise MergeError(f"{wrong[0]!r} is no name of a tensor; pass state dicts")
-    known = set() if module is None else {*unwrapped(module).state_dict()}
-    while True:
-        prefix = next((p for p in PREFIXES if state and all(n.startswith(p) for n in state)), None)
-        if prefix is None or (known and all(name.startswith(prefix) for name in known)):
-            return state
-        state = {name.removeprefix(prefix): value for name, value in state.items()}
-
-
 def base_of(base: Model, sources: Sources, title: str = "the base") -> Params:
     """Return the base of all sources, or another model of their network, in their form.
 
     Raises:
         MergeError: It has other tensors than the sources.
     """
-    state = state_of(base, title)
+    state = state_of(base, title, sources.names)
     first = sources.models[0]
     missing = [n for n in sources.names if n not in state]
     if missing or len(state) > len(sources.names):
@@ -174,6 +131,8 @@ def base_of(base: Model, sources: Sources, title: str = "the base") -> Params:
         if state[name].shape != tensor.shape:
             shapes = f"{tuple(tensor.shape)} in the sources, {tuple(state[name].shape)} in {title}"
             raise MergeError(f"{name}: shapes differ, {shapes}")
+        if not state[name].is_floating_point():
+            raise MergeError(f"{name}: {state[name].dtype} in {title}, floating in the sources")
     return {name: state[name].to(like.device, like.dtype) for name, like in first.items()}
 
 
@@ -199,11 +158,11 @@ def counts_of(counts: Any, sources: Sources) -> list[Params]:
                 " table -> (rows,) counts"
             )
         known = {}
-        for name, values in without_prefixes(source).items():
+        for name, values in renamed(source, sources.names).items():
             table = sources.tied.get(name, name)
             if table not in first:
                 raise MergeError(f"{name}: has counts but is no parameter")
-            count = torch.as_tensor(values).detach()
+            count = _count(name, values, k)
             if first[table].ndim == 0 or count.shape != first[table].shape[:1]:
                 shape, rows = tuple(count.shape), tuple(first[table].shape)
                 raise MergeError(f"{name}: counts {shape} of source {k} do not fit {rows}")
@@ -224,25 +183,15 @@ def symmetries_of(symmetries: Sequence[Any], sources: Sources) -> Sequence[Symme
     Raises:
         MergeError: A symmetry names a parameter or an axis that the sources do not have.
     """
-    first, result, is_renamed = sources.models[0], list[Symmetry](), False
+    shapes = {name: tensor.shape for name, tensor in sources.models[0].items()}
+    result, is_renamed = list[Symmetry](), False
+    check_list(symmetries)
     for symmetry in symmetries:
-        if not isinstance(symmetry, Symmetry):
-            kind = type(symmetry).__name__
-            raise MergeError(f"symmetries holds a {kind}; pass those of find_symmetries")
-        for part in symmetry.slices:
-            name = sources.tied.get(part.parameter, part.parameter)
-            if name not in first:
-                raise MergeError(f"{part.parameter}: named by a symmetry, but is no parameter")
-            if part.axis >= first[name].ndim:
-                raise MergeError(
-                    f"{part.parameter}: a symmetry names axis {part.axis}, the shape is"
-                    f" {tuple(first[name].shape)}"
-                )
-        parts = [replace(p, parameter=sources.tied.get(p.parameter, p.parameter))
-                 for p in symmetry.slices]  # fmt: skip
+        parts = [replace(p, parameter=sources.merged_name(p.parameter)) for p in symmetry.slices]
         once = tuple(dict.fromkeys(parts))
         is_renamed |= once != symmetry.slices
         result.append(replace(symmetry, slices=once))
+        check_symmetry(result[-1], shapes)
     return result if is_renamed else symmetries
 
 
@@ -287,8 +236,13 @@ def check_module(module: nn.Module, sources: Sources) -> None:
             raise MergeError(f"{name}: shapes differ, {shapes}")
 
 
-def checked_score(score: Score, sources: Sources) -> Score:
+def checked_score(score: Score, sources: Sources, is_safe: bool = True) -> Score:
     """Return a score of merged tensors, which passes state dicts to the user's.
+
+    Args:
+        score: The user's.
+        sources: The sources, for their names.
+        is_safe: Pass copies, which the score may change.
 
     Raises:
         MergeError: The score is no function.
@@ -299,14 +253,17 @@ def checked_score(score: Score, sources: Sources) -> Score:
         )
 
     def value_of(params: Params) -> float:
-        value: Any = score(sources.restored(params, is_new=False))
+        copies = {name: tensor.clone() for name, tensor in params.items()} if is_safe else params
+        value: Any = score(sources.restored(copies, is_safe))
         if isinstance(value, Tensor) and value.numel() != 1:
             raise MergeError(
                 f"score returned {tuple(value.shape)} values; it must return one number"
             )
         try:
+            if isinstance(value, str | bytes):
+                raise TypeError
             number = float(value)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, RuntimeError):
             kind = type(value).__name__
             raise MergeError(f"score returned a {kind}; it must return a number") from None
         if math.isnan(number):
@@ -323,9 +280,54 @@ def tables_of(module: nn.Module | None, counts: Sequence[Params], sources: Sourc
     names = [name for source in counts for name in source]
     if module is not None:
         lookups = (nn.Embedding, nn.EmbeddingBag)
-        names += [f"{n}.weight" for n, m in module.named_modules() if isinstance(m, lookups)]
+        names += [
+            f"{n}.weight".removeprefix(".")
+            for n, m in module.named_modules()
+            if isinstance(m, lookups)
+        ]
     names = [sources.tied.get(name, name) for name in names]
     return [name for name in dict.fromkeys(names) if name in sources.models[0]]
+
+
+def check_call(method: Any, starts: Any, seed: Any, progress: Any, extras: Any) -> None:
+    """Check the types of arguments of ``merge``.
+
+    Raises:
+        MergeError: One has a wrong type; names it.
+    """
+    if not isinstance(method, str):
+        kind = type(method).__name__
+        raise MergeError(f"method is a {kind}; pass the name of a method, and models as one list")
+    check_search(starts, seed)
+    if progress is not None and not callable(progress):
+        kind = type(progress).__name__
+        raise MergeError(f"progress is a {kind}; pass a function (stage, done, all)")
+    if extras is not None and not isinstance(extras, Extras):
+        raise MergeError(f"extras is a {type(extras).__name__}; pass cki_rec.Extras")
+
+
+def check_search(starts: Any, seed: Any) -> None:
+    """Check the options of a search.
+
+    Raises:
+        MergeError: One is no whole number, or too small.
+    """
+    for name, value, least in (("starts", starts, 1), ("seed", seed, -math.inf)):
+        if isinstance(value, bool) or not isinstance(value, Integral):
+            raise MergeError(f"{name}={value!r}: must be a whole number")
+        if value < least:
+            raise MergeError(f"{name}={value}: must be at least {least}")
+
+
+def _count(name: str, values: Any, k: int) -> Tensor:
+    title = f"counts of source {k}"
+    try:
+        count = torch.as_tensor(values).detach()
+    except (TypeError, ValueError, RuntimeError):
+        kind = type(values).__name__
+        raise MergeError(f"{name}: {title} are a {kind}; pass one number per row") from None
+    check_plain(name, count, title)
+    return count
 
 
 def _check_alike(first: Params, other: Params, k: int) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping
+from numbers import Integral, Real
 from types import UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -63,8 +64,11 @@ def _fits(value: Any, hint: Any) -> bool:
         return isinstance(value, list) and all(_fits(part, get_args(hint)[0]) for part in value)
     if get_origin(hint) is Literal:
         return value in get_args(hint)
+    is_number = isinstance(value, Real) and not isinstance(value, bool)
     if hint is float:
-        return type(value) in (int, float) and math.isfinite(value)
+        return is_number and math.isfinite(value)
+    if hint is int:
+        return is_number and isinstance(value, Integral)
     return type(value) is hint
 
 

@@ -20,7 +20,6 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from cki_rec.merging.calling import call, evaluating
 from cki_rec.merging.inputs import (
-    Model,
     Sources,
     base_of,
     check_module,
@@ -32,6 +31,7 @@ from cki_rec.merging.inputs import (
 from cki_rec.merging.params import MergeError, Params, check_finite
 from cki_rec.merging.registry import Score
 from cki_rec.merging.result import MergeResult
+from cki_rec.merging.states import Model
 from cki_rec.merging.table_maps import TableMaps
 from cki_rec.merging.teachers import Lookups, Teacher, mean_teacher, routed, routing_table
 

@@ -66,7 +66,8 @@ class MethodInfo:
     name: str
     summary: str
     needs: tuple[str, ...]
-    """Arguments of ``merge`` that must be passed, with the default options."""
+    """Inputs that must be present, with the default options: arguments of ``merge``, fields of
+    ``Extras`` (``fisher``, ``imitate``), or ``moments``, made from ``module`` and ``batches``."""
     options: Mapping[str, Any]
     """Option -> default value. None: chosen by ``score``, or published if there is no score."""
     reference: str
@@ -80,8 +81,8 @@ class MethodInfo:
 MISSING = {
     "base": "the model that all sources started from (base)",
     "counts": "row counts of every source (counts)",
-    "fisher": "the Fisher information of every source (fisher)",
-    "moments": "second moments of activations (moments)",
+    "fisher": "the Fisher information of every source (extras, fisher)",
+    "moments": "second moments of activations (module and batches)",
     "score": "a score of models on validation rows (score)",
 }
 """Input -> its name in messages."""
@@ -168,7 +169,8 @@ class Method:
         """Return the mixing weights or the parameters that the function returns.
 
         Raises:
-            MergeError: An input is missing, or the function refuses its arguments.
+            MergeError: An input is missing, the function refuses its arguments, changes the
+                models, or returns no dictionary of tensors.
         """
         for name in self.needs(options):
             if (
@@ -178,7 +180,31 @@ class Method:
             ):
                 raise MergeError(f"method {self.name} needs {MISSING[name]}")
         taken = {name: getattr(inputs, name) for name in self.inputs}
-        return self.function(models, **taken, **options)
+        before = _versions(models)
+        result = self.function(models, **taken, **options)
+        if changed := [name for name, now in _versions(models).items() if now != before[name]]:
+            raise MergeError(f"{changed[0][1]}: method {self.name} changes it; work on a copy")
+        self._check_result(result)
+        return result
+
+    def _check_result(self, result: Any) -> None:
+        if not isinstance(result, dict):
+            kind = type(result).__name__
+            raise MergeError(f"method {self.name} returned a {kind}; return name -> tensor")
+        for name, value in result.items():
+            if not isinstance(value, Tensor):
+                kind = type(value).__name__
+                raise MergeError(f"{name}: method {self.name} returned a {kind}; return tensors")
+
+
+def _versions(models: Sequence[Params]) -> dict[tuple[int, str], int]:
+    """Return how often every tensor was written to; inference tensors do not count."""
+    return {
+        (k, name): tensor._version
+        for k, model in enumerate(models)
+        for name, tensor in model.items()
+        if not tensor.is_inference()
+    }
 
 
 METHODS: dict[str, Method] = {}
@@ -224,13 +250,16 @@ def method(
         A decorator that returns the function unchanged.
 
     Raises:
-        ValueError: The name is taken, a parameter without a default is no input, an option is
-            named like an argument of ``merge``, or the return annotation is missing.
+        ValueError: The name is taken, or the return annotation is missing. A parameter without a
+            default is no input, or an input that is needed is no parameter. An option is named
+            like an argument of ``merge``.
     """
 
     def register(function: Function) -> Function:
-        name = function.__name__
-        _, *parameters = inspect.signature(function).parameters.values()
+        name, parameters = function.__name__, list(inspect.signature(function).parameters.values())
+        if not parameters:
+            raise ValueError(f"method {name}: its first parameter must be the models")
+        parameters = parameters[1:]
         inputs = tuple(p.name for p in parameters if p.default is p.empty)
         known = {entry.name for entry in fields(MergeInputs)}
         if name in METHODS and METHODS[name].function.__module__ != function.__module__:
@@ -240,6 +269,9 @@ def method(
                 f"method {name}: parameter {unknown[0]} is no input ({', '.join(sorted(known))});"
                 " give it a default value to make it an option"
             )
+        listed = () if callable(needs) else (needs,) if isinstance(needs, str) else tuple(needs)
+        if absent := [need for need in listed if need not in {p.name for p in parameters}]:
+            raise ValueError(f"method {name}: needs {absent[0]}, which is no parameter of it")
         options = {p.name: p.default for p in parameters if p.default is not p.empty}
         if reserved := [option for option in options if option in RESERVED]:
             raise ValueError(
@@ -260,7 +292,7 @@ def method(
             inputs=inputs,
             options=options,
             returns_weights=returned == MixingWeights,
-            always_needs=needs,
+            always_needs=needs if callable(needs) else listed,
             row_wise=row_wise,
             reads_values=reads_values,
             averages_dense=averages_dense,

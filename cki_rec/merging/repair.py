@@ -10,17 +10,20 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 import torch
 from torch import Tensor
 
-from cki_rec.merging.params import MergeError, Params
+from cki_rec.merging.params import STATISTICS, MergeError, Params
 from cki_rec.merging.symmetry import LogitScale, Symmetry
 
 RIDGE = 1e-6
 """Ridge of a regression, as a share of the mean square of each input."""
-BATCH_NORM_EPS = 1e-5
+
+
+Statistics: TypeAlias = tuple[Tensor, Tensor]
+"""Mean and variance of every unit of a layer."""
 
 
 @dataclass(slots=True)
@@ -30,19 +33,27 @@ class Moments:
     second: dict[str, Tensor]
     """``(K, I, K, I)`` float64: inputs with inputs, of every two models; the last input is 1."""
     logit: dict[str, Tensor]
-    """``(K, I, K)`` float64: inputs with logits; only of layers that see one input a row."""
+    """``(K, I, K)`` float64: inputs with logits; only of layers that see one input a row, in
+    networks with one number per row."""
     rows: dict[str, int]
     """Number of inputs of a layer that the means are taken over."""
+    norms: dict[str, Statistics]
+    """Per batch norm, mean and variance of its inputs in the first model."""
+    order: list[str]
+    """Layers and batch norms in order of execution."""
 
 
 class Observe(Protocol):
     """Runs models on one sample of rows."""
 
     def __call__(self, models: Sequence[Params], layers: Sequence[str] | None = None) -> Moments:
-        """Return moments of the named Linear layers, of all without names."""
+        """Return moments of the named Linear layers and batch norms, of all without names."""
 
     def gradients(self, models: Sequence[Params], layers: Collection[str]) -> Mapping[str, Tensor]:
         r"""Return per layer :math:`E[g g^T]` ``(K, O, K, O)``, g the logits' gradients there."""
+
+    def adds_to_logit(self, params: Params, layer: str) -> bool:
+        """Return whether the logit is the output of a layer plus other terms."""
 
 
 def rescale(
@@ -58,7 +69,8 @@ def rescale(
         + \sum_k \alpha_k \mu_k
 
     z is the input of a unit's activation. Averages of units that are not copies of each other vary
-    less than either, layer after layer. Running statistics of norms are set to the result.
+    less than either, layer after layer. Running statistics of batch norms are set to the means and
+    variances that the merged model has on the rows.
 
     Args:
         merged: The merge of ``sources``.
@@ -71,10 +83,13 @@ def rescale(
         Jordan et al., REPAIR, ICLR 2023, section 3.
     """
     fitted = dict(merged)
-    names = list(observe([merged]).second)
-    for name in names:
-        symmetry = _units(symmetries, names, merged).get(name)
-        if symmetry is None:
+    first = observe([merged])
+    units = _units(symmetries, list(first.second), merged)
+    last: Statistics | None = None
+    for name in first.order:
+        if name in first.norms:
+            _set_running(fitted, name, observe, last)
+        if name not in units:
             continue
         second = observe([fitted, *sources], [name]).second[name]
         mean, deviation = _statistics(_map(fitted, name), second[0, :, 0])
@@ -89,7 +104,7 @@ def rescale(
         weights = _map(fitted, name) * scale[:, None]
         weights[:, -1] += target_mean - mean * scale
         _set(fitted, name, weights)
-        _set_running(fitted, name, symmetry, second[0, :, 0])
+        last = _mean_and_variance(fitted, name, second[0, :, 0])
     return fitted
 
 
@@ -108,8 +123,9 @@ def fit_layers(
 
     x is the input of the layer in the merged model as fitted so far; :math:`x_k` is the input in
     source k. Directions of W that the rows do not determine stay near
-    :math:`\sum_k \alpha_k W_k`. The last layer is fitted to the mean logit. Running
-    statistics of norms are set to the result.
+    :math:`\sum_k \alpha_k W_k`. The last layer is fitted to the mean logit, if the logit is its
+    output plus other terms. Running statistics of batch norms are set to the means and variances
+    that the merged model has on the rows.
 
     Args:
         merged: The merge of ``sources``; only its Linear layers change.
@@ -120,7 +136,7 @@ def fit_layers(
         selects_units: Select hidden units from all sources instead of averaging matched ones. The
             selected units best predict the next layers of all sources (``choose``). Errors there
             are weighted by their first-order effect on the mean logit.
-        fixed: Names of weights of layers that do not change.
+        fixed: Names of weights of layers, and of statistics of norms, that do not change.
 
     Reference:
         Singh and Jaggi, PLeaS (arXiv 2407.02447) for least squares after matching; Jin et al.,
@@ -131,15 +147,21 @@ def fit_layers(
         be selected from the union of sources.
     """
     fitted = dict(merged)
-    names = [name for name in observe([merged]).second if name not in fixed]
+    first = observe([merged])
+    names = [name for name in first.second if name not in fixed]
     units = _units(symmetries, names, merged)
     readers = {name: next(p for p in units[name].slices if p.axis == 1) for name in units}
     gradients: Mapping[str, Tensor] = {}
     if selects_units and readers:
         gradients = observe.gradients(sources, {part.parameter for part in readers.values()})
-    for name in names:
+    last: Statistics | None = None
+    for name in first.order:
+        if name in first.norms and f"{name}.{STATISTICS[0]}".removeprefix(".") not in fixed:
+            _set_running(fitted, name, observe, last)
+        if name not in names:
+            continue
         seen = observe([fitted, *sources], [name])
-        if name == names[-1]:
+        if name == names[-1] and name in seen.logit and observe.adds_to_logit(fitted, name):
             _set(fitted, name, _last(fitted, name, seen, shares))
             continue
         second = seen.second[name]
@@ -156,8 +178,7 @@ def fit_layers(
             _choose_units(fitted, sources, metric, units[name], name, each, observe)
         else:
             _set(fitted, name, mean)
-        if name in units:
-            _set_running(fitted, name, units[name], second[0, :, 0])
+        last = _mean_and_variance(fitted, name, second[0, :, 0])
     return fitted
 
 
@@ -248,25 +269,30 @@ def _statistics(weights: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
     return mean, (square - mean.square()).clamp_min(0).sqrt()
 
 
-def _set_running(params: Params, name: str, symmetry: Symmetry, second: Tensor) -> None:
-    """Set running statistics of the norms behind a layer: a batch norm, Dice, or both."""
+def _mean_and_variance(params: Params, name: str, second: Tensor) -> Statistics:
     mean, deviation = _statistics(_map(params, name), second)
-    variance = deviation.square()
-    running = [
-        p.parameter
-        for p in symmetry.slices
-        if p.parameter.endswith(("running_mean", "running_var"))
-    ]
-    norms = {n.rpartition(".")[0] for n in running if ".norms." in n}
-    for parameter in sorted(running, key=lambda n: n.rpartition(".")[0] not in norms):
-        prefix, _, last_word = parameter.rpartition(".")
-        value = mean if last_word == "running_mean" else variance
-        if norms and prefix not in norms:
-            (norm,) = norms
-            scale, shift = params[f"{norm}.weight"].double(), params[f"{norm}.bias"].double()
-            after = scale.square() * variance / (variance + BATCH_NORM_EPS)
-            value = shift if last_word == "running_mean" else after
-        params[parameter] = value.to(params[parameter].dtype)
+    return mean, deviation.square()
+
+
+def _set_running(params: Params, norm: str, observe: Observe, last: Statistics | None) -> None:
+    """Set the running statistics of a batch norm to those of its inputs in a model.
+
+    Args:
+        params: The model.
+        norm: Name of the batch norm.
+        observe: Runs models on a sample of rows.
+        last: Statistics of the layer fitted last, in closed form. If the norm reads its outputs,
+            they are the same but for rounding, and more exact.
+    """
+    seen = observe([params], [norm]).norms[norm]
+    if last is not None and all(
+        old.shape == new.shape and torch.allclose(old, new, rtol=1e-4, atol=1e-6)
+        for old, new in zip(last, seen, strict=True)
+    ):
+        seen = last
+    for word, value in zip(STATISTICS, seen, strict=True):
+        name = f"{norm}.{word}".removeprefix(".")
+        params[name] = value.to(params[name].dtype)
 
 
 def _mixed(values: Sequence[Tensor], shares: Sequence[float]) -> Tensor:

@@ -152,7 +152,11 @@ def mix_models(
     """
     if not method.returns_weights:
         params = method(models, inputs, **options)
-        check_same([models[0], params])
+        try:
+            check_same([models[0], params])
+        except MergeError as error:
+            title = f"the result of method {method.name} (here source 1)"
+            raise MergeError(f"{title} does not fit: {error}") from None
         weights = fixed_weights(models, fixed, inputs.counts)
         parts = [{name: model[name] for name in weights} for model in models]
         params = {**params, **mix(parts, weights)}

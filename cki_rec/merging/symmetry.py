@@ -19,9 +19,9 @@ permuted as a whole. Elements are therefore applied in the order of the list of 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -76,6 +76,60 @@ class LogitScale:
     degrees: dict[str, float]
     shift: str
     """A parameter of one entry, added to the logit; its degree is 1."""
+
+
+def check_list(symmetries: Any) -> None:
+    """Check that an argument is a list of symmetries.
+
+    Raises:
+        MergeError: It is not.
+    """
+    if isinstance(symmetries, str) or not isinstance(symmetries, Sequence):
+        kind = type(symmetries).__name__
+        raise MergeError(f"symmetries is a {kind}; pass those of find_symmetries")
+    for symmetry in symmetries:
+        if not isinstance(symmetry, Symmetry):
+            kind = type(symmetry).__name__
+            raise MergeError(f"symmetries holds a {kind}; pass those of find_symmetries")
+
+
+def check_symmetry(symmetry: Symmetry, shapes: Mapping[str, Sequence[int]]) -> None:
+    """Check that a symmetry fits the parameters of a network.
+
+    Args:
+        symmetry: The symmetry.
+        shapes: Shapes of the parameters by name.
+
+    Raises:
+        MergeError: It does not; names the parameter.
+    """
+    if symmetry.kind not in get_args(Kind):
+        raise MergeError(f"symmetry of kind {symmetry.kind!r}: one of {', '.join(get_args(Kind))}")
+    size = symmetry.size
+    if size < 1:
+        raise MergeError(f"symmetry of size {size}: must be at least 1")
+    for part in symmetry.slices:
+        name = part.parameter
+        if name not in shapes:
+            raise MergeError(f"{name}: named by a symmetry, but is no parameter")
+        shape = tuple(shapes[name])
+        if not 0 <= part.axis < len(shape):
+            raise MergeError(f"{name}: a symmetry names axis {part.axis}, the shape is {shape}")
+        if not fits(part, size, shape):
+            raise MergeError(f"{name}: a symmetry of {size} units does not fit the shape {shape}")
+
+
+def fits(part: Slice, size: int, shape: Sequence[int]) -> bool:
+    """Return whether a slice of ``size`` units lies inside a shape."""
+    steps = (part.start, part.start + (size - 1) * (part.step or part.width))
+    first, last = (min(part.starts), max(part.starts)) if part.starts else steps
+    is_inside = 0 <= part.axis < len(shape) and 0 <= first <= last
+    return (
+        is_inside
+        and len(part.starts) in (0, size)
+        and last + part.width <= shape[part.axis]
+        and all(a < len(shape) and 0 <= b < c <= shape[a] for a, b, c in part.within)
+    )
 
 
 def transform(
@@ -198,11 +252,14 @@ def check_scores(after: Tensor, before: Tensor, name: str) -> None:
     Raises:
         MergeError: They are not.
     """
-    error = float((after - before).abs().max())
-    if not error <= TOLERANCE * max(1.0, float(before.abs().max())):
+    if not bool(before.isfinite().any()):
+        raise MergeError(f"{name}: the network returns no finite number on this batch")
+    gap = torch.where(after == before, 0.0, (after - before).abs())  # equal infinities are equal
+    largest = float(before[before.isfinite()].abs().max())
+    if not float(gap.max()) <= TOLERANCE * max(1.0, largest):
         raise MergeError(
-            f"{name}: alignment changed its scores by {error:.1e}; its network does not have the"
-            " symmetries that its model declares; use align.by=none"
+            f"{name}: alignment changed its scores by {float(gap.max()):.1e}; its network does"
+            " not have these symmetries; merge without alignment"
         )
 
 

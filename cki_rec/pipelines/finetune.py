@@ -11,17 +11,15 @@ from typing import Any
 
 import numpy as np
 
-from cki_rec.checkpoints import Description, describe
 from cki_rec.config import Config, Train, UserError, run_id, section
 from cki_rec.data.encoding import store
 from cki_rec.data.encoding.store import EncodedDataset
 from cki_rec.data.provenance import Provenance
-from cki_rec.engine import checkpoint_io, distributed
+from cki_rec.engine import distributed
 from cki_rec.engine.record import Run, open_run
 from cki_rec.engine.restoration import restore
 from cki_rec.engine.trainer import LABELS, Objective
 from cki_rec.pipelines import merge, preflight, refine, train, vocabularies
-from cki_rec.pipelines.provenance import check_rows, other_tables
 from cki_rec.pipelines.sources import Source, Sources
 
 log = logging.getLogger(__name__)
@@ -92,7 +90,7 @@ def _finetune(
     reads: dict[str, Any],
 ) -> None:
     scratch, schedule = run.path / "start", _schedule(config)
-    saved, folder = _moved(config, dataset, start, scratch)
+    saved, folder = vocabularies.on_data_set(config, start.folder, start.name, dataset, scratch)
     model = restore(saved, folder, schedule, config.runtime, to_train=True)
     shutil.rmtree(scratch, ignore_errors=True)
     rows = [dataset.rows(split) for split in ("train", "valid")]
@@ -117,23 +115,3 @@ def _objective(
     read = refine.UnlabelledRows(dataset, rows, f"{dataset.hash[:16]}-all")
     target_R = refine.teacher_logits(config, dataset, sources, teacher, read, start)
     return Objective(loss, lambda numbers: target_R[np.searchsorted(rows, numbers)])
-
-
-def _moved(
-    config: Config, dataset: EncodedDataset, start: Source, scratch: Path
-) -> tuple[Description, Path]:
-    """Return the description and the folder of the first model, fit for the data set.
-
-    The folder is ``scratch`` if the model had to be moved to the data set's vocabularies.
-
-    Raises:
-        UserError: As for ``check_rows`` and ``vocabularies.on_rows_of``.
-    """
-    saved = describe(start.folder)
-    check_rows(saved, dataset, start.name)
-    if not other_tables(saved, dataset):
-        return saved, start.folder
-    moved = vocabularies.on_rows_of(config, start.folder, dataset)
-    tensors = {"model": moved.params, "accumulator": moved.accumulators, "counts": moved.counts}
-    checkpoint_io.save(scratch, tensors, moved.model, moved.schema, moved.origin)
-    return describe(scratch), scratch

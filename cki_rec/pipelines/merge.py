@@ -24,13 +24,13 @@ from cki_rec.merging.extras import Extras, Learned
 from cki_rec.merging.optimizer_state import merge_accumulators, merge_counts
 from cki_rec.merging.params import MergeError, NotPossible
 from cki_rec.merging.result import MergeResult
-from cki_rec.merging.search import AUTO, choose
+from cki_rec.merging.search import AUTO
 from cki_rec.merging.steps import calibrate_model
 from cki_rec.models import build_model
-from cki_rec.pipelines import check_only, preflight, refine, sources, train, vocabularies
+from cki_rec.pipelines import check_only, choice, preflight, refine, sources, train, vocabularies
 from cki_rec.pipelines.compatibility import compare, counts_of, finite, require
 from cki_rec.pipelines.merge_inputs import ablated, fisher, fixed_rules, learning
-from cki_rec.pipelines.predictions import calibrator, scorer, valid_auc
+from cki_rec.pipelines.predictions import calibrator, scorer
 from cki_rec.pipelines.references import REFERENCES
 from cki_rec.pipelines.sources import Source, Sources, are_disjoint, shard_of
 from cki_rec.pipelines.vocabularies import Joined
@@ -52,6 +52,8 @@ def run(config: Config) -> None:
     for name, shares in (result["shares"] or {}).items():
         log.info("  %-52s %s", name, "  ".join(f"{share:6.1%}" for share in shares))
     warn_if_unchanged(config, result)
+    if fitted := result.get("refinement"):
+        log.info("refined: validation AUC %.4f, before %.4f", fitted["auc"], fitted["start_auc"])
     if result["chosen"] is None:
         log.info("model: %s", done.checkpoint)
     else:
@@ -88,7 +90,7 @@ def ensure(config: Config, models: Sources | None = None, force: bool = False) -
     )
     reads = _reads(config, candidates, base, dataset, is_disjoint)
     if preflight.is_refined_search(options):
-        best = _best(config, models, candidates, dataset)
+        best = choice.best_of(config, models, candidates, dataset)
         refined = _refined(config, models, best, force=False)
         candidates.append(Source(f"{best.name}, refined", refined.path.name, refined.checkpoint))
         reads["sources"] = [source.identity for source in candidates]
@@ -96,7 +98,9 @@ def ensure(config: Config, models: Sources | None = None, force: bool = False) -
         if run.record is None:
             with run.phase("merge"):
                 if options.method == AUTO or options.method in REFERENCES:
-                    data, result = _choose(config, models, candidates, dataset)
+                    chosen, scores = choice.choose_model(config, models, candidates, dataset)
+                    result = _result(chosen=chosen, valid_auc=scores)
+                    data = _data_facts(dataset, describe(candidates[0].folder))
                 else:
                     used = replace(models, merged=candidates, base=base)
                     data, result = _merge(config, used, dataset, run, is_disjoint)
@@ -153,6 +157,8 @@ def _reads(
 ) -> dict[str, Any]:
     """Return everything that the result depends on."""
     rule = section(config.merge)
+    if not rule["margin"]:
+        del rule["margin"]
     of_refinement = ("effort", "refine", "refinement", "rows")  # held by the refined candidate
     for name in ("sources", "label", "vocabularies", *of_refinement):
         del rule[name]
@@ -234,49 +240,10 @@ def _finished(config: Config, fitted: Run, run: Run) -> tuple[dict[str, Any], di
     history = fitted.record["result"]["history"]
     result["refinement"] = {
         "start_auc": history[0]["valid_auc"],
-        "valid_auc": fitted.record["result"]["valid_auc"],
+        "auc": fitted.record["result"]["valid_auc"],
         **fitted.record["provenance"]["teacher"],
     }
     return train.data_facts(dataset), result
-
-
-def _best(
-    config: Config, models: Sources, candidates: list[Source], dataset: EncodedDataset | None
-) -> Source:
-    """Return the best of the merges and sources on validation rows."""
-    assert dataset is not None
-    preflight.check_sources(config, replace(models, merged=candidates), dataset)
-    everyone = {each.identity: each for each in [*candidates, *models.merged]}
-    return choose(everyone.items(), lambda source: valid_auc(config, dataset, source)).best
-
-
-def _choose(
-    config: Config, models: Sources, candidates: list[Source], dataset: EncodedDataset | None
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return facts about the data, and the result of a reference or of a search over recipes."""
-
-    def score(source: Source) -> float:
-        assert dataset is not None
-        return valid_auc(config, dataset, source)
-
-    preflight.check_sources(config, replace(models, merged=candidates), dataset)
-    if config.merge.method == AUTO:
-        everyone = {each.identity: each for each in [*candidates, *models.merged]}
-        choice = choose(everyone.items(), score)
-        best_source = max(models.merged, key=score)
-        facts = {
-            "chosen": choice.scores[choice.name],
-            "best_source": score(best_source),
-            "name": best_source.name,
-            "is_source": choice.best in models.merged,
-            "all": choice.scores,
-        }
-        result = _result(chosen=[choice.name], valid_auc=facts)
-    else:
-        choice_of = REFERENCES[config.merge.method].choose
-        chosen = candidates if choice_of is None else [choice_of(candidates, score)]
-        result = _result(chosen=[source.identity for source in chosen])
-    return _data_facts(dataset, describe(candidates[0].folder)), result
 
 
 def _merge(

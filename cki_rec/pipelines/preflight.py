@@ -223,6 +223,7 @@ def _check_processes(options: Merge, entry: Method | Reference | None) -> None:
             f"merge.method={options.method} needs whole models in one process; on several"
             f" processes merge.method is one of {row_wise}; {INSTEAD}"
         )
+    is_chosen = "score" in needs_of(options)
     for name, is_set in {
         f"align.by={options.align.by}": options.align.by == "activations",
         f"repair={options.repair}": options.repair != "none",
@@ -230,7 +231,7 @@ def _check_processes(options: Merge, entry: Method | Reference | None) -> None:
         f"learn.what={options.learn.what}": options.learn.what != "none",
         f"ablation={options.ablation}": options.ablation != "none",
         "vocabularies": bool(options.vocabularies),
-        f"options of {options.method} that validation rows choose (null)": needs_labels(options),
+        f"options of {options.method} that validation rows choose (null)": is_chosen,
     }.items():
         if is_set:
             raise UserError(f"merge.{name} needs whole models in one process; {INSTEAD}")

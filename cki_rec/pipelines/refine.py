@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -84,6 +85,7 @@ def ensure(config: Config, models: Sources, start: Source) -> Run:
         "refine": options.refine,
         "refinement": section(options.refinement),
         "rows": options.rows,
+        "train": train.schedule_section(schedule_of(config, num_rows=1)),
         "data": dataset.hash,
         "seed": config.seed,
     }
@@ -103,21 +105,23 @@ def _refine(
     run: Run,
     reads: dict[str, Any],
 ) -> None:
-    saved = describe(start.folder)
+    scratch, name = run.path / "start", start.name
+    saved, folder = vocabularies.on_data_set(config, start.folder, name, dataset, scratch)
     with run.phase("teacher"):
         rows = unlabelled_rows(config, dataset, sources, saved.schema)
         teacher = choose_teacher(config, dataset, sources)
         target_R = teacher_logits(config, dataset, sources, teacher, rows, start)
     run.facts["teacher"] = {"field": teacher.field, "share": teacher.share}
     schedule = schedule_of(config, len(rows.numbers))
-    model = restore(saved, start.folder, schedule, config.runtime, to_train=True)
+    model = restore(saved, folder, schedule, config.runtime, to_train=True)
 
     def targets(numbers: Ints) -> NDArray[np.float32]:
         found: NDArray[np.float32] = target_R[np.searchsorted(rows.numbers, numbers)]
         return found
 
     objective = Objective("teacher", targets, rows.data, refines=True)
-    counts = {table: count.numpy() for table, count in row_counts(start.folder).items()}
+    counts = {table: count.numpy() for table, count in row_counts(folder).items()}
+    shutil.rmtree(scratch, ignore_errors=True)
     routed = "the mean logit" if teacher.field is None else f"sources routed by {teacher.field}"
     train.run_training(
         *(config, dataset, run, reads, model, saved.model, saved.schema),

@@ -9,14 +9,16 @@ from typing import Any
 
 from torch import Tensor
 
-from cki_rec.checkpoints import Checkpoint, load
+from cki_rec.checkpoints import Checkpoint, Description, describe, load
 from cki_rec.config import Config, UserError
 from cki_rec.data.encoding import tokens
 from cki_rec.data.encoding.store import EncodedDataset
 from cki_rec.data.schema import FIRST_ID, OOV_ID
+from cki_rec.engine import checkpoint_io
 from cki_rec.engine.embeddings import table_of
 from cki_rec.merging.params import Params
 from cki_rec.merging.vocabulary import join_tokens, owned, to_union
+from cki_rec.pipelines.provenance import check_rows, other_tables
 
 
 @dataclass(slots=True)
@@ -216,3 +218,23 @@ def _moved(saved: Checkpoint, maps: Mapping[str, Tensor], sizes: Mapping[str, in
         )
     except ValueError as error:
         raise UserError(f"checkpoint: {error}; its tensors and its schema disagree") from None
+
+
+def on_data_set(
+    config: Config, folder: Path, name: str, dataset: EncodedDataset, scratch: Path
+) -> tuple[Description, Path]:
+    """Return the description and the folder of a model that can be trained on a data set.
+
+    The folder is ``scratch`` if the model had to be moved to the data set's vocabularies.
+
+    Raises:
+        UserError: As for ``check_rows`` and ``on_rows_of``.
+    """
+    saved = describe(folder)
+    check_rows(saved, dataset, name)
+    if not other_tables(saved, dataset):
+        return saved, folder
+    moved = on_rows_of(config, folder, dataset)
+    tensors = {"model": moved.params, "accumulator": moved.accumulators, "counts": moved.counts}
+    checkpoint_io.save(scratch, tensors, moved.model, moved.schema, moved.origin)
+    return describe(scratch), scratch

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 
 import pytest
 import torch
@@ -25,11 +26,19 @@ def broken(change):
     return model
 
 
+def moves(kind="rotation", size=3, axis=1, start=0):
+    return [Symmetry(kind, size, (Slice("table", axis, start),))]
+
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # a prototype
+    NESTED = torch.nested.nested_tensor([torch.ones(1), torch.ones(3)])
 NAN = broken(lambda m: m["weight"].view(-1)[5:6].fill_(math.nan))
 INF = broken(lambda m: m["bias"][0:1].fill_(-math.inf))
 ODD = broken(lambda m: m.pop("bias"))
 ONE, TWO = draw(1), draw(2)
 PAIR = [ONE, TWO]
+HUGE = {"w": torch.full((2,), 1e6)}
 COUNTS = [{"table": torch.ones(6)}] * 2
 
 
@@ -67,7 +76,7 @@ COUNTS = [{"table": torch.ones(6)}] * 2
         ),
         ({"models": [INF, ONE], "method": "slerp"}, "bias: source 0 has NaN or infinite"),
         ({"method": "tiess"}, "no method 'tiess': did you mean 'ties'"),
-        ({"method": 3}, "no method 3: one of auto, "),
+        ({"method": 3}, "method is a int; pass the name of a method"),
         ({"method": "ties"}, "needs the model that all sources started from"),
         (
             {"method": "ties", "base": ONE, "densty": 1},
@@ -85,6 +94,39 @@ COUNTS = [{"table": torch.ones(6)}] * 2
         ({"counts": [{"tabel": torch.ones(6)}] * 2}, "tabel: has counts but is no parameter"),
         ({"counts": [{"table": torch.ones(5)}] * 2}, r"table: counts \(5,\) of source 0"),
         ({"counts": [{"table": -torch.ones(6)}] * 2}, "table: counts of source 0 must be finite"),
+        ({"counts": [{"table": "abc"}] * 2}, "table: counts of source 0 are a str; pass one"),
+        ({"counts": [{"table": None}] * 2}, "table: counts of source 0 are a NoneType"),
+        ({"counts": [{"table": torch.ones(6) + 0j}] * 2}, "table: counts of source 0 .*complex64"),
+        ({"counts": [{"table": torch.ones(6, device="meta")}] * 2}, "table: .*meta device"),
+        ({"counts": [{"table": torch.ones(6).to_sparse()}] * 2}, "table: .*sparse_coo"),
+        ({"method": "ties", "base": {**ONE, "bias": torch.ones(4).int()}}, "bias: .* in the base"),
+        ({"models": [ONE, {**TWO, "bias": NESTED}]}, "bias: source 1 .*nested"),
+        ({"models": [HUGE, HUGE], "dtype": torch.float16}, "w: .* do not fit torch.float16"),
+        ({"method": ["ties"]}, "method is a list; pass the name"),
+        ({"models": nn.Linear(2, 2), "method": nn.Linear(2, 2)}, "models as one list"),
+        ({"starts": 0}, "starts=0: must be at least 1"),
+        ({"starts": "2"}, "starts='2': must be a whole number"),
+        ({"seed": 1.5}, "seed=1.5: must be a whole number"),
+        ({"progress": 3}, "progress is a int; pass a function"),
+        ({"extras": {}}, "extras is a dict; pass cki_rec.Extras"),
+        ({"symmetries": 3, "align": "weights"}, "symmetries is a int"),
+        ({"symmetries": "auto", "align": "weights"}, "symmetries is a str"),
+        (
+            {"symmetries": moves(size=7), "align": "weights"},
+            "table: .* 7 units does not fit",
+        ),
+        ({"symmetries": moves(size=0), "align": "weights"}, "symmetry of size 0"),
+        ({"symmetries": moves(axis=-1), "align": "weights"}, "table: a symmetry names axis -1"),
+        ({"symmetries": moves(start=1), "align": "weights"}, "table: .* 3 units does not fit"),
+        (
+            {"symmetries": moves(kind="turn"), "align": "weights"},
+            "symmetry of kind 'turn'",
+        ),
+        ({"method": "greedy_soup", "score": lambda _: "1.5"}, "score returned a str"),
+        (
+            {"method": "greedy_soup", "score": lambda _: torch.tensor(1j)},
+            "returned a Tensor",
+        ),
         ({"align": "weights"}, "align=weights needs the symmetries"),
         ({"method": "zipit"}, "method zipit needs the symmetries"),
         ({"align": "activations", "symmetries": []}, "activations needs activations"),

@@ -76,7 +76,7 @@ def test_auto_leaves_out_recipes_that_the_inputs_do_not_allow():
     assert set(alone.scores) == {"average", "source 0", "source 1"}
     result = merge(models, "auto", score=score, module=models[0], batches=sample)
     assert "average, align=weights" in result.scores
-    assert any("one logit per row" in warning for warning in result.warnings)
+    assert any("one number per row" in warning for warning in result.warnings)
     counted = merge(PAIR, "auto", counts=COUNTS, score=lambda s: float(s["bias"].sum()))
     assert "evidence" in counted.scores
     assert set(merge([ONE], "auto", score=lambda _: 1.0).scores) == {"average", "source 0"}
@@ -168,3 +168,59 @@ def test_the_report_is_text():
     assert repr(result) == "MergeResult(recipe='evidence', 3 tensors)"
     many = {f"layer{k}": torch.ones(2) for k in range(60)}
     assert "and 20 more" in merge([many, many]).report()
+
+
+@pytest.mark.parametrize(
+    ("result", "message"),
+    [
+        (lambda _: None, "odd returned a NoneType; return name -> tensor"),
+        (
+            lambda models: {name: [0.5] for name in models[0]},
+            "0.weight: .* a list",
+        ),
+        (
+            lambda models: {"0.weight": models[0]["0.weight"].zero_()},
+            "0.weight: .* on a copy",
+        ),
+        (
+            lambda models: {"x": models[0]["0.weight"]},
+            "method odd .* only in source 1: x",
+        ),
+    ],
+)
+def test_results_of_methods_of_users_are_checked(result, message, registry):
+    @cki_rec.method()
+    def odd(models) -> cki_rec.Params:
+        return result(models)
+
+    with pytest.raises(MergeError, match=message):
+        merge([torch.nn.Sequential(torch.nn.Linear(2, 2)) for _ in range(2)], "odd")
+
+
+@pytest.mark.parametrize("needs", [("tables",), ("counts",), "counts"])
+def test_needs_of_a_method_are_its_parameters(needs, registry):
+    with pytest.raises(ValueError, match="which is no parameter of it"):
+
+        @cki_rec.method(needs=needs)
+        def needy(models) -> cki_rec.Params:
+            return models[0]
+
+
+def test_a_method_takes_models(registry):
+    with pytest.raises(ValueError, match="first parameter must be the models"):
+
+        @cki_rec.method()
+        def empty() -> cki_rec.Params:
+            return {}
+
+
+def test_numbers_of_numpy_are_options(registry):
+    @cki_rec.method()
+    def plain(models, *, size: int = 1, scale: float = 1.0) -> cki_rec.Params:
+        return {name: tensor * float(scale * size) for name, tensor in models[0].items()}
+
+    model = {"w": torch.ones(2)}
+    result = merge([model], "plain", size=np.int64(2), scale=np.float32(0.5))
+    assert torch.equal(result.params["w"], model["w"])
+    with pytest.raises(MergeError, match="size=true: must be a whole number"):
+        merge([model], "plain", size=True)

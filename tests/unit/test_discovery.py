@@ -13,6 +13,7 @@ from torch import nn
 
 from cki_rec.merging.discovery import Symmetries, find_symmetries, verify
 from cki_rec.merging.discovery.parity import null_space
+from cki_rec.merging.discovery.propose import Candidate, Member, NoSlices
 from cki_rec.merging.discovery.trial import KINDS, Trial, draw
 from cki_rec.merging.params import MergeError
 from cki_rec.merging.symmetry import Slice, Symmetry
@@ -388,3 +389,32 @@ def test_more_atoms_than_a_search_over_patterns_could_try():
 
     found = find_symmetries(Product(), ids(6, rows=5))
     assert [s.kind for s in found] == ["permutation", *["signs"] * 11]
+
+
+def test_units_in_different_rows_are_frozen_in_words(monkeypatch):
+    rows = torch.tensor([[[0], [1]]])
+    member = Member("table", 1, torch.zeros_like(rows), rows, 4)
+    with pytest.raises(NoSlices, match="cannot describe units in different rows of table"):
+        member.row(0)
+
+    def refuse(*_):
+        member.row(0)
+
+    monkeypatch.setattr(Candidate, "symmetries", refuse)
+    found = find_symmetries(mlp(5, 8, 1), floats(20, 5))
+    assert "0.weight axis 0 (8 units): the search cannot describe" in "".join(found.frozen)
+
+
+def test_a_module_that_cannot_train_is_named():
+    class Refuses(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.mlp, self.norm = mlp(5, 8, 1), nn.BatchNorm1d(5)
+
+        def forward(self, x):
+            if self.training:
+                raise NotImplementedError("only for inference")
+            return self.mlp(self.norm(x))
+
+    found = find_symmetries(Refuses(), floats(20, 5))
+    assert any("fails in training mode (NotImplementedError: only for" in r for r in found.frozen)

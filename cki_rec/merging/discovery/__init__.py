@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import nn
 
 from cki_rec.merging.discovery.result import Symmetries
@@ -22,12 +23,14 @@ from cki_rec.merging.discovery.search import Search
 from cki_rec.merging.discovery.trial import CannotRun, Trial
 from cki_rec.merging.discovery.twin import exact, rows_read
 from cki_rec.merging.discovery.verification import changes
-from cki_rec.merging.inputs import network_of
+from cki_rec.merging.params import MergeError
+from cki_rec.merging.states import unwrapped
 from cki_rec.merging.symmetry import Symmetry
 
 __all__ = ["Symmetries", "find_symmetries", "verify"]
 
 
+@torch.inference_mode(False)  # in which a trace does not see the operations inside of layers
 def find_symmetries(
     module: nn.Module, example_inputs: Any, *, tolerance: float = 1e-9, seed: int = 0
 ) -> Symmetries:
@@ -49,7 +52,7 @@ def find_symmetries(
     Raises:
         MergeError: It is no module, it cannot be copied, or it fails on these inputs.
     """
-    module = network_of(module)
+    module = _checked(module, tolerance)
     ids = rows_read(module, example_inputs)
     with exact(seed):
         try:
@@ -59,6 +62,7 @@ def find_symmetries(
         return Search(trial, tolerance).result()
 
 
+@torch.inference_mode(False)
 def verify(
     module: nn.Module,
     symmetries: Sequence[Symmetry],
@@ -80,7 +84,16 @@ def verify(
         MergeError: A symmetry changes the outputs, names a parameter that the module lacks, or
             does not fit its shape; names the first one. Or the module fails on these inputs.
     """
-    module = network_of(module)
+    module = _checked(module, tolerance)
     ids = rows_read(module, inputs)
     with exact(seed):
         return changes(module, symmetries, inputs, ids, tolerance)
+
+
+def _checked(module: Any, tolerance: Any) -> nn.Module:
+    """Return a module without wrappers."""
+    if not isinstance(module, nn.Module):
+        raise MergeError(f"module is a {type(module).__name__}; pass a module")
+    if not isinstance(tolerance, int | float) or not tolerance > 0:
+        raise MergeError(f"tolerance={tolerance!r}: must be a number above 0")
+    return unwrapped(module)

@@ -13,6 +13,9 @@ from torch import Tensor
 
 View = Callable[[Tensor], Tensor]
 
+UNFIT = (RuntimeError, IndexError, KeyError, TypeError, ValueError, AssertionError)
+"""Errors of a rule, or of a decomposition, that does not fit the operands of an operation."""
+
 
 def axes_of(label: Tensor) -> frozenset[int]:
     """Return the axes of size above one."""

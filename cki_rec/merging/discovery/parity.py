@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from cki_rec.merging.discovery.labels import channels, compact, first, lifted
+from cki_rec.merging.discovery.labels import UNFIT, channels, compact, first, lifted
 from cki_rec.merging.discovery.propose import Member
 from cki_rec.merging.discovery.trace import (
     CONTRACTIONS,
@@ -36,7 +36,7 @@ from cki_rec.merging.discovery.values import operands
 
 ODD = frozenset(
     "tanh sin neg asinh atan erf sinh tan asin sgn sign reciprocal clone alias detach lift_fresh "
-    "_to_copy contiguous trunc fix copysign".split()
+    "to _to_copy contiguous trunc fix copysign".split()
 )
 EVEN = frozenset("abs square cos cosh".split())
 SIMPLE = LIKE_POINTWISE | REDUCTIONS | ORDERED
@@ -123,7 +123,7 @@ class Parity(Mode):
         parity: Tensor | None = None
         try:
             parity = self.combine(func, tensors, args, kwargs)
-        except Exception:  # as for an operation without a rule
+        except UNFIT:  # as for an operation without a rule
             parity = None
         is_simple = torch.Tag.pointwise in func.tags or operation(func) in SIMPLE
         moves = is_move(func)
@@ -131,7 +131,7 @@ class Parity(Mode):
             try:
                 with self:
                     return decompositions()[func](*args, **kwargs)
-            except Exception:
+            except UNFIT:
                 parity = None
         out = func(*args, **kwargs)
         results = [x for x in tree_leaves(out) if isinstance(x, Tensor)]
@@ -139,7 +139,7 @@ class Parity(Mode):
             try:
                 self.move(func, args, kwargs, results)
                 return out
-            except Exception:
+            except UNFIT:
                 parity = None
         if parity is None:
             self.require_zero(*seen)

@@ -19,6 +19,10 @@ from cki_rec.merging.discovery.trace import EVERY, Tracer
 from cki_rec.merging.symmetry import Kind, Slice, Symmetry
 
 
+class NoSlices(Exception):
+    """Units that slices cannot describe."""
+
+
 @dataclass(frozen=True)
 class Member:
     """Entries of one axis of one parameter.
@@ -44,11 +48,13 @@ class Member:
         """Return the place on axis 0 of the only copy in a block.
 
         Raises:
-            ValueError: Units lie in different places.
+            NoSlices: Units lie in different places.
         """
         rows = self.rows[block].unique().tolist()
         if len(rows) > 1:
-            raise ValueError(f"units lie in different places on axis 0 of {self.parameter}")
+            raise NoSlices(
+                f"the search cannot describe units in different rows of {self.parameter}"
+            )
         return int(rows[0])
 
 

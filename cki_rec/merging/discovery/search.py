@@ -11,12 +11,19 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from cki_rec.merging.calling import reason_of
 from cki_rec.merging.discovery.parity import Parity, null_space
-from cki_rec.merging.discovery.propose import Candidate, Graph, candidates, symmetries_of
+from cki_rec.merging.discovery.propose import (
+    Candidate,
+    Graph,
+    NoSlices,
+    candidates,
+    symmetries_of,
+)
 from cki_rec.merging.discovery.result import Symmetries
 from cki_rec.merging.discovery.trace import CONTRACTIONS, Tracer
 from cki_rec.merging.discovery.trial import Trial
-from cki_rec.merging.discovery.twin import LOOKUPS, reason_of
+from cki_rec.merging.discovery.twin import LOOKUPS
 from cki_rec.merging.symmetry import Symmetry
 
 MAX_SPLIT, MAX_PARTS = 256, 8
@@ -47,7 +54,7 @@ class Search:
 
     def __init__(self, trial: Trial, tolerance: float) -> None:
         self.trial, self.tolerance = trial, tolerance
-        self.reasons: list[str] = []
+        self.reasons = list(trial.notes)
 
     def result(self) -> Symmetries:
         """Return the symmetries that hold one by one and together."""
@@ -133,8 +140,8 @@ class Search:
                     )
                 else:
                     families += accepted
-            except Exception as error:
-                self.reasons.append(f"{_title(candidate)}: {reason_of(error)}")
+            except NoSlices as error:
+                self.reasons.append(f"{_title(candidate)}: {error}")
         return families
 
     def _groups(self, candidate: Candidate) -> list[Family] | None:
@@ -198,7 +205,8 @@ class Search:
         try:
             with parity:
                 outputs = self.trial.run(inputs)
-        except Exception:
+        except Exception as error:
+            self.reasons.append(f"signs of {_title(candidate)}: {reason_of(error)}")
             return []
         parity.require_zero(*(parity.get(tensor) for tensor in outputs))
         basis = null_space(sorted(parity.equations), len(atoms))

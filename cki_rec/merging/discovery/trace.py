@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from cki_rec.merging.discovery.labels import (
+    UNFIT,
     axes_of,
     channels,
     compact,
@@ -39,7 +40,7 @@ MOVES = frozenset(
 )
 """Operations that move data without reading it, besides the views that PyTorch marks itself."""
 LIKE_POINTWISE = frozenset(
-    "_to_copy lift_fresh _softmax _log_softmax _safe_softmax native_layer_norm _fused_rms_norm "
+    "to _to_copy lift_fresh _softmax _log_softmax _safe_softmax native_layer_norm _fused_rms_norm "
     "zeros_like ones_like full_like empty_like native_dropout _prelu_kernel".split()
 )
 """Operations not marked pointwise that commute with a permutation of any axis all the same."""
@@ -237,12 +238,12 @@ class Tracer(Mode):
                     self.uses[self.sources[id(tensor)]].add(name)
         try:  # before the run, which may overwrite an operand
             labels = self.combine(func, name, tensors, arguments(func, args, kwargs))
-        except Exception:
+        except UNFIT:
             labels = None
         is_simple = labels is not None or moves or name in REDUCTIONS | ORDERED
         is_simple = is_simple or "embedding_bag" in name
         if not is_simple and func in decompositions():
-            with contextlib.suppress(Exception), self:
+            with contextlib.suppress(*UNFIT), self:
                 return decompositions()[func](*args, **kwargs)
         out = func(*args, **kwargs)
         results = [x for x in tree_leaves(out) if isinstance(x, Tensor)]
@@ -264,7 +265,7 @@ class Tracer(Mode):
                     self.sources[id(results[0])] = self.sources[id(tensors[0])]
             else:
                 raise NotImplementedError
-        except Exception:
+        except UNFIT:
             labels = [label for tensor in tensors for label in self.get(tensor)]
             self.unknown[name] += [label.unique().cpu() for label in labels]
             self.fix(*labels)

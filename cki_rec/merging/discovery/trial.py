@@ -12,7 +12,6 @@ on the twin of a module, on several states:
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import zip_longest
@@ -21,7 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cki_rec.merging.discovery.twin import Twin, UnseenRow, reason_of
+from cki_rec.merging.calling import reason_of
+from cki_rec.merging.discovery.twin import Twin, UnseenRow
 from cki_rec.merging.discovery.values import is_float, map_tensors, relative_difference
 from cki_rec.merging.symmetry import Symmetry, transform
 
@@ -94,6 +94,8 @@ class Trial:
         self.twin = twin
         self.inputs = map_tensors(lambda x: x.double() if is_float(x) else x, inputs)
         self.runs = 0
+        self.notes: list[str] = []
+        """Facts about the module that limit the search."""
         self.buffers = {n: b for n, b in twin.module.named_buffers() if is_float(b)}
         parameters = {n: p for n, p in twin.module.named_parameters() if is_float(p)}
         self._current: dict[str, tuple[Tensor, int]] = {}
@@ -125,9 +127,13 @@ class Trial:
     def _trained_buffers(self) -> dict[str, Tensor]:
         """Return buffers that training changes (running statistics); a constant never moves."""
         before = {name: buffer.clone() for name, buffer in self.buffers.items()}
-        with contextlib.suppress(Exception):
+        try:
             self.twin.module.train()
             self.run(self.inputs)
+        except Exception as error:
+            if before:
+                reason = reason_of(error)
+                self.notes.append(f"buffers: the module fails in training mode ({reason})")
         self.twin.module.eval()
         current = dict(self.twin.module.named_buffers())
         return {

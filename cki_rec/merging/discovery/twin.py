@@ -18,7 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
-from cki_rec.merging.calling import call
+from cki_rec.merging.calling import call, cuda_devices, reason_of
 from cki_rec.merging.discovery.values import is_float, operands, tensors_in
 from cki_rec.merging.params import MergeError
 
@@ -251,6 +251,8 @@ def rows_read(module: nn.Module, inputs: Any) -> dict[int, Tensor]:
             raise MergeError(f"module fails on these inputs ({reason_of(error)})") from error
         if not outputs:
             raise MergeError("module returns no tensor on these inputs")
+        if not any(map(_has_numbers, outputs)):
+            raise MergeError("module returns no finite number on these inputs")
         return {
             originals[key]: torch.cat(ids).unique()
             for key, ids in watch.ids.items()
@@ -258,16 +260,10 @@ def rows_read(module: nn.Module, inputs: Any) -> dict[int, Tensor]:
         }
 
 
+def _has_numbers(output: Tensor) -> bool:
+    return output.layout is not torch.strided or bool(output.isfinite().any())
+
+
 def _start_of(tensor: Tensor) -> int:
     """Return the address of the storage of a tensor; 0: it has none."""
     return tensor.untyped_storage().data_ptr() if tensor.layout is torch.strided else 0
-
-
-def cuda_devices() -> list[int]:
-    """Return the CUDA devices whose random state a run may change."""
-    return list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
-
-
-def reason_of(error: Exception) -> str:
-    """Return one line about an exception."""
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from cki_rec.merging.discovery.result import member, members
 from cki_rec.merging.discovery.trial import CannotRun, Trial
 from cki_rec.merging.params import MergeError
-from cki_rec.merging.symmetry import Slice, Symmetry
+from cki_rec.merging.states import matched
+from cki_rec.merging.symmetry import Slice, Symmetry, check_list, fits
 
 
 def changes(
@@ -34,6 +35,7 @@ def changes(
         MergeError: A symmetry is wrong, or does not fit the module.
     """
     names = _canonical(module)
+    check_list(symmetries)
     for number, symmetry in enumerate(symmetries):
         for part in symmetry.slices:
             _check_slice(part, symmetry.size, number, names)
@@ -49,7 +51,8 @@ def changes(
     result = []
     for number, symmetry in enumerate(symmetries):
         slices = dict.fromkeys(
-            replace(part, parameter=names[part.parameter][0]) for part in symmetry.slices
+            replace(part, parameter=names[matched(part.parameter, names)][0])
+            for part in symmetry.slices
         )
         canonical = [replace(symmetry, slices=tuple(slices))]
         change = trial.searched(canonical, tolerance)
@@ -80,13 +83,12 @@ def _canonical(module: nn.Module) -> dict[str, tuple[str, Tensor]]:
 def _check_slice(
     part: Slice, size: int, number: int, names: Mapping[str, tuple[str, Tensor]]
 ) -> None:
-    if part.parameter not in names:
+    name = matched(part.parameter, names)
+    if name not in names:
         raise MergeError(
             f"symmetry {number}: the module has no parameter {part.parameter}; it has "
             f"{', '.join(sorted(names)[:5])}{', ...' if len(names) > 5 else ''}"
         )
-    shape = tuple(names[part.parameter][1].shape)
-    last = max(part.starts) if part.starts else part.start + (size - 1) * (part.step or part.width)
-    fits = part.axis < len(shape) and last + part.width <= shape[part.axis]
-    if not fits or any(a >= len(shape) or stop > shape[a] for a, _, stop in part.within):
+    shape = tuple(names[name][1].shape)
+    if not fits(part, size, shape):
         raise MergeError(f"symmetry {number}: {member(part, size)} does not fit the shape {shape}")
