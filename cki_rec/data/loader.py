@@ -30,7 +30,7 @@ SHUFFLE_STREAM = 3
 
 
 class LoadedRows(Protocol):
-    """What batches are gathered from: an encoded data set, or rows in memory."""
+    """The rows that batches are gathered from: an encoded data set, or rows in memory."""
 
     schema: FeatureSchema
     id_columns: list[str]

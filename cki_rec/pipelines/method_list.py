@@ -74,8 +74,8 @@ def method_table(width: int | None = None) -> str:
         console.print(
             "Options: merge.options.NAME=VALUE; null: chosen on validation rows. Base model:"
             f" merge.base. Methods that need no rows and no {WHOLE} also run on several processes."
-            " merge=auto searches recipes, refines the best one, and takes the best on validation"
-            " rows; with merge.effort=closed_form it trains nothing.",
+            " The search merge=auto refines its best recipe and takes the best model on validation"
+            " rows. With merge.effort=closed_form it trains nothing.",
             soft_wrap=False,
         )
     return "\n".join(line.rstrip() for line in captured.get().strip("\n").splitlines())

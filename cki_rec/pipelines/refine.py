@@ -49,7 +49,7 @@ TEACHERS = "teachers"
 
 @dataclass(frozen=True, slots=True)
 class Teacher:
-    """What a model is fitted to."""
+    """The target of a refinement."""
 
     field: str | None
     """The field whose ids choose among the sources; None: their mean logit."""
@@ -194,7 +194,7 @@ def choose_teacher(config: Config, dataset: EncodedDataset, sources: Sequence[So
     The router is tried if the sources were trained on different ids of a field.
 
     Raises:
-        UserError: ``router``, and no evidence tells the sources apart.
+        UserError: ``router``, and the row counts of the sources are alike or missing.
     """
     options, mean = config.merge.refinement, Teacher(None, 1.0)
     if config.merge.refine == "mean":
@@ -204,7 +204,7 @@ def choose_teacher(config: Config, dataset: EncodedDataset, sources: Sequence[So
     if field is None:
         if config.merge.refine == "router":
             raise UserError(
-                "merge.refine=router: the row counts of the sources do not tell them apart; use"
+                "merge.refine=router: the row counts of the sources are alike or missing; use"
                 " merge.refine=mean, or name a field (merge.refinement.field)"
             )
         return mean
