@@ -177,7 +177,9 @@ class Refinement:
     share: Annotated[float, Field(gt=0, le=1)]
     """Share of the sources in a routed teacher. The rest is the merged model itself."""
     steps: Positive
-    """About this many; whole passes over the rows, two at least."""
+    """About this many, to the mean logit; whole passes over the rows, two at least."""
+    routed_steps: Positive
+    """Those to a routed teacher, which gains less from a longer fit."""
     batch_size: Positive
     """Rows of a step, all processes together."""
     learning_rate: NonNegativeFloat

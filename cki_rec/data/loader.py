@@ -30,7 +30,7 @@ SHUFFLE_STREAM = 3
 
 
 class LoadedRows(Protocol):
-    """The rows that batches are gathered from: an encoded data set, or rows in memory."""
+    """A holder of rows: an encoded data set, or rows in memory."""
 
     schema: FeatureSchema
     id_columns: list[str]

@@ -2,7 +2,7 @@
 
 Fields are drawn independently, each id as often as training rows looked it up. Fields that share a
 table share its counts. The mean length of sets and histories follows from the counts, if another
-table gives the number of rows. Numbers are standard normal.
+table has one id per row. Numbers are standard normal.
 
 Shape legend: N rows, C columns of ids.
 """
@@ -77,7 +77,10 @@ class RandomRows:
 
 
 def mean_lengths(schema: FeatureSchema, counts: Mapping[str, NDArray[Any]]) -> dict[str, float]:
-    """Return the mean number of ids a row of every set and history; 1 if unknown."""
+    """Return the mean number of ids a row of every set and history.
+
+    It is 1 if no table has one id per row.
+    """
     kinds: dict[str, list[str]] = {}
     for feature in schema.lookups:
         kinds.setdefault(feature.table, []).append(feature.kind)

@@ -37,14 +37,14 @@ Metrics = Callable[[NDArray[np.float32], NDArray[np.float32]], dict[str, float |
 
 @dataclass(frozen=True, slots=True)
 class Objective:
-    """The loss of a training: of labels, of the logits of a teacher, or the sum of both."""
+    """The targets of a training: labels, the logits of a teacher, or both."""
 
     loss: Literal["labels", "teacher", "both"] = "labels"
     """Cross entropy with labels, mean squared difference to the teacher's logits, or their sum."""
     targets: Targets | None = None
     """The teacher's logits on training rows."""
     data: LoadedRows | None = None
-    """The set of the training rows; None: the data set of the validation rows."""
+    """The holder of the training rows; None: the data set of the validation rows."""
     refines: bool = False
     """Refine a model: dropout is off, learning rates fall by a cosine over all steps, and the
     initial model is returned unless an epoch is better."""

@@ -1,7 +1,7 @@
 """Fit a merged model to a teacher made of its sources, without labels.
 
-No label is read. But the sources' outputs on rows that they were trained on hold the labels that
-the sources memorized. Random rows, and rows that no source has seen, hold nothing of it.
+No label is read. But sources may have memorized labels of their training rows, and their outputs
+on these rows show it. Random rows, and rows that no source has seen, are free of that.
 
 Shape legend: K sources, B rows of a batch.
 """
@@ -88,7 +88,7 @@ def refine(
         progress: Called with the name of a stage, the number of steps done, and that of all.
 
     Returns:
-        The new model. ``scores`` has a value per check, ``warnings`` reports if ``start`` was
+        The new model. ``scores`` has a value per check. A warning is given if ``start`` was
         returned.
 
     Raises:

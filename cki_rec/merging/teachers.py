@@ -52,9 +52,9 @@ def router_shares(counts_KV: Tensor, ids_N: Tensor, rows_N: Tensor, num_rows: in
 def separation(counts: Sequence[Params]) -> dict[str, float]:
     """Return how far the sources were trained on different ids: 0 (the same) to 1 (disjoint).
 
-    Each id has shares of the sources in its observations. The result is the total variation
-    distance of these shares to the sources' shares in all rows, averaged over training rows. It is
-    divided by its value for disjoint sources.
+    Each id has shares: how often each source has seen it. Their total variation distance to the
+    sources' shares of all rows is averaged over training rows, and divided by its value for
+    disjoint sources.
 
     Args:
         counts: Per source and table ``(V,)``, the training rows that looked each row up.
@@ -74,7 +74,7 @@ def separation(counts: Sequence[Params]) -> dict[str, float]:
 
 
 def routing_table(counts: Sequence[Params]) -> str | None:
-    """Return the table whose counts differ most between the sources; None: they are alike."""
+    """Return the table whose ids separate the sources best; None: none does."""
     found = separation(counts) if counts else {}
     best = max(found, key=lambda table: found[table], default=None)
     return best if best is not None and found[best] >= SEPARATED else None

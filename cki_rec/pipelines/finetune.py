@@ -106,7 +106,7 @@ def _finetune(
 def _objective(
     config: Config, dataset: EncodedDataset, sources: Sequence[Source], start: Source
 ) -> Objective:
-    """Return the objective of a fine-tuning: labels, the teacher of ``merge.refine``, or both."""
+    """Return the targets of the fine-tuning: labels, a teacher's logits, or both."""
     loss = config.finetune.objective
     if loss == "labels":
         return LABELS

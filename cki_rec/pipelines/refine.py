@@ -49,7 +49,7 @@ TEACHERS = "teachers"
 
 @dataclass(frozen=True, slots=True)
 class Teacher:
-    """The target of a refinement."""
+    """The logit that a model is fitted to."""
 
     field: str | None
     """The field whose ids choose among the sources; None: their mean logit."""
@@ -85,7 +85,7 @@ def ensure(config: Config, models: Sources, start: Source) -> Run:
         "refine": options.refine,
         "refinement": section(options.refinement),
         "rows": options.rows,
-        "train": train.schedule_section(schedule_of(config, num_rows=1)),
+        "train": train.schedule_section(schedule_of(config, PASSES)),
         "data": dataset.hash,
         "seed": config.seed,
     }
@@ -108,11 +108,13 @@ def _refine(
     scratch, name = run.path / "start", start.name
     saved, folder = vocabularies.on_data_set(config, start.folder, name, dataset, scratch)
     with run.phase("teacher"):
-        rows = unlabelled_rows(config, dataset, sources, saved.schema)
         teacher = choose_teacher(config, dataset, sources)
+        steps = steps_of(config, teacher)
+        rows = unlabelled_rows(config, dataset, sources, saved.schema, steps)
         target_R = teacher_logits(config, dataset, sources, teacher, rows, start)
     run.facts["teacher"] = {"field": teacher.field, "share": teacher.share}
-    schedule = schedule_of(config, len(rows.numbers))
+    passes = max(PASSES, round(steps * config.merge.refinement.batch_size / len(rows.numbers)))
+    schedule = schedule_of(config, passes)
     model = restore(saved, folder, schedule, config.runtime, to_train=True)
 
     def targets(numbers: Ints) -> NDArray[np.float32]:
@@ -130,13 +132,19 @@ def _refine(
     )
 
 
-def schedule_of(config: Config, num_rows: int) -> Train:
-    """Return the schedule of a refinement that reads ``num_rows`` rows per pass."""
+def steps_of(config: Config, teacher: Teacher) -> int:
+    """Return about how many steps a fit to a teacher takes."""
+    options = config.merge.refinement
+    return options.steps if teacher.field is None else options.routed_steps
+
+
+def schedule_of(config: Config, passes: int) -> Train:
+    """Return the schedule of a refinement."""
     options = config.merge.refinement
     return replace(
         config.train,
         start=None,
-        epochs=max(PASSES, round(options.steps * options.batch_size / num_rows)),
+        epochs=passes,
         batch_size=options.batch_size,
         learning_rate=options.learning_rate,
         table_learning_rate=options.table_learning_rate,
@@ -152,14 +160,15 @@ def unlabelled_rows(
     dataset: EncodedDataset,
     sources: Sequence[Source],
     schema: FeatureSchema,
+    steps: int,
 ) -> UnlabelledRows:
     """Return the rows of ``merge.rows``: at most as many as the steps of a refinement read.
 
     Raises:
         UserError: The rows have other vocabularies, or checkpoints hold no counts to draw from.
     """
-    kind, options = config.merge.rows, config.merge.refinement
-    wanted = options.steps * options.batch_size // PASSES
+    kind = config.merge.rows
+    wanted = steps * config.merge.refinement.batch_size // PASSES
     if kind == "random":
         counts = [_counts(config, dataset, source) for source in sources]
         if any(not source for source in counts):
@@ -194,7 +203,7 @@ def choose_teacher(config: Config, dataset: EncodedDataset, sources: Sequence[So
     The router is tried if the sources were trained on different ids of a field.
 
     Raises:
-        UserError: ``router``, and the row counts of the sources are alike or missing.
+        UserError: ``router``, and the sources have seen the same ids equally often.
     """
     options, mean = config.merge.refinement, Teacher(None, 1.0)
     if config.merge.refine == "mean":
@@ -204,7 +213,7 @@ def choose_teacher(config: Config, dataset: EncodedDataset, sources: Sequence[So
     if field is None:
         if config.merge.refine == "router":
             raise UserError(
-                "merge.refine=router: the row counts of the sources are alike or missing; use"
+                "merge.refine=router: the sources have seen the same ids equally often; use"
                 " merge.refine=mean, or name a field (merge.refinement.field)"
             )
         return mean

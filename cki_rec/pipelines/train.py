@@ -226,7 +226,7 @@ def run_training(
         schedule: Options of the training.
         title: Title of the progress display.
         origin: Rows that the trained model has seen.
-        objective: Its loss and targets.
+        objective: The targets that it fits.
     """
     counts = {table: torch.from_numpy(values) for table, values in row_counts.items()}
 

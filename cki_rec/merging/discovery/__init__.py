@@ -23,8 +23,8 @@ from cki_rec.merging.discovery.search import Search
 from cki_rec.merging.discovery.trial import CannotRun, Trial
 from cki_rec.merging.discovery.twin import exact, rows_read
 from cki_rec.merging.discovery.verification import changes
+from cki_rec.merging.inputs import network_of
 from cki_rec.merging.params import MergeError
-from cki_rec.merging.states import unwrapped
 from cki_rec.merging.symmetry import Symmetry
 
 __all__ = ["Symmetries", "find_symmetries", "verify"]
@@ -92,8 +92,6 @@ def verify(
 
 def _checked(module: Any, tolerance: Any) -> nn.Module:
     """Return a module without wrappers."""
-    if not isinstance(module, nn.Module):
-        raise MergeError(f"module is a {type(module).__name__}; pass a module")
     if not isinstance(tolerance, int | float) or not tolerance > 0:
         raise MergeError(f"tolerance={tolerance!r}: must be a number above 0")
-    return unwrapped(module)
+    return network_of(module)
