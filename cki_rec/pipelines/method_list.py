@@ -44,7 +44,7 @@ STEPS = {
         " (step after a merge)",
         f"merge.refine={'|'.join(choices(Merge, 'refine'))}",
         "training rows or row counts, validation rows",
-        "scores of all sources; 400 training steps or more",
+        "scores of all sources; 400 to 1,000 training steps",
         "FedDF (Lin et al., NeurIPS 2020); routed teachers and random rows: ours",
     ),
 }
