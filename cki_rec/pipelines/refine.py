@@ -149,7 +149,6 @@ def schedule_of(config: Config, passes: int) -> Train:
         learning_rate=options.learning_rate,
         table_learning_rate=options.table_learning_rate,
         table_l2=0.0,
-        patience=1,
         ema=None,
         gradient_clip=None,
     )
