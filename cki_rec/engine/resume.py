@@ -67,6 +67,11 @@ class LoopState:
         self.history.append(entry)
         return entry
 
+    def is_below_start(self) -> bool:
+        """Return whether the last epoch is below the model before the first step."""
+        first, last = self.history[0]["valid_monitor"], self.history[-1]["valid_monitor"]
+        return bool(last < first)
+
     def end_epoch(self, metrics: dict[str, float | None], schedule: Train) -> dict[str, Any]:
         """Finish an epoch with its validation metrics; return its entry in the history."""
         value = metrics["monitor"]

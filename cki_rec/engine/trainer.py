@@ -47,7 +47,7 @@ class Objective:
     """The holder of the training rows; None: the data set of the validation rows."""
     refines: bool = False
     """Refine a model: dropout is off, learning rates fall by a cosine over all steps, and the
-    initial model is returned unless an epoch is better."""
+    initial model is returned unless an epoch is better. The first epoch below it is the last."""
 
 
 LABELS = Objective()
@@ -117,7 +117,9 @@ def fit(
         if objective.refines and not loop.history:
             log.epoch(loop.begin(judged()))
             save()
-        while loop.epoch <= schedule.epochs and loop.stalled < schedule.patience:
+        while loop.epoch <= schedule.epochs and not (
+            loop.is_below_start() if objective.refines else loop.stalled >= schedule.patience
+        ):
             set_learning_rates(model, adam, schedule, loop.scale)
             model.module.train(not objective.refines)
             for loss, rows in step.epoch(loader, seed, loop.step):

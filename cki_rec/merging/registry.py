@@ -66,8 +66,8 @@ class MethodInfo:
     name: str
     summary: str
     needs: tuple[str, ...]
-    """Inputs that must be present, with the default options: arguments of ``merge``, fields of
-    ``Extras`` (``fisher``, ``imitate``), or ``moments``, made from ``module`` and ``batches``."""
+    """Inputs that must be present, with the default options: arguments of ``merge``, ``fisher`` of
+    ``Extras``, or ``moments``, made from ``module`` and ``batches``."""
     options: Mapping[str, Any]
     """Option -> default value. None: chosen by ``score``, or published if there is no score."""
     reference: str

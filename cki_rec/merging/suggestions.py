@@ -64,8 +64,8 @@ def suggest(facts: Facts) -> str:
             )
         return (
             f"Do not average: layers agree with cosine {basis:.2f} only, also after alignment;"
-            " take the best source (merge=best_source), or imitate all of them"
-            " (merge=distillation)."
+            " take the best source (merge=best_source), or fit it to all of them"
+            " (merge=best_source merge.refine=mean)."
         )
     if facts.uneven is not None and facts.uneven >= UNEVEN:
         return (

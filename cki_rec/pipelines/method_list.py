@@ -1,4 +1,4 @@
-"""The table of merge methods and references for the terminal: ``cki-rec merge --list``."""
+"""Methods, references and steps of a merge as a table: ``cki-rec merge --list``."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from cki_rec.config import Align, Merge, choices
 from cki_rec.merging.methods import METHODS
 from cki_rec.merging.options import in_yaml
 from cki_rec.pipelines.references import REFERENCES
@@ -23,10 +24,35 @@ NEEDS = {
     "score": "validation rows",
 }
 WHOLE = "whole tables"
+STEPS = {
+    "align": (
+        "Move all sources into a shared basis; their scores stay (step before a merge)",
+        f"merge.align.by={'|'.join(choices(Align, 'by'))}",
+        "training rows (activations)",
+        "a search; scores on random rows",
+        "Git Re-Basin (Ainsworth et al., ICLR 2023); rotations and tables: ours",
+    ),
+    "repair": (
+        "Fit merged layers to the sources' layers in closed form (step after a merge)",
+        f"merge.repair={'|'.join(choices(Merge, 'repair'))}",
+        "training rows, validation rows (project)",
+        "passes over sampled rows",
+        "REPAIR (Jordan et al., ICLR 2023), PLeaS (arXiv 2407.02447)",
+    ),
+    "refine": (
+        "FIT all parameters to the sources' outputs by gradients, without labels: this trains"
+        " (step after a merge)",
+        f"merge.refine={'|'.join(choices(Merge, 'refine'))}",
+        "training rows or row counts, validation rows",
+        "scores of all sources; 400 to 1,000 training steps",
+        "FedDF (Lin et al., NeurIPS 2020); routed teachers and random rows: ours",
+    ),
+}
+"""Step -> summary, option with its values, needs, cost, reference."""
 
 
 def method_table(width: int | None = None) -> str:
-    """Return the table of all methods and references, ``width`` columns wide.
+    """Return the table of all methods, references and steps, ``width`` columns wide.
 
     Args:
         width: Columns; None: those of the terminal, within ``NARROWEST`` and ``WIDEST``.
@@ -48,7 +74,8 @@ def method_table(width: int | None = None) -> str:
         console.print(
             "Options: merge.options.NAME=VALUE; null: chosen on validation rows. Base model:"
             f" merge.base. Methods that need no rows and no {WHOLE} also run on several processes."
-            " merge=auto searches recipes and takes the best on validation rows.",
+            " The search merge=auto refines its best recipe and takes the best model on validation"
+            " rows. With merge.effort=closed_form it trains nothing.",
             soft_wrap=False,
         )
     return "\n".join(line.rstrip() for line in captured.get().strip("\n").splitlines())
@@ -68,3 +95,5 @@ def _rows() -> Iterator[tuple[str, ...]]:
         listed = ", ".join(needs) or "-"
         summary = f"{reference.summary} (reference)"
         yield name, summary, "any", listed, reference.cost, reference.reference
+    for name, (summary, option, listed, cost, source) in STEPS.items():
+        yield name, f"{summary}\n  {option}", "any", listed, cost, source

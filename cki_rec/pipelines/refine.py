@@ -150,7 +150,8 @@ def schedule_of(config: Config, passes: int) -> Train:
         learning_rate=options.learning_rate,
         table_learning_rate=options.table_learning_rate,
         table_l2=0.0,
-        patience=1,
+        plateau_factor=1.0,
+        min_learning_rate=0.0,
         ema=None,
         gradient_clip=None,
     )

@@ -298,6 +298,15 @@ def test_list_shows_every_method_with_its_options(capsys):
         assert word in wide
 
 
+def test_list_shows_the_steps_and_that_refine_trains():
+    lines = method_table(180).splitlines()
+    assert {"align", "repair", "refine"} <= {line.split()[0] for line in lines if line.strip()}
+    text = " ".join(" ".join(lines).split())
+    assert "FIT all parameters" in text
+    assert "merge.refine=none|mean|router|auto" in text
+    assert "merge.align.by=none|weights|activations" in text
+
+
 @pytest.mark.parametrize("width", [120, 180])
 def test_list_fits_its_width(width):
     lines = method_table(width).splitlines()

@@ -107,12 +107,22 @@ def test_a_refinement_begins_with_the_start_and_falls_by_a_cosine(config, datase
     assert len(run.saved) == 4
 
 
-@pytest.mark.parametrize(("values", "epochs"), [([0.5, 0.4, 0.9], 1), ([0.5, 0.6, 0.6, 0.9], 2)])
-def test_the_start_or_the_best_epoch_is_saved_last(config, dataset, values, epochs):
+@pytest.mark.parametrize(
+    ("values", "saved"),
+    [
+        ([0.5, 0.4, 0.9], [0]),  # the first epoch below the start is the last
+        ([0.5, 0.6, 0.4, 0.9], [0, 1]),
+        ([0.5, 0.6, 0.55, 0.9], [0, 1, 3]),  # one below the best is not
+        ([0.5, 0.5, 0.5, 0.5], [0]),
+    ],
+)
+def test_the_start_or_the_best_epoch_is_saved_last(config, dataset, values, saved):
     run = Refining(config, dataset, values)
-    assert [entry["epoch"] for entry in run.history] == list(range(epochs + 1))
-    assert len(run.saved) == epochs
-    assert equal(run.saved[-1], run.start) == (epochs == 1)
+    assert [entry["epoch"] for entry in run.history if entry["is_best"]] == saved
+    below = [value < 0.5 for value in values]
+    assert len(run.history) == (below.index(True) + 1 if any(below) else 4)
+    assert len(run.saved) == len(saved)
+    assert equal(run.saved[-1], run.start) == (saved == [0])
 
 
 def test_a_refinement_draws_no_dropout(config, dataset):

@@ -82,7 +82,7 @@ def test_methods_that_are_suggested_exist():
                     named |= set(
                         re.findall(r"merge=(\w+)", suggest(Facts(**facts | {key: other})))
                     )
-    assert len(named) == 6
+    assert len(named) == 5
     assert named <= {*METHODS, *REFERENCES}
 
 
