@@ -53,8 +53,8 @@ def separation(counts: Sequence[Params]) -> dict[str, float]:
     """Return how far the sources were trained on different ids: 0 (the same) to 1 (disjoint).
 
     Each id has shares: how often each source has seen it. Their total variation distance to the
-    sources' shares of all rows is averaged over training rows, and divided by its value for
-    disjoint sources.
+    sources' shares of all rows is averaged over training rows. It is then scaled: 0 for rows
+    that are dealt to the sources at random, or for equal ones, and 1 for disjoint sources.
 
     Args:
         counts: Per source and table ``(V,)``, the training rows that looked each row up.
@@ -69,8 +69,22 @@ def separation(counts: Sequence[Params]) -> dict[str, float]:
         largest = 1 - float(prior_K.square().sum())
         shares_KV = torch.where(total_V > 0, counts_KV / total_V, 0)
         distance_V = (shares_KV - prior_K[:, None]).abs().sum(0) / 2
-        result[table] = float((total_V * distance_V).sum() / total_V.sum()) / largest
+        distance = float((total_V * distance_V).sum() / total_V.sum())
+        chance = float(_deviations(total_V, prior_K).sum() / total_V.sum()) / 2
+        is_known = largest > chance * (1 + 1e-9)  # some id was seen twice
+        result[table] = max(0.0, (distance - chance) / (largest - chance)) if is_known else 0.0
     return result
+
+
+def _deviations(total_V: Tensor, prior_K: Tensor) -> Tensor:
+    """Return ``(V,)``: the sum of E|X_k - n p_k| for X multinomial of n = total, by De Moivre."""
+    result_V = torch.zeros_like(total_V)
+    for p in prior_K[prior_K > 0]:
+        above = (total_V * p).floor() + 1
+        binomial = (total_V + 1).lgamma() - (above + 1).lgamma() - (total_V - above + 1).lgamma()
+        powers = above * p.log() + (total_V - above + 1) * (1 - p).log()
+        result_V += 2 * above * (binomial + powers).exp()
+    return result_V
 
 
 def routing_table(counts: Sequence[Params]) -> str | None:

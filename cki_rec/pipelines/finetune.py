@@ -65,6 +65,7 @@ def ensure(config: Config, models: Sources | None = None, force: bool = False) -
             "refine": config.merge.refine,
             "field": config.merge.refinement.field,
             "share": config.merge.refinement.share,
+            "control": config.merge.refinement.control,
         }
     distributed.start(config.runtime)
     out, resume = Path(config.runtime.out), config.runtime.resume

@@ -90,6 +90,19 @@ def test_the_best_way_is_chosen_on_rows_of_the_union(regions, tmp_path):
     assert record_of(tmp_path, "evaluate")["result"]["inference_cost"] == 1
 
 
+@pytest.mark.parametrize("rows", ["training", "random"])
+def test_a_merged_model_is_refined_on_rows_of_the_union(regions, tmp_path, rows):
+    """Sources are moved to the joined vocabularies, and so are their counts, which route."""
+    words = [regions[2], SAID, "merge=evidence", "merge.refine=router", f"merge.rows={rows}"]
+    words += ["merge.refinement.routed_steps=8", "merge.refinement.batch_size=256"]
+    assert call(regions, tmp_path, "evaluate", *words) == 0
+    fitted = record_of(tmp_path, "refine")
+    assert fitted["provenance"]["teacher"]["field"] in ("user", "item")
+    history = fitted["result"]["history"]
+    assert history[-1]["epoch"] >= 1
+    assert history[1]["train_loss"] < 10
+
+
 def test_a_merged_model_is_trained_on(regions, tmp_path, capsys):
     _, found, union = regions
     words = [union, "merge=evidence", "finetune=one_epoch"]

@@ -5,6 +5,8 @@ Shape legend: K sources, B rows of a batch, V rows of a table, D columns.
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import nn
@@ -86,8 +88,6 @@ def test_shares_sum_to_one_for_counts_below_one(scale):
     shares = router_shares(COUNTS_KV * scale, ids, ids, 6)
     torch.testing.assert_close(shares, reference(COUNTS_KV, [[i] for i in range(6)]))
     torch.testing.assert_close(shares.sum(0), torch.ones(6, dtype=torch.float64))
-    tables = [{"a": c * scale} for c in COUNTS_KV]
-    assert separation(tables)["a"] == pytest.approx(separation([{"a": c} for c in COUNTS_KV])["a"])
 
 
 def test_routed_outputs_of_any_shape():
@@ -107,8 +107,21 @@ def test_separation_is_0_for_equal_shares_and_1_for_disjoint_ids():
         apart = [{"a": sizes[0] * torch.tensor([2, 3, 0, 0])},
                  {"a": sizes[1] * torch.tensor([0, 0, 4, 1])}]  # fmt: skip
         assert separation(apart)["a"] == pytest.approx(1)
-    three = [{"a": torch.eye(3)[k]} for k in range(3)]
+    three = [{"a": 2 * torch.eye(3)[k]} for k in range(3)]
     assert separation(three)["a"] == pytest.approx(1)
+    once = [{"a": torch.eye(3)[k]} for k in range(3)]  # nobody knows: no id was seen twice
+    assert separation(once)["a"] == 0
+
+
+@pytest.mark.parametrize("seen", [2, 5, 40])
+@pytest.mark.parametrize("prior", [[0.5, 0.5], [0.8, 0.1, 0.1]])
+def test_separation_of_rows_dealt_at_random_is_0(seen, prior):
+    """Rare ids differ between sources by chance alone; they do not route."""
+    noise = torch.Generator().manual_seed(1)
+    rows = torch.multinomial(torch.tensor(prior), 3000 * seen, True, generator=noise)
+    counts = [{"a": (rows == k).view(3000, seen).sum(1)} for k in range(len(prior))]
+    assert separation(counts)["a"] < 0.03
+    assert routing_table(counts) is None
 
 
 def test_separation_against_a_loop():
@@ -119,8 +132,13 @@ def test_separation_against_a_loop():
         if total_V[row]:
             shares_K = COUNTS_KV[:, row] / total_V[row]
             distance += float(total_V[row] * (shares_K - prior_K).abs().sum() / 2)
-    largest = float((prior_K * (1 - prior_K)).sum())
-    expected = distance / float(total_V.sum()) / largest
+    chance = 0.0
+    for n in total_V.int().tolist():
+        for p in prior_K.tolist():
+            for x in range(n + 1):
+                chance += math.comb(n, x) * p**x * (1 - p) ** (n - x) * abs(x - n * p) / 2
+    largest = float(total_V.sum() * (prior_K * (1 - prior_K)).sum())
+    expected = (distance - chance) / (largest - chance)
     assert separation([{"a": c} for c in COUNTS_KV])["a"] == pytest.approx(expected)
 
 
