@@ -151,6 +151,24 @@ def test_the_routed_teacher_against_a_loop(options, folder):
         assert actual[row] == pytest.approx(0.75 * routed + 0.25 * start_R[row], abs=1e-5)
 
 
+def test_a_field_of_several_ids_routes_by_all_of_them(options, folder):
+    words = ["suite=shards", "merge=evidence", "merge.refine=router", *options]
+    assert main(["merge", *words, "merge.refinement.field=genres"]) == 0
+    reads = records(folder, "refine")[-1]["config"]
+    training = TrainingRows(["suite=shards", *options])
+    sources = [source(folder, run) for run in reads["sources"]]
+    numbers = training.rows.numbers[::50]
+    shares_KR = refine._shares(
+        training.config, training.data, sources, "genres", training.data, numbers
+    )
+    counts = [checkpoint.load(each.folder).counts["genres"].double() for each in sources]
+    column = training.data.column("genres")
+    for place, row in enumerate(numbers):
+        ids = column.ids(np.array([row]))[0]
+        seen = [float(count[ids.astype(np.int64)].sum()) for count in counts]
+        assert shares_KR[:, place] == pytest.approx(np.array(seen) / sum(seen), abs=1e-6)
+
+
 def test_rows_are_those_of_training_or_random_or_of_a_folder(options, folder, tmp_path):
     words = ["merge", "suite=seeds", "merge=evidence", "merge.refine=mean", *options]
     (encoded,) = (p.parent for p in folder.glob("encoded/*/manifest.json"))
@@ -308,6 +326,23 @@ def test_rows_of_another_vocabulary_are_refused(options, folder, capsys):
     capsys.readouterr()
     assert main([*words, f"merge.rows={encoded}"]) == 2
     assert "has another vocabulary than the models" in error_of(capsys)
+
+
+def test_a_source_with_scores_that_are_not_finite_is_named(options, folder, capsys, tmp_path):
+    assert main(["merge", "suite=seeds", "merge=average", *options]) == 0
+    paths = [folder / "out" / r["run_id"] / "checkpoint" for r in records(folder, "train")[:2]]
+    saved = checkpoint.load(paths[1])
+    for name in saved.params:
+        if "mlp" in name:
+            saved.params[name] *= 1e25  # finite, but its logits are not
+    paths[1] = tmp_path / "broken"
+    groups = {"model": saved.params, "counts": saved.counts}
+    checkpoint_io.save(paths[1], groups, saved.model, saved.schema, saved.origin)
+    named = f"merge.sources=[{','.join(f'{{path: {p}}}' for p in paths)}]"
+    words = ["merge", "merge=first", named, *options, f"runtime.out={tmp_path / 'out'}"]
+    assert main([*words, "merge.refine=mean"]) == 2
+    assert f"{paths[1]}: the model gives NaN or infinite logits" in error_of(capsys)
+    assert len(list((tmp_path / "out" / "teachers").glob("*"))) == 1  # of the whole source
 
 
 def test_sources_without_counts(options, folder, capsys, tmp_path):
