@@ -130,7 +130,7 @@ def merge(
     is_search = method == AUTO
     rule = None
     if is_search:
-        check_search(recipe, score)
+        check_search(recipe, score, effort)
     else:
         rule = check_recipe(recipe, len(sources.models))
     notes = list[str]()

@@ -10,7 +10,7 @@ from cki_rec.merging.methods import METHODS
 from cki_rec.merging.options import nearest
 from cki_rec.merging.params import MergeError, MixingWeights, Params, check_finite
 from cki_rec.merging.registry import Method, Score
-from cki_rec.merging.result import Align, Recipe, Refine, Repair
+from cki_rec.merging.result import Align, Effort, Recipe, Refine, Repair
 from cki_rec.merging.search import AUTO
 from cki_rec.merging.statistics import ActivationStatistics
 
@@ -75,12 +75,14 @@ def required(activations: ActivationStatistics | None, purpose: str) -> Activati
     return activations
 
 
-def check_search(recipe: Recipe, score: Score | None) -> None:
+def check_search(recipe: Recipe, score: Score | None, effort: Effort) -> None:
     """Check the arguments of a merge by ``auto``.
 
     Raises:
-        MergeError: There is no score, or an argument that the search decides.
+        MergeError: There is no score, an unknown effort, or an argument that the search decides.
     """
+    if effort not in get_args(Effort):
+        raise MergeError(f"effort={effort!r}: one of {', '.join(get_args(Effort))}")
     if score is None:
         raise MergeError("method='auto' needs a score of models on validation rows (score)")
     steps = [name for name in ("align", "repair", "refine") if getattr(recipe, name) != "none"]

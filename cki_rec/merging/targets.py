@@ -136,14 +136,14 @@ def output_of(module: nn.Module, batch: Any, params: Params) -> Tensor:
 def _router_table(route: str | None, counts: Sequence[Params], sources: Sources) -> str:
     if not counts:
         raise MergeError(
-            "teacher='router' needs row counts of every source (counts); without them use"
-            " teacher='mean'"
+            "the teacher 'router' needs row counts of every source (counts); without them use"
+            " 'mean'"
         )
     table = sources.tied.get(route, route) if route else routing_table(counts)
     if table is None:
         raise MergeError(
-            "teacher='router': all sources have seen the same ids equally often; use"
-            " teacher='mean', or name a table (route)"
+            "the teacher 'router' needs sources that have seen different ids, and these have seen"
+            " the same ones equally often; use 'mean', or name a table (route, of refine)"
         )
     if table not in counts[0]:
         known = ", ".join(counts[0])
