@@ -224,10 +224,9 @@ ALLOWED_WORDS = {
     ("cki_rec.pipelines.method_list", "fisher"),
     ("cki_rec.merging.steps", "evidence"),  # rules of merge.tables and merge.biases
     ("cki_rec.merging.steps", "first"),
-    ("cki_rec.pipelines.refine", "random"),  # a kind of rows
     ("cki_rec.pipelines.merge_inputs", "evidence"),
     ("cki_rec.pipelines.preflight", "evidence"),
-    ("cki_rec.pipelines.refine", "random"),  # rows of a refinement
+    ("cki_rec.pipelines.teacher", "random"),  # rows of a refinement
     ("cki_rec.pipelines.merge_inputs", "first"),
 }
 """Module and word that is also the name of a method or model, and stands for something else."""

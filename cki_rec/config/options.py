@@ -178,6 +178,9 @@ class Refinement:
     """Share of the sources in a routed teacher. The rest is the merged model itself."""
     steps: Positive
     """About this many, to the mean logit; whole passes over the rows, two at least."""
+    map_steps: NonNegative
+    """Steps before them that fit one linear map per table from the rows of all sources, beginning
+    as the best source; to the mean logit only, and on one process. 0: from the merged model."""
     routed_steps: Positive
     """Those to a routed teacher, which gains less from a longer fit."""
     batch_size: Positive

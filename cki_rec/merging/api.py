@@ -51,6 +51,7 @@ from cki_rec.merging.steps import (
     row_weights_of,
 )
 from cki_rec.merging.symmetry import Symmetry
+from cki_rec.merging.targets import Targets
 from cki_rec.merging.teachers import routing_table
 from cki_rec.merging.traits import symmetries_of as declared_symmetries
 
@@ -289,8 +290,12 @@ def fit_to_teacher(refine: Refine, params: Params, task: _Task) -> Fitted:
     seen = required(task.activations, f"refine={refine}")
     teacher: Literal["mean", "router"] = "router" if refine == "router" else "mean"
     plan = Plan(teacher, SHARE if teacher == "router" else 1.0)
+    targets = Targets(
+        *(plan.teacher, plan.share, plan.route, seen.network, task.sources),
+        *(task.counts, params, seen.batches),
+    )
     return fit(
-        *(plan, seen.network, task.sources, task.counts, seen.batches, params, None),
+        *(plan, seen.network, task.sources, targets, params, None),
         *(task.score, task.progress),
     )
 

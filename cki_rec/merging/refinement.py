@@ -9,15 +9,15 @@ Shape legend: K sources, B rows of a batch.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import CosineAnnealingLR
 
-from cki_rec.merging.adam import Adam
 from cki_rec.merging.calling import evaluating
 from cki_rec.merging.inputs import (
     Sources,
@@ -114,9 +114,13 @@ def refine(
     first, lead = _start(start, sources, quality)
     plan = Plan(teacher, share, route, tuple(stages), steps, learning_rate)
     with evaluating(module):
+        targets = Targets(
+            *(plan.teacher, plan.share, plan.route, module, sources),
+            *(counts_of(counts, sources), first, batches),
+        )
         fitted = fit(
-            *(plan, module, sources, counts_of(counts, sources), batches),
-            *(first, lead, quality, progress or (lambda *_: None)),
+            *(plan, module, sources, targets, first, lead, quality),
+            progress or (lambda *_: None),
         )
     return MergeResult(
         sources.restored(fitted.params),
@@ -163,8 +167,7 @@ def fit(
     plan: Plan,
     module: nn.Module,
     sources: Sources,
-    counts: Sequence[Params],
-    batches: Iterable[Any],
+    targets: Iterator[tuple[Any, Tensor]],
     start: Params,
     lead: int | None,
     score: Score | None,
@@ -173,19 +176,15 @@ def fit(
     """Return the model of a plan, in the form of ``sources``; the best by score if there is one.
 
     Args:
-        plan: Teacher and schedule.
+        plan: The schedule.
         module: The network, in evaluation mode.
         sources: The sources.
-        counts: Row counts in the form of the sources.
-        batches: Rows without labels.
+        targets: Batches without labels, and the teacher's outputs on them; without an end.
         start: The first parameters.
         lead: The source that ``start`` is; None: another model.
         score: Quality of parameters.
         progress: See ``refine``.
     """
-    targets = Targets(
-        plan.teacher, plan.share, plan.route, module, sources, counts, start, batches
-    )
     best = Fitted(start)
     first = -math.inf
     if score is not None:
@@ -211,11 +210,12 @@ def fit(
             return {name: now[name] for name in start}
 
         leaves = [*fitted.values(), *(maps.maps.values() if maps else ())]
-        adam, below = Adam(leaves), 0
+        adam = torch.optim.Adam(leaves, lr=plan.learning_rate)
+        schedule, below = CosineAnnealingLR(adam, plan.steps), 0
         checks = {-(-plan.steps * part // CHECKS) for part in range(1, CHECKS + 1)}
         for step in range(1, plan.steps + 1):
             progress(stage, done + step - 1, plan.steps * len(plan.stages))
-            batch, target = targets.next()
+            batch, target = next(targets)
             with maps.applied() if maps else nullcontext():
                 output = output_of(module, batch, {**sources.copied, **fixed, **fitted})
             loss = (output - target).square().mean()
@@ -228,8 +228,13 @@ def fit(
                 raise MergeError(
                     f"refine: the loss is {value} at step {step}; lower learning_rate"
                 )
+            adam.zero_grad()
             loss.backward()
-            adam.step(plan.learning_rate * (1 + math.cos(math.pi * (step - 1) / plan.steps)) / 2)
+            for leaf in leaves:
+                if leaf.grad is not None and leaf.grad.is_sparse:  # of nn.Embedding(sparse=True)
+                    leaf.grad = leaf.grad.to_dense()
+            adam.step()
+            schedule.step()
             if score is not None and step in checks:
                 value = best.scores[f"{stage} {step}"] = score(candidate := current())
                 if value > max(v for n, v in best.scores.items() if n != f"{stage} {step}"):

@@ -59,7 +59,11 @@ class Targets:
             self._counts_KV = torch.stack([source[table].cpu() for source in counts])
         self._number, self._all = 0, self._endless()
 
-    def next(self) -> tuple[Any, Tensor]:
+    def __iter__(self) -> Targets:
+        """Return the targets themselves: they have no end."""
+        return self
+
+    def __next__(self) -> tuple[Any, Tensor]:
         """Return the next batch and its target outputs.
 
         Raises:

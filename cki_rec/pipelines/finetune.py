@@ -19,7 +19,7 @@ from cki_rec.engine import distributed
 from cki_rec.engine.record import Run, open_run
 from cki_rec.engine.restoration import restore
 from cki_rec.engine.trainer import LABELS, Objective
-from cki_rec.pipelines import merge, preflight, refine, train, vocabularies
+from cki_rec.pipelines import merge, preflight, teacher, train, vocabularies
 from cki_rec.pipelines.sources import Source, Sources
 
 log = logging.getLogger(__name__)
@@ -112,7 +112,7 @@ def _objective(
     if loss == "labels":
         return LABELS
     rows = np.asarray(dataset.rows("train"))
-    teacher = refine.choose_teacher(config, dataset, sources)
-    read = refine.UnlabelledRows(dataset, rows, f"{dataset.hash[:16]}-all")
-    target_R = refine.teacher_logits(config, dataset, sources, teacher, read, start)
+    chosen = teacher.choose_teacher(config, dataset, sources)
+    read = teacher.UnlabelledRows(dataset, rows, f"{dataset.hash[:16]}-all")
+    target_R = teacher.teacher_logits(config, dataset, sources, chosen, read, start)
     return Objective(loss, lambda numbers: target_R[np.searchsorted(rows, numbers)])

@@ -30,7 +30,7 @@ from cki_rec.models import build_model
 from cki_rec.pipelines import check_only, choice, preflight, refine, sources, train, vocabularies
 from cki_rec.pipelines.compatibility import compare, counts_of, finite, require
 from cki_rec.pipelines.merge_inputs import ablated, fisher, fixed_rules, learning
-from cki_rec.pipelines.predictions import calibrator, scorer
+from cki_rec.pipelines.predictions import calibrator, scorer, valid_auc
 from cki_rec.pipelines.references import REFERENCES
 from cki_rec.pipelines.sources import Source, Sources, are_disjoint, shard_of
 from cki_rec.pipelines.vocabularies import Joined
@@ -214,17 +214,20 @@ def _refined(config: Config, models: Sources, start: Source, force: bool) -> Run
     with open_run(Path(config.runtime.out), run_id("merge", reads), force) as run:
         if run.record is None:
             with run.phase("merge"):
-                data, result = _finished(config, fitted, run)
+                data, result = _finished(config, start, fitted, run)
             if distributed.rank() == 0:
                 run.finish(reads, data, result)
     return run
 
 
-def _finished(config: Config, fitted: Run, run: Run) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Write a refined model as the checkpoint of ``run``; return facts and result."""
+def _finished(
+    config: Config, start: Source, fitted: Run, run: Run
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Write the refined model, or its start if that is better; return facts and result."""
     assert fitted.record is not None
-    (saved,) = sharded.load([fitted.checkpoint])
     dataset = store.prepare(config.data, config.runtime.encoded, config.runtime.chunk_mb)
+    before, after = valid_auc(config, dataset, start), fitted.record["result"]["valid_auc"]
+    (saved,) = sharded.load([fitted.checkpoint if after > before else start.folder])
     params, calibration = saved.params, None
     if config.merge.recalibrate:
         network = merging_network(saved, config.seed, is_aligned=False)
@@ -237,10 +240,9 @@ def _finished(config: Config, fitted: Run, run: Run) -> tuple[dict[str, Any], di
     if fitted.record["result"]["best_epoch"] == 0 and distributed.rank() == 0:
         log.warning("  %s: no pass gains on validation rows; not refined", config.merge.label)
     result = _result(recalibration=asdict(calibration) if calibration else None)
-    history = fitted.record["result"]["history"]
     result["refinement"] = {
-        "start_auc": history[0]["valid_auc"],
-        "auc": fitted.record["result"]["valid_auc"],
+        "start_auc": before,
+        "auc": after,
         **fitted.record["provenance"]["teacher"],
     }
     return train.data_facts(dataset), result

@@ -22,12 +22,17 @@ from cki_rec.data.encoding import store
 from cki_rec.engine import checkpoint_io
 from cki_rec.engine.record import Run
 from cki_rec.engine.steps import StepLog
-from cki_rec.pipelines import merge, refine
+from cki_rec.pipelines import merge, teacher
+from cki_rec.pipelines.sources import Source
 
 TINY = (
     *("runtime.threads=1", "train.epochs=3", "train.batch_size=256", "model.hidden=[16,8]"),
     *("model.embedding_dim=8", "evaluate.bootstrap=100", "merge.refinement.batch_size=256"),
-    *("merge.refinement.steps=30", "merge.refinement.routed_steps=30"),
+    *(
+        "merge.refinement.steps=30",
+        "merge.refinement.routed_steps=30",
+        "merge.refinement.map_steps=10",
+    ),
 )
 SLOWER = "merge.refinement.table_learning_rate=0.005"
 """With it, passes over the few rows gain."""
@@ -66,7 +71,7 @@ def error_of(capsys) -> str:
 
 def source(folder, run_id):
     run = Run(folder / "out" / run_id)
-    return refine.Source(run_id, run_id, run.checkpoint)
+    return Source(run_id, run_id, run.checkpoint)
 
 
 class TrainingRows:
@@ -75,10 +80,10 @@ class TrainingRows:
     def __init__(self, options):
         self.config = parse_words("merge=evidence", "merge.refine=router", *options)
         self.data = store.prepare(self.config.data, self.config.runtime.encoded)
-        self.rows = refine.UnlabelledRows(self.data, np.asarray(self.data.rows("train")), "test")
+        self.rows = teacher.UnlabelledRows(self.data, np.asarray(self.data.rows("train")), "test")
 
     def logits(self, source):
-        return refine._logits(self.config, self.data, source, self.rows)
+        return teacher._logits(self.config, self.data, source, self.rows)
 
 
 def parse_words(*words):
@@ -139,9 +144,9 @@ def test_the_routed_teacher_against_a_loop(options, folder):
     start_R = training.logits(start)
     counts = [checkpoint.load(each.folder).counts["user"] for each in sources]
     users = training.data.column("user")[training.rows.numbers]
-    teacher = refine.choose_teacher(training.config, training.data, sources)
+    chosen = teacher.choose_teacher(training.config, training.data, sources)
     assert (teacher.field, teacher.share) == ("user", 0.75)
-    actual = refine.teacher_logits(
+    actual = teacher.teacher_logits(
         training.config, training.data, sources, teacher, training.rows, start
     )
     for row in range(0, len(users), 97):
@@ -158,7 +163,7 @@ def test_a_field_of_several_ids_routes_by_all_of_them(options, folder):
     training = TrainingRows(["suite=shards", *options])
     sources = [source(folder, run) for run in reads["sources"]]
     numbers = training.rows.numbers[::50]
-    shares_KR = refine._shares(
+    shares_KR = teacher._shares(
         training.config, training.data, sources, "genres", training.data, numbers
     )
     counts = [checkpoint.load(each.folder).counts["genres"].double() for each in sources]
@@ -272,7 +277,7 @@ def test_a_full_disk_loses_only_the_kept_logits(options, folder, monkeypatch, ca
         raise OSError(errno.ENOSPC, "No space left on device")
 
     words = ["merge", "suite=seeds", "merge=average", "merge.refine=mean", *options, "seed=5"]
-    monkeypatch.setattr(refine, "save_arrays", full)
+    monkeypatch.setattr(teacher, "save_arrays", full)
     assert main(words) == 0
     shown = "".join(capsys.readouterr())
     assert shown.count("logits are not kept: No space left on device") == 2

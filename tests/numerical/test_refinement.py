@@ -14,7 +14,6 @@ from refined import BATCHES, COUNTS, SOURCES, batch, net, refine
 from torch import nn
 
 import cki_rec
-from cki_rec.merging.adam import Adam
 
 
 @torch.no_grad()
@@ -230,24 +229,6 @@ def test_a_merge_within_no_grad_is_refined_too():
     with torch.no_grad():
         merged = cki_rec.merge(SOURCES, "average", **words)
     assert loss(merged.params) < 0.1 * loss(cki_rec.merge(SOURCES, "average").params)
-
-
-def test_adam_is_that_of_torch():
-    torch.manual_seed(0)
-    leaves = [torch.randn(5, 3, requires_grad=True), torch.randn(4, requires_grad=True)]
-    theirs = [leaf.detach().clone().requires_grad_() for leaf in leaves]
-    ours, reference = Adam(leaves), torch.optim.Adam(theirs, lr=0.1)
-    for step in range(20):
-        for group in (leaves, theirs):
-            group[0].square().mul(torch.arange(3)).sum().backward()
-            if step % 2:
-                group[1].sin().sum().backward()
-        reference.param_groups[0]["lr"] = 0.1 / (step + 1)
-        reference.step()
-        reference.zero_grad()
-        ours.step(0.1 / (step + 1))
-    for leaf, their in zip(leaves, theirs, strict=True):
-        torch.testing.assert_close(leaf, their, rtol=1e-6, atol=1e-7)
 
 
 # scores
