@@ -7,30 +7,24 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
 
 from cki_rec.checkpoints import describe, load, row_counts
 from cki_rec.config import Config, Train, run_id, section
 from cki_rec.data.columns import Ints
 from cki_rec.data.encoding import store
 from cki_rec.data.encoding.store import EncodedDataset
-from cki_rec.data.loader import Loader, Targets
-from cki_rec.data.schema import Batch
 from cki_rec.engine import checkpoint_io, distributed
+from cki_rec.engine.mapping import fit_maps
 from cki_rec.engine.record import Run, open_run
 from cki_rec.engine.restoration import restore
 from cki_rec.engine.trainer import Objective
-from cki_rec.merging.inputs import sources_of
-from cki_rec.merging.params import Params
-from cki_rec.merging.refinement import Plan, fit
-from cki_rec.models import build_model
 from cki_rec.pipelines import train, vocabularies
 from cki_rec.pipelines.predictions import valid_auc
 from cki_rec.pipelines.preflight import ROWS
@@ -39,12 +33,10 @@ from cki_rec.pipelines.sources import Source, Sources
 from cki_rec.pipelines.teacher import (
     PASSES,
     Teacher,
-    UnlabelledRows,
     choose_teacher,
     teacher_logits,
     unlabelled_rows,
 )
-from cki_rec.progress import progress
 
 log = logging.getLogger(__name__)
 
@@ -104,7 +96,14 @@ def _refine(
     if teacher.field is None and _has_maps(config, dataset, sources):
         with run.phase("maps"):
             lead = max(sources, key=lambda source: valid_auc(config, dataset, source))
-            params = mapped(config, sources, sources.index(lead), rows, targets)
+            options = config.merge.refinement
+            params = fit_maps(
+                [load(source.folder) for source in sources],
+                *(sources.index(lead), rows.data, rows.numbers, targets),
+                *(options.map_steps, options.batch_size, options.learning_rate, config.seed),
+                f"refine {config.merge.label}, maps of tables, seed {config.seed}",
+                distributed.start(config.runtime),
+            )
             tensors = {"model": params, "accumulator": load(folder).accumulators}
             folder = run.path / "mapped"
             checkpoint_io.save(folder, tensors, saved.model, saved.schema, saved.origin)
@@ -118,51 +117,6 @@ def _refine(
         *([rows.numbers, dataset.rows("valid")], counts, schedule),
         *(f"refine {config.merge.label} to {routed}, seed {config.seed}", saved.origin, objective),
     )
-
-
-def mapped(
-    config: Config,
-    sources: Sequence[Source],
-    lead: int,
-    rows: UnlabelledRows,
-    targets: Targets,
-) -> Params:
-    """Return one source with linear maps of all sources' tables, fitted to the mean logit.
-
-    Args:
-        config: Steps, batch size and first learning rate.
-        sources: The sources, which are loaded whole.
-        lead: The source that the maps begin as.
-        rows: Rows without labels.
-        targets: The teacher's logits on them.
-    """
-    options, device = config.merge.refinement, distributed.start(config.runtime)
-    checkpoints = [load(source.folder) for source in sources]
-    schema = checkpoints[0].schema
-    with device:
-        module = build_model(schema, checkpoints[0].model, device).eval()
-    held = sources_of([{n: t.to(device) for n, t in c.params.items()} for c in checkpoints])
-    loader = Loader(
-        *(rows.data, schema, rows.numbers, options.batch_size),
-        seed=config.seed,
-        device=device,
-        targets=targets,
-    )
-    title = f"refine {config.merge.label}, maps of tables, seed {config.seed}"
-    plan = Plan(stages=("maps",), steps=options.map_steps, learning_rate=options.learning_rate)
-    with progress(title, plan.steps * options.batch_size) as advance:
-        fitted = fit(
-            *(plan, module, held, _endless(loader), held.models[lead], lead, None),
-            lambda stage, *_: advance(options.batch_size, stage) if stage != "done" else None,
-        )
-    return {name: tensor.cpu() for name, tensor in held.restored(fitted.params).items()}
-
-
-def _endless(loader: Loader) -> Iterator[tuple[Batch, Tensor]]:
-    while True:
-        for batch in loader:
-            assert batch.target is not None
-            yield batch, batch.target
 
 
 def _has_maps(config: Config, dataset: EncodedDataset, sources: Sequence[Source]) -> bool:

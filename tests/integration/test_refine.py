@@ -145,9 +145,9 @@ def test_the_routed_teacher_against_a_loop(options, folder):
     counts = [checkpoint.load(each.folder).counts["user"] for each in sources]
     users = training.data.column("user")[training.rows.numbers]
     chosen = teacher.choose_teacher(training.config, training.data, sources)
-    assert (teacher.field, teacher.share) == ("user", 0.75)
+    assert (chosen.field, chosen.share) == ("user", 0.75)
     actual = teacher.teacher_logits(
-        training.config, training.data, sources, teacher, training.rows, start
+        training.config, training.data, sources, chosen, training.rows, start
     )
     for row in range(0, len(users), 97):
         seen = [float(count[users[row]]) for count in counts]
