@@ -74,6 +74,8 @@ CASES = {
     "first": ("first", lambda _: {}),
     "filter_grafting": ("filter_grafting", lambda _: {}),
     "evidence": ("evidence", lambda _: {}),
+    "sequential": ("sequential", lambda _: {}),
+    "sequential_decay": ("sequential", lambda _: {"newest": 0.8, "decay": 0.5}),
     "fisher": ("fisher", lambda _: {}),
     "fisher_as_it_is": ("fisher", lambda _: {"floor": 0.0, "normalize": False}),
     **{

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from cki_rec.merging.methods.evidence import evidence_shares
-from cki_rec.merging.params import MergeError, MixingWeights, Params
+from cki_rec.merging.params import MergeError, MixingWeights, Params, check_same
 from cki_rec.merging.registry import method
+from cki_rec.merging.selection import constant_weights
 
 
 @method(needs=("counts",), row_wise=True, reads_values=False, is_ordered=True, reference="ours")
@@ -38,12 +39,12 @@ def sequential(
     Raises:
         MergeError: Counts do not fit, or an option is outside 0 to 1.
     """
+    check_same(models)
     num = len(models)
     if not (0 < newest <= 1 and 0 <= decay <= 1):
         raise MergeError(f"newest={newest}, decay={decay}: must be in 0 to 1, newest above 0")
     rest = 0.0 if num == 1 else (1 - newest) / (num - 1)
-    shares = torch.tensor([*[rest] * (num - 1), newest if num > 1 else 1.0])
-    weights = {name: _shaped(shares.to(t), t) for name, t in models[0].items()}
+    weights = constant_weights(models, [*[rest] * (num - 1), newest if num > 1 else 1.0])
     factors = [decay**age for age in range(num - 1, -1, -1)]
     decayed = [
         {name: count.double() * factor for name, count in source.items()}
