@@ -91,8 +91,10 @@ def ensure(config: Config, models: Sources | None = None, force: bool = False) -
     reads = _reads(config, candidates, base, dataset, is_disjoint)
     if preflight.is_refined_search(options):
         best = choice.best_of(config, models, candidates, dataset)
-        refined = _refined(config, models, best, force=False)
-        candidates.append(Source(f"{best.name}, refined", refined.path.name, refined.checkpoint))
+        for changed in refine.variants(config, models):
+            refined = _refined(changed, models, best, force=False)
+            name = f"{best.name}, refined"
+            candidates.append(Source(name, refined.path.name, refined.checkpoint))
         reads["sources"] = [source.identity for source in candidates]
     with open_run(Path(config.runtime.out), run_id("merge", reads), force) as run:
         if run.record is None:

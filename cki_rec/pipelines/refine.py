@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cki_rec.checkpoints import describe, load, row_counts
-from cki_rec.config import Config, Train, run_id, section
+from cki_rec.config import Config, Train, run_id, section, with_delta
 from cki_rec.data.columns import Ints
 from cki_rec.data.encoding import store
 from cki_rec.data.encoding.store import EncodedDataset
@@ -117,6 +117,15 @@ def _refine(
         *([rows.numbers, dataset.rows("valid")], counts, schedule),
         *(f"refine {config.merge.label} to {routed}, seed {config.seed}", saved.origin, objective),
     )
+
+
+def variants(config: Config, models: Sources) -> list[Config]:
+    """Return the refinements that a search tries: to the mean logit, with maps and without."""
+    dataset = store.prepare(config.data, config.runtime.encoded, config.runtime.chunk_mb)
+    teacher = choose_teacher(config, dataset, models.merged)
+    if teacher.field is not None or not _has_maps(config, dataset, models.merged):
+        return [config]
+    return [config, with_delta(config, {"merge.refinement.map_steps": 0})]
 
 
 def _has_maps(config: Config, dataset: EncodedDataset, sources: Sequence[Source]) -> bool:
