@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from cki_rec.config import Config
 from cki_rec.data.encoding.store import EncodedDataset
+from cki_rec.engine.record import Run
 from cki_rec.evaluation.statistics import delong
 from cki_rec.merging.search import AUTO, choose
 from cki_rec.pipelines import preflight
 from cki_rec.pipelines.predictions import predictions, valid_auc
 from cki_rec.pipelines.references import REFERENCES
 from cki_rec.pipelines.sources import Source, Sources
+
+log = logging.getLogger(__name__)
 
 
 def best_of(
@@ -51,6 +56,9 @@ def choose_model(
         return [source.identity for source in chosen], None
     everyone = {each.identity: each for each in [*candidates, *models.merged]}
     choice = choose(everyone.items(), score)
+    for source in sorted(everyone.values(), key=score, reverse=True):
+        seconds = _seconds(config, source)
+        log.info("  %.4f validation AUC, %6.1f s: %s", score(source), seconds, source.name)
     best, best_source = choice.best, max(models.merged, key=score)
     if dataset is not None and not _gains(config, dataset, best, best_source):
         best = best_source
@@ -62,6 +70,16 @@ def choose_model(
         "all": choice.scores,
     }
     return [best.identity], facts
+
+
+def _seconds(config: Config, source: Source) -> float:
+    """Return how long a merge took, its refinement included; 0 for external checkpoints."""
+    record = Run(Path(config.runtime.out) / source.identity).record
+    if record is None:
+        return 0.0
+    seconds: float = sum(record["provenance"]["seconds"].values())
+    fitted = record["config"].get("refined")
+    return seconds + (_seconds(config, replace(source, identity=fitted)) if fitted else 0.0)
 
 
 def _gains(config: Config, dataset: EncodedDataset, merged: Source, best_source: Source) -> bool:
