@@ -211,7 +211,7 @@ def _refined(config: Config, models: Sources, start: Source, force: bool) -> Run
     if config.merge.refinement.start == "initial":
         initial = train.ensure(with_delta(config, {"train.epochs": 0}))
         start = Source("initial weights", initial.path.name, initial.checkpoint)
-    fitted = refine.ensure(config, models, start)
+    fitted = refine.ensure(config, models, start, force)
     reads = {"refined": fitted.path.name, "recalibrate": config.merge.recalibrate}
     with open_run(Path(config.runtime.out), run_id("merge", reads), force) as run:
         if run.record is None:

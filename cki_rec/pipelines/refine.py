@@ -41,13 +41,14 @@ from cki_rec.pipelines.teacher import (
 log = logging.getLogger(__name__)
 
 
-def ensure(config: Config, models: Sources, start: Source) -> Run:
+def ensure(config: Config, models: Sources, start: Source, force: bool = False) -> Run:
     """Return the finished refinement of ``start``; refine if there is none.
 
     Args:
         config: The configuration, of which ``merge.refine`` is not none.
         models: The sources.
         start: The model that is fitted.
+        force: Refine again.
     """
     dataset = store.prepare(config.data, config.runtime.encoded, config.runtime.chunk_mb)
     options = config.merge
@@ -63,7 +64,7 @@ def ensure(config: Config, models: Sources, start: Source) -> Run:
     }
     distributed.start(config.runtime)
     out, resume = Path(config.runtime.out), config.runtime.resume
-    with open_run(out, run_id("refine", reads), False, resume) as run:
+    with open_run(out, run_id("refine", reads), force, resume) as run:
         if run.record is None:
             _refine(config, dataset, models.merged, start, run, reads)
     return run
