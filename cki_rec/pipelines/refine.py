@@ -5,7 +5,6 @@ Shape legend: K sources, R rows, V rows of a table.
 
 from __future__ import annotations
 
-import logging
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace
@@ -38,7 +37,8 @@ from cki_rec.pipelines.teacher import (
     unlabelled_rows,
 )
 
-log = logging.getLogger(__name__)
+CHECKS = 20
+"""Most passes: after each, validation rows decide."""
 
 
 def ensure(config: Config, models: Sources, start: Source, force: bool = False) -> Run:
@@ -88,7 +88,8 @@ def _refine(
         target_R = teacher_logits(config, dataset, sources, teacher, rows, start)
     run.facts["teacher"] = {"field": teacher.field, "share": teacher.share}
     passes = max(PASSES, round(steps * config.merge.refinement.batch_size / len(rows.numbers)))
-    schedule = schedule_of(config, passes)
+    repeats = -(-passes // CHECKS)  # few rows are repeated within a pass
+    schedule = schedule_of(config, max(PASSES, round(passes / repeats)))
 
     def targets(numbers: Ints) -> NDArray[np.float32]:
         found: NDArray[np.float32] = target_R[np.searchsorted(rows.numbers, numbers)]
@@ -115,7 +116,7 @@ def _refine(
     routed = "the mean logit" if teacher.field is None else f"sources routed by {teacher.field}"
     train.run_training(
         *(config, dataset, run, reads, model, saved.model, saved.schema),
-        *([rows.numbers, dataset.rows("valid")], counts, schedule),
+        *([np.repeat(rows.numbers, repeats), dataset.rows("valid")], counts, schedule),
         *(f"refine {config.merge.label} to {routed}, seed {config.seed}", saved.origin, objective),
     )
 
