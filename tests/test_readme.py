@@ -22,6 +22,9 @@ SMALL = [
     "model.hidden=[8]",
     "model.embedding_dim=4",
     "evaluate.bootstrap=100",
+    "merge.refinement.steps=20",
+    "merge.refinement.map_steps=10",
+    "merge.refinement.routed_steps=20",
 ]
 
 

@@ -26,7 +26,8 @@ def folder(tmp_path_factory):
 def options(raw_zip, folder):
     """Sources are trained once for all tests of this file."""
     places = [f"runtime.{key}={folder / key}" for key in ("out", "reports", "encoded")]
-    return [f"data.raw={raw_zip}", *places, *TINY]
+    steps = [f"merge.refinement.{name}=20" for name in ("steps", "map_steps", "routed_steps")]
+    return [f"data.raw={raw_zip}", *places, *TINY, *steps]
 
 
 def records(folder, pipeline):
@@ -81,7 +82,7 @@ def test_the_best_candidate_is_kept_and_can_be_fine_tuned(options, folder):
     ]
     scores = search["result"]["valid_auc"]["all"]
     assert set(scores) <= set(made)
-    assert len(scores) == 9  # six recipes, two sources, the best of them refined
+    assert len(scores) == 10  # six recipes, two sources, the best of them refined in two ways
     assert scores[chosen] == search["result"]["valid_auc"]["chosen"] == max(scores.values())
     assert records(folder, "evaluate")[-1]["result"]["finetuned"]
 
