@@ -183,6 +183,8 @@ class Refinement:
     as the best source; to the mean logit only, and on one process. 0: from the merged model."""
     routed_steps: Positive
     """Those to a routed teacher, which gains less from a longer fit."""
+    passes: Positive
+    """Most passes over the rows, whatever the steps."""
     batch_size: Positive
     """Rows of a step, all processes together."""
     learning_rate: NonNegativeFloat

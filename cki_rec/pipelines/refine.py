@@ -37,9 +37,6 @@ from cki_rec.pipelines.teacher import (
     unlabelled_rows,
 )
 
-CHECKS = 20
-"""Most passes: after each, validation rows decide."""
-
 
 def ensure(config: Config, models: Sources, start: Source, force: bool = False) -> Run:
     """Return the finished refinement of ``start``; refine if there is none.
@@ -87,9 +84,9 @@ def _refine(
         rows = unlabelled_rows(config, dataset, sources, saved.schema, steps)
         target_R = teacher_logits(config, dataset, sources, teacher, rows, start)
     run.facts["teacher"] = {"field": teacher.field, "share": teacher.share}
-    passes = max(PASSES, round(steps * config.merge.refinement.batch_size / len(rows.numbers)))
-    repeats = -(-passes // CHECKS)  # few rows are repeated within a pass
-    schedule = schedule_of(config, max(PASSES, round(passes / repeats)))
+    options = config.merge.refinement
+    passes = min(options.passes, round(steps * options.batch_size / len(rows.numbers)))
+    schedule = schedule_of(config, max(PASSES, passes))
 
     def targets(numbers: Ints) -> NDArray[np.float32]:
         found: NDArray[np.float32] = target_R[np.searchsorted(rows.numbers, numbers)]
@@ -98,11 +95,12 @@ def _refine(
     if teacher.field is None and _has_maps(config, dataset, sources):
         with run.phase("maps"):
             lead = max(sources, key=lambda source: valid_auc(config, dataset, source))
-            options = config.merge.refinement
+            pass_steps = -(-len(rows.numbers) // options.batch_size)
             params = fit_maps(
                 [load(source.folder) for source in sources],
                 *(sources.index(lead), rows.data, rows.numbers, targets),
-                *(options.map_steps, options.batch_size, options.learning_rate, config.seed),
+                min(options.map_steps, options.passes * pass_steps),
+                *(options.batch_size, options.learning_rate, config.seed),
                 f"refine {config.merge.label}, maps of tables, seed {config.seed}",
                 distributed.start(config.runtime),
             )
@@ -116,7 +114,7 @@ def _refine(
     routed = "the mean logit" if teacher.field is None else f"sources routed by {teacher.field}"
     train.run_training(
         *(config, dataset, run, reads, model, saved.model, saved.schema),
-        *([np.repeat(rows.numbers, repeats), dataset.rows("valid")], counts, schedule),
+        *([rows.numbers, dataset.rows("valid")], counts, schedule),
         *(f"refine {config.merge.label} to {routed}, seed {config.seed}", saved.origin, objective),
     )
 
