@@ -1,4 +1,4 @@
-"""Refinement through the command line: teachers, rows, interrupts, and what is refused."""
+"""Refinement through the command line: teachers, rows, interrupts and refusals."""
 
 from __future__ import annotations
 
