@@ -143,6 +143,8 @@ def merge(
     if module is not None:
         check_module(module, sources)
     known_counts = counts_of(counts, sources)
+    if counts and extras.tables is None and not any(known_counts):
+        raise MergeError("counts name no table; pass table -> (rows,) counts, or leave them out")
     given_base = None if base is None else base_of(base, sources)
     purpose = _reader_of_symmetries(recipe, rule)
     network = Network(

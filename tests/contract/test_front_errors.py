@@ -88,6 +88,7 @@ COUNTS = [{"table": torch.ones(6)}] * 2
         ({"method": "ties", "base": ODD}, "only in source 0: bias"),
         ({"method": "ties", "base": NAN}, "weight: the base has NaN"),
         ({"method": "evidence"}, "needs row counts of every source"),
+        ({"counts": [{}, {}]}, "counts name no table"),
         ({"counts": COUNTS[:1]}, "counts of 1 sources for 2 models"),
         ({"counts": COUNTS[0]}, "counts: pass one dictionary per source"),
         ({"counts": [COUNTS[0], {}]}, "table: source 1 has no counts"),
