@@ -92,31 +92,33 @@ def _refine(
         found: NDArray[np.float32] = target_R[np.searchsorted(rows.numbers, numbers)]
         return found
 
+    mapped = run.path / "mapped"
     if teacher.field is None and _has_maps(config, dataset, sources):
-        with run.phase("maps"):
-            lead = max(sources, key=lambda source: valid_auc(config, dataset, source))
-            pass_steps = -(-len(rows.numbers) // options.batch_size)
-            params = fit_maps(
-                [load(source.folder) for source in sources],
-                *(sources.index(lead), rows.data, rows.numbers, targets),
-                min(options.map_steps, options.passes * pass_steps),
-                *(options.batch_size, options.learning_rate, config.seed),
-                f"refine {config.merge.label}, maps of tables, seed {config.seed}",
-                distributed.start(config.runtime),
-            )
-            tensors = {"model": params, "accumulator": load(folder).accumulators}
-            folder = run.path / "mapped"
-            checkpoint_io.save(folder, tensors, saved.model, saved.schema, saved.origin)
+        if not mapped.exists():  # of a run that was interrupted later
+            with run.phase("maps"):
+                lead = max(sources, key=lambda source: valid_auc(config, dataset, source))
+                pass_steps = -(-len(rows.numbers) // options.batch_size)
+                params = fit_maps(
+                    [load(source.folder) for source in sources],
+                    *(sources.index(lead), rows.data, rows.numbers, targets),
+                    min(options.map_steps, options.passes * pass_steps),
+                    *(options.batch_size, options.learning_rate, config.seed),
+                    f"refine {config.merge.label}, maps of tables, seed {config.seed}",
+                    distributed.start(config.runtime),
+                )
+                tensors = {"model": params, "accumulator": load(folder).accumulators}
+                checkpoint_io.save(mapped, tensors, saved.model, saved.schema, saved.origin)
+        folder = mapped
     model = restore(saved, folder, schedule, config.runtime, to_train=True)
     objective = Objective("teacher", targets, rows.data, refines=True)
-    for made in (scratch, run.path / "mapped"):
-        shutil.rmtree(made, ignore_errors=True)
+    shutil.rmtree(scratch, ignore_errors=True)
     routed = "the mean logit" if teacher.field is None else f"sources routed by {teacher.field}"
     train.run_training(
         *(config, dataset, run, reads, model, saved.model, saved.schema),
         *([rows.numbers, dataset.rows("valid")], counts, schedule),
         *(f"refine {config.merge.label} to {routed}, seed {config.seed}", saved.origin, objective),
     )
+    shutil.rmtree(mapped, ignore_errors=True)
 
 
 def variants(config: Config, models: Sources) -> list[Config]:

@@ -22,7 +22,7 @@ from cki_rec.data.encoding import store
 from cki_rec.engine import checkpoint_io
 from cki_rec.engine.record import Run
 from cki_rec.engine.steps import StepLog
-from cki_rec.pipelines import merge, teacher
+from cki_rec.pipelines import merge, refine, teacher
 from cki_rec.pipelines.sources import Source
 
 TINY = (
@@ -239,14 +239,16 @@ def interrupted(raw_zip, folder, tmp_path):
     return [*words, own, "runtime.checkpoint_steps=4"], unbroken, tmp_path
 
 
-def test_a_killed_refinement_ends_like_an_unbroken_one(interrupted):
+def test_a_killed_refinement_ends_like_an_unbroken_one(interrupted, monkeypatch):
     words, unbroken, folder = interrupted
     merge.ensure(parse_words(*unbroken))
     config = parse_words(*words)
     pipeline = SimpleNamespace(__name__="refine", ensure=merge.ensure)
     path = kill_at(config, 14, pipeline)
     assert steps_kept(path) == [8, 12]
+    monkeypatch.delattr(refine, "fit_maps")  # the maps are read, and not fitted again
     merge.ensure(config)
+    assert not (path / "mapped").exists()
     (want,) = (Run(p) for p in (folder / "unbroken").glob("refine-*"))
     check_equal(Run(path), want, 12)
 
