@@ -124,9 +124,18 @@ def test_distillation_is_the_refinement_of_the_best_source(options, folder, caps
     assert records(folder, "evaluate")[-1]["result"]["method"] == "distillation"
 
 
-@pytest.mark.parametrize(("suite", "field"), [("shards", "user"), ("seeds", None)])
-def test_auto_takes_the_router_if_sources_saw_different_ids(options, folder, suite, field):
-    assert main(["merge", f"suite={suite}", "merge=evidence", "merge.refine=auto", *options]) == 0
+@pytest.mark.parametrize(
+    ("words", "field"),
+    [
+        ("suite=shards", "user"),
+        ("suite=seeds", None),
+        pytest.param("suite=shards data.partition.by=time", None, marks=pytest.mark.slow),
+        pytest.param("suite=shards data.partition.by=random", None, marks=pytest.mark.slow),
+    ],
+)
+def test_auto_takes_the_router_if_sources_saw_different_ids(options, folder, words, field):
+    rest = ["merge=evidence", "merge.refine=auto", *options]
+    assert main(["merge", *words.split(), *rest]) == 0
     merged = records(folder, "merge")[-1]["result"]["refinement"]
     assert merged["field"] == field
     assert merged["share"] == (0.75 if field else 1.0)

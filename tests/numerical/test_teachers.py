@@ -113,6 +113,14 @@ def test_separation_is_0_for_equal_shares_and_1_for_disjoint_ids():
     assert separation(once)["a"] == 0
 
 
+def test_sources_that_share_some_ids_are_routed_by_the_others():
+    shared, alone = torch.full((30,), 20), torch.zeros(70, dtype=torch.long)
+    alone[:35] = 20
+    counts = [{"a": torch.cat([shared, alone])}, {"a": torch.cat([shared, alone.flip(0)])}]
+    assert 0.2 < separation(counts)["a"] < 0.8
+    assert routing_table(counts) == "a"
+
+
 @pytest.mark.parametrize("seen", [2, 5, 40])
 @pytest.mark.parametrize("prior", [[0.5, 0.5], [0.8, 0.1, 0.1]])
 def test_separation_of_rows_dealt_at_random_is_0(seen, prior):
