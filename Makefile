@@ -1,6 +1,6 @@
 # cki_rec: every target sets up what it needs; nothing but Python 3.10 to 3.13 and pip is assumed.
 .DEFAULT_GOAL := help
-.PHONY: help setup reproduce test test-all lint format bench bench-peers bench-zoo clean
+.PHONY: help setup reproduce test test-all lint format docs bench bench-peers bench-zoo clean
 
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -43,6 +43,15 @@ test: lint ## lint, types and tests
 
 test-all: lint ## the same with the slow tests
 	$(BIN)/pytest -q --hypothesis-profile=search $(PARALLEL) -m "slow or not slow"
+
+docs: setup $(VENV)/docs-installed ## build the documentation site, strictly: build/site/index.html
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+	@echo "docs: build/site/index.html"
+
+$(VENV)/docs-installed: pyproject.toml
+	@echo "docs: installing mkdocs-material and mkdocstrings"
+	@$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[docs]'
+	@touch $@
 
 bench: setup ## measure our own parts (SELECT=name: one), write experiments/bench/bench.json
 	@$(BIN)/python experiments/bench/run.py $(SELECT)
