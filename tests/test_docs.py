@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_readme import ROOT, SMALL, blocks
+from test_readme import ROOT, SMALL, blocks, places  # noqa: F401
 
 from cki_rec.cli import PIPELINES, main
 from cki_rec.merging.methods import METHODS
@@ -79,10 +79,11 @@ def test_the_site_builds_strictly(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("page", RUN, ids=lambda page: page.stem)
-def test_every_block_of_a_page_runs(page, raw_zip, tmp_path, monkeypatch, capsys):
-    """Blocks run in their order, in an empty folder; blocks without a language only show."""
+def test_every_block_of_a_page_runs(page, raw_zip, places, tmp_path, monkeypatch, capsys):  # noqa: F811
+    """Blocks run in their order, in a folder with trained models; others only show."""
     monkeypatch.chdir(tmp_path)
-    places = [f"runtime.{key}={tmp_path / key}" for key in ("out", "reports", "encoded")]
+    (tmp_path / "runs").symlink_to(places[0] / "runs")
+    options = [f"runtime.{key}={tmp_path / key}" for key in ("out", "reports", "encoded")]
     names: dict[str, object] = {}
     for info, lines in blocks(page.read_text()):
         text = "\n".join(lines)
@@ -96,4 +97,4 @@ def test_every_block_of_a_page_runs(page, raw_zip, tmp_path, monkeypatch, capsys
             for words in (shlex.split(line) for line in lines if line.startswith("cki-rec ")):
                 small = [s for s in SMALL if s.split("=")[0] not in "\n".join(words)]
                 raw = [] if any(w.startswith("data") for w in words) else [f"data.raw={raw_zip}"]
-                assert main([*words[1:], *raw, *places, *small]) == 0, capsys.readouterr().err
+                assert main([*words[1:], *raw, *options, *small]) == 0, capsys.readouterr().err
