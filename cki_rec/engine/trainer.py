@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits, mse_loss
 
 from cki_rec.config import Train, UserError
+from cki_rec.data.encoding.findings import large_numbers
 from cki_rec.data.encoding.store import EncodedDataset
 from cki_rec.data.loader import LoadedRows, Loader, Targets
 from cki_rec.data.schema import Batch, FeatureSchema
@@ -101,8 +102,7 @@ def fit(
         logits = predict(model.module, dataset, schema, valid_rows, model.device)
         if not np.isfinite(logits).all():
             raise UserError(
-                f"{title}: scores are not finite after epoch {loop.epoch}; lower"
-                " train.learning_rate or train.table_learning_rate"
+                f"{title}: scores are not finite after epoch {loop.epoch}; {remedy(dataset)}"
             )
         values = metrics(label, logits)
         if values["monitor"] is None:
@@ -125,8 +125,7 @@ def fit(
             for loss, rows in step.epoch(loader, seed, loop.step):
                 if not math.isfinite(loss):
                     raise UserError(
-                        f"{title}: the loss is {loss} in epoch {loop.epoch}; lower"
-                        " train.learning_rate or train.table_learning_rate"
+                        f"{title}: the loss is {loss} in epoch {loop.epoch}; {remedy(dataset)}"
                     )
                 if average is not None:
                     average.update()
@@ -143,6 +142,17 @@ def fit(
                     save()
             log.epoch(entry)
     return loop.history
+
+
+def remedy(dataset: EncodedDataset) -> str:
+    """Return advice for a loss that is not finite."""
+    rates = "lower train.learning_rate or train.table_learning_rate"
+    large = large_numbers(dataset.manifest)
+    return (
+        f"{'; '.join(large)}: scale them (transform: log1p or quantile), or {rates}"
+        if large
+        else rates
+    )
 
 
 class Stepper:

@@ -56,6 +56,8 @@ class Encoded:
     """Names of the columns of ``ids.npy``."""
     numbers: dict[str, list[float]]
     """Numeric field -> shift and scale: a number x became (x - shift) / scale."""
+    ranges: dict[str, dict[str, float | None]]
+    """Numeric field -> smallest and largest number, and deviation in training rows."""
     edges: dict[str, list[float]]
     """Field of quantile buckets -> largest value of each bucket but the last."""
     splits: dict[str, dict[str, float]]
@@ -118,7 +120,7 @@ def encode(
         else:
             vocabularies = _listed_vocabularies(columns, listed)
         unseen = look_up(columns, vocabularies)
-        numbers = _standardize(columns)
+        numbers, ranges = _standardize(columns)
         schema = _schema(fields, vocabularies, {**numbers, **edges})
         earlier = {field.name for field in fields if field.rows == "earlier"}
         for name, source in plan.histories.items():
@@ -126,7 +128,8 @@ def encode(
                 columns, name, source, data.history_length, name in earlier
             )
     shares = {f.name: unseen[f.name] for f in fields if f.name in unseen}
-    return Encoded(schema, [f.name for f in plan.ids], numbers, edges, splits, shares)
+    names = [f.name for f in plan.ids]
+    return Encoded(schema, names, numbers, ranges, edges, splits, shares)
 
 
 def _finish_entities(columns: Staging) -> None:
@@ -316,11 +319,22 @@ def _schema(
     )
 
 
-def _standardize(columns: Staging) -> dict[str, list[float]]:
-    """Standardize numbers in place; return shift and scale per field."""
-    fields = columns.plan.numbers
+def _standardize(
+    columns: Staging,
+) -> tuple[dict[str, list[float]], dict[str, dict[str, float | None]]]:
+    """Write standardized numbers; return shift and scale per field, and facts about its values."""
+    fields, files = columns.plan.numbers, columns.files
     if not fields:
-        return {}
+        return {}, {}
     is_scaled = np.array([field.transform == "log1p" for field in fields])
-    facts = standardize(columns.files["numbers"], columns.files["split"], is_scaled)
-    return {field.name: facts[:, position].tolist() for position, field in enumerate(fields)}
+    files["numbers"] = ColumnFile(columns.folder / "numbers.npy", np.float32, len(fields))
+    raw = files.pop("raw_numbers")
+    facts = standardize(raw, files["numbers"], files["split"], is_scaled)
+    raw.delete()
+    shifts: dict[str, list[float]] = {}
+    ranges: dict[str, dict[str, float | None]] = {}
+    for field, column in zip(fields, facts.T.tolist(), strict=True):
+        shifts[field.name] = column[:2]
+        values = [None if np.isnan(value) else value for value in column[2:]]
+        ranges[field.name] = dict(zip(("low", "high", "deviation"), values, strict=True))
+    return shifts, ranges

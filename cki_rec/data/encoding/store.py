@@ -28,6 +28,7 @@ from cki_rec.data.columns import blocks
 from cki_rec.data.dataset import FORMAT_VERSION, MANIFEST, EncodedDataset
 from cki_rec.data.encoding.encode import Encoded, encode
 from cki_rec.data.encoding.fields import Field, fields_to_json, resolve_fields
+from cki_rec.data.encoding.findings import unseen_line, warn_of_findings
 from cki_rec.data.encoding.normalize import normalized
 from cki_rec.data.encoding.split import SPLITS, check_split
 from cki_rec.data.encoding.tokens import hash_of, join_tokens_of
@@ -84,7 +85,7 @@ def prepare(data: Data, encoded_dir: str | Path, chunk_mb: int = 16) -> EncodedD
     options = _options(data, fields, listed)
     folder = encoded_dir / _name(data, options, source)
     if (folder / PREPARATION).exists():
-        return EncodedDataset(folder, data.verify)
+        return _opened(folder, data)
     try:
         encoded_dir.mkdir(parents=True, exist_ok=True)
         lock = _acquire(encoded_dir / f"{data.name}.lock")
@@ -97,7 +98,7 @@ def prepare(data: Data, encoded_dir: str | Path, chunk_mb: int = 16) -> EncodedD
             _finish(data, folder, start)
     finally:
         lock.release()
-    return EncodedDataset(folder, data.verify)
+    return _opened(folder, data)
 
 
 def find(data: Data, encoded_dir: str | Path) -> EncodedDataset | None:
@@ -113,6 +114,13 @@ def find(data: Data, encoded_dir: str | Path) -> EncodedDataset | None:
     options = _options(data, fields, _listed_vocabularies(data, fields))
     folder = encoded_dir / _name(data, options, source_facts(data, encoded_dir))
     return EncodedDataset(folder, data.verify) if (folder / PREPARATION).exists() else None
+
+
+def _opened(folder: Path, data: Data) -> EncodedDataset:
+    """Return an encoded data set, and log warnings about it."""
+    dataset = EncodedDataset(folder, data.verify)
+    warn_of_findings(dataset)
+    return dataset
 
 
 def _reader(data: Data) -> Format:
@@ -209,6 +217,8 @@ def _make(
         if not reading.counts:
             raise
         raise UserError(f"{error} (skipped before: {reading.summary()})") from None
+    if line := unseen_line(EncodedDataset(folder).manifest):
+        logger.info("%s", line)
     for reason, count in reading.counts.items():
         logger.info("skipped %d rows: %s, e.g. %s", count, reason, reading.examples[reason][0])
 
@@ -254,6 +264,7 @@ def _write_manifest(
         "schema": schema,
         "id_columns": encoded.ids,
         "numbers": encoded.numbers,
+        "number_ranges": encoded.ranges,
         "quantile_edges": encoded.edges,
         "is_chronological": reader.is_chronological(data),
         "splits": encoded.splits,

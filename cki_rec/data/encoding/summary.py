@@ -37,7 +37,9 @@ def summary_lines(dataset: EncodedDataset) -> list[str]:
             )
         lines.append(line)
     width = max(len(feature.name) for feature in schema.features)
-    lines.append(f"  {'field':<{width}}  kind     vocabulary  unseen in validation and test")
+    lines.append(
+        f"  {'field':<{width}}  kind     vocabulary  unseen in training, validation and test"
+    )
     for feature in schema.features:
         if feature.kind == "numeric":
             shift, scale = manifest["numbers"][feature.name]
