@@ -15,7 +15,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, mse_loss
 
 from cki_rec.config import Train, UserError
@@ -82,6 +82,8 @@ def fit(
         UserError: The loss is not finite, or the metric is undefined.
         Stopped: The system asked to stop. A checkpoint is written; the next call resumes from it.
     """
+    if not objective.refines:
+        _check_batches(model, min(schedule.batch_size, len(train_rows)), title)
     adam = initialized_adam(model, schedule.learning_rate)
     average = Average(model, schedule.ema) if schedule.ema is not None else None
     loader = Loader(
@@ -142,6 +144,19 @@ def fit(
                     save()
             log.epoch(entry)
     return loop.history
+
+
+def _check_batches(model: ShardedModel, num_rows: int, title: str) -> None:
+    """Check that the batches of a training have the rows that the network requires.
+
+    Raises:
+        UserError: A batch has one row, and batch norm or Dice requires a variance.
+    """
+    if num_rows < 2 and any(isinstance(m, nn.BatchNorm1d) for m in model.module.modules()):
+        raise UserError(
+            f"{title}: train.batch_size=1 with batch norm or Dice, which require 2 rows or more; "
+            "raise train.batch_size, or set model.batch_norm=false and model.activation=relu"
+        )
 
 
 def remedy(dataset: EncodedDataset) -> str:

@@ -33,6 +33,7 @@ from cki_rec.data.encoding.split import (
     check_sizes,
     codes_by_key,
     draw_validation,
+    share,
     split_codes,
 )
 from cki_rec.data.encoding.staging import ITEM, USER, Staging, plan_columns
@@ -60,8 +61,8 @@ class Encoded:
     """Numeric field -> smallest and largest number, and deviation in training rows."""
     edges: dict[str, list[float]]
     """Field of quantile buckets -> largest value of each bucket but the last."""
-    splits: dict[str, dict[str, float]]
-    """Split -> rows and positive rate."""
+    splits: dict[str, dict[str, float | None]]
+    """Split -> rows and positive rate (None without rows)."""
     unseen_share: dict[str, dict[str, float | None]]
     """Field -> split -> share of ids that are ``OOV_ID``; None: there are no ids."""
 
@@ -113,7 +114,7 @@ def encode(
         if not columns.rows:
             raise UserError(f"{data.raw}: no usable row; see data.on_bad_row")
         _finish_entities(columns)
-        splits = _split(columns, data, is_chronological, rows_per_step)
+        splits = _split(columns, data, is_chronological, rows_per_step, listed is not None)
         edges = _bucket_quantiles(columns)
         if listed is None:
             vocabularies = _learned_vocabularies(columns, *_count_training_rows(columns))
@@ -148,8 +149,8 @@ def _finish_entities(columns: Staging) -> None:
 
 
 def _split(
-    columns: Staging, data: Data, is_chronological: bool, rows_per_step: int
-) -> dict[str, dict[str, float]]:
+    columns: Staging, data: Data, is_chronological: bool, rows_per_step: int, is_listed: bool
+) -> dict[str, dict[str, float | None]]:
     """Write the split of every row; return rows and positive rate of each."""
     files, split = columns.files, data.split
     if split.by == "hash":
@@ -186,8 +187,8 @@ def _split(
         code = files["split"].read(start, stop)
         sizes += np.bincount(code, minlength=3)
         clicks += np.bincount(code[files["label"].read(start, stop) == 1], minlength=3)
-    check_sizes(split, sizes.tolist())
-    if clicks[0] in (0, sizes[0]):
+    check_sizes(split, sizes.tolist(), is_listed)
+    if sizes[0] and clicks[0] in (0, sizes[0]):
         label = int(clicks[0] > 0)
         if FORMATS[data.format].has_threshold:
             where = f"data.label_threshold={data.label_threshold}"
@@ -197,7 +198,7 @@ def _split(
             fix = "a model cannot learn from one class, set data.label or another data.split"
         raise UserError(f"{where}: all training rows have label {label}; {fix}")
     return {
-        name: {"rows": int(rows), "positive_rate": int(positive) / int(rows)}
+        name: {"rows": int(rows), "positive_rate": share(int(positive), int(rows))}
         for name, rows, positive in zip(SPLITS, sizes, clicks, strict=True)
     }
 

@@ -35,11 +35,16 @@ def unseen_line(manifest: Mapping[str, Any], above: float = -1.0) -> str | None:
     if not names:
         return None
     listed = [
-        f"{name} {' / '.join(f'{share:.1%}' for share in shares[name])}" for name in names[:SHOWN]
+        f"{name} {' / '.join(map(_percent, manifest['unseen_share'][name].values()))}"
+        for name in names[:SHOWN]
     ]
     more = f" and {len(names) - SHOWN} more fields" if len(names) > SHOWN else ""
     splits = next(iter(manifest["unseen_share"].values()))
     return f"ids out of vocabulary ({' / '.join(splits)}): {', '.join(listed)}{more}"
+
+
+def _percent(share: float | None) -> str:
+    return "none" if share is None else f"{share:.1%}"
 
 
 def large_numbers(manifest: Mapping[str, Any]) -> list[str]:

@@ -29,7 +29,9 @@ def summary_lines(dataset: EncodedDataset) -> list[str]:
         elif wanted is not None:
             lines.append(f"  {file} is NOT the file published as {wanted}")
     for name, split in manifest["splits"].items():
-        line = f"  {name:<5} {split['rows']:>13,} rows, {split['positive_rate']:.2%} positive"
+        line = f"  {name:<5} {split['rows']:>13,} rows"
+        if split["rows"]:
+            line += f", {split['positive_rate']:.2%} positive"
         best = (manifest["best_possible"] or {}).get(name)
         if best:
             line += (
