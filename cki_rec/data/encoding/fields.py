@@ -102,8 +102,8 @@ def resolve_fields(data: Data, kinds: Mapping[str, str]) -> tuple[Field, ...]:
         UserError: A field or option is unknown, or the combination is impossible.
     """
     if not data.fields and FORMATS[data.format].has_free_kinds:
-        columns = [n for n, kind in kinds.items() if kind == "categorical" and n != data.time]
-        data = replace(data, fields=columns)
+        named = [n for n in kinds if n and n != data.time]  # pandas writes its index without name
+        data = replace(data, fields=[n for n in named if kinds[n] == "categorical"])
     names = [entry["name"] for entry in _entries(data)]
     if not names:
         raise UserError("data.fields: empty; name at least one field")

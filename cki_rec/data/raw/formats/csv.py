@@ -1,4 +1,4 @@
-"""Csv files with a header, e.g. the published splits of the BARS benchmark.
+"""Csv files with a header, from any program, e.g. the published splits of the BARS benchmark.
 
 ``data.raw`` is a folder or zip with ``train.csv``, ``valid.csv`` and ``test.csv`` (each may be
 ``.csv.gz``) with ``data.split.by=files``, or a list of files with another ``data.split.by``. If a
