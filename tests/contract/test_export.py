@@ -239,35 +239,6 @@ def test_the_description_names_attended_histories(options):
         assert history == {**kind, **of_history}
 
 
-@pytest.mark.parametrize("name", [pytest.param("onnx", marks=has_onnx), "pt2"])
-def test_ids_outside_of_a_table_and_repeats_score_as_in_training(options, tmp_path, name):
-    """Ids -1 and above the table are unseen; the set a|a|b of raw rows was encoded as a|b."""
-    network = build(options("fm"))
-    scores = round_trip(network, MIXED, name, tmp_path)
-    good = inputs_of(batches()[0], MIXED)
-    good["ids"][0], good["ids.genres"][0, :4] = 1, torch.tensor([5, 3, 1, 0])
-    expected = scores(good)
-    for outside in (-1, 15, 2**40):
-        wrong = {key: value.clone() for key, value in good.items()}
-        wrong["ids"][0, :2] = outside
-        wrong["ids.genres"][0, :5] = torch.tensor([5, 3, 5, outside, 3])
-        torch.testing.assert_close(scores(wrong), expected, rtol=1e-5, atol=1e-6)
-
-
-def test_description_states_repeats_and_ids_outside_of_tables(options):
-    hashes = {**MIXED.vocabulary_hashes, "genres": "crc32 modulo 4"}
-    for schema, repeats in (
-        (MIXED, "ignored"),
-        (dataclasses.replace(MIXED, vocabulary_hashes=hashes), "counted"),
-    ):
-        servable = Servable(build(options("dcn"), schema), schema)
-        facts = pipeline.describe_servable(servable, options("dcn"))
-        assert {f["name"]: f["repeats"] for f in facts["fields"] if "repeats" in f} == {
-            "genres": repeats
-        }
-        assert facts["ids_outside_tables"] == "scored as unseen_id"
-
-
 def test_formats_are_those_of_the_configuration():
     assert choices(Config, "format") == tuple(FORMATS)
 
