@@ -85,9 +85,20 @@ class Data:
     """The entry of ``conf/published.yaml`` that the raw files should be; null: none."""
     fields: list[Any]
     """Features of the encoded set, in order: a name, or ``{name: ..., option: ...}`` with options
-    of ``cki_rec.data.encoding.fields.Field``."""
+    of ``cki_rec.data.encoding.fields.Field``. csv: empty for all columns but label and time."""
+    separator: Literal["auto", "comma", "tab", "semicolon", "pipe", "space"]
+    """csv: text between columns; ``auto``: the one with which the header names ``label``."""
+    encoding: str
+    """csv: encoding of the files, e.g. ``utf-8``, ``latin-1``, ``cp1252`` or ``utf-16``."""
     label: str
     """csv: column that is 0 or 1."""
+    labels: dict[Any, Literal[0, 1]] | None
+    """csv: word -> label, e.g. ``{true: 1, false: 0}``, without case; null: labels are 0 or 1."""
+    missing: list[Any]
+    """csv: words that count as empty values."""
+    number_form: Literal["plain", "thousands", "decimal_comma"]
+    """csv: ``plain`` (1234.5), ``thousands`` (1,234.5) or ``decimal_comma`` (1.234,5); the last
+    two ignore signs of currencies."""
     label_threshold: float
     """MovieLens: a rating at or above it is a click."""
     user: str | None
@@ -96,8 +107,11 @@ class Data:
     """csv: column of items; null: rows have none."""
     time: str | None
     """csv: column of times; null: rows have none."""
-    time_form: Literal["seconds", "yymmddhh"]
-    """csv: ``seconds`` or ``yymmddhh``."""
+    time_form: Literal["auto", "seconds", "milliseconds", "iso", "yymmddhh"]
+    """csv: ``seconds``, ``milliseconds``, ``iso`` (2024-03-01 00:00:50), ``yymmddhh``, or
+    ``auto``: the only one that fits the first rows."""
+    normalize_ids: bool
+    """Remove differences of form from ids: ``100003.0``, ``1.00003E+05``, spaces, NFD letters."""
     numeric: Literal["ln_squared", "quantile", "edges", "token", "log1p", "as_is"]
     """Encoding of numeric fields: ``ln_squared``, ``quantile``, ``edges`` or ``token``
     (categories), ``log1p`` or ``as_is`` (numbers)."""

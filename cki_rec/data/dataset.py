@@ -163,6 +163,11 @@ class EncodedDataset:
         """
         chosen, number = self._chosen(partition, part)
         rows = self.parts(chosen).rows(SPLITS.index(split), number)
+        if not len(rows) and part is None:
+            raise UserError(
+                f"{self.folder}: has no {split} row, which this command reads; raise its share in"
+                " data.split.fractions, e.g. [0,0.1,0.9] for an evaluation"
+            )
         if not len(rows):
             raise UserError(
                 f"data.part={part}: has no {split} row of data.split; lower "

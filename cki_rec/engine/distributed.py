@@ -26,6 +26,9 @@ from cki_rec.config import RankLost, ReportedElsewhere, Runtime, UserError
 
 Value = TypeVar("Value")
 
+logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)  # of torchrec
+warnings.filterwarnings("ignore", r"torch\.distributed\.nn\.functional\.all_reduce is deprecated")
+
 SINGLE = "single"
 """Name of the backend of a single process."""
 PATIENCE = timedelta(minutes=10)
@@ -66,7 +69,6 @@ def start(runtime: Runtime) -> torch.device:
     torch.use_deterministic_algorithms(True, warn_only=device.type == "cuda")
     deterministic: Any = torch.utils.deterministic
     deterministic.fill_uninitialized_memory = False  # we always write before reading
-    logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)  # of torchrec
     if not dist.is_initialized():
         _start_group(device)
         atexit.register(_stop)

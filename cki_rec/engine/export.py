@@ -13,7 +13,7 @@ import logging
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -23,8 +23,9 @@ from torch.nn.functional import embedding
 from torch.nn.utils.rnn import pad_sequence
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
-from cki_rec.config import Model, UserError, section
-from cki_rec.data.schema import FIRST_ID, OOV_ID, PADDING_ID, Batch, FeatureSchema
+from cki_rec.config import UserError
+from cki_rec.data.encoding.tokens import HASHED
+from cki_rec.data.schema import OOV_ID, PADDING_ID, Batch, FeatureSchema
 from cki_rec.models.embeddings import Embedded, FieldEmbeddings
 
 IDS, NUMBERS = "ids", "numbers"
@@ -50,10 +51,12 @@ class Servable(nn.Module):
     - ``ids`` ``(B, C)`` int64: the fields with one id, in the order of the schema.
     - ``ids.NAME`` ``(B, L)`` int64: the ids of a field with several ids, a history by time.
       ``PADDING_ID`` fills up rows on either side and is ignored. L is free for every field.
+      Repeats in a set of ids are ignored, as by the encoding of raw rows.
     - ``numbers`` ``(B, N)`` float32: the fields of kind ``numeric``, in the order of the schema.
 
-    Inputs without fields are left out. The network is not changed: tables are copied without
-    unused columns, and their row ``PADDING_ID`` is set to zero.
+    Ids outside of a table are scored as ``OOV_ID``. Inputs without fields are left out. The
+    network is not changed: tables are copied without unused columns, and their row ``PADDING_ID``
+    is set to zero.
 
     Args:
         network: A network with ``interact(sparse(batch))`` and unsharded tables on the CPU.
@@ -83,6 +86,7 @@ class Servable(nn.Module):
                     tables.append(_table(module.embedding_bags[config.name].weight, dim))
         self.tables = nn.ParameterList(tables)
         self.table_of = {f.name: place_of[f.table] for f in schema.lookups}
+        self.sets = sets_of(schema)
         self.number_vectors = copy.deepcopy(sparse.numbers)
         self.number_weights = copy.deepcopy(sparse.numbers_first_order)
         self.network = _without_lookups(network)
@@ -118,9 +122,11 @@ class Servable(nn.Module):
 
     def _ids(self, inputs: Inputs, name: str) -> Tensor:
         """Return ``(B,)`` ids of a field with one id, ``(B, L)`` ids of other fields."""
-        if name in self.columns:
-            return inputs[IDS][:, self.columns[name]]
-        return inputs[self.inputs[name]]
+        is_one = name in self.columns
+        ids = inputs[IDS][:, self.columns[name]] if is_one else inputs[self.inputs[name]]
+        num_ids = self.tables[self.table_of[name]].shape[0]
+        ids = ids.masked_fill((ids < 0) | (ids >= num_ids), OOV_ID)
+        return _distinct(ids) if name in self.sets else ids
 
 
 def input_names(schema: FeatureSchema) -> dict[str, str]:
@@ -128,6 +134,18 @@ def input_names(schema: FeatureSchema) -> dict[str, str]:
     lookups = sorted(schema.lookups, key=lambda feature: feature.kind != "categorical")
     names = {f.name: IDS if f.kind == "categorical" else f"{IDS}.{f.name}" for f in lookups}
     return {**names, **{f.name: NUMBERS for f in schema.numbers}}
+
+
+def sets_of(schema: FeatureSchema) -> list[str]:
+    """Return the fields whose ids are distinct in every row, because distinct tokens have them.
+
+    Hashes of distinct tokens may be equal, so repeats count in fields of hashed ids.
+    """
+    return [
+        f.name
+        for f in schema.lookups
+        if f.kind == "multi" and not schema.vocabulary_hashes[f.table].startswith(HASHED)
+    ]
 
 
 def free_dims(name: str) -> dict[int, str]:
@@ -159,17 +177,28 @@ def inputs_of(batch: Batch, schema: FeatureSchema) -> Inputs:
 def draw_batch(
     schema: FeatureSchema, num_rows: int, longest: int, generator: torch.Generator
 ) -> Batch:
-    """Return random rows; fields with several ids have 0 to ``longest`` of them, both included."""
-    values, lengths = [torch.empty(0, dtype=torch.int64)], []
+    """Return random rows; fields with several ids have 0 to ``longest`` of them, both included.
+
+    Sets hold consecutive ids, which are distinct, and at most all ids of their table.
+    """
+    values, lengths, sets = [torch.empty(0, dtype=torch.int64)], [], sets_of(schema)
     for feature in schema.lookups:
         sizes = torch.ones(num_rows, dtype=torch.int64)
         if feature.kind != "categorical":
             sizes = torch.randint(0, longest + 1, (num_rows,), generator=generator)
             sizes[0] = 0
             sizes[-1] = longest
+        table_size = schema.table_sizes[feature.table]
+        num_ids = table_size - OOV_ID
+        sizes = sizes.clamp(max=num_ids) if feature.name in sets else sizes
         lengths.append(sizes)
-        of_table = (OOV_ID, schema.table_sizes[feature.table])
-        values.append(torch.randint(*of_table, (int(sizes.sum()),), generator=generator))
+        if feature.name in sets:
+            starts = torch.randint(0, num_ids, (num_rows,), generator=generator)
+            places = torch.cat([torch.arange(int(size)) for size in sizes])
+            values.append(OOV_ID + (starts.repeat_interleave(sizes) + places) % num_ids)
+            continue
+        size = (int(sizes.sum()),)
+        values.append(torch.randint(OOV_ID, table_size, size, generator=generator))
     num = len(schema.numbers)
     return Batch(
         torch.cat(values),
@@ -283,40 +312,6 @@ def example_inputs(schema: FeatureSchema) -> Inputs:
     return inputs_of(draw_batch(schema, EXAMPLE_ROWS, EXAMPLE_LENGTH, generator), schema)
 
 
-def describe_servable(servable: Servable, model: Model) -> dict[str, Any]:
-    """Return a description of the file for serving programs, as plain JSON values."""
-    schema, names = servable.schema, servable.inputs
-    attended = {"attends_to_latest": servable.length}
-    inputs = []
-    for name in dict.fromkeys(names.values()):
-        fields = [field for field, of in names.items() if of == name]
-        second = len(fields) if name in (IDS, NUMBERS) else free_dims(name)[1]
-        dtype = "float32" if name == NUMBERS else "int64"
-        inputs.append({"name": name, "dtype": dtype, "shape": ["rows", second], "fields": fields})
-    return {
-        "inputs": inputs,
-        "outputs": [{"name": name, "dtype": "float32", "shape": ["rows"]} for name in OUTPUTS],
-        "fields": [
-            {
-                **asdict(feature),
-                "input": names[feature.name],
-                **(attended if feature.name in servable.attended else {}),
-            }
-            for feature in schema.features
-        ],
-        "tables": {
-            table: {"rows": rows, "vocabulary_hash": schema.vocabulary_hashes[table]}
-            for table, rows in schema.table_sizes.items()
-            if table in {f.table for f in schema.lookups}
-        },
-        "numbers": {f.name: schema.vocabulary_hashes.get(f.name) for f in schema.numbers},
-        "padding_id": PADDING_ID,
-        "unseen_id": OOV_ID,
-        "first_id": FIRST_ID,
-        "model": section(model),
-    }
-
-
 class _Forgiving(io.RawIOBase):
     """A file that stores its first error, because torch's writer aborts the process on errors."""
 
@@ -378,6 +373,14 @@ def _pooled(ids: Tensor, table: Tensor) -> Tensor:
         return embedding(ids, table)
     counts_B1 = (ids != PADDING_ID).sum(1, keepdim=True)
     return embedding(ids, table).sum(1) / counts_B1.clamp(min=1)
+
+
+def _distinct(ids_BL: Tensor) -> Tensor:
+    """Return the ids in ascending order, with padding in place of repeats."""
+    sorted_BL = ids_BL.sort(dim=1).values
+    places_L = torch.arange(ids_BL.shape[1], device=ids_BL.device)
+    before_BL = sorted_BL[:, (places_L - 1).clamp(min=0)]
+    return sorted_BL.masked_fill((sorted_BL == before_BL) & (places_L > 0), PADDING_ID)
 
 
 def _latest(ids_BL: Tensor, length: int) -> tuple[Tensor, Tensor]:

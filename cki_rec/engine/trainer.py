@@ -15,10 +15,11 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, mse_loss
 
 from cki_rec.config import Train, UserError
+from cki_rec.data.encoding.findings import large_numbers
 from cki_rec.data.encoding.store import EncodedDataset
 from cki_rec.data.loader import LoadedRows, Loader, Targets
 from cki_rec.data.schema import Batch, FeatureSchema
@@ -81,6 +82,8 @@ def fit(
         UserError: The loss is not finite, or the metric is undefined.
         Stopped: The system asked to stop. A checkpoint is written; the next call resumes from it.
     """
+    if not objective.refines:
+        _check_batches(model, min(schedule.batch_size, len(train_rows)), title)
     adam = initialized_adam(model, schedule.learning_rate)
     average = Average(model, schedule.ema) if schedule.ema is not None else None
     loader = Loader(
@@ -101,8 +104,7 @@ def fit(
         logits = predict(model.module, dataset, schema, valid_rows, model.device)
         if not np.isfinite(logits).all():
             raise UserError(
-                f"{title}: scores are not finite after epoch {loop.epoch}; lower"
-                " train.learning_rate or train.table_learning_rate"
+                f"{title}: scores are not finite after epoch {loop.epoch}; {remedy(dataset)}"
             )
         values = metrics(label, logits)
         if values["monitor"] is None:
@@ -125,8 +127,7 @@ def fit(
             for loss, rows in step.epoch(loader, seed, loop.step):
                 if not math.isfinite(loss):
                     raise UserError(
-                        f"{title}: the loss is {loss} in epoch {loop.epoch}; lower"
-                        " train.learning_rate or train.table_learning_rate"
+                        f"{title}: the loss is {loss} in epoch {loop.epoch}; {remedy(dataset)}"
                     )
                 if average is not None:
                     average.update()
@@ -143,6 +144,30 @@ def fit(
                     save()
             log.epoch(entry)
     return loop.history
+
+
+def _check_batches(model: ShardedModel, num_rows: int, title: str) -> None:
+    """Check that the batches of a training have the rows that the network requires.
+
+    Raises:
+        UserError: A batch has one row, and batch norm or Dice requires a variance.
+    """
+    if num_rows < 2 and any(isinstance(m, nn.BatchNorm1d) for m in model.module.modules()):
+        raise UserError(
+            f"{title}: train.batch_size=1 with batch norm or Dice, which require 2 rows or more; "
+            "raise train.batch_size, or set model.batch_norm=false and model.activation=relu"
+        )
+
+
+def remedy(dataset: EncodedDataset) -> str:
+    """Return advice for a loss that is not finite."""
+    rates = "lower train.learning_rate or train.table_learning_rate"
+    large = large_numbers(dataset.manifest)
+    return (
+        f"{'; '.join(large)}: scale them (transform: log1p or quantile), or {rates}"
+        if large
+        else rates
+    )
 
 
 class Stepper:

@@ -120,7 +120,7 @@ def _compare(
             state: State = "impossible" if is_joined else "differs"
             notes.append(Finding("token lists", state, str(error)))
     findings = compatibility.compare(saved, names, is_joined, joined.rows)
-    findings[2:2] = notes
+    findings[2:2] = [*notes, *(Finding("overlap", "differs", line) for line in joined.warnings)]
     if is_joined:
         saved = joined.checkpoints
     merges = not isinstance(entry_of(options), Reference)

@@ -128,10 +128,10 @@ def _vocabularies(
             yield Finding(check, "differs", reason + union)
         else:
             nulls = ",".join(["null"] * len(checkpoints))
-            fix = (
-                "; train on one encoded data set, or join tables by token:"
-                f" merge.vocabularies=[{nulls}]"
-            )
+            join = f"join tables by token: merge.vocabularies=[{nulls}]"
+            if table not in first.table_sizes:
+                join = "give the field the transform ln_squared, edges or token in all data sets"
+            fix = f"; train on one encoded data set, or {join}"
             yield Finding(check, "impossible", reason + fix)
 
 

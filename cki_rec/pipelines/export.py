@@ -8,7 +8,7 @@ import os
 import platform
 import shutil
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +17,19 @@ from torch import nn
 
 from cki_rec import checkpoints
 from cki_rec.checkpoints import CHECKPOINT, DESCRIPTION, Checkpoint
-from cki_rec.config import Config, UserError, nearest
+from cki_rec.config import Config, Model, UserError, nearest, section
+from cki_rec.data.schema import FIRST_ID, OOV_ID, PADDING_ID
 from cki_rec.engine import distributed
 from cki_rec.engine.export import (
     FORMATS,
+    IDS,
+    NUMBERS,
+    OUTPUTS,
     TOLERANCE,
     Servable,
     check_packages,
-    describe_servable,
     example_inputs,
+    free_dims,
     largest_difference,
 )
 from cki_rec.engine.record import RECORD, Run
@@ -48,9 +52,10 @@ IDS_OF_TOKENS = (
     " + n. Any other token has unseen_id. The vocabulary_hash is the sha256 of that file. For"
     " fields made from numbers it also covers their learned scale and edges. If it is 'crc32"
     " modulo M', the id of a token is first_id + CRC-32 of its UTF-8 bytes modulo M. The"
-    " padding_id fills up rows of fields with several ids, on either side. The entries options,"
-    " numbers and quantile_edges of manifest.json describe how raw values become tokens and"
-    " numbers."
+    " padding_id fills up rows of fields with several ids, on either side. Ids outside of a table"
+    " are scored as unseen_id. If a field has repeats: ignored, an id counts once per row. If it"
+    " has repeats: counted, send the id of each distinct token once. The entries options, numbers"
+    " and quantile_edges of manifest.json describe how raw values become tokens and numbers."
 )
 """Explanation of ids for users of the file."""
 
@@ -200,6 +205,43 @@ def write(
         with suppress(OSError):
             target.parent.rmdir()  # if it is empty
     return difference
+
+
+def describe_servable(servable: Servable, model: Model) -> dict[str, Any]:
+    """Return a description of the file for serving programs, as plain JSON values."""
+    schema, names = servable.schema, servable.inputs
+    attended = {"attends_to_latest": servable.length}
+    repeats = {name: "ignored" if name in servable.sets else "counted" for name in names}
+    inputs = []
+    for name in dict.fromkeys(names.values()):
+        fields = [field for field, of in names.items() if of == name]
+        second = len(fields) if name in (IDS, NUMBERS) else free_dims(name)[1]
+        dtype = "float32" if name == NUMBERS else "int64"
+        inputs.append({"name": name, "dtype": dtype, "shape": ["rows", second], "fields": fields})
+    return {
+        "inputs": inputs,
+        "outputs": [{"name": name, "dtype": "float32", "shape": ["rows"]} for name in OUTPUTS],
+        "fields": [
+            {
+                **asdict(feature),
+                "input": names[feature.name],
+                **({"repeats": repeats[feature.name]} if feature.kind == "multi" else {}),
+                **(attended if feature.name in servable.attended else {}),
+            }
+            for feature in schema.features
+        ],
+        "tables": {
+            table: {"rows": rows, "vocabulary_hash": schema.vocabulary_hashes[table]}
+            for table, rows in schema.table_sizes.items()
+            if table in {f.table for f in schema.lookups}
+        },
+        "numbers": {f.name: schema.vocabulary_hashes.get(f.name) for f in schema.numbers},
+        "padding_id": PADDING_ID,
+        "unseen_id": OOV_ID,
+        "ids_outside_tables": "scored as unseen_id",
+        "first_id": FIRST_ID,
+        "model": section(model),
+    }
 
 
 def _run_id(home: Path) -> str | None:

@@ -131,6 +131,10 @@ def model_of(config: Config, models: Sources) -> Source:
     return Source(config.merge.label, chosen[0], run.checkpoint)
 
 
+def _has_statistics(saved: Checkpoint) -> bool:
+    return any(name.endswith("running_mean") for name in saved.params)
+
+
 def warn_if_unchanged(config: Config, result: dict[str, Any]) -> None:
     """Log a warning if no recipe of a search is above the best source on validation rows."""
     scores = result.get("valid_auc")  # records of early releases have none
@@ -270,6 +274,7 @@ def _merge(
         pairs = [(s.folder, c) for s, c in zip(everyone, loaded, strict=True)]
         folders = vocabularies.folders_of(config, pairs)
         joined = vocabularies.joined(loaded, folders, len(models.merged))
+        vocabularies.log_overlap(joined)
         require(compare(joined.checkpoints, names))
         if dataset is not None:
             preflight.check_rows_fit(
@@ -286,6 +291,12 @@ def _merge(
         raise UserError(f"merge.method={config.merge.method}: {error}") from error
     for warning in merged.warnings:
         log.warning("  merge.%s", warning)
+    if len(checkpoints) > 1 and config.merge.repair == "none" and _has_statistics(first):
+        log.warning(
+            "  %s: statistics of batch norms are merged like weights and may not fit the result;"
+            " merge.repair=rescale computes them anew from training rows",
+            config.merge.label,
+        )
     is_rotated = config.merge.align.by != "none" or config.merge.repair == "project"
     tensors: sharded.Groups = {
         "model": merged.params,

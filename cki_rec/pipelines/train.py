@@ -7,6 +7,7 @@ import shutil
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,9 @@ from cki_rec.evaluation.metrics import METRICS, PRIMARY
 from cki_rec.models import model_schema
 from cki_rec.models.comparison import decides, differences
 from cki_rec.pipelines.provenance import check_data
+
+LEARNED = ("log1p", "quantile")
+"""Transforms that are learned from the rows of a data set."""
 
 log = logging.getLogger(__name__)
 
@@ -129,6 +133,13 @@ def valid_auc(run: Run) -> float:
 
 def _train(config: Config, dataset: EncodedDataset, run: Run, reads: dict[str, Any]) -> None:
     data = config.data
+    if config.train.epochs and not dataset.manifest["splits"]["train"]["rows"]:
+        raise UserError(
+            f"{dataset.folder}: no training row, so it serves evaluation only; set"
+            " data.split.fractions, e.g. to [0.8,0.1,0.1]"
+        )
+    for line in notes(config, dataset):
+        _warn_once(line)
     schema = model_schema(dataset.schema, config.model)
     counts = dataset.row_counts(schema, data.partition, data.part)
     if config.train.epochs == 0:  # such a model has seen no row
@@ -159,6 +170,31 @@ def _train(config: Config, dataset: EncodedDataset, run: Run, reads: dict[str, A
         *(config, dataset, run, reads, model, config.model, schema),
         *(rows, counts, config.train, title, origin),
     )
+
+
+def notes(config: Config, dataset: EncodedDataset) -> list[str]:
+    """Return warnings about fields that a model does not read, or that forbid later merges."""
+    lines = []
+    histories = [f.name for f in dataset.schema.features if f.kind == "history"]
+    if histories and not config.model.histories:
+        lines.append(
+            f"field {', '.join(histories)}: not read, because model.histories=false; set it to"
+            " true, or remove the field from data.fields"
+        )
+    options = dataset.manifest["options"]["fields"]
+    learned = [f"{f['name']} ({f['transform']})" for f in options if f["transform"] in LEARNED]
+    if learned:
+        lines.append(
+            f"field {', '.join(learned)}: scaled by the numbers of this data set. Models of"
+            " other data sets have another scale and cannot be merged with this one. To merge"
+            " them, use the transform ln_squared, edges or token"
+        )
+    return lines
+
+
+@lru_cache
+def _warn_once(line: str) -> None:
+    log.warning("%s", line)
 
 
 def _start_folder(config: Config) -> Path:

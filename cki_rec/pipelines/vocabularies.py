@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,7 +19,10 @@ from cki_rec.engine import checkpoint_io
 from cki_rec.engine.embeddings import table_of
 from cki_rec.merging.params import Params
 from cki_rec.merging.vocabulary import join_tokens, owned, to_union
+from cki_rec.pipelines.overlap import low_overlap
 from cki_rec.pipelines.provenance import check_rows, other_tables
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
@@ -32,6 +36,8 @@ class Joined:
     """Of tables whose vocabularies differed."""
     rows: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Per such table: tokens of all sources together, of each, and those that all have."""
+    warnings: list[str] = field(default_factory=list)
+    """One line per table of which the sources share few tokens."""
 
 
 def folders_of(config: Config, checkpoints: Sequence[tuple[Path, Checkpoint]]) -> list[Path]:
@@ -125,6 +131,9 @@ def joined(checkpoints: Sequence[Checkpoint], folders: Sequence[Path], num_sourc
             "of_each": [len(listed) for listed in lists[:num_sources]],
             "of_all": int(has.all(0).sum()) - FIRST_ID,
         }
+        num_shared = result.rows[table]["of_all"]
+        if warning := low_overlap(table, lists[:num_sources], num_shared):
+            result.warnings.append(warning)
     if differing:
         schema = replace(first, table_sizes=sizes, vocabulary_hashes=digests)
         result.checkpoints = [
@@ -132,6 +141,15 @@ def joined(checkpoints: Sequence[Checkpoint], folders: Sequence[Path], num_sourc
             for c, source_maps in zip(checkpoints, maps, strict=True)
         ]
     return result
+
+
+def log_overlap(joined: Joined) -> None:
+    """Log the tokens that the sources share, per joined table, and warn if they are few."""
+    for table, facts in joined.rows.items():
+        each = " and ".join(f"{size:,}" for size in facts["of_each"])
+        log.info("  table %s: %s tokens, %s shared by all", table, each, f"{facts['of_all']:,}")
+    for warning in joined.warnings:
+        log.warning("  %s", warning)
 
 
 def on_rows_of(config: Config, home: Path, dataset: EncodedDataset) -> Checkpoint:
@@ -192,7 +210,7 @@ def _tokens(saved: Checkpoint, folder: Path, table: str) -> list[str]:
     if table not in saved.schema.table_sizes:
         raise UserError(
             f"{folder}: the numbers of field '{table}' were scaled otherwise in the other data"
-            " sets, so they cannot be joined; give it a transform that learns nothing (as_is)"
+            " sets, so they cannot be joined; give it the transform ln_squared, edges or token"
         )
     digest = saved.schema.vocabulary_hashes[table]
     if digest.startswith(tokens.HASHED):

@@ -232,7 +232,7 @@ def test_the_description_names_attended_histories(options):
         model = options(name)
         (history,) = [
             field
-            for field in export.describe_servable(Servable(build(model), MIXED), model)["fields"]
+            for field in pipeline.describe_servable(Servable(build(model), MIXED), model)["fields"]
             if field["name"] == "history"
         ]
         kind = {"name": "history", "table": "item", "kind": "history", "input": "ids.history"}

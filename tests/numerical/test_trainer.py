@@ -7,7 +7,7 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from training import equal, plain, state_of
+from training import equal, options, plain, state_of
 
 from cki_rec.config import UserError
 from cki_rec.data.encoding import store
@@ -152,6 +152,19 @@ def test_rows_come_in_another_order_every_epoch(config, dataset, read_schema, mo
     for order in epochs:
         assert sorted(order) == dataset.rows("train").tolist()
     assert epochs[0].tolist() != epochs[1].tolist()
+
+
+@pytest.mark.parametrize("option", ["model.batch_norm=true", "model.activation=dice"])
+def test_batches_of_one_row_with_batch_norm_are_refused_before_training(
+    dataset, read_schema, option
+):
+    config = options("model=dnn", option, "train.batch_size=1")
+    model = build(dataset.schema, config.model, config.train, config.runtime)
+    initialize(model, 1, 0.1)
+    before = state_of(model)
+    with pytest.raises(UserError, match=r"train\.batch_size=1 with batch norm or Dice, which"):
+        train(config, dataset, read_schema, model, save=lambda: pytest.fail("it saved"))
+    assert all(torch.equal(value, before[name]) for name, value in state_of(model).items())
 
 
 @pytest.mark.parametrize("value", [float("inf"), float("nan")])

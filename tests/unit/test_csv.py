@@ -111,12 +111,14 @@ def test_missing_valid_is_named(tmp_path):
         assert "data.split.by=random" in message
 
 
-def test_different_headers_among_files_are_refused(tmp_path):
+def test_file_with_other_columns_is_refused(tmp_path):
     folder = folder_of(tmp_path / "raw")
-    write(folder / "test.csv", FILES["test"], "label,item,user,city")
+    write(folder / "test.csv", FILES["test"], "label,user,item,town")
     message = error_of(options(folder))
-    assert message.startswith(f"{folder}/test.csv, line 1: found 'label,item,user,city'")
-    assert f"expected the header '{HEADER}'; restore the header line" in message
+    assert message.startswith(
+        f"{folder}/test.csv, line 1: the header lacks city and has also town"
+    )
+    assert f"expected the columns of {folder}/train.csv (label, user, item, city)" in message
 
 
 @pytest.mark.parametrize("block_bytes", [1, 10, 100])

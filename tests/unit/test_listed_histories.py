@@ -74,7 +74,7 @@ def test_long_history_is_cut_at_the_chosen_end(encode, options, want):
 def test_unseen_ids_stay_in_their_places(encode):
     dataset = encode(["i1", "i0^new", "i2", "i3"], ["i1^x^y^i1^x", "x", "new"], PAST)
     assert tokens(dataset, split=2) == [["i1", None, None, "i1", None], [None], ["new"]]
-    assert dataset.manifest["unseen_share"]["past"] == {"valid": 0.0, "test": 4 / 7}
+    assert dataset.manifest["unseen_share"]["past"] == {"train": 0.0, "valid": 0.0, "test": 4 / 7}
 
 
 def test_token_stays_if_one_field_holds_it_often_enough(encode):

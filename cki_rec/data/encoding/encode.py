@@ -33,6 +33,7 @@ from cki_rec.data.encoding.split import (
     check_sizes,
     codes_by_key,
     draw_validation,
+    share,
     split_codes,
 )
 from cki_rec.data.encoding.staging import ITEM, USER, Staging, plan_columns
@@ -56,10 +57,12 @@ class Encoded:
     """Names of the columns of ``ids.npy``."""
     numbers: dict[str, list[float]]
     """Numeric field -> shift and scale: a number x became (x - shift) / scale."""
+    ranges: dict[str, dict[str, float | None]]
+    """Numeric field -> smallest and largest number, and deviation in training rows."""
     edges: dict[str, list[float]]
     """Field of quantile buckets -> largest value of each bucket but the last."""
-    splits: dict[str, dict[str, float]]
-    """Split -> rows and positive rate."""
+    splits: dict[str, dict[str, float | None]]
+    """Split -> rows and positive rate (None without rows)."""
     unseen_share: dict[str, dict[str, float | None]]
     """Field -> split -> share of ids that are ``OOV_ID``; None: there are no ids."""
 
@@ -111,14 +114,14 @@ def encode(
         if not columns.rows:
             raise UserError(f"{data.raw}: no usable row; see data.on_bad_row")
         _finish_entities(columns)
-        splits = _split(columns, data, is_chronological, rows_per_step)
+        splits = _split(columns, data, is_chronological, rows_per_step, listed is not None)
         edges = _bucket_quantiles(columns)
         if listed is None:
             vocabularies = _learned_vocabularies(columns, *_count_training_rows(columns))
         else:
             vocabularies = _listed_vocabularies(columns, listed)
         unseen = look_up(columns, vocabularies)
-        numbers = _standardize(columns)
+        numbers, ranges = _standardize(columns)
         schema = _schema(fields, vocabularies, {**numbers, **edges})
         earlier = {field.name for field in fields if field.rows == "earlier"}
         for name, source in plan.histories.items():
@@ -126,7 +129,8 @@ def encode(
                 columns, name, source, data.history_length, name in earlier
             )
     shares = {f.name: unseen[f.name] for f in fields if f.name in unseen}
-    return Encoded(schema, [f.name for f in plan.ids], numbers, edges, splits, shares)
+    names = [f.name for f in plan.ids]
+    return Encoded(schema, names, numbers, ranges, edges, splits, shares)
 
 
 def _finish_entities(columns: Staging) -> None:
@@ -145,8 +149,8 @@ def _finish_entities(columns: Staging) -> None:
 
 
 def _split(
-    columns: Staging, data: Data, is_chronological: bool, rows_per_step: int
-) -> dict[str, dict[str, float]]:
+    columns: Staging, data: Data, is_chronological: bool, rows_per_step: int, is_listed: bool
+) -> dict[str, dict[str, float | None]]:
     """Write the split of every row; return rows and positive rate of each."""
     files, split = columns.files, data.split
     if split.by == "hash":
@@ -183,8 +187,8 @@ def _split(
         code = files["split"].read(start, stop)
         sizes += np.bincount(code, minlength=3)
         clicks += np.bincount(code[files["label"].read(start, stop) == 1], minlength=3)
-    check_sizes(split, sizes.tolist())
-    if clicks[0] in (0, sizes[0]):
+    check_sizes(split, sizes.tolist(), is_listed)
+    if sizes[0] and clicks[0] in (0, sizes[0]):
         label = int(clicks[0] > 0)
         if FORMATS[data.format].has_threshold:
             where = f"data.label_threshold={data.label_threshold}"
@@ -194,7 +198,7 @@ def _split(
             fix = "a model cannot learn from one class, set data.label or another data.split"
         raise UserError(f"{where}: all training rows have label {label}; {fix}")
     return {
-        name: {"rows": int(rows), "positive_rate": int(positive) / int(rows)}
+        name: {"rows": int(rows), "positive_rate": share(int(positive), int(rows))}
         for name, rows, positive in zip(SPLITS, sizes, clicks, strict=True)
     }
 
@@ -316,11 +320,22 @@ def _schema(
     )
 
 
-def _standardize(columns: Staging) -> dict[str, list[float]]:
-    """Standardize numbers in place; return shift and scale per field."""
-    fields = columns.plan.numbers
+def _standardize(
+    columns: Staging,
+) -> tuple[dict[str, list[float]], dict[str, dict[str, float | None]]]:
+    """Write standardized numbers; return shift and scale per field, and facts about its values."""
+    fields, files = columns.plan.numbers, columns.files
     if not fields:
-        return {}
+        return {}, {}
     is_scaled = np.array([field.transform == "log1p" for field in fields])
-    facts = standardize(columns.files["numbers"], columns.files["split"], is_scaled)
-    return {field.name: facts[:, position].tolist() for position, field in enumerate(fields)}
+    files["numbers"] = ColumnFile(columns.folder / "numbers.npy", np.float32, len(fields))
+    raw = files.pop("raw_numbers")
+    facts = standardize(raw, files["numbers"], files["split"], is_scaled)
+    raw.delete()
+    shifts: dict[str, list[float]] = {}
+    ranges: dict[str, dict[str, float | None]] = {}
+    for field, column in zip(fields, facts.T.tolist(), strict=True):
+        shifts[field.name] = column[:2]
+        values = [None if np.isnan(value) else value for value in column[2:]]
+        ranges[field.name] = dict(zip(("low", "high", "deviation"), values, strict=True))
+    return shifts, ranges

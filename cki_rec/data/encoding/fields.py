@@ -101,6 +101,9 @@ def resolve_fields(data: Data, kinds: Mapping[str, str]) -> tuple[Field, ...]:
     Raises:
         UserError: A field or option is unknown, or the combination is impossible.
     """
+    if not data.fields and FORMATS[data.format].has_free_kinds:
+        named = [n for n in kinds if n and n != data.time]  # pandas writes its index without name
+        data = replace(data, fields=[n for n in named if kinds[n] == "categorical"])
     names = [entry["name"] for entry in _entries(data)]
     if not names:
         raise UserError("data.fields: empty; name at least one field")

@@ -19,7 +19,7 @@ from cki_rec.data.schema import OOV_ID
 def write_history(
     columns: Staging, name: str, source: Field, length: int, has_earlier: bool = False
 ) -> dict[str, float | None]:
-    """Write the history of every row; return the shares of ``OOV_ID`` in validation and test.
+    """Write the history of every row; return the share of ``OOV_ID`` per split.
 
     Args:
         columns: Ids, labels, splits, users and times; one block of users is in memory at a time.
@@ -59,7 +59,7 @@ def write_history(
         totals += np.bincount(code, minlength=3)
         unseen += np.bincount(code[values_of_block == OOV_ID], minlength=3)
     files[f"field.{name}.values"] = values
-    return {n: share(unseen[code], totals[code]) for code, n in enumerate(SPLITS) if code}
+    return {n: share(unseen[code], totals[code]) for code, n in enumerate(SPLITS)}
 
 
 def histories(

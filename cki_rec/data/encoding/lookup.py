@@ -20,7 +20,7 @@ from cki_rec.data.schema import OOV_ID
 def look_up(
     columns: Staging, vocabularies: dict[str, Vocabulary]
 ) -> dict[str, dict[str, float | None]]:
-    """Replace codes by ids; return the share of ``OOV_ID`` per field, in validation and test."""
+    """Replace codes by ids; return the share of ``OOV_ID`` per field and split."""
     plan, files = columns.plan, columns.files
     totals = np.zeros(3, dtype=np.int64)
     unseen = np.zeros((3, len(plan.ids)), dtype=np.int64)
@@ -35,13 +35,11 @@ def look_up(
                 id_of_code = vocabularies[column.table].id_of_code
                 block[:, position] = id_of_code[block[:, position]]
         files["ids"].write(start, block)
-        for code in (1, 2):
+        for code in range(len(SPLITS)):
             unseen[code] += (block[split == code] == OOV_ID).sum(0)
     shares: dict[str, dict[str, float | None]] = {
         column.name: {
-            name: share(unseen[code, position], totals[code])
-            for code, name in enumerate(SPLITS)
-            if code
+            name: share(unseen[code, position], totals[code]) for code, name in enumerate(SPLITS)
         }
         for position, column in enumerate(plan.ids)
     }
@@ -80,7 +78,7 @@ def _look_up_multi(
     for piece in ("values", "lengths"):
         columns.files.pop(f"{name}.{piece}").delete()
     columns.files.update({f"field.{column.name}.{piece}": file for piece, file in pieces.items()})
-    return {n: share(unseen[code], totals[code]) for code, n in enumerate(SPLITS) if code}
+    return {n: share(unseen[code], totals[code]) for code, n in enumerate(SPLITS)}
 
 
 def _with_one_oov_id(ids: Ids, lengths: Ids) -> tuple[Ids, Ids]:

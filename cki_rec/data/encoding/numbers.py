@@ -117,37 +117,47 @@ def bucket_tokens(buckets: int) -> list[str]:
 
 
 def standardize(
-    numbers: ColumnFile, split: ColumnFile, is_scaled: NDArray[np.bool_]
+    raw: ColumnFile, numbers: ColumnFile, split: ColumnFile, is_scaled: NDArray[np.bool_]
 ) -> NDArray[np.float64]:
-    """Standardize columns in place by training rows; missing values become the mean.
+    """Standardize columns by training rows; missing values become the mean.
 
     Sums are float64 and are taken block by block in a fixed order, so that the result depends on
     the rows alone.
 
     Args:
-        numbers: ``(N, columns)`` float32 with NaN for missing.
+        raw: ``(N, columns)`` float64 with NaN for missing. Float32 would make neighbours of large
+            numbers equal.
+        numbers: An empty float32 file; receives the result.
         split: ``(N,)`` split codes.
         is_scaled: ``(columns,)``; other columns keep their scale, with missing values filled.
 
     Returns:
-        ``(2, columns)`` float64: shift and scale.
+        ``(5, columns)`` float64: shift and scale, smallest and largest number of all rows, and the
+        standard deviation in training rows. The last three are NaN without numbers.
     """
     width = len(is_scaled)
     total, squares, known = np.zeros(width), np.zeros(width), np.zeros(width)
-    for start, stop in blocks(numbers.rows):
-        block = numbers.read(start, stop)[split.read(start, stop) == 0].astype(np.float64)
+    low, first, high, last = np.full((4, width), np.nan)
+    for start, stop in blocks(raw.rows):
+        block = raw.read(start, stop)
+        low, high = np.fmin(low, np.fmin.reduce(block)), np.fmax(high, np.fmax.reduce(block))
+        block = block[split.read(start, stop) == 0]
+        if len(block):
+            first = np.fmin(first, np.fmin.reduce(block))
+            last = np.fmax(last, np.fmax.reduce(block))
         known += (~np.isnan(block)).sum(0)
         total += np.nansum(block, 0)
-    mean = total / np.maximum(known, 1)
-    for start, stop in blocks(numbers.rows):
-        block = numbers.read(start, stop)[split.read(start, stop) == 0].astype(np.float64)
+    is_constant = first == last  # a mean of equal numbers may differ from them
+    mean = np.where(is_constant, first, total / np.maximum(known, 1))
+    for start, stop in blocks(raw.rows):
+        block = raw.read(start, stop)[split.read(start, stop) == 0]
         squares += np.nansum((block - mean) ** 2, 0)
     deviation = np.sqrt(squares / np.maximum(known, 1))
     scale = np.where(deviation > 0, deviation, 1.0)
     shift = np.where(is_scaled, mean, 0.0)
     scale = np.where(is_scaled, scale, 1.0)
-    for start, stop in blocks(numbers.rows):
-        block = numbers.read(start, stop).astype(np.float64)
+    for start, stop in blocks(raw.rows):
+        block = raw.read(start, stop)
         filled = np.where(np.isnan(block), mean, block)
-        numbers.write(start, ((filled - shift) / scale).astype(np.float32))
-    return np.stack([shift, scale])
+        numbers.append(((filled - shift) / scale).astype(np.float32))
+    return np.stack([shift, scale, low, high, np.where(known > 0, deviation, np.nan)])

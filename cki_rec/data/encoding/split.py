@@ -160,8 +160,14 @@ def _mixed(values: Keys) -> Keys:
     return mixed ^ (mixed >> np.uint64(31))
 
 
-def check_sizes(split: Split, sizes: Sequence[int]) -> None:
+def check_sizes(split: Split, sizes: Sequence[int], is_listed: bool = False) -> None:
     """Check that no split is empty.
+
+    Args:
+        split: Options of the split.
+        sizes: Rows of each split.
+        is_listed: Whether token lists are named. Then nothing is learned from training rows, and
+            ``fractions`` may set their share, or those of training and validation rows, to 0.
 
     Raises:
         UserError: A split is empty.
@@ -170,7 +176,14 @@ def check_sizes(split: Split, sizes: Sequence[int]) -> None:
         "leave_last_out": "it requires users with 3 rows or more; choose another data.split.by",
         "files": "its file has no rows; choose another data.split.by",
     }.get(split.by, f"raise its share in data.split.fractions={list(split.fractions)}")
-    for name, count in zip(SPLITS, sizes, strict=True):
+    num_zeros = 0
+    if is_listed and split.by in ("random", "hash", "time") and split.fractions[0] == 0:
+        num_zeros = 2 if split.fractions[1] == 0 else 1
+    elif split.fractions[0] == 0 and split.by in ("random", "hash", "time"):
+        fix += (
+            ", or, for evaluation alone, name the token lists of the models in data.vocabularies"
+        )
+    for name, count in list(zip(SPLITS, sizes, strict=True))[num_zeros:]:
         if count == 0:
             raise UserError(f"data.split.by={split.by}: no {name} row of {sum(sizes)}; {fix}")
 

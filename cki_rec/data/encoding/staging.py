@@ -129,7 +129,7 @@ class Staging:
             self._add("ids", self._codes(frame), np.int32, len(plan.ids))
         if plan.numbers:
             values = frame.select(as_number(f, plan.missing).alias(f.name) for f in plan.numbers)
-            self._add("numbers", values.to_numpy(), np.float32, len(plan.numbers))
+            self._add("raw_numbers", values.to_numpy(), np.float64, len(plan.numbers))
         if plan.quantiles:
             values = frame.select(as_number(f, plan.missing).alias(f.name) for f in plan.quantiles)
             keys = [ordered_keys(values[f.name].to_numpy()) for f in plan.quantiles]

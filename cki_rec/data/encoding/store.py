@@ -28,6 +28,8 @@ from cki_rec.data.columns import blocks
 from cki_rec.data.dataset import FORMAT_VERSION, MANIFEST, EncodedDataset
 from cki_rec.data.encoding.encode import Encoded, encode
 from cki_rec.data.encoding.fields import Field, fields_to_json, resolve_fields
+from cki_rec.data.encoding.findings import unseen_line, warn_of_findings
+from cki_rec.data.encoding.normalize import normalized
 from cki_rec.data.encoding.split import SPLITS, check_split
 from cki_rec.data.encoding.tokens import hash_of, join_tokens_of
 from cki_rec.data.parts import NO_PARTITION
@@ -73,6 +75,7 @@ def prepare(data: Data, encoded_dir: str | Path, chunk_mb: int = 16) -> EncodedD
     reader = _reader(data)
     if data.fetch:
         fetch_if_absent(data)
+    data = reader.resolve(data)
     fields = resolve_fields(data, reader.kinds(data))
     _check_entities(data, reader, fields)
     encoded_dir = Path(encoded_dir)
@@ -82,7 +85,7 @@ def prepare(data: Data, encoded_dir: str | Path, chunk_mb: int = 16) -> EncodedD
     options = _options(data, fields, listed)
     folder = encoded_dir / _name(data, options, source)
     if (folder / PREPARATION).exists():
-        return EncodedDataset(folder, data.verify)
+        return _opened(folder, data)
     try:
         encoded_dir.mkdir(parents=True, exist_ok=True)
         lock = _acquire(encoded_dir / f"{data.name}.lock")
@@ -95,7 +98,7 @@ def prepare(data: Data, encoded_dir: str | Path, chunk_mb: int = 16) -> EncodedD
             _finish(data, folder, start)
     finally:
         lock.release()
-    return EncodedDataset(folder, data.verify)
+    return _opened(folder, data)
 
 
 def find(data: Data, encoded_dir: str | Path) -> EncodedDataset | None:
@@ -104,11 +107,20 @@ def find(data: Data, encoded_dir: str | Path) -> EncodedDataset | None:
     Raises:
         UserError: An option or the raw data is not usable.
     """
-    fields = resolve_fields(data, _reader(data).kinds(data))
+    reader = _reader(data)
+    data = reader.resolve(data)
+    fields = resolve_fields(data, reader.kinds(data))
     encoded_dir = Path(encoded_dir)
     options = _options(data, fields, _listed_vocabularies(data, fields))
     folder = encoded_dir / _name(data, options, source_facts(data, encoded_dir))
     return EncodedDataset(folder, data.verify) if (folder / PREPARATION).exists() else None
+
+
+def _opened(folder: Path, data: Data) -> EncodedDataset:
+    """Return an encoded data set, and log warnings about it."""
+    dataset = EncodedDataset(folder, data.verify)
+    warn_of_findings(dataset)
+    return dataset
 
 
 def _reader(data: Data) -> Format:
@@ -184,8 +196,11 @@ def _make(
         with new_folder(folder) as temporary:
             with progress("encoding", num_bytes, "bytes") as advance:
                 reading.advance = advance
+                chunks = reader.read(data, reading)
+                if data.normalize_ids:
+                    chunks = normalized(chunks, fields, (reader.user(data), reader.item(data)))
                 encoded = encode(
-                    prefetch(reader.read(data, reading)),
+                    prefetch(chunks),
                     fields,
                     data,
                     temporary,
@@ -198,6 +213,12 @@ def _make(
             _write_manifest(data, reader, options, encoded, reading, source, temporary)
     except OSError as error:
         raise _unwritable(folder, error) from None
+    except UserError as error:
+        if not reading.counts:
+            raise
+        raise UserError(f"{error} (skipped before: {reading.summary()})") from None
+    if line := unseen_line(EncodedDataset(folder).manifest):
+        logger.info("%s", line)
     for reason, count in reading.counts.items():
         logger.info("skipped %d rows: %s, e.g. %s", count, reason, reading.examples[reason][0])
 
@@ -243,6 +264,7 @@ def _write_manifest(
         "schema": schema,
         "id_columns": encoded.ids,
         "numbers": encoded.numbers,
+        "number_ranges": encoded.ranges,
         "quantile_edges": encoded.edges,
         "is_chronological": reader.is_chronological(data),
         "splits": encoded.splits,
@@ -297,6 +319,11 @@ def _options(
     """Return the options that the encoded content depends on."""
     options: dict[str, Any] = {name: getattr(data, name) for name in _CONTENT_OPTIONS}
     options["format"] = recorded_name(data.format)
+    if data.time_form == "auto":
+        options["time_form"] = "seconds"  # of formats that do not read it
+    options |= FORMATS[data.format].recorded_forms(data)
+    if data.normalize_ids:
+        options["normalize_ids"] = True
     if FORMATS[data.format].true_logits is not None:
         options["synthetic"] = asdict(data.synthetic)
     if listed is not None:  # by content: their paths do not matter

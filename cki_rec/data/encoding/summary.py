@@ -29,7 +29,9 @@ def summary_lines(dataset: EncodedDataset) -> list[str]:
         elif wanted is not None:
             lines.append(f"  {file} is NOT the file published as {wanted}")
     for name, split in manifest["splits"].items():
-        line = f"  {name:<5} {split['rows']:>13,} rows, {split['positive_rate']:.2%} positive"
+        line = f"  {name:<5} {split['rows']:>13,} rows"
+        if split["rows"]:
+            line += f", {split['positive_rate']:.2%} positive"
         best = (manifest["best_possible"] or {}).get(name)
         if best:
             line += (
@@ -37,7 +39,9 @@ def summary_lines(dataset: EncodedDataset) -> list[str]:
             )
         lines.append(line)
     width = max(len(feature.name) for feature in schema.features)
-    lines.append(f"  {'field':<{width}}  kind     vocabulary  unseen in validation and test")
+    lines.append(
+        f"  {'field':<{width}}  kind     vocabulary  unseen in training, validation and test"
+    )
     for feature in schema.features:
         if feature.kind == "numeric":
             shift, scale = manifest["numbers"][feature.name]

@@ -1,39 +1,33 @@
 """Delimited text -> typed frames. A bad row is reported with file, line and reason, or skipped.
 
 Polars parses a whole block of lines at once. If polars or the number of separators indicates an
-error, the block is parsed line by line, to find the bad lines and the reasons.
+error, or if fields are quoted, the block is split row by row, to find bad rows and reasons.
 """
 
 from __future__ import annotations
 
-import csv
-import io
-import math
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 import polars as pl
 
 from cki_rec.config import UserError
-from cki_rec.data.raw.reading import BOM, LINE, TIME, Reading, Text
+from cki_rec.data.raw.reading import BOM, LINE, LONGEST_LINE, Reading, Text
+from cki_rec.data.raw.rows import SEPARATOR, Row, form_fault, split_rows
+from cki_rec.data.raw.values import (
+    BLANKS,
+    TYPES,
+    Forms,
+    converted,
+    fault_of,
+    is_valid,
+    suggested_labels,
+    time_in_seconds,
+)
 
-SEPARATOR = "\x1f"
-"""Internal separator, for files whose separator is longer than a byte or whose text is quoted."""
-TYPES: dict[str, type[pl.DataType]] = {
-    "text": pl.String,
-    "integer": pl.Int64,
-    "number": pl.Float64,
-    "click": pl.Float64,
-    "yymmddhh": pl.Int64,
-    "seconds": pl.Int64,
-}
-LATEST = 4_102_444_800
-"""Latest valid time: the year 2100, in seconds. Larger numbers are milliseconds or no times."""
-_INTEGER = re.compile(r"[ \t]*[+-]?[0-9]+")
-_NUMBER = re.compile(r"[ \t]*[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
-_MEANING = {"integer": "a whole number", "number": "a number", "click": "0 or 1",
-            "yymmddhh": "a time as YYMMDDHH", "seconds": "seconds since 1970"}  # fmt: skip
+__all__ = ["Known", "Layout", "check_header", "read_rows", "time_in_seconds"]
+Fault = tuple[str, str, str]
+"""Reason, expectation, and the fix beside the correction of the line; empty: skip such rows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +50,7 @@ class Layout:
     separator: str
     """Text between fields."""
     header: str | None = None
-    """The first line; None: the file has no header."""
+    """The first row; None: the file has no header."""
     required: tuple[str, ...] = ()
     """Columns that may not be empty, besides clicks."""
     is_quoted: bool = False
@@ -65,6 +59,10 @@ class Layout:
     """Columns to return; empty: all."""
     known: Mapping[str, Known] = field(default_factory=dict)
     """Column -> its only valid values."""
+    forms: Forms = field(default_factory=Forms)
+    """The forms of values."""
+    fixes: Mapping[str, str] = field(default_factory=dict)
+    """Kind of a column, or a reason -> the option to name if a value is bad."""
 
 
 def read_rows(text: Text, layout: Layout, reading: Reading) -> Iterator[pl.DataFrame]:
@@ -78,33 +76,31 @@ def read_rows(text: Text, layout: Layout, reading: Reading) -> Iterator[pl.DataF
     Raises:
         UserError: A row is bad and ``reading.on_bad_row`` is ``error``, or no row is good.
     """
-    num_rows = 0
-    for block in text.blocks(reading):
-        if reading.line == 1 and layout.header is not None:
-            header, _, block = block.partition(b"\n")
-            check_header(text, header.decode("utf-8", errors="replace"), layout.header)
-            reading.line = 2
-        first, frame = reading.line, _parse(block, layout, layout.separator)
-        if frame is not None:
-            reading.line += frame.height
-            number = pl.int_range(first, reading.line, dtype=pl.Int64).alias(LINE)
-        else:
-            numbers, good = _good_lines(text, first, block, layout, reading)
-            reading.line += block.count(b"\n")
-            frame = _parse(good, layout, SEPARATOR)
-            number = pl.lit(pl.Series(LINE, numbers, dtype=pl.Int64))
-        if frame is None:
-            raise UserError(
-                f"{text}, lines {first} to {reading.line - 1}: not readable as {_fields(layout)}; "
-                "correct the lines or fetch the file again"
-            )
+    num_rows, rest = 0, b""
+    header = [] if layout.header is None else layout.header.split("\n")
+    for block in text.blocks(reading, keep_returns=layout.is_quoted):
+        while reading.line <= len(header) and block:
+            line, _, block = block.partition(b"\n")
+            found = line.removesuffix(b"\r").decode("utf-8", errors="replace")
+            check_header(text, found, header[reading.line - 1])
+            reading.line += 1
+        frame, rest = _rows_of(text, rest + block, layout, reading)
         num_rows += frame.height
         if frame.height:
-            yield frame.with_columns(number)
+            yield frame
+        if len(rest) > LONGEST_LINE:
+            raise UserError(
+                f"{text}, line {reading.line}: a quote opens and does not close within "
+                f"{LONGEST_LINE:,} bytes, expected quotes that close; correct the line"
+            )
+    if rest:
+        frame, _ = _rows_of(text, rest, layout, reading, is_end=True)
+        num_rows += frame.height
+        if frame.height:
+            yield frame
     if not num_rows:
-        raise UserError(
-            f"{text}: no usable row, expected rows of {_fields(layout)}; fetch the file again"
-        )
+        fix = "correct the rows" if reading.counts else "fetch the file again"
+        raise UserError(f"{text}: no usable row, expected rows of {_fields(layout)}; {fix}")
 
 
 def check_header(text: Text, header: str, expected: str) -> None:
@@ -120,21 +116,38 @@ def check_header(text: Text, header: str, expected: str) -> None:
         )
 
 
-def _parse(block: bytes, layout: Layout, separator: str) -> pl.DataFrame | None:
-    """Return the rows of a block, one per line; None if a row may be bad."""
+def _rows_of(
+    text: Text, block: bytes, layout: Layout, reading: Reading, is_end: bool = False
+) -> tuple[pl.DataFrame, bytes]:
+    """Return the good rows of a block with their lines, and the lines of an incomplete row."""
+    if layout.is_quoted and b'"' not in block and b"\r" in block:
+        block = block.replace(b"\r\n", b"\n")
+    first, frame = reading.line, _parse(block, layout)
+    if frame is not None:
+        reading.line += frame.height
+        number = pl.int_range(first, reading.line, dtype=pl.Int64).alias(LINE)
+        return frame.with_columns(number), b""
+    rows, rest = split_rows(block, first, layout.separator, layout.is_quoted, is_end)
+    reading.line += block.count(b"\n") - rest.count(b"\n")
+    return _good_rows(text, rows, layout, reading), rest
+
+
+def _parse(block: bytes, layout: Layout) -> pl.DataFrame | None:
+    """Return the rows of a block, one per line; None if a row may be bad or quoted."""
     schema = {name: TYPES[kind] for name, kind in layout.columns.items()}
     *_others, last = schema
     wanted = list(layout.wanted or layout.columns)
     if not block:
         return pl.DataFrame(schema=schema).select(wanted)
-    if separator != SEPARATOR:  # the lines are not checked yet
-        unusual = [b"\0", b"\r", SEPARATOR.encode(), *([b'"'] if layout.is_quoted else [])]
-        if any(word in block for word in unusual) or not (block.isascii() or BOM not in block):
-            return None
+    separator = layout.separator
+    unusual = [b"\0", b"\r", SEPARATOR.encode(), *([b'"'] if layout.is_quoted else [])]
+    if any(word in block for word in unusual) or not (block.isascii() or BOM not in block):
+        return None
+    if layout.forms.number_form != "plain" and "number" in layout.columns.values():
+        return None
     if len(separator) > 1:
         block, separator = block.replace(separator.encode(), SEPARATOR.encode()), SEPARATOR
-    checked = {n for n, kind in layout.columns.items() if kind == "click"}
-    needed = {*wanted, *checked, *layout.known, *layout.required, last}
+    needed = {*_needed(layout), last}
     try:
         frame = pl.read_csv(
             block,
@@ -143,6 +156,7 @@ def _parse(block: bytes, layout: Layout, separator: str) -> pl.DataFrame | None:
             quote_char=None,
             schema=schema,
             columns=[i for i, name in enumerate(schema) if name in needed],
+            null_values=list(layout.forms.missing) or None,
             raise_if_empty=False,
         )
     except (pl.exceptions.PolarsError, UnicodeDecodeError):
@@ -151,131 +165,99 @@ def _parse(block: bytes, layout: Layout, separator: str) -> pl.DataFrame | None:
         return None
     if frame[last].null_count() and block.count(b"\n") != frame.height:  # is a line blank?
         return None
-    return frame.select(wanted) if frame.select(_is_good(layout, frame)).item() else None
+    tests = [good.all() for name in frame.columns for good in _tests(layout, name)]
+    is_good = frame.select(pl.all_horizontal(pl.lit(True), *tests)).item()
+    return frame.select(wanted) if is_good else None
 
 
-def _is_good(layout: Layout, frame: pl.DataFrame) -> pl.Expr:
-    """Return whether all values are valid."""
-    tests = [pl.lit(True)]
-    for name, kind in layout.columns.items():
-        column = pl.col(name)
-        if name not in frame.columns:
-            continue
-        if kind == "click":
-            tests.append(column.is_in([0.0, 1.0]).fill_null(False).all())
-        elif kind == "yymmddhh":
-            tests.append((hours(name).is_not_null() | column.is_null()).all())
-        elif kind == "seconds":
-            tests.append(column.is_between(0, LATEST).fill_null(True).all())
-        elif kind == "number":
-            tests.append(column.is_finite().fill_null(True).all())
-        if name in layout.required:
-            tests.append(column.is_not_null().all())
-        if name in layout.known:
-            tests.append(column.is_in(layout.known[name].values.implode()).all())
-    return pl.all_horizontal(tests)
+def _needed(layout: Layout) -> list[str]:
+    """Return the columns that are returned or checked."""
+    checked = {n for n, kind in layout.columns.items() if kind in ("click", "label")}
+    named = {*(layout.wanted or layout.columns), *checked, *layout.known, *layout.required}
+    return [name for name in layout.columns if name in named]
 
 
-def _good_lines(
-    text: Text, first: int, block: bytes, layout: Layout, reading: Reading
-) -> tuple[list[int], bytes]:
-    """Return the numbers of the good lines, and the lines with ``SEPARATOR`` between fields."""
-    numbers, good = [], []
-    known = {name: {str(v) for v in entry.values} for name, entry in layout.known.items()}
-    for number, line in enumerate(block.split(b"\n")[:-1], start=first):
-        if not line.strip(b" \r"):
-            continue
-        shown = line.decode("utf-8", errors="replace")
-        parts = _split(shown, layout)
-        fault = _fault(line, shown, parts, layout, known)
-        if fault is None:
-            numbers.append(number)
-            good.append(SEPARATOR.join(parts))
-        else:
-            reading.skip(fault[0], f"{text}, line {number}", shown, fault[1])
-    return numbers, "".join(f"{line}\n" for line in good).encode()
+def _tests(layout: Layout, name: str) -> list[pl.Expr]:
+    """Return the tests of the values of a typed column; each gives true for a good value."""
+    kind, column = layout.columns[name], pl.col(name)
+    tests = [] if kind in ("text", "integer") else [is_valid(name, kind, layout.forms)]
+    if name in layout.required:
+        tests.append(column.is_not_null())
+    if name in layout.known:
+        known = layout.known[name].values.implode()
+        tests.append(column.is_in(known).fill_null(True))
+    return tests
 
 
-def _split(line: str, layout: Layout) -> list[str]:
-    if not layout.is_quoted or '"' not in line:
-        return line.split(layout.separator)
-    try:
-        return next(csv.reader(io.StringIO(line), delimiter=layout.separator, strict=True))
-    except csv.Error:
-        return []
+def _good_rows(text: Text, rows: list[Row], layout: Layout, reading: Reading) -> pl.DataFrame:
+    """Return the typed values of the good rows and report the bad ones, in their order."""
+    faults: dict[int, Fault] = {}
+    for position, row in enumerate(rows):
+        if fault := _row_fault(row, layout):
+            faults[position] = fault
+    whole = [position for position in range(len(rows)) if position not in faults]
+    columns = zip(*(rows[position].parts for position in whole), strict=True)
+    values = list(columns) or [()] * len(layout.columns)
+    schema = dict.fromkeys(layout.columns, pl.String)
+    texts = pl.DataFrame(dict(zip(schema, values, strict=True)), schema=schema)
+    texts = texts.select(_filled(name, layout) for name in _needed(layout))
+    frame = texts.select(
+        converted(name, layout.columns[name], layout.forms) for name in texts.columns
+    )
+    is_good = pl.Series([True] * len(whole), dtype=pl.Boolean)
+    for name, good in _checked(texts, frame, layout):
+        for index in (is_good & ~good).arg_true().to_list():
+            fault = _value_fault(name, texts[name][index], frame[name][index], layout)
+            faults[whole[index]] = fault
+        is_good &= good
+    for position in sorted(faults):
+        row, (reason, expected, fix) = rows[position], faults[position]
+        num_lines = 1 if row.parts else row.num_lines
+        reading.skip(reason, f"{text}, {row.place}", row.shown, expected, fix, num_lines)
+    lines = pl.Series(LINE, [rows[position].line for position in whole], dtype=pl.Int64)
+    frame = frame.select(list(layout.wanted or layout.columns)).with_columns(lines)
+    return frame.filter(is_good)
 
 
-def _fault(
-    line: bytes, shown: str, parts: list[str], layout: Layout, known: Mapping[str, set[str]]
-) -> tuple[str, str] | None:
-    """Return the reason and the expectation for a bad line; None for a good line."""
-    if b"\0" in line:
-        return "NUL byte", "text"
-    if b"\r" in line:
-        return "carriage return", "one row per line"
-    if "�" in shown and shown.encode() != line:
-        return "not UTF-8", "text in UTF-8"
-    if line.startswith(BOM):
-        return "byte order mark", "one at the start of the file only"
-    if SEPARATOR in shown:
-        return "control character", "text without the character 1F"
-    if not parts:
-        return "quotes", "quotes that close"
-    if layout.header is not None and shown == layout.header:
-        return "repeated header", "a row"
-    if len(parts) != len(layout.columns):
-        return "missing field" if len(parts) < len(layout.columns) else "extra field", _fields(
-            layout
-        )
-    for (name, kind), value in zip(layout.columns.items(), parts, strict=True):
-        is_read = name in (layout.wanted or layout.columns) or kind == "click"
-        if not (value if kind == "text" else value.strip(" \t")):
-            if name in layout.required or kind == "click":
-                return "missing field", f"{name} in {_fields(layout)}"
-            continue
-        if is_read and kind != "text" and (fault := _number_fault(name, kind, value)):
-            return fault
-        if name in known and (str(int(value)) if kind == "integer" else value) not in known[name]:
-            return layout.known[name].reason, layout.known[name].expected
+def _filled(name: str, layout: Layout) -> pl.Expr:
+    """Return a column of text; empty values and words for them are null."""
+    column = pl.col(name)
+    bare = column if layout.columns[name] == "text" else column.str.strip_chars(BLANKS)
+    return pl.when(~bare.is_in(["", *layout.forms.missing])).then(column)
+
+
+def _checked(
+    texts: pl.DataFrame, frame: pl.DataFrame, layout: Layout
+) -> Iterator[tuple[str, pl.Series]]:
+    """Yield per column whether the values of each row are good."""
+    for name in texts.columns:
+        good = texts[name].is_null() | frame[name].is_not_null()
+        for test in _tests(layout, name):
+            good &= frame.select(test.alias(name))[name]
+        yield name, good
+
+
+def _row_fault(row: Row, layout: Layout) -> Fault | None:
+    """Return the fault of the form of a row; None if there is none."""
+    if fault := form_fault(row):
+        return *fault, layout.fixes.get(fault[0], "")
+    if layout.header is not None and row.shown == layout.header:
+        return "repeated header", "a row", ""
+    if len(row.parts) != len(layout.columns):
+        reason = "missing field" if len(row.parts) < len(layout.columns) else "extra field"
+        return reason, _fields(layout), ""
     return None
 
 
-def _number_fault(name: str, kind: str, value: str) -> tuple[str, str] | None:
-    shown = repr(value if len(value) <= 40 else value[:37] + "...")
-    expected = f"{_MEANING[kind]} in {name}, not {shown}"
-    if kind in ("integer", "yymmddhh", "seconds"):
-        if not _INTEGER.fullmatch(value) or not -(2**63) <= int(value) < 2**63:
-            return "not a number", expected
-        if kind == "seconds":
-            return None if 0 <= int(value) <= LATEST else ("not a time", expected)
-        is_good = kind == "integer" or _is_hour(int(value))
-        return None if is_good else ("not a time", expected)
-    if not _NUMBER.fullmatch(value):
-        is_special = value.lower().lstrip(" +-") in ("nan", "inf", "infinity")
-        return "not finite" if is_special else "not a number", expected
-    if not math.isfinite(float(value)):
-        return "not finite", expected
-    if kind == "click" and float(value) not in (0.0, 1.0):
-        return "not a label", expected
-    return None
-
-
-def hours(column: str) -> pl.Expr:
-    """Return the times of whole numbers YYMMDDHH, years 2000 to 2099; null if invalid."""
-    digits = pl.col(column).cast(pl.String).str.zfill(8)
-    return (pl.lit("20") + digits + "00").str.strptime(pl.Datetime, "%Y%m%d%H%M", strict=False)
-
-
-def time_in_seconds(column: str, form: str) -> pl.Expr:
-    """Return the column ``TIME`` in seconds, from a column of valid times in ``form``."""
-    if form == "seconds":
-        return pl.col(column).alias(TIME)
-    return hours(column).dt.epoch("s").alias(TIME)
-
-
-def _is_hour(value: int) -> bool:
-    """Return whether one number is a time, by the rule of ``hours``."""
-    return not pl.DataFrame({"value": [value]}).select(hours("value").is_null()).item()
+def _value_fault(name: str, value: str | None, typed: object, layout: Layout) -> Fault:
+    """Return the fault of a value that a test of its column refuses."""
+    kind = layout.columns[name]
+    if value is None:
+        return "missing field", f"{name} in {_fields(layout)}", ""
+    if name in layout.known and typed is not None:
+        return layout.known[name].reason, layout.known[name].expected, ""
+    fix = layout.fixes.get(kind, "").replace("{labels}", suggested_labels(value))
+    return *fault_of(name, kind, value, layout.forms), fix
 
 
 def _fields(layout: Layout) -> str:

@@ -17,11 +17,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import IO, Any, cast
+from typing import IO, Any
 
 import polars as pl
 
 from cki_rec.config import Data, Split, UserError
+from cki_rec.data.raw.content import check_kind, decoded, is_zip
 
 LABEL, TIME, SPLIT, LINE = "@label", "@time", "@split", "@line"
 """Columns of the common form that are not raw columns."""
@@ -60,30 +61,51 @@ class Reading:
     md5: dict[str, str] = field(default_factory=dict)
     """Name of a text without folder and ``.gz`` -> md5 of its content."""
 
-    def skip(self, reason: str, where: str, text: str, expected: str) -> None:
+    def skip(
+        self, reason: str, where: str, text: str, expected: str, fix: str = "", rows: int = 1
+    ) -> None:
         """Record one bad row.
+
+        Args:
+            reason: A few words.
+            where: The file and the line.
+            text: The row.
+            expected: Description of a good row.
+            fix: The option that reads such rows; empty: they can only be skipped.
+            rows: Number of rows to count, more than 1 for lines after quotes that never close.
 
         Raises:
             UserError: ``on_bad_row`` is ``error``.
         """
         shown = repr(text if len(text) <= 80 else text[:77] + "...")
         if self.on_bad_row == "error":
+            fix = fix or "skip such rows with data.on_bad_row=skip"
             raise UserError(
-                f"{where}: {reason}: found {shown}, expected {expected}; "
-                "correct the line, or skip such rows with data.on_bad_row=skip"
+                f"{where}: {reason}: found {shown}, expected {expected}; correct the line, or "
+                f"{fix}"
             )
-        self.counts[reason] = self.counts.get(reason, 0) + 1
+        self.counts[reason] = self.counts.get(reason, 0) + rows
         examples = self.examples.setdefault(reason, [])
         if len(examples) < EXAMPLES:
             examples.append(f"{where}: {shown}")
 
+    def summary(self) -> str:
+        """Return the reasons of skipped rows, with counts and first examples."""
+        parts = [
+            f"{count:,} rows: {reason}, e.g. {self.examples[reason][0]}"
+            for reason, count in self.counts.items()
+        ]
+        return "; ".join(parts)
+
 
 @dataclass(frozen=True, slots=True)
 class Text:
-    """A file of lines: plain, compressed (``.gz``), or a member of a zip."""
+    """A file of lines: plain, compressed by gzip, or a member of a zip."""
 
     path: Path
     member: str | None = None
+    encoding: str = "utf-8"
+    """Encoding of the file; blocks are UTF-8 always."""
 
     @property
     def name(self) -> str:
@@ -94,11 +116,11 @@ class Text:
         """Return the name for messages."""
         return f"{self.path} (member {self.member})" if self.member else str(self.path)
 
-    def blocks(self, reading: Reading) -> Iterator[bytes]:
+    def blocks(self, reading: Reading, keep_returns: bool = False) -> Iterator[bytes]:
         """Yield blocks of whole lines; every line ends with a newline.
 
-        A byte order mark at the start and carriage returns before newlines are removed. The caller
-        keeps ``reading.line`` up to date, for messages.
+        A byte order mark at the start is removed, and so are carriage returns before newlines
+        unless ``keep_returns`` is set. The caller keeps ``reading.line`` up to date, for messages.
 
         Raises:
             UserError: The file is absent, unreadable, truncated, empty or without newlines.
@@ -106,7 +128,7 @@ class Text:
         digest, position, is_empty = hashlib.md5(usedforsecurity=False), 0, True
         reading.line = 1
         with self._open() as (file, raw):
-            while block := self._read(file, reading):
+            while block := self._read(file, reading, is_empty):
                 if reading.has_published:
                     digest.update(block)
                 reading.advance(max(0, raw.tell() - position))
@@ -116,7 +138,7 @@ class Text:
                 if not block:
                     break
                 is_empty = False
-                if b"\r" in block:
+                if b"\r" in block and not keep_returns:
                     block = block.replace(b"\r\n", b"\n")
                 yield block if block.endswith(b"\n") else block.removesuffix(b"\r") + b"\n"
         if is_empty:
@@ -131,7 +153,7 @@ class Text:
         block = next(self.blocks(Reading("error", block_bytes=1 << 16, has_published=False)))
         return block.split(b"\n", 1)[0].decode("utf-8", errors="replace")
 
-    def _read(self, file: IO[bytes], reading: Reading) -> bytes:
+    def _read(self, file: IO[bytes], reading: Reading, is_first: bool) -> bytes:
         """Return the next whole lines; an empty text at the end of the file."""
         try:
             block = file.read(max(reading.block_bytes, len(BOM)))
@@ -139,12 +161,18 @@ class Text:
                 block += file.readline(LONGEST_LINE)
         except (*NOT_READABLE, RuntimeError) as error:
             raise self._damaged(error, self._count_lines()) from None
+        except UnicodeError as error:
+            raise UserError(
+                f"{self}: not in the encoding {self.encoding} ({error}); set data.encoding"
+            ) from None
         except OSError as error:
             raise _unreadable(str(self), error) from None
+        if is_first:
+            check_kind(self, block)
         is_one_line = b"\n" not in block[:-1]
         if is_one_line and len(block) > LONGEST_LINE:
             raise self._without_newlines(block, reading.line)
-        if is_one_line and reading.line == 1 and b"\r" in block.rstrip(b"\r\n"):
+        if is_one_line and is_first and b"\r" in block.rstrip(b"\r\n"):
             raise self._without_newlines(block, 1)
         return block
 
@@ -171,9 +199,7 @@ class Text:
                 file: IO[bytes] = raw
                 if self.member is not None:
                     file = zipfile.ZipFile(raw).open(self.member)
-                name = self.member or self.path.name
-                if name.endswith(".gz"):
-                    file = cast(IO[bytes], gzip.GzipFile(fileobj=file))
+                file = decoded(file, self.encoding)
             except (*NOT_READABLE, RuntimeError) as error:
                 raise self._damaged(error, 0) from None
             yield file, raw
@@ -207,21 +233,21 @@ def texts(data: Data) -> list[Text]:
     listed_texts: list[Text] = []
     for path in paths(data):
         if path.is_dir():
-            content = ", ".join(sorted(p.name for p in path.iterdir())[:5]) or "nothing"
+            content = ", ".join(RawFiles(path).members()[:5]) or "nothing"
             raise UserError(
                 f"{path}: is a folder (contains {content}), expected files; set data.raw to them, "
                 f"e.g. data.raw='{path}/*'"
             )
-        if path.suffix == ".zip":
+        if is_zip(path):
             members = RawFiles(path).members()
             if len(members) != 1:
                 raise UserError(
                     f"{path}: contains {len(members)} files ({', '.join(members[:5])}), expected "
                     "one; unpack it and set data.raw to the file"
                 )
-            listed_texts.append(Text(path, members[0]))
+            listed_texts.append(Text(path, members[0], data.encoding))
         else:
-            listed_texts.append(Text(path))
+            listed_texts.append(Text(path, encoding=data.encoding))
     names = [(text.path.parent, text.name) for text in listed_texts]
     twice = sorted({name for folder, name in names if names.count((folder, name)) > 1})
     if twice:
@@ -305,22 +331,25 @@ class RawFiles:
         return matches[0] if matches else None
 
     def members(self) -> list[str]:
-        """Return the names of all files at the top or one folder below."""
+        """Return the names of all files at the top or one folder below, without hidden ones."""
         try:
             if self.path.is_dir():
                 both = [*self.path.glob("*"), *self.path.glob("*/*")]
-                return sorted(p.relative_to(self.path).as_posix() for p in both if p.is_file())
-            with zipfile.ZipFile(self.path) as archive:
-                names = archive.namelist()
+                names = sorted(p.relative_to(self.path).as_posix() for p in both if p.is_file())
+            else:
+                with zipfile.ZipFile(self.path) as archive:
+                    names = archive.namelist()
         except zipfile.BadZipFile as error:
             raise self._damaged(str(error)) from None
         except OSError as error:
             raise _unreadable(str(self.path), error) from None
-        return [n for n in names if not n.endswith("/") and not n.startswith("__MACOSX/")]
+        return [n for n in names if not n.endswith("/") and not _is_hidden(n)]
 
-    def text(self, member: str) -> Text:
+    def text(self, member: str, encoding: str = "utf-8") -> Text:
         """Return a member as a text."""
-        return Text(self.path / member) if self.path.is_dir() else Text(self.path, member)
+        if self.path.is_dir():
+            return Text(self.path / member, encoding=encoding)
+        return Text(self.path, member, encoding)
 
     def read(self, member: str) -> bytes:
         """Return the content of a member."""
@@ -343,6 +372,12 @@ class RawFiles:
             f"{self.path}: damaged or not a zip ({problem}), expected a zip or a folder; "
             "fetch it again or set data.raw"
         )
+
+
+def _is_hidden(name: str) -> bool:
+    """Return whether a system wrote a file for itself: ``.DS_Store``, ``._x.txt``."""
+    parts = PurePosixPath(name).parts
+    return parts[0] == "__MACOSX" or any(part.startswith(".") for part in parts)
 
 
 def _unreadable(where: str, error: OSError) -> UserError:

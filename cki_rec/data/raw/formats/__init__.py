@@ -11,6 +11,7 @@ import polars as pl
 
 from cki_rec.config import Data
 from cki_rec.data.raw.formats import avazu, criteo, csv, movielens, sequences, synthetic
+from cki_rec.data.raw.forms import recorded_forms
 from cki_rec.data.raw.reading import Reading
 
 
@@ -43,6 +44,10 @@ class Format:
     """The file of the true logits of the rows; None: rows are not synthetic."""
     describes: frozenset[str] = frozenset()
     """Names of raw files that describe users or items and hold no rows."""
+    resolve: Callable[[Data], Data] = lambda data: data
+    """Options with values of the raw files in place of ``auto``."""
+    recorded_forms: Callable[[Data], dict[str, Any]] = lambda data: {}
+    """Options of the form of raw files that differ from the defaults, for manifests."""
     recorded_as: str | None = None
     """Name of the format in manifests and provenance, where it differs: renaming a format must not
     change the identity of encoded sets."""
@@ -58,7 +63,14 @@ FORMATS: dict[str, Format] = {
     "movielens": _format(
         movielens, has_published=True, has_threshold=True, describes=movielens.DESCRIBES
     ),
-    "csv": _format(csv, has_published=True, has_free_kinds=True, recorded_as="bars"),
+    "csv": _format(
+        csv,
+        has_published=True,
+        has_free_kinds=True,
+        resolve=csv.resolve,
+        recorded_forms=recorded_forms,
+        recorded_as="bars",
+    ),
     "sequences": _format(
         sequences,
         rows_per_step=sequences.rows_per_step,

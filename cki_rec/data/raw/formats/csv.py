@@ -1,4 +1,4 @@
-"""Csv files with a header, e.g. the published splits of the BARS benchmark.
+"""Csv files with a header, from any program, e.g. the published splits of the BARS benchmark.
 
 ``data.raw`` is a folder or zip with ``train.csv``, ``valid.csv`` and ``test.csv`` (each may be
 ``.csv.gz``) with ``data.split.by=files``, or a list of files with another ``data.split.by``. If a
@@ -9,17 +9,26 @@ Source: https://github.com/reczoo/Datasets (Zhu et al., BARS, SIGIR 2022).
 
 from __future__ import annotations
 
-import csv
-import io
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import polars as pl
 
 from cki_rec.config import Data, UserError, nearest
-from cki_rec.data.raw.delimited import Layout, check_header, read_rows, time_in_seconds
+from cki_rec.data.raw.delimited import Layout, read_rows
+from cki_rec.data.raw.forms import (
+    SEPARATORS,
+    check_names,
+    first_row,
+    fixes_of,
+    forms_of,
+    resolved,
+    separator_of,
+)
 from cki_rec.data.raw.reading import (
     LABEL,
+    LINE,
     SPLIT,
     TIME_FIELDS,
     RawFiles,
@@ -29,6 +38,7 @@ from cki_rec.data.raw.reading import (
     paths,
     texts,
 )
+from cki_rec.data.raw.values import as_word, time_in_seconds
 
 SPLIT_FILES = ("train", "valid", "test")
 
@@ -65,30 +75,42 @@ def item(data: Data) -> str | None:
     return data.item
 
 
+def resolve(data: Data) -> Data:
+    """Return options with the separator and the form of times of the first file."""
+    return resolved(data, _texts(data)[0][0])
+
+
 def read(data: Data, reading: Reading) -> Iterator[pl.DataFrame]:
     """Yield the rows of all files, training rows first.
 
     Raises:
-        UserError: A row or a file is bad, or the headers of files differ.
+        UserError: A row or a file is bad, or the columns of files differ.
     """
     (first, _), *_others = split_texts = _texts(data)
-    header = first.first_line()
-    types = {name: "text" for name in _header(first, data)}
-    types.update(dict.fromkeys(_numeric_columns(data), "number"))
-    types[data.label] = "click"
+    data = resolved(data, first)
+    expected, forms, fixes = _header(first, data), forms_of(data), fixes_of(data)
+    types = dict.fromkeys(expected, "text") | dict.fromkeys(_numeric_columns(data), "number")
+    types[data.label] = "label" if data.labels else "click"
     if data.time is not None:
         types[data.time] = data.time_form
-    layout = Layout(
-        columns=types,
-        separator=",",
-        header=header,
-        required=() if data.time is None else (data.time,),
-        is_quoted=True,
-    )
+    columns = list(dict.fromkeys([*expected, LINE]))
     for text, split in split_texts:
-        check_header(text, text.first_line(), header)
+        header, names = first_row(text, SEPARATORS[data.separator])
+        check_names(text, names, first, expected)
+        layout = Layout(
+            columns={name: types[name] for name in names},
+            separator=SEPARATORS[data.separator],
+            header=header,
+            required=(data.label, *(() if data.time is None else (data.time,))),
+            is_quoted=True,
+            forms=forms,
+            fixes=fixes,
+        )
         for frame in read_rows(text, layout, reading):
-            rows = frame.with_columns(pl.col(data.label).cast(pl.UInt8).alias(LABEL))
+            label = pl.col(data.label)
+            if data.labels:
+                label = as_word(data.label).replace_strict(forms.labels, return_dtype=pl.UInt8)
+            rows = frame.select(columns).with_columns(label.cast(pl.UInt8).alias(LABEL))
             if split is not None:
                 rows = rows.with_columns(pl.lit(split, dtype=pl.UInt8).alias(SPLIT))
             if data.time is not None:
@@ -109,9 +131,12 @@ def _texts(data: Data) -> list[tuple[Text, int | None]]:
     if len(listed) == 1:
         raw = RawFiles(listed[0])
         members = {n: raw.find(f"{n}.csv") or raw.find(f"{n}.csv.gz") for n in SPLIT_FILES}
-        by_name = {name: raw.text(member) for name, member in members.items() if member}
+        by_name = {
+            name: raw.text(member, data.encoding) for name, member in members.items() if member
+        }
     else:
-        by_name = {Text(path).name.removesuffix(".csv"): Text(path) for path in listed}
+        every = [Text(path, encoding=data.encoding) for path in listed]
+        by_name = {text.name.removesuffix(".csv"): text for text in every}
     codes = {name: code for code, name in enumerate(SPLIT_FILES)}
     if draws_validation(data.split) and "valid" not in by_name:
         del codes["valid"]
@@ -119,7 +144,7 @@ def _texts(data: Data) -> list[tuple[Text, int | None]]:
     if not missing and len(by_name) == len(codes):
         return [(by_name[name], code) for name, code in codes.items()]
     if isinstance(data.raw, list) and len(listed) == 3:
-        return [(Text(path), code) for code, path in enumerate(listed)]
+        return [(Text(path, encoding=data.encoding), code) for code, path in enumerate(listed)]
     problem = f"no {', '.join(missing)}" if missing else "other files"
     raise UserError(
         f"{', '.join(map(str, listed))}: {problem}, expected train.csv, "
@@ -131,18 +156,29 @@ def _texts(data: Data) -> list[tuple[Text, int | None]]:
 
 def _header(text: Text, data: Data) -> list[str]:
     """Return the names of the columns."""
-    line = text.first_line()
-    if not line.isprintable():
+    separator = SEPARATORS[separator_of(text, data)]
+    line, names = first_row(text, separator)
+    if not re.sub(r"[\t\r\n]", "", line).isprintable():
         raise UserError(
             f"{text}, line 1: found {line[:40]!r}, expected a header of printable text in UTF-8; "
-            "convert the file"
+            "set data.encoding, e.g. data.encoding=latin-1, or convert the file"
         )
-    names = next(csv.reader(io.StringIO(line)), [])
+    if "\ufffd" in line and data.encoding == "utf-8":
+        raise UserError(
+            f"{text}, line 1: not UTF-8: found {line[:40]!r}, expected a header in UTF-8; set "
+            "data.encoding, e.g. data.encoding=latin-1 or cp1252"
+        )
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise UserError(
             f"{text}, line 1: names {', '.join(twice)} twice, expected every column once; "
             "correct the header"
+        )
+    reserved = [n for n in names if n == "*" or (n[:1], n[-1:]) == ("^", "$")]
+    if reserved:
+        raise UserError(
+            f"{text}, line 1: column {reserved[0]!r}: the names '*' and '^...$' are reserved, "
+            "expected another name; rename the column"
         )
     for option, name in (
         ("label", data.label),
@@ -154,5 +190,14 @@ def _header(text: Text, data: Data) -> list[str]:
             raise UserError(
                 f"{text}, line 1: no column {name!r} in the header ({', '.join(names[:8])}), "
                 f"expected data.{option}; {nearest(name, names)}set data.{option}"
+                + _separator_hint(text, data, name)
             )
     return names
+
+
+def _separator_hint(text: Text, data: Data, name: str) -> str:
+    """Return advice to set ``data.separator`` if another one gives a column of this name."""
+    for choice in (c for c in SEPARATORS if c != data.separator and data.separator != "auto"):
+        if name in first_row(text, SEPARATORS[choice])[1]:
+            return f", or data.separator={choice}, which the file seems to have"
+    return ""

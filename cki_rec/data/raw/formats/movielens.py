@@ -236,7 +236,7 @@ def _lines(
     if header is not None:
         decoded = content.decode("utf-8-sig", errors="replace")
         check_header(text, decoded.split("\n", 1)[0].rstrip("\r"), header)
-        reader = csv.reader(io.StringIO(decoded, newline=""))
+        reader = csv.reader(io.StringIO(decoded, newline=""), strict=True)
         next(reader)
         try:
             yield from ((reader.line_num, parts) for parts in reader if parts)

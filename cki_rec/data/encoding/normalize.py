@@ -1,0 +1,56 @@
+"""Ids without differences of form, so that files of several programs share tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import polars as pl
+
+from cki_rec.data.encoding.fields import Field
+from cki_rec.data.raw.reading import TIME_FIELDS
+
+_DECIMAL = r"^([+-]?[0-9]+)\.0*$"
+_EXPONENT = r"^[+-]?[0-9]+(\.[0-9]+)?[eE]\+?[0-9]+$"
+LARGEST = 2.0**53
+"""Largest id with an exponent that is converted, since a float represents smaller ones exactly."""
+
+
+def normalized(
+    chunks: Iterable[pl.DataFrame], fields: tuple[Field, ...], entities: Iterable[str | None]
+) -> Iterator[pl.DataFrame]:
+    """Yield rows with normalized ids in all columns of ids.
+
+    Args:
+        chunks: Rows in the common form.
+        fields: The fields of the data set.
+        entities: Columns of users and items.
+    """
+    separators = {
+        f.column: f.separator
+        for f in fields
+        if f.kind != "numeric" and not (f.kind == "time" and f.column in TIME_FIELDS)
+    }
+    separators |= {name: None for name in entities if name is not None and name not in separators}
+    for frame in chunks:
+        ids = [
+            _each(pl.col(name), separator)
+            for name, separator in separators.items()
+            if frame.schema.get(name) == pl.String
+        ]
+        yield frame.with_columns(ids)
+
+
+def plain_form(token: pl.Expr) -> pl.Expr:
+    """Return ids as text without outer blanks, ``.0`` and exponents, with letters in form NFC."""
+    text = token.str.strip_chars().str.normalize("NFC").str.replace(_DECIMAL, "${1}")
+    value = pl.when(text.str.contains(_EXPONENT)).then(text).cast(pl.Float64, strict=False)
+    is_whole = (value == value.round()) & (value.abs() < LARGEST)
+    whole = pl.when(is_whole).then(value).cast(pl.Int64).cast(pl.String)
+    return pl.coalesce(whole, text)
+
+
+def _each(column: pl.Expr, separator: str | None) -> pl.Expr:
+    """Return normalized ids of a column, whose values may list several."""
+    if separator is None:
+        return plain_form(column)
+    return column.str.split(separator).list.eval(plain_form(pl.element())).list.join(separator)
