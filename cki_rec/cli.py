@@ -16,7 +16,15 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cki_rec import COMMAND_VARIABLE, project_root
+from cki_rec import COMMAND_VARIABLE
+from cki_rec.search_path import (
+    CONF,
+    SEARCH_PATH,
+    config_groups,
+    folders,
+    hidden_choice,
+    with_folders,
+)
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -47,9 +55,6 @@ ON_SEVERAL_PROCESSES = ("train", "merge")
 SWEEP_VARIABLE = "CKI_REC_SWEEP"
 """Number of jobs and start time of the running sweep, for its jobs in other processes."""
 
-CONF = project_root() / "conf"
-SEARCH_PATH = "hydra.searchpath"
-
 UNWRITABLE = (
     *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM),
     *(errno.ENOTDIR, errno.EEXIST, errno.EISDIR),
@@ -66,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return its exit code: 0, 1 failed, 2 the user's mistake, 130."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     if not words or words[0] in ("-h", "--help", "help"):
-        print(_help(_groups(_search_path(_with_config_dirs(words)))))
+        print(_help(config_groups(folders(with_folders(words)))))
         return 0
     if words[0] == "--version":
         from cki_rec import __version__
@@ -79,7 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         hint = f"did you mean '{close[0]}'? " if close else ""
         return _fail(f"no pipeline '{pipeline}': {hint}one of {', '.join(PIPELINES)}")
     if {"-h", "--help"} & set(options):
-        print(_pipeline_help(pipeline, _groups(_search_path(_with_config_dirs(options)))))
+        print(_pipeline_help(pipeline, config_groups(folders(with_folders(options)))))
         return 0
     if pipeline == "merge" and "--list" in options:
         from cki_rec.pipelines.method_list import method_table
@@ -94,14 +99,18 @@ def _run(pipeline: str, options: list[str]) -> int:
     """Compose and run one pipeline, or a sweep of it; turn known errors into one line."""
     from cki_rec.config import RankLost, ReportedElsewhere, Stopped, UserError
     from cki_rec.environment import EnvironmentMismatchError, check_versions
+    from cki_rec.flags import SWEEP, print_configuration, split_flags
 
     _start_log()
     try:
         check_versions()
-        options = _with_config_dirs(options)
-        _check_folders(_search_path(options))
-        if {"-m", "--multirun"} & set(options):
-            _sweep(pipeline, [o for o in options if o not in ("-m", "--multirun")])
+        printing, options = split_flags(with_folders(options))
+        _check_folders(folders(options))
+        if printing:
+            compose_config([o for o in options if o not in SWEEP], is_sweep=True)
+            print_configuration(printing, options)
+        elif set(SWEEP) & set(options):
+            _sweep(pipeline, [o for o in options if o not in SWEEP])
         else:
             _run_job(pipeline, compose_config(options))
     except ReportedElsewhere:
@@ -150,7 +159,7 @@ def compose_config(overrides: list[str], is_sweep: bool = False) -> DictConfig:
             composed = compose("config", first if is_sweep else overrides)
         except (HydraException, OmegaConfBaseException) as error:
             raise UserError(_explain(error, overrides)) from None
-    _check_method(composed.merge.method, (CONF, *_search_path(overrides)))
+    _check_method(composed.merge.method, (CONF, *folders(overrides)))
     return composed
 
 
@@ -179,18 +188,6 @@ def _check_method(name: str, roots: Sequence[Path]) -> None:
     known = sorted({w for text in texts for w in re.findall(r"^method: (\w+)", text, re.M)})
     if name not in known:
         raise UserError(f"merge.method={name}: {nearest(name, known)}one of {', '.join(known)}")
-
-
-def _with_config_dirs(options: list[str]) -> list[str]:
-    """Return the options with ``--config-dir DIR`` as Hydra's search path."""
-    words, folders, rest = iter(options), list[str](), list[str]()
-    for word in words:
-        name, _, value = word.partition("=")
-        if name in ("--config-dir", "-cd"):
-            folders.append(f"file://{Path(value or next(words, 'DIR')).resolve()}")
-        else:
-            rest.append(word)
-    return rest + ([f"{SEARCH_PATH}=[{','.join(folders)}]"] if folders else [])
 
 
 def _run_job(pipeline: str, composed: DictConfig) -> float | None:
@@ -307,7 +304,8 @@ def _check_choices(overrides: list[str]) -> list[str]:
 
     from cki_rec.config import UserError
 
-    groups, first = _groups(_search_path(overrides)), []
+    search_path = folders(overrides)
+    groups, first = config_groups(search_path), []
     for override in OverridesParser.create().parse_overrides(overrides):
         assert override.input_line is not None
         if override.is_interval_sweep():
@@ -325,6 +323,11 @@ def _check_choices(overrides: list[str]) -> list[str]:
                 hint = f"did you mean '{close[0]}'? " if close else ""
                 known = ", ".join(choices)
                 raise UserError(f"{override.key_or_group}={choice}: {hint}one of {known}")
+            if file := hidden_choice(override.key_or_group, choice, search_path):
+                raise UserError(
+                    f"{override.key_or_group}={choice}: conf/ of cki_rec has this choice too, so"
+                    f" {file} would not be read; rename that file"
+                )
     return first
 
 
@@ -333,7 +336,7 @@ def _explain(error: Exception, overrides: list[str]) -> str:
     from hydra import compose
     from omegaconf import OmegaConf
 
-    groups = _groups(_search_path(overrides))
+    groups = config_groups(folders(overrides))
     known: set[str] = set(groups)
     choices = [o for o in overrides if o.partition("=")[0] in {*groups, SEARCH_PATH}]
     pending: list[tuple[str, Any]] = [("", OmegaConf.to_container(compose("config", choices)))]
@@ -353,22 +356,6 @@ def _explain(error: Exception, overrides: list[str]) -> str:
     return " ".join(str(error).split())
 
 
-def _search_path(overrides: Sequence[str]) -> list[Path]:
-    """Return the folders of ``hydra.searchpath``, which add choices to groups."""
-    value = next((o.partition("=")[2] for o in overrides if o.startswith(f"{SEARCH_PATH}=")), "")
-    entries = [entry.strip() for entry in value.strip("[]").split(",")]
-    return [Path(e.removeprefix("file://")) for e in entries if e.startswith("file://")]
-
-
-def _groups(search_path: Sequence[Path] = ()) -> dict[str, list[str]]:
-    """Return the choices of every configuration group, in ``conf/`` and in a search path."""
-    groups: dict[str, set[str]] = {}
-    for file in (file for root in (CONF, *search_path) for file in root.glob("*/*.yaml")):
-        if file.parent.name != "hydra":
-            groups.setdefault(file.parent.name, set()).add(file.stem)
-    return {name: sorted(choices) for name, choices in sorted(groups.items())}
-
-
 def _help(groups: dict[str, list[str]]) -> str:
     lines = ["cki-rec <pipeline> [group=choice] [key=value] [-m]", "", "pipelines"]
     lines += [f"  {name:10} {what}" for name, what in PIPELINES.items()]
@@ -378,7 +365,8 @@ def _help(groups: dict[str, list[str]]) -> str:
     lines += [f"  cki-rec {name} {EXAMPLES[name]}" for name in PIPELINES]
     lines += [
         "",
-        "--config-dir DIR adds a folder like conf/, with more choices for its groups.",
+        "./conf and --config-dir DIR add folders like conf/, with more choices for its groups.",
+        "--cfg job prints the composed configuration and runs nothing.",
         "-m sweeps over comma-separated values; hydra/launcher=joblib runs jobs in parallel.",
     ]
     lines += ["cki-rec <pipeline> --help lists its options. Values and their meaning: conf/."]
@@ -405,7 +393,7 @@ def _pipeline_help(pipeline: str, groups: dict[str, list[str]]) -> str:
     lines += [f"  cki-rec {pipeline} {EXAMPLES[pipeline]}", ""]
     for group in [*READS[pipeline], "runtime"]:
         choices = groups[group]
-        shown = "default" if "default" in choices else _groups()[group][-1]
+        shown = "default" if "default" in choices else config_groups()[group][-1]
         text = (CONF / group / f"{shown}.yaml").read_text()
         body = [x for x in text.splitlines() if x and x[0] != "#"]
         lines += [f"{group}={'|'.join(choices)}; {group}.KEY=VALUE with, in {group}={shown}:"]

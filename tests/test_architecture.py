@@ -46,7 +46,9 @@ MAY_IMPORT = {
         *("config", "environment", "files", "data", "models", "merging", "checkpoints"),
         *("engine", "evaluation"),
     },
-    "cli": {"config", "environment", "pipelines", "engine"},
+    "search_path": set(),
+    "flags": {"config", "search_path"},
+    "cli": {"config", "environment", "flags", "search_path", "pipelines", "engine"},
     "__main__": {"cli"},
 }
 """Part of cki_rec -> parts that it may import, besides itself and the names of cki_rec itself."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any, cast
 
 from omegaconf import DictConfig, OmegaConf
@@ -20,8 +21,9 @@ WHOLE = ("base", "start")
 
 
 def first_comment(group: str, choice: str) -> str:
-    """Return the first comment of a choice, in ``conf/`` or beside an experiment."""
-    roots = (project_root() / "conf", *sorted(project_root().glob("experiments/*/conf")))
+    """Return the first comment of a choice: in ``conf/``, ``./conf`` or beside an experiment."""
+    beside = sorted(project_root().glob("experiments/*/conf"))
+    roots = (project_root() / "conf", Path("conf"), *beside)
     paths = (root / group / f"{choice}.yaml" for root in roots)
     path = next((path for path in paths if path.exists()), None)
     lines = path.read_text().splitlines() if path else []
