@@ -86,11 +86,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if {"-h", "--help"} & set(options):
         print(_pipeline_help(pipeline, config_groups(folders(with_folders(options)))))
         return 0
-    if pipeline == "merge" and "--list" in options:
-        from cki_rec.pipelines.method_list import method_table
-
-        print(method_table())
-        return 0
     os.environ[COMMAND_VARIABLE] = shlex.join(["cki-rec", *words])
     return _run(pipeline, options)
 
@@ -104,6 +99,9 @@ def _run(pipeline: str, options: list[str]) -> int:
     _start_log()
     try:
         check_versions()
+        if pipeline == "merge" and "--list" in options:
+            _print_methods([o for o in options if o != "--list"])
+            return 0
         printing, options = split_flags(with_folders(options))
         _check_folders(folders(options))
         if printing:
@@ -140,6 +138,17 @@ def _run(pipeline: str, options: list[str]) -> int:
     return 0
 
 
+def _print_methods(options: list[str]) -> None:
+    """Print the table of methods, with those of ``merge.plugins``."""
+    from cki_rec.pipelines.method_list import method_table
+    from cki_rec.plugins import load
+
+    plugins = compose_config(with_folders(options)).merge.plugins if options else []
+    for plugin in plugins:
+        load(plugin, "merge.plugins")
+    print(method_table())
+
+
 def compose_config(overrides: list[str], is_sweep: bool = False) -> DictConfig:
     """Return the composed tree, of a sweep that of its first job.
 
@@ -159,7 +168,8 @@ def compose_config(overrides: list[str], is_sweep: bool = False) -> DictConfig:
             composed = compose("config", first if is_sweep else overrides)
         except (HydraException, OmegaConfBaseException) as error:
             raise UserError(_explain(error, overrides)) from None
-    _check_method(composed.merge.method, (CONF, *folders(overrides)))
+    if not composed.merge.plugins:  # which may bring methods
+        _check_method(composed.merge.method, (CONF, *folders(overrides)))
     return composed
 
 
@@ -193,8 +203,11 @@ def _check_method(name: str, roots: Sequence[Path]) -> None:
 def _run_job(pipeline: str, composed: DictConfig) -> float | None:
     """Parse and run one pipeline; return its validation AUC if it has one, for searches."""
     from cki_rec.config import parse
+    from cki_rec.plugins import load_class
 
     config = parse(composed)
+    if config.model.module is not None:  # checkpoints may hold models of this class
+        load_class(config.model.module)
     if pipeline not in ON_SEVERAL_PROCESSES and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         from cki_rec.config import UserError
 

@@ -18,6 +18,8 @@ from cki_rec.config.section import validated
 
 WHOLE = ("base", "start")
 """Options that a change replaces whole: they name one model."""
+LATER: dict[str, Any] = {"module": None, "plugins": []}
+"""Later options -> the value at which ``section`` leaves them out: identities stay the same."""
 
 
 def first_comment(group: str, choice: str) -> str:
@@ -66,7 +68,8 @@ def run_id(pipeline: str, reads: dict[str, Any]) -> str:
 
 def section(value: Any) -> dict[str, Any]:
     """Return a section of the configuration as plain JSON values."""
-    return asdict(value)
+    tree = asdict(value)
+    return {k: v for k, v in tree.items() if k not in LATER or v != LATER[k]}
 
 
 def model_options(value: dict[str, Any]) -> Model:
@@ -76,7 +79,7 @@ def model_options(value: dict[str, Any]) -> Model:
         TypeError: A key is missing, unknown or of another type.
     """
     try:
-        return validated(Model, value)
+        return validated(Model, {"module": LATER["module"], **value})
     except UserError as error:
         raise TypeError(str(error)) from None
 

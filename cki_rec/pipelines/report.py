@@ -21,7 +21,7 @@ from cki_rec.evaluation.plots import metric_plot, mixing_plot
 from cki_rec.evaluation.records import current, current_name
 from cki_rec.evaluation.tables import BASELINES, csv_bytes, runs_frame, summary_frame
 from cki_rec.files import write_atomically
-from cki_rec.pipelines.evaluate import REPLICATES
+from cki_rec.pipelines.evaluate import REPLICATES, own_metrics
 
 TERMINAL_COLUMNS = (
     "method",
@@ -37,6 +37,7 @@ def run(config: Config) -> None:
     Raises:
         UserError: No run is recorded under the name.
     """
+    own_metrics(config)
     runs, num_missing = sweep_runs(Path(config.runtime.out), config.name)
     if not runs:
         raise UserError(
