@@ -54,7 +54,6 @@ RENAMED = {"integrate": ["merge"]}
 ON_SEVERAL_PROCESSES = ("train", "merge")
 SWEEP_VARIABLE = "CKI_REC_SWEEP"
 """Number of jobs and start time of the running sweep, for its jobs in other processes."""
-
 UNWRITABLE = (
     *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM),
     *(errno.ENOTDIR, errno.EEXIST, errno.EISDIR),
@@ -96,7 +95,7 @@ def _run(pipeline: str, options: list[str]) -> int:
     from cki_rec.environment import EnvironmentMismatchError, check_versions
     from cki_rec.flags import SWEEP, print_configuration, split_flags
 
-    _start_log()
+    start_log()
     try:
         check_versions()
         if pipeline == "merge" and "--list" in options:
@@ -143,8 +142,7 @@ def _print_methods(options: list[str]) -> None:
     from cki_rec.pipelines.method_list import method_table
     from cki_rec.plugins import load
 
-    plugins = compose_config(with_folders(options)).merge.plugins if options else []
-    for plugin in plugins:
+    for plugin in compose_config(with_folders(options)).merge.plugins if options else []:
         load(plugin, "merge.plugins")
     print(method_table())
 
@@ -195,9 +193,12 @@ def _check_method(name: str, roots: Sequence[Path]) -> None:
     from cki_rec.config import UserError, nearest
 
     texts = [path.read_text() for root in roots for path in (root / "merge").glob("*.yaml")]
-    known = sorted({w for text in texts for w in re.findall(r"^method: (\w+)", text, re.M)})
+    known = {w for text in texts for w in re.findall(r"^method: (\w+)", text, re.M)}
+    if registry := sys.modules.get("cki_rec.merging.registry"):  # with those of a notebook's cells
+        known |= set(registry.METHODS)
     if name not in known:
-        raise UserError(f"merge.method={name}: {nearest(name, known)}one of {', '.join(known)}")
+        listed = ", ".join(sorted(known))
+        raise UserError(f"merge.method={name}: {nearest(name, known)}one of {listed}")
 
 
 def _run_job(pipeline: str, composed: DictConfig) -> float | None:
@@ -233,7 +234,7 @@ def _sweep(pipeline: str, overrides: list[str]) -> None:
         from hydra.core.hydra_config import HydraConfig
 
         register_resolvers()
-        _start_log()
+        start_log()
         state = HydraConfig.get()
         log.info("%s %s", sweep_position(int(state.job.num)), state.job.override_dirname)
         try:
@@ -296,7 +297,7 @@ def sweep_position(number: int) -> str:
     return f"[{position}, {60 * number / elapsed:.1f} a minute, {clock} left]"
 
 
-def _start_log() -> None:
+def start_log() -> None:
     """Print the messages of cki_rec on standard output, and only warnings of other packages."""
     handler = logging.StreamHandler(sys.stdout)
     handler.setFormatter(logging.Formatter("%(message)s"))

@@ -10,6 +10,7 @@ import hashlib
 import importlib
 import importlib.util
 import inspect
+import marshal
 import os
 import sys
 import traceback
@@ -109,8 +110,10 @@ def source_digest(value: Any) -> str | None:
         return _file_digest(Path(file))
     try:
         return hashlib.sha256(inspect.getsource(value).encode()).hexdigest()
-    except (OSError, TypeError):
-        return f"no source: {name}.{value.__qualname__}"
+    except (OSError, TypeError):  # typed into a plain interpreter
+        code = getattr(value, "__code__", None)
+        compiled = value.__qualname__.encode() if code is None else marshal.dumps(code)
+        return hashlib.sha256(compiled).hexdigest()
 
 
 def _imported(name: str, where: str) -> ModuleType:

@@ -53,6 +53,10 @@ MAY_IMPORT = {
         *("config", "environment", "flags", "search_path", "pipelines", "engine", "plugins"),
     },
     "__main__": {"cli"},
+    "notebook": {
+        *("checkpoints", "cli", "config", "data", "engine", "evaluation", "pipelines"),
+        *("plugins", "search_path"),
+    },
 }
 """Part of cki_rec -> parts that it may import, besides itself and the names of cki_rec itself."""
 LAYOUT = {
