@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
 PIPELINES = {
+    "inspect": "describe the columns of your file, and draft its conf/data/NAME.yaml",
     "prepare": "encode a data set and print its summary",
     "train": "train one model",
     "assess": "compare models before a merge: compatibility, distances, seen rows, the barrier",
@@ -40,6 +41,7 @@ PIPELINES = {
     "report": "tables, figures and an HTML page from the records of a name",
 }
 EXAMPLES = {
+    "inspect": "my.csv",
     "prepare": "data=movielens_1m data.raw=ml-1m.zip",
     "train": "model=deepfm seed=2 train.epochs=5",
     "assess": "'merge.sources=[{seed: 1},{seed: 2}]' assess.barrier=5",
@@ -93,7 +95,7 @@ def _run(pipeline: str, options: list[str]) -> int:
     """Compose and run one pipeline, or a sweep of it; turn known errors into one line."""
     from cki_rec.config import RankLost, ReportedElsewhere, Stopped, UserError
     from cki_rec.environment import EnvironmentMismatchError, check_versions
-    from cki_rec.flags import SWEEP, print_configuration, split_flags
+    from cki_rec.flags import SWEEP, print_configuration, split_flags, with_raw_file
 
     start_log()
     try:
@@ -101,6 +103,7 @@ def _run(pipeline: str, options: list[str]) -> int:
         if pipeline == "merge" and "--list" in options:
             _print_methods([o for o in options if o != "--list"])
             return 0
+        options = with_raw_file(options) if pipeline == "inspect" else options
         printing, options = split_flags(with_folders(options))
         _check_folders(folders(options))
         if printing:
@@ -389,6 +392,7 @@ def _help(groups: dict[str, list[str]]) -> str:
 
 
 READS = {
+    "inspect": ["data"],
     "prepare": ["data"],
     "train": ["data", "model", "train"],
     "assess": ["data", "model", "train", "suite", "merge", "assess"],

@@ -57,6 +57,22 @@ def split_flags(options: Sequence[str]) -> tuple[list[str], list[str]]:
     return printing, rest
 
 
+def with_raw_file(options: Sequence[str]) -> list[str]:
+    """Return the options of ``inspect``, whose file is written without ``data.raw=``.
+
+    Raises:
+        UserError: No file is named, or several are.
+    """
+    files = [word for word in options if "=" not in word and not word.startswith("-")]
+    rest = [word for word in options if word not in files]
+    if len(files) > 1:
+        raise UserError(f"inspect reads one file, not {len(files)}: {', '.join(files)}")
+    if not files and not any(word.startswith("data.raw=") for word in rest):
+        raise UserError("inspect needs a file: cki-rec inspect my.csv")
+    quoted = ["data.raw='" + file.replace("'", "\\'") + "'" for file in files]
+    return ["data=csv", *rest, *quoted]
+
+
 def print_configuration(printing: Sequence[str], overrides: Sequence[str]) -> None:
     """Let Hydra print the configuration, as ``--cfg job`` and ``--info`` do; run nothing."""
     import hydra

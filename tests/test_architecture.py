@@ -45,7 +45,7 @@ MAY_IMPORT = {
     },
     "pipelines": {
         *("config", "environment", "files", "data", "models", "merging", "checkpoints"),
-        *("engine", "evaluation", "plugins"),
+        *("engine", "evaluation", "plugins", "search_path"),
     },
     "search_path": set(),
     "flags": {"config", "search_path"},

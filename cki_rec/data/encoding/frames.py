@@ -23,6 +23,7 @@ from cki_rec.data.encoding.encode import fill_buckets, listed_vocabularies
 from cki_rec.data.encoding.fields import Field
 from cki_rec.data.encoding.history import histories
 from cki_rec.data.encoding.lookup import look_up
+from cki_rec.data.encoding.normalize import normalized
 from cki_rec.data.encoding.numbers import ordered_keys, scaled
 from cki_rec.data.encoding.staging import Staging, plan_columns
 from cki_rec.data.raw.formats import FORMATS, recorded_format, recorded_name
@@ -91,6 +92,8 @@ def encode_frame(
     user = reader.user(data)
     plan = plan_columns(chosen, None, None, data.numeric_missing, data.buckets)
     rows = _common_form(frame, data, chosen, bool(plan.histories))
+    if data.normalize_ids:
+        (rows,) = normalized([rows], chosen, ())
     with TemporaryDirectory() as name, closing(Staging(Path(name), plan)) as columns:
         columns.append(rows)
         columns.files["split"] = ColumnFile(Path(name) / "split.npy", np.uint8)
@@ -109,7 +112,7 @@ def encode_frame(
         }
         numbers = np.empty((len(rows), 0), np.float32)
         if plan.numbers:
-            numbers = _scaled(files["numbers"].read(0, len(rows)), plan.numbers, dataset)
+            numbers = _scaled(files["raw_numbers"].read(0, len(rows)), plan.numbers, dataset)
     for history, source in plan.histories.items():
         keys = [f.name for f in plan.ids if f.column == user and f.kind == "categorical"]
         ragged[history] = _history(
@@ -162,14 +165,12 @@ def _common_form(
 
 def _read_as_csv(frame: pl.DataFrame, data: Data, needs_time: bool) -> pl.DataFrame:
     """Return rows that the reader of csv files makes of a frame."""
-    plain: dict[str, Any] = {"separator": "comma", "encoding": "utf-8", "labels": {}}
-    known = {f.name for f in fields(Data)}
+    plain: dict[str, Any] = {"separator": "comma", "encoding": "utf-8", "labels": None}
     with TemporaryDirectory() as folder:
         path = Path(folder) / RAW_FILE
         label = pl.lit("0").alias(data.label)
         frame.with_columns(label).write_csv(path, null_value="")
-        options = {name: value for name, value in plain.items() if name in known}
-        data = replace(data, raw=str(path), user=None, item=None, **options)
+        data = replace(data, raw=str(path), user=None, item=None, **plain)
         data = data if needs_time else replace(data, time=None)
         kept = [e for e in data.fields if e["column"] in frame.columns]
         data = replace(data, fields=kept)
@@ -195,7 +196,7 @@ def _require(frame: pl.DataFrame, needed: Sequence[str]) -> None:
 
 
 def _scaled(
-    block: NDArray[np.float32], numbers: Sequence[Field], dataset: EncodedDataset
+    block: NDArray[np.float64], numbers: Sequence[Field], dataset: EncodedDataset
 ) -> NDArray[np.float32]:
     """Return numbers on the scale of the data set; empty ones are the mean of training rows."""
     facts = np.array([dataset.manifest["numbers"][field.name] for field in numbers]).T
