@@ -19,7 +19,7 @@ FORMS = ("plain", "thousands", "decimal_comma")
 MOST_CATEGORIES = 20
 """Numbers with more distinct values than this are numeric fields."""
 EARLIEST = 946_684_800
-"""The year 2000, in seconds: smaller whole numbers are no times unless the name says so."""
+"""The year 2000, in seconds: smaller whole numbers are no times, except in columns named so."""
 NAMES = {
     "label": r"label|click|clicked|is_click|target|y|converted|conversion|like|liked|purchase|buy",
     "user": r"user|uid|user_?id|customer_?(id)?|member_?(id)?|visitor_?(id)?|session_?(id)?",
