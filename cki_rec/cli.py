@@ -101,7 +101,10 @@ def _run(pipeline: str, options: list[str]) -> int:
     try:
         check_versions()
         if pipeline == "merge" and "--list" in options:
-            _print_methods([o for o in options if o != "--list"])
+            from cki_rec.pipelines.method_list import method_table
+
+            words = [o for o in with_folders(options) if o != "--list"]
+            print(method_table(plugins=compose_config(words).merge.plugins if words else ()))
             return 0
         options = with_raw_file(options) if pipeline == "inspect" else options
         printing, options = split_flags(with_folders(options))
@@ -138,16 +141,6 @@ def _run(pipeline: str, options: list[str]) -> int:
             " runtime.out, runtime.encoded, runtime.reports"
         )
     return 0
-
-
-def _print_methods(options: list[str]) -> None:
-    """Print the table of methods, with those of ``merge.plugins``."""
-    from cki_rec.pipelines.method_list import method_table
-    from cki_rec.plugins import load
-
-    for plugin in compose_config(with_folders(options)).merge.plugins if options else []:
-        load(plugin, "merge.plugins")
-    print(method_table())
 
 
 def compose_config(overrides: list[str], is_sweep: bool = False) -> DictConfig:
