@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Sequence
 
@@ -77,10 +78,13 @@ def print_configuration(printing: Sequence[str], overrides: Sequence[str]) -> No
     """Let Hydra print the configuration, as ``--cfg job`` and ``--info`` do; run nothing."""
     import hydra
 
+    root = logging.getLogger()
+    level, handlers = root.level, root.handlers[:]  # --info sets others
     arguments, sys.argv = sys.argv, ["cki-rec", *printing, *overrides]
     try:
         hydra.main(config_path=str(CONF), config_name="config", version_base="1.3")(
             lambda _: None
         )()
     finally:
-        sys.argv = arguments
+        sys.argv, root.handlers = arguments, handlers
+        root.setLevel(level)
