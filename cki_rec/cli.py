@@ -16,12 +16,21 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cki_rec import COMMAND_VARIABLE, project_root
+from cki_rec import COMMAND_VARIABLE
+from cki_rec.search_path import (
+    CONF,
+    SEARCH_PATH,
+    config_groups,
+    folders,
+    hidden_choice,
+    with_folders,
+)
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
 PIPELINES = {
+    "inspect": "describe the columns of your file, and draft its conf/data/NAME.yaml",
     "prepare": "encode a data set and print its summary",
     "train": "train one model",
     "assess": "compare models before a merge: compatibility, distances, seen rows, the barrier",
@@ -32,6 +41,7 @@ PIPELINES = {
     "report": "tables, figures and an HTML page from the records of a name",
 }
 EXAMPLES = {
+    "inspect": "my.csv",
     "prepare": "data=movielens_1m data.raw=ml-1m.zip",
     "train": "model=deepfm seed=2 train.epochs=5",
     "assess": "'merge.sources=[{seed: 1},{seed: 2}]' assess.barrier=5",
@@ -46,10 +56,6 @@ RENAMED = {"integrate": ["merge"]}
 ON_SEVERAL_PROCESSES = ("train", "merge")
 SWEEP_VARIABLE = "CKI_REC_SWEEP"
 """Number of jobs and start time of the running sweep, for its jobs in other processes."""
-
-CONF = project_root() / "conf"
-SEARCH_PATH = "hydra.searchpath"
-
 UNWRITABLE = (
     *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM),
     *(errno.ENOTDIR, errno.EEXIST, errno.EISDIR),
@@ -66,7 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return its exit code: 0, 1 failed, 2 the user's mistake, 130."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     if not words or words[0] in ("-h", "--help", "help"):
-        print(_help(_groups(_search_path(_with_config_dirs(words)))))
+        print(_help(config_groups(folders(with_folders(words)))))
         return 0
     if words[0] == "--version":
         from cki_rec import __version__
@@ -79,12 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         hint = f"did you mean '{close[0]}'? " if close else ""
         return _fail(f"no pipeline '{pipeline}': {hint}one of {', '.join(PIPELINES)}")
     if {"-h", "--help"} & set(options):
-        print(_pipeline_help(pipeline, _groups(_search_path(_with_config_dirs(options)))))
-        return 0
-    if pipeline == "merge" and "--list" in options:
-        from cki_rec.pipelines.method_list import method_table
-
-        print(method_table())
+        print(_pipeline_help(pipeline, config_groups(folders(with_folders(options)))))
         return 0
     os.environ[COMMAND_VARIABLE] = shlex.join(["cki-rec", *words])
     return _run(pipeline, options)
@@ -94,14 +95,25 @@ def _run(pipeline: str, options: list[str]) -> int:
     """Compose and run one pipeline, or a sweep of it; turn known errors into one line."""
     from cki_rec.config import RankLost, ReportedElsewhere, Stopped, UserError
     from cki_rec.environment import EnvironmentMismatchError, check_versions
+    from cki_rec.flags import SWEEP, print_configuration, split_flags, with_raw_file
 
-    _start_log()
+    start_log()
     try:
         check_versions()
-        options = _with_config_dirs(options)
-        _check_folders(_search_path(options))
-        if {"-m", "--multirun"} & set(options):
-            _sweep(pipeline, [o for o in options if o not in ("-m", "--multirun")])
+        if pipeline == "merge" and "--list" in options:
+            from cki_rec.pipelines.method_list import method_table
+
+            words = [o for o in with_folders(options) if o != "--list"]
+            print(method_table(plugins=compose_config(words).merge.plugins if words else ()))
+            return 0
+        options = with_raw_file(options) if pipeline == "inspect" else options
+        printing, options = split_flags(with_folders(options))
+        _check_folders(folders(options))
+        if printing:
+            compose_config([o for o in options if o not in SWEEP], is_sweep=True)
+            print_configuration(printing, options)
+        elif set(SWEEP) & set(options):
+            _sweep(pipeline, [o for o in options if o not in SWEEP])
         else:
             _run_job(pipeline, compose_config(options))
     except ReportedElsewhere:
@@ -150,7 +162,8 @@ def compose_config(overrides: list[str], is_sweep: bool = False) -> DictConfig:
             composed = compose("config", first if is_sweep else overrides)
         except (HydraException, OmegaConfBaseException) as error:
             raise UserError(_explain(error, overrides)) from None
-    _check_method(composed.merge.method, (CONF, *_search_path(overrides)))
+    if not composed.merge.plugins:  # which may bring methods
+        _check_method(composed.merge.method, (CONF, *folders(overrides)))
     return composed
 
 
@@ -176,28 +189,22 @@ def _check_method(name: str, roots: Sequence[Path]) -> None:
     from cki_rec.config import UserError, nearest
 
     texts = [path.read_text() for root in roots for path in (root / "merge").glob("*.yaml")]
-    known = sorted({w for text in texts for w in re.findall(r"^method: (\w+)", text, re.M)})
+    known = {w for text in texts for w in re.findall(r"^method: (\w+)", text, re.M)}
+    if registry := sys.modules.get("cki_rec.merging.registry"):  # with those of a notebook's cells
+        known |= set(registry.METHODS)
     if name not in known:
-        raise UserError(f"merge.method={name}: {nearest(name, known)}one of {', '.join(known)}")
-
-
-def _with_config_dirs(options: list[str]) -> list[str]:
-    """Return the options with ``--config-dir DIR`` as Hydra's search path."""
-    words, folders, rest = iter(options), list[str](), list[str]()
-    for word in words:
-        name, _, value = word.partition("=")
-        if name in ("--config-dir", "-cd"):
-            folders.append(f"file://{Path(value or next(words, 'DIR')).resolve()}")
-        else:
-            rest.append(word)
-    return rest + ([f"{SEARCH_PATH}=[{','.join(folders)}]"] if folders else [])
+        listed = ", ".join(sorted(known))
+        raise UserError(f"merge.method={name}: {nearest(name, known)}one of {listed}")
 
 
 def _run_job(pipeline: str, composed: DictConfig) -> float | None:
     """Parse and run one pipeline; return its validation AUC if it has one, for searches."""
     from cki_rec.config import parse
+    from cki_rec.plugins import load_class
 
     config = parse(composed)
+    if config.model.module is not None:  # checkpoints may hold models of this class
+        load_class(config.model.module)
     if pipeline not in ON_SEVERAL_PROCESSES and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         from cki_rec.config import UserError
 
@@ -223,7 +230,7 @@ def _sweep(pipeline: str, overrides: list[str]) -> None:
         from hydra.core.hydra_config import HydraConfig
 
         register_resolvers()
-        _start_log()
+        start_log()
         state = HydraConfig.get()
         log.info("%s %s", sweep_position(int(state.job.num)), state.job.override_dirname)
         try:
@@ -286,7 +293,7 @@ def sweep_position(number: int) -> str:
     return f"[{position}, {60 * number / elapsed:.1f} a minute, {clock} left]"
 
 
-def _start_log() -> None:
+def start_log() -> None:
     """Print the messages of cki_rec on standard output, and only warnings of other packages."""
     handler = logging.StreamHandler(sys.stdout)
     handler.setFormatter(logging.Formatter("%(message)s"))
@@ -307,7 +314,8 @@ def _check_choices(overrides: list[str]) -> list[str]:
 
     from cki_rec.config import UserError
 
-    groups, first = _groups(_search_path(overrides)), []
+    search_path = folders(overrides)
+    groups, first = config_groups(search_path), []
     for override in OverridesParser.create().parse_overrides(overrides):
         assert override.input_line is not None
         if override.is_interval_sweep():
@@ -325,6 +333,11 @@ def _check_choices(overrides: list[str]) -> list[str]:
                 hint = f"did you mean '{close[0]}'? " if close else ""
                 known = ", ".join(choices)
                 raise UserError(f"{override.key_or_group}={choice}: {hint}one of {known}")
+            if file := hidden_choice(override.key_or_group, choice, search_path):
+                raise UserError(
+                    f"{override.key_or_group}={choice}: conf/ of cki_rec has this choice too, so"
+                    f" {file} would not be read; rename that file"
+                )
     return first
 
 
@@ -333,7 +346,7 @@ def _explain(error: Exception, overrides: list[str]) -> str:
     from hydra import compose
     from omegaconf import OmegaConf
 
-    groups = _groups(_search_path(overrides))
+    groups = config_groups(folders(overrides))
     known: set[str] = set(groups)
     choices = [o for o in overrides if o.partition("=")[0] in {*groups, SEARCH_PATH}]
     pending: list[tuple[str, Any]] = [("", OmegaConf.to_container(compose("config", choices)))]
@@ -353,22 +366,6 @@ def _explain(error: Exception, overrides: list[str]) -> str:
     return " ".join(str(error).split())
 
 
-def _search_path(overrides: Sequence[str]) -> list[Path]:
-    """Return the folders of ``hydra.searchpath``, which add choices to groups."""
-    value = next((o.partition("=")[2] for o in overrides if o.startswith(f"{SEARCH_PATH}=")), "")
-    entries = [entry.strip() for entry in value.strip("[]").split(",")]
-    return [Path(e.removeprefix("file://")) for e in entries if e.startswith("file://")]
-
-
-def _groups(search_path: Sequence[Path] = ()) -> dict[str, list[str]]:
-    """Return the choices of every configuration group, in ``conf/`` and in a search path."""
-    groups: dict[str, set[str]] = {}
-    for file in (file for root in (CONF, *search_path) for file in root.glob("*/*.yaml")):
-        if file.parent.name != "hydra":
-            groups.setdefault(file.parent.name, set()).add(file.stem)
-    return {name: sorted(choices) for name, choices in sorted(groups.items())}
-
-
 def _help(groups: dict[str, list[str]]) -> str:
     lines = ["cki-rec <pipeline> [group=choice] [key=value] [-m]", "", "pipelines"]
     lines += [f"  {name:10} {what}" for name, what in PIPELINES.items()]
@@ -378,7 +375,8 @@ def _help(groups: dict[str, list[str]]) -> str:
     lines += [f"  cki-rec {name} {EXAMPLES[name]}" for name in PIPELINES]
     lines += [
         "",
-        "--config-dir DIR adds a folder like conf/, with more choices for its groups.",
+        "./conf and --config-dir DIR add folders like conf/, with more choices for its groups.",
+        "--cfg job prints the composed configuration and runs nothing.",
         "-m sweeps over comma-separated values; hydra/launcher=joblib runs jobs in parallel.",
     ]
     lines += ["cki-rec <pipeline> --help lists its options. Values and their meaning: conf/."]
@@ -387,6 +385,7 @@ def _help(groups: dict[str, list[str]]) -> str:
 
 
 READS = {
+    "inspect": ["data"],
     "prepare": ["data"],
     "train": ["data", "model", "train"],
     "assess": ["data", "model", "train", "suite", "merge", "assess"],
@@ -405,7 +404,7 @@ def _pipeline_help(pipeline: str, groups: dict[str, list[str]]) -> str:
     lines += [f"  cki-rec {pipeline} {EXAMPLES[pipeline]}", ""]
     for group in [*READS[pipeline], "runtime"]:
         choices = groups[group]
-        shown = "default" if "default" in choices else _groups()[group][-1]
+        shown = "default" if "default" in choices else config_groups()[group][-1]
         text = (CONF / group / f"{shown}.yaml").read_text()
         body = [x for x in text.splitlines() if x and x[0] != "#"]
         lines += [f"{group}={'|'.join(choices)}; {group}.KEY=VALUE with, in {group}={shown}:"]

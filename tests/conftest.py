@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import logging
 import zipfile
 from pathlib import Path
 from unittest.mock import patch
@@ -49,6 +50,15 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def log_as_before():
+    """Forget the handler that a command set: each test has a standard output of its own."""
+    yield
+    ours = logging.getLogger("cki_rec")
+    ours.handlers, ours.propagate = [], True
+    ours.setLevel(logging.NOTSET)
 
 
 def write_raw_zip(path: Path, seed: int = 0) -> Path:

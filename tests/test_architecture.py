@@ -36,7 +36,8 @@ MAY_IMPORT = {
     "merging": set(),
     "evaluation": set(),
     "data": {"config", "progress", "files"},
-    "models": {"config", "data.schema", "merging.symmetry"},
+    "plugins": {"config"},
+    "models": {"config", "data.schema", "merging.symmetry", "plugins"},
     "checkpoints": {"config", "files", "data.schema", "data.provenance", "merging.params"},
     "engine": {
         *("config", "environment", "progress", "files", "data", "models", "merging"),
@@ -44,10 +45,18 @@ MAY_IMPORT = {
     },
     "pipelines": {
         *("config", "environment", "files", "data", "models", "merging", "checkpoints"),
-        *("engine", "evaluation"),
+        *("engine", "evaluation", "plugins", "search_path"),
     },
-    "cli": {"config", "environment", "pipelines", "engine"},
+    "search_path": set(),
+    "flags": {"config", "search_path"},
+    "cli": {
+        *("config", "environment", "flags", "search_path", "pipelines", "engine", "plugins"),
+    },
     "__main__": {"cli"},
+    "notebook": {
+        *("checkpoints", "cli", "config", "data", "engine", "evaluation", "pipelines"),
+        *("plugins", "search_path"),
+    },
 }
 """Part of cki_rec -> parts that it may import, besides itself and the names of cki_rec itself."""
 LAYOUT = {

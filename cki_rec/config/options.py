@@ -68,7 +68,10 @@ class Model:
     """One network."""
 
     name: str
-    """A row of ``cki_rec.models.MODELS``."""
+    """A row of ``cki_rec.models.MODELS``; with ``module``, the name of its class."""
+    module: str | None
+    """A network of your own: ``package.module:Class`` or ``path/to/file.py:Class``; null: the row
+    ``name``."""
     embedding_dim: Positive
     hidden: list[Positive]
     activation: Literal["relu", "dice", "prelu", "sigmoid", "tanh"]
@@ -86,6 +89,12 @@ class Model:
     cross: Cross
     attention: Attention
     streams: Streams
+
+    @model_validator(mode="after")
+    def _check(self) -> Model:
+        if self.module is not None:
+            self.name = self.module.rpartition(":")[2]
+        return self
 
 
 @section
@@ -204,6 +213,8 @@ class Merge:
 
     method: str
     """A registered method, a reference that merges no parameters, or ``auto``."""
+    plugins: list[str]
+    """Modules with methods of your own: ``package.module`` or ``path/to/file.py``."""
     label: str
     """Name of this setting in tables; unique per file of ``conf/merge``."""
     sources: Annotated[list[dict[str, Any]], Field(min_length=1)]
@@ -299,6 +310,8 @@ class Finetune:
 class Evaluate:
     """Metrics and intervals."""
 
+    plugins: list[str]
+    """Modules with metrics of your own: ``package.module`` or ``path/to/file.py``."""
     bootstrap: Annotated[int, Field(ge=100)]
     """Resamples."""
     resample: Literal["user", "row"]

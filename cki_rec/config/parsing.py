@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any, cast
 
 from omegaconf import DictConfig, OmegaConf
@@ -17,11 +18,14 @@ from cki_rec.config.section import validated
 
 WHOLE = ("base", "start")
 """Options that a change replaces whole: they name one model."""
+LATER: dict[str, Any] = {"module": None, "plugins": []}
+"""Later options -> the value at which ``section`` leaves them out: identities stay the same."""
 
 
 def first_comment(group: str, choice: str) -> str:
-    """Return the first comment of a choice, in ``conf/`` or beside an experiment."""
-    roots = (project_root() / "conf", *sorted(project_root().glob("experiments/*/conf")))
+    """Return the first comment of a choice: in ``conf/``, ``./conf`` or beside an experiment."""
+    beside = sorted(project_root().glob("experiments/*/conf"))
+    roots = (project_root() / "conf", Path("conf"), *beside)
     paths = (root / group / f"{choice}.yaml" for root in roots)
     path = next((path for path in paths if path.exists()), None)
     lines = path.read_text().splitlines() if path else []
@@ -64,7 +68,8 @@ def run_id(pipeline: str, reads: dict[str, Any]) -> str:
 
 def section(value: Any) -> dict[str, Any]:
     """Return a section of the configuration as plain JSON values."""
-    return asdict(value)
+    tree = asdict(value)
+    return {k: v for k, v in tree.items() if k not in LATER or v != LATER[k]}
 
 
 def model_options(value: dict[str, Any]) -> Model:
@@ -74,7 +79,7 @@ def model_options(value: dict[str, Any]) -> Model:
         TypeError: A key is missing, unknown or of another type.
     """
     try:
-        return validated(Model, value)
+        return validated(Model, {"module": LATER["module"], **value})
     except UserError as error:
         raise TypeError(str(error)) from None
 

@@ -7,9 +7,10 @@ Shape legend: B rows, G groups.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +20,7 @@ from sklearn.metrics import roc_auc_score
 from cki_rec.evaluation.bootstrap import Resamples, bootstrap_auc, bootstrap_log_loss
 from cki_rec.evaluation.rows import Floats, checked, row_losses
 
+Function = TypeVar("Function", bound=Callable[..., float | None])
 NUM_BINS = 10
 """Equal-count bins of the calibration error."""
 
@@ -209,8 +211,10 @@ class Metric:
             ValueError: See ``rows.checked``.
         """
         if not self.needs_group:
-            return self.function(label, logit)
-        return None if group is None else self.function(label, logit, group)
+            value = self.function(label, logit)
+        else:
+            value = None if group is None else self.function(label, logit, group)
+        return value if value is None or math.isfinite(value) else None
 
 
 METRICS = {
@@ -283,3 +287,52 @@ COMPARED = [metric for metric in METRICS.values() if metric.bootstrap is not Non
 """Metrics with paired differences to the baselines."""
 REPEATED = [metric for metric in METRICS.values() if metric.over_repetitions]
 """Metrics with an interval over repetitions."""
+
+
+def metric(
+    *,
+    title: str,
+    better: Literal["higher", "lower", "near 1"],
+    note: str = "",
+    bootstrap: Callable[[npt.ArrayLike, npt.ArrayLike, Resamples], Floats] | None = None,
+    needs_group: bool = False,
+    digits: int = 4,
+) -> Callable[[Function], Function]:
+    """Register a function as the metric of its name, for metrics outside of this package.
+
+    Args:
+        title: See ``Metric``, as for the other arguments.
+        better: See ``Metric``.
+        note: See ``Metric``.
+        bootstrap: See ``Metric``.
+        needs_group: See ``Metric``.
+        digits: See ``Metric``.
+
+    Returns:
+        A decorator that returns the function unchanged.
+
+    Raises:
+        ValueError: The name is taken.
+    """
+
+    def register(function: Function) -> Function:
+        name = function.__name__
+        taken = METRICS.get(name)
+        if taken is not None and taken.function.__module__ != function.__module__:
+            raise ValueError(f"a metric named {name} is registered already")
+        row = Metric(
+            name=name,
+            title=title,
+            function=function,
+            better=better,
+            note=note,
+            bootstrap=bootstrap,
+            needs_group=needs_group,
+            digits=digits,
+        )
+        METRICS[name] = row
+        for listed, is_listed in ((SHOWN, True), (COMPARED, bool(bootstrap)), (REPEATED, True)):
+            listed[:] = [m for m in listed if m.name != name] + ([row] if is_listed else [])
+        return function
+
+    return register

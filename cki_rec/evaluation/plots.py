@@ -46,7 +46,41 @@ _SETTINGS: Any = {
 }
 
 
-def metric_plot(summary: pd.DataFrame, runs: pd.DataFrame, metric: str) -> str:
+Render = Callable[[float, float, Callable[[Figure], None]], Any]
+"""``svg_text`` or ``drawn``."""
+
+
+@contextmanager
+def _own_settings() -> Iterator[None]:
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update(_SETTINGS)
+        yield
+
+
+def drawn(width: float, height: float, draw: Callable[[Figure], None]) -> Figure:
+    """Return a figure of a size in inches, filled by ``draw``."""
+    with _own_settings():
+        figure = Figure(figsize=(width, height), layout="constrained", facecolor="white")
+        draw(figure)
+    return figure
+
+
+def svg_text(width: float, height: float, draw: Callable[[Figure], None]) -> str:
+    """Return the SVG text of a figure, as ``drawn`` makes it."""
+    with _own_settings():
+        figure = drawn(width, height, draw)
+        file = io.StringIO()
+        nothing = dict.fromkeys(("Date", "Creator", "Type", "Format"))
+        figure.savefig(file, format="svg", metadata=nothing)
+    text = re.sub(r"'DejaVu Sans'[^;\"]*", "sans-serif", file.getvalue())
+    # names of groups repeat between figures of one page; nothing refers to them
+    return re.sub(r'<g id="[^"]*">', "<g>", text)
+
+
+def metric_plot(
+    summary: pd.DataFrame, runs: pd.DataFrame, metric: str, *, render: Render = svg_text
+) -> Any:
     """Return a dot plot of a metric per method, one panel per suite.
 
     Large marks are means over repetitions with their interval, ticks single repetitions.
@@ -56,9 +90,10 @@ def metric_plot(summary: pd.DataFrame, runs: pd.DataFrame, metric: str) -> str:
         summary: Of ``summary_frame``.
         runs: Of ``runs_frame``, the same runs.
         metric: Name of one that has an interval over repetitions.
+        render: ``svg_text``, or ``drawn`` for a matplotlib figure.
 
     Returns:
-        SVG text.
+        SVG text, or as ``render`` gives it.
     """
     suites = list(summary["suite"].unique())
     parts = [summary[summary["suite"] == suite] for suite in suites]
@@ -79,7 +114,7 @@ def metric_plot(summary: pd.DataFrame, runs: pd.DataFrame, metric: str) -> str:
             list(entries.values()), list(entries), loc="outside lower left", ncols=3, frameon=False
         )
 
-    return svg_text(5.2, max(sum(heights) + 0.9, 3.0), draw)
+    return render(5.2, max(sum(heights) + 0.9, 3.0), draw)
 
 
 def mixing_plot(
@@ -87,7 +122,9 @@ def mixing_plot(
     suite: str | None = None,
     seed: int | None = None,
     methods: Sequence[str] | None = None,
-) -> str:
+    *,
+    render: Render = svg_text,
+) -> Any:
     """Return the mixing weights: the share of each source in each tensor.
 
     Rows are tensors, columns are methods.
@@ -97,9 +134,10 @@ def mixing_plot(
         suite: Default: the first by name that has shares.
         seed: Repetition. Default: the lowest of the suite.
         methods: Columns in order; default: all, by name.
+        render: As for ``metric_plot``.
 
     Returns:
-        SVG text; empty when no record has shares.
+        SVG text, or as ``render`` gives it; empty when no record has shares.
     """
     results = [record["result"] for record in records]
     results = [r for r in results if r.get("shares") and not r["finetuned"]]
@@ -117,7 +155,7 @@ def mixing_plot(
         _mixing_panel(figure, shares_of, tensors)
         figure.suptitle(f"{suite}, repetition {seed}", x=0.01, ha="left", fontweight="bold")
 
-    return svg_text(max(2.2 + 1.25 * len(names), 5.0), 0.3 * len(tensors) + 1.6, draw)
+    return render(max(2.2 + 1.25 * len(names), 5.0), 0.3 * len(tensors) + 1.6, draw)
 
 
 def tensor_names(keys: Sequence[str]) -> dict[str, str]:
@@ -212,24 +250,3 @@ def _wrapped(name: str) -> str:
             lines.append("")
         lines[-1] += word
     return "\n".join(lines)
-
-
-@contextmanager
-def _own_settings() -> Iterator[None]:
-    with matplotlib.rc_context():
-        matplotlib.rcdefaults()
-        matplotlib.rcParams.update(_SETTINGS)
-        yield
-
-
-def svg_text(width: float, height: float, draw: Callable[[Figure], None]) -> str:
-    """Return the SVG text of a figure of a size in inches, filled by ``draw``."""
-    with _own_settings():
-        figure = Figure(figsize=(width, height), layout="constrained", facecolor="white")
-        draw(figure)
-        file = io.StringIO()
-        nothing = dict.fromkeys(("Date", "Creator", "Type", "Format"))
-        figure.savefig(file, format="svg", metadata=nothing)
-    text = re.sub(r"'DejaVu Sans'[^;\"]*", "sans-serif", file.getvalue())
-    # names of groups repeat between figures of one page; nothing refers to them
-    return re.sub(r'<g id="[^"]*">', "<g>", text)

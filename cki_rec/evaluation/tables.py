@@ -146,7 +146,7 @@ def summary_frame(
     for baseline, metric in itertools.product(BASELINES, COMPARED):
         _add_holm(frame, difference_column(metric.name, baseline))
     frame["recovered_share"] = _recovered_shares(runs, frame)
-    return _typed(frame[[*_SUMMARY_COLUMNS, *domain_columns(runs)]])
+    return _typed(frame[[*_summary_columns(), *domain_columns(runs)]])
 
 
 def domain_columns(frame: pd.DataFrame) -> list[str]:
@@ -340,16 +340,18 @@ def _with_bounds(*columns: str) -> list[str]:
     return [f"{column}{end}" for column in columns for end in ("", "_low", "_high")]
 
 
-_SUMMARY_COLUMNS = [
-    *("suite", "method", "finetuned", "num_seeds", "seeds"),
-    *_with_bounds(*(metric.name for metric in REPEATED)),
-    *(name for name, metric in METRICS.items() if metric not in REPEATED),
-    *(
-        f"{difference_column(metric.name, baseline)}{end}"
-        for baseline in BASELINES
-        for metric in COMPARED
-        for end in ("", "_low", "_high", "_p", "_holm")
-    ),
-    *(f"{WINS}{baseline}" for baseline in BASELINES),
-    *("recovered_share", "inference_cost", "parameters", "confidence"),
-]
+def _summary_columns() -> list[str]:
+    """Return the columns of a summary but those of domains; own metrics may be registered late."""
+    return [
+        *("suite", "method", "finetuned", "num_seeds", "seeds"),
+        *_with_bounds(*(metric.name for metric in REPEATED)),
+        *(name for name, metric in METRICS.items() if metric not in REPEATED),
+        *(
+            f"{difference_column(metric.name, baseline)}{end}"
+            for baseline in BASELINES
+            for metric in COMPARED
+            for end in ("", "_low", "_high", "_p", "_holm")
+        ),
+        *(f"{WINS}{baseline}" for baseline in BASELINES),
+        *("recovered_share", "inference_cost", "parameters", "confidence"),
+    ]

@@ -19,6 +19,7 @@ from cki_rec.models.deepfm import DeepFM
 from cki_rec.models.din import DIN
 from cki_rec.models.final_mlp import FinalMLP
 from cki_rec.models.shallow import DNN, FM, LR, WideDeep
+from cki_rec.plugins import loaded_class
 
 MODELS: dict[str, Callable[[FeatureSchema, Model, torch.device | None], nn.Module]] = {
     "lr": LR,
@@ -45,9 +46,26 @@ def build_model(
     """Return a network with tables on ``device`` (``meta`` before sharding).
 
     Raises:
-        UserError: There is no model of that name.
+        UserError: There is no model of that name, or its class is code that the configuration
+            has not named.
     """
+    return network_class(model)(model_schema(schema, model), model, device)
+
+
+def network_class(model: Model) -> Callable[..., nn.Module]:
+    """Return the class of a network.
+
+    Raises:
+        UserError: See ``build_model``.
+    """
+    if model.module is not None:
+        if (own := loaded_class(model.module)) is None:
+            raise UserError(
+                f"model.module={model.module}: a model has this network, whose code is not part of"
+                " cki_rec; to run that code, add this option to the command"
+            )
+        return own  # type: ignore[no-any-return]
     if model.name not in MODELS:
         hint = nearest(model.name, MODELS)
         raise UserError(f"model.name={model.name}: {hint}one of {', '.join(MODELS)}")
-    return MODELS[model.name](model_schema(schema, model), model, device)
+    return MODELS[model.name]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
-from cki_rec.config import Model, section
+from cki_rec.config import Model
 from cki_rec.models import MODELS
 from cki_rec.models.layers import MLP_OPTIONS
+from cki_rec.plugins import loaded_class
 
 TRAINING_ONLY = ("dropout", "init_std", "matrix_std")
 """Last words of options that matter in training only."""
@@ -14,17 +16,18 @@ TRAINING_ONLY = ("dropout", "init_std", "matrix_std")
 
 def differences(one: Model, other: Model) -> dict[str, tuple[Any, Any]]:
     """Return the options in which two networks differ, by dotted name."""
-    left, right = _flat(section(one)), _flat(section(other))
+    left, right = _flat(asdict(one)), _flat(asdict(other))
     return {key: (left[key], right[key]) for key in left if left[key] != right[key]}
 
 
 def decides(key: str, model: Model) -> bool:
     """Return whether an option changes the function that a network computes from its parameters.
 
-    ``histories`` is excluded: it changes the features of the schema, which are compared apart.
+    ``histories`` is excluded: it changes the features of the schema, which are compared apart. So
+    is ``module``, a path that may be written in several ways: ``name`` is its class.
     """
     first, _, rest = key.partition(".")
-    if (rest or first) in (*TRAINING_ONLY, "histories"):
+    if (rest or first) in (*TRAINING_ONLY, "histories", "module"):
         return False
     if not rest and first not in MLP_OPTIONS:
         return True
@@ -36,7 +39,8 @@ def reads(model: Model) -> tuple[str, ...]:
 
     A model class declares them as ``reads``. Default: the options of an MLP.
     """
-    names: tuple[str, ...] = getattr(MODELS.get(model.name), "reads", MLP_OPTIONS)
+    network = MODELS.get(model.name) if model.module is None else loaded_class(model.module)
+    names: tuple[str, ...] = getattr(network, "reads", MLP_OPTIONS)
     return names
 
 

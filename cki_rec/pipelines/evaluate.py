@@ -19,13 +19,14 @@ from cki_rec.data.test_labels import all_labels
 from cki_rec.engine.record import Run, add_to_sweep, open_run, save_arrays
 from cki_rec.evaluation.bootstrap import Resamples, resampling_weights
 from cki_rec.evaluation.measure import Logits, Rows, compare
-from cki_rec.evaluation.metrics import PRIMARY
+from cki_rec.evaluation.metrics import METRICS, PRIMARY
 from cki_rec.evaluation.rows import Floats
 from cki_rec.pipelines import finetune, merge, preflight, train
 from cki_rec.pipelines.predictions import SPLITS, predictions, valid_auc
 from cki_rec.pipelines.provenance import check_rows
 from cki_rec.pipelines.references import Reference, mean_logits
 from cki_rec.pipelines.sources import Source, Sources, are_disjoint, shard_of
+from cki_rec.plugins import load, source_digest
 
 log = logging.getLogger(__name__)
 
@@ -68,6 +69,7 @@ def ensure(config: Config, force: bool = False) -> Run:
     resample the unit of ``evaluate.resample``.
     """
     preflight.check_options(config)
+    metrics = own_metrics(config)
     are_external = [
         any("path" in source for source in section.sources)
         for section in (config.merge, config.suite)
@@ -88,6 +90,9 @@ def ensure(config: Config, force: bool = False) -> Run:
     if dataset.group is None:  # rows have no users, and the record must not claim users
         options = replace(options, resample="row")
     evaluated = section(options)
+    evaluated.pop("plugins", None)
+    if metrics:
+        evaluated["metrics"] = metrics
     if not options.disjoint_files:
         del evaluated["disjoint_files"]
     reads = {
@@ -109,6 +114,18 @@ def ensure(config: Config, force: bool = False) -> Run:
             save_arrays(run.path / REPLICATES, replicates)
             run.finish(reads, train.data_facts(dataset), result)
     return run
+
+
+def own_metrics(config: Config) -> dict[str, str]:
+    """Load ``evaluate.plugins``; return the metrics of the user and the digests of their sources.
+
+    Raises:
+        UserError: A plugin cannot be imported.
+    """
+    for plugin in config.evaluate.plugins:
+        load(plugin, "evaluate.plugins")
+    sources = {name: source_digest(metric.function) for name, metric in METRICS.items()}
+    return {name: digest for name, digest in sources.items() if digest is not None}
 
 
 def _members(config: Config, models: Sources) -> list[Source]:

@@ -92,7 +92,7 @@ def run(config: Config) -> None:
             "run_id": source.run_id,
             "checkpoint_sha256": file_digest(source.checkpoint / DESCRIPTION),
             "data_hash": saved.origin.data_hash,
-            "data_set": _data_set(Path(config.runtime.encoded), saved.origin.data_hash),
+            "data_set": data_set(Path(config.runtime.encoded), saved.origin.data_hash),
         },
         "ids": IDS_OF_TOKENS,
         "loading": LOADING[config.format],
@@ -257,7 +257,7 @@ def _example(config: Config) -> str:
     return latest.parent.parent.name if latest else "experiments/runs/train-0123456789abcdef"
 
 
-def _data_set(encoded: Path, data_hash: str) -> str | None:
+def data_set(encoded: Path, data_hash: str) -> str | None:
     """Return the name of the encoded data set with this hash; None if it is not here."""
     for path in sorted(encoded.glob("*/manifest.json")):
         try:

@@ -73,6 +73,7 @@ def ensure(config: Config, models: Sources | None = None, force: bool = False) -
     """
     preflight.check_options(config)
     models = models or resolve(config)
+    preflight.check_logit_scale(config, models)
     options = config.merge
     if options.refine != "none" and options.method != AUTO:
         closed = replace(options, refine="none", recalibrate=False)
@@ -165,15 +166,18 @@ def _reads(
     rule = section(config.merge)
     if not rule["margin"]:
         del rule["margin"]
+    rule.pop("plugins", None)
     of_refinement = ("effort", "refine", "refinement", "rows")  # held by the refined candidate
     for name in ("sources", "label", "vocabularies", *of_refinement):
         del rule[name]
     rule["base"] = None if base is None else base.identity
+    if own := preflight.source_of(config.merge):
+        rule["source"] = own
     reads = {
         "sources": [source.identity for source in candidates],
         "merge": rule,
         "data": dataset.hash if dataset else None,
-        "model": section(config.model) if dataset else None,
+        "model": train.model_identity(config.model) if dataset else None,
         "batch_size": config.train.batch_size if dataset else None,
         "seed": config.seed,
     }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from rich import box
 from rich.console import Console
@@ -13,6 +13,7 @@ from cki_rec.config import Align, Merge, choices
 from cki_rec.merging.methods import METHODS
 from cki_rec.merging.options import in_yaml
 from cki_rec.pipelines.references import REFERENCES
+from cki_rec.plugins import load
 
 NARROWEST, WIDEST = 120, 180
 """Columns of a terminal that a readable table takes."""
@@ -51,12 +52,15 @@ STEPS = {
 """Step -> summary, option with its values, needs, cost, reference."""
 
 
-def method_table(width: int | None = None) -> str:
+def method_table(width: int | None = None, plugins: Sequence[str] = ()) -> str:
     """Return the table of all methods, references and steps, ``width`` columns wide.
 
     Args:
         width: Columns; None: those of the terminal, within ``NARROWEST`` and ``WIDEST``.
+        plugins: Modules with methods of the user (``merge.plugins``).
     """
+    for plugin in plugins:
+        load(plugin, "merge.plugins")
     if width is None:
         columns = shutil.get_terminal_size((140, 24)).columns
         width = min(max(columns, NARROWEST), WIDEST)

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from cki_rec.checkpoints import Checkpoint, outline
+import torch
+
+from cki_rec.checkpoints import Checkpoint, describe, outline
 from cki_rec.config import Config, Merge, UserError, nearest, with_delta
 from cki_rec.data.dataset import MANIFEST
 from cki_rec.data.encoding.store import EncodedDataset
@@ -16,10 +18,13 @@ from cki_rec.merging.params import MergeError
 from cki_rec.merging.registry import Method
 from cki_rec.merging.result import Recipe
 from cki_rec.merging.search import AUTO
+from cki_rec.merging.traits import logit_scale_of
+from cki_rec.models import build_model
 from cki_rec.pipelines import compatibility, vocabularies
 from cki_rec.pipelines.provenance import check_data, check_rows
 from cki_rec.pipelines.references import REFERENCES, Reference
 from cki_rec.pipelines.sources import Sources
+from cki_rec.plugins import load, load_class, source_digest
 
 RECIPE = {"merge.method": Recipe().method, "merge.recipes": [], "merge.refine": "none"}
 """Options from which a recipe starts."""
@@ -36,8 +41,11 @@ def entry_of(options: Merge) -> Method | Reference | None:
     """Return the configured method or reference; None for a search over recipes.
 
     Raises:
-        UserError: There is none of that name; the message holds the nearest one.
+        UserError: There is none of that name; the message holds the nearest one. Or a plugin
+            cannot be imported.
     """
+    for plugin in options.plugins:
+        load(plugin, "merge.plugins")
     name = options.method
     if name == AUTO:
         return None
@@ -45,6 +53,12 @@ def entry_of(options: Merge) -> Method | Reference | None:
         known = [AUTO, *METHODS, *REFERENCES]
         raise UserError(f"merge.method={name}: {nearest(name, known)}one of {', '.join(known)}")
     return METHODS[name] if name in METHODS else REFERENCES[name]
+
+
+def source_of(options: Merge) -> str | None:
+    """Return the digest of the source of a method that a plugin registered; None for others."""
+    entry = entry_of(options)
+    return source_digest(entry.function) if isinstance(entry, Method) else None
 
 
 def method_of(options: Merge) -> Method:
@@ -127,6 +141,8 @@ def check_options(config: Config) -> None:
     options = config.merge
     entry = entry_of(options)
     check_deltas(options)
+    if config.model.module is not None:
+        _check_class(config)
     if options.refine != "none" and options.rows not in ROWS and not is_encoded(options.rows):
         raise UserError(
             f"merge.rows={options.rows}: no encoded data set; use {' or '.join(ROWS)}, or the"
@@ -201,6 +217,39 @@ def check_options(config: Config) -> None:
                 " merge.base={path: ...}, or {train.epochs: 0} for their initial weights, as"
                 " suite=shards does"
             )
+
+
+def _check_class(config: Config) -> None:
+    """Check that the user's network can be recalibrated, before sources are trained.
+
+    Raises:
+        UserError: It cannot, or it cannot be imported.
+    """
+    assert config.model.module is not None
+    network = load_class(config.model.module)
+    is_trained = any("path" not in source for source in config.merge.sources)
+    if is_trained and config.merge.recalibrate and not hasattr(network, "logit_scale"):
+        raise _no_logit_scale(f"model.module={config.model.module}")
+
+
+def check_logit_scale(config: Config, models: Sources) -> None:
+    """Check that checkpoints named by path can be recalibrated.
+
+    Raises:
+        UserError: Their network declares no ``logit_scale``.
+    """
+    if config.merge.recalibrate and "path" in config.merge.sources[0]:
+        saved = describe(models.merged[0].folder, distributed.share())
+        network = build_model(saved.schema, saved.model, torch.device("meta"))
+        if logit_scale_of(network) is None:
+            raise _no_logit_scale(models.merged[0].name)
+
+
+def _no_logit_scale(name: str) -> UserError:
+    return UserError(
+        f"{name}: the network declares no logit_scale(), which merge.recalibrate=true changes; add"
+        " the method (see CONTRIBUTING.md, Add a model) or use merge.recalibrate=false"
+    )
 
 
 def check_deltas(options: Merge) -> None:

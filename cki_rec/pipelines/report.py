@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from cki_rec.evaluation.plots import metric_plot, mixing_plot
 from cki_rec.evaluation.records import current, current_name
 from cki_rec.evaluation.tables import BASELINES, csv_bytes, runs_frame, summary_frame
 from cki_rec.files import write_atomically
-from cki_rec.pipelines.evaluate import REPLICATES
+from cki_rec.pipelines.evaluate import REPLICATES, own_metrics
 
 TERMINAL_COLUMNS = (
     "method",
@@ -37,15 +38,14 @@ def run(config: Config) -> None:
     Raises:
         UserError: No run is recorded under the name.
     """
-    runs, num_missing = sweep_runs(Path(config.runtime.out), config.name)
-    if not runs:
-        raise UserError(
-            f"name={config.name}: no run is recorded under it in {config.runtime.out}; start with"
-            f" cki-rec evaluate -m experiment={config.name}, or evaluate name={config.name} ..."
-        )
-    records = [current(run.record) for run in runs if run.record is not None]
-    labels = list(dict.fromkeys(record["result"]["method"] for record in records))
-    frame, summary = _frames(config.name, runs, records, labels)
+    results = recorded(config)
+    runs, num_missing, records, labels = (
+        results.evaluated,
+        results.missing,
+        results.records,
+        results.labels,
+    )
+    frame, summary = results.runs, results.summary
     incomplete = (
         [f"Incomplete: {num_missing} jobs of the sweep are missing."] if num_missing else []
     )
@@ -69,6 +69,41 @@ def run(config: Config) -> None:
     _print(summary)
     print(" ".join([f"{len(runs)} evaluated models.", *incomplete]))
     print(f"report: {folder / 'report.html'}")
+
+
+@dataclass(frozen=True, slots=True)
+class Recorded:
+    """The records of a name, as frames."""
+
+    evaluated: list[Run]
+    missing: int
+    """Jobs of the sweep that are not finished."""
+    records: list[dict[str, Any]]
+    labels: list[str]
+    """Methods, in the order of the records."""
+    runs: pd.DataFrame
+    """``tables.runs_frame``."""
+    summary: pd.DataFrame
+    """``tables.summary_frame``."""
+
+
+def recorded(config: Config) -> Recorded:
+    """Return the records of the configured name.
+
+    Raises:
+        UserError: There is none, or they do not belong in one table.
+    """
+    own_metrics(config)
+    runs, num_missing = sweep_runs(Path(config.runtime.out), config.name)
+    if not runs:
+        raise UserError(
+            f"name={config.name}: no run is recorded under it in {config.runtime.out}; start with"
+            f" cki-rec evaluate -m experiment={config.name}, or evaluate name={config.name} ..."
+        )
+    records = [current(run.record) for run in runs if run.record is not None]
+    labels = list(dict.fromkeys(record["result"]["method"] for record in records))
+    frames = _frames(config.name, runs, records, labels)
+    return Recorded(runs, num_missing, records, labels, *frames)
 
 
 def _frames(

@@ -43,6 +43,7 @@ from cki_rec.evaluation.metrics import METRICS, PRIMARY
 from cki_rec.models import model_schema
 from cki_rec.models.comparison import decides, differences
 from cki_rec.pipelines.provenance import check_data
+from cki_rec.plugins import load_class, source_digest
 
 LEARNED = ("log1p", "quantile")
 """Transforms that are learned from the rows of a data set."""
@@ -82,13 +83,25 @@ def _reads(config: Config, dataset: EncodedDataset) -> dict[str, Any]:
     """Return everything that a training depends on."""
     reads = {
         "data": data_identity(config, dataset),
-        "model": section(config.model),
+        "model": model_identity(config.model),
         "train": schedule_section(config.train),
         "seed": config.seed,
     }
     if config.train.start is not None:
         reads["start"] = _start_identity(config, dataset)
     return reads
+
+
+def model_identity(options: Model) -> dict[str, Any]:
+    """Return the options of a network; the source of a user's class in place of its path.
+
+    Raises:
+        UserError: The class cannot be imported.
+    """
+    identity = section(options)
+    if options.module is not None:
+        identity["module"] = source_digest(load_class(options.module))
+    return identity
 
 
 def schedule_section(options: Train) -> dict[str, Any]:

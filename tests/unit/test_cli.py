@@ -64,7 +64,7 @@ def test_help_of_a_pipeline_lists_what_it_reads(command, pipeline):
     code, out, _ = command(pipeline, "--help")
     assert code == 0
     assert cli.EXAMPLES[pipeline] in out
-    assert [group for group in cli._groups() if f"\n{group}=" in out] == sorted(
+    assert [group for group in cli.config_groups() if f"\n{group}=" in out] == sorted(
         [*cli.READS[pipeline], "runtime"]
     )
 

@@ -119,7 +119,7 @@ def encode(
         if listed is None:
             vocabularies = _learned_vocabularies(columns, *_count_training_rows(columns))
         else:
-            vocabularies = _listed_vocabularies(columns, listed)
+            vocabularies = listed_vocabularies(columns, listed)
         unseen = look_up(columns, vocabularies)
         numbers, ranges = _standardize(columns)
         schema = _schema(fields, vocabularies, {**numbers, **edges})
@@ -209,21 +209,27 @@ def _bucket_quantiles(columns: Staging) -> dict[str, list[float]]:
     edges_of: dict[str, list[float]] = {}
     if not plan.quantiles:
         return {}
-    keys, ids, split = files["quantiles"], files["ids"], files["split"]
+    keys, split = files["quantiles"], files["split"]
     for number, column in enumerate(plan.quantiles):
-        position = plan.ids.index(column)
         known = (
             keys.read(start, stop)[split.read(start, stop) == 0, number]
             for start, stop in blocks(keys.rows)
         )
         edges = quantile_edges(known, plan.buckets, columns.folder)
         edges_of[column.name] = key_values(edges).tolist()
-        for start, stop in blocks(keys.rows):
-            block = ids.read(start, stop)
-            block[:, position] = bucket_codes(keys.read(start, stop)[:, number], edges)
-            ids.write(start, block)
+        fill_buckets(columns, number, edges)
     files.pop("quantiles").delete()
     return edges_of
+
+
+def fill_buckets(columns: Staging, number: int, edges: Ints) -> None:
+    """Write the codes of the buckets of one quantile field, the ``number``-th one."""
+    plan, keys, ids = columns.plan, columns.files["quantiles"], columns.files["ids"]
+    position = plan.ids.index(plan.quantiles[number])
+    for start, stop in blocks(keys.rows):
+        block = ids.read(start, stop)
+        block[:, position] = bucket_codes(keys.read(start, stop)[:, number], edges)
+        ids.write(start, block)
 
 
 def _count_training_rows(columns: Staging) -> tuple[dict[str, Ints], dict[str, Ints]]:
@@ -279,7 +285,7 @@ def _learned_vocabularies(
     return vocabularies
 
 
-def _listed_vocabularies(
+def listed_vocabularies(
     columns: Staging, listed: Mapping[str, pl.Series]
 ) -> dict[str, Vocabulary]:
     """Write the listed vocabulary of every table; each dictionary is freed afterwards."""

@@ -165,10 +165,14 @@ def _entries(data: Data) -> list[dict[str, Any]]:
     return entries
 
 
-def _check_name(where: str, name: str) -> None:
-    """Check that a name can be the name of a table of a model and of a file."""
+def is_field_name(name: str) -> bool:
+    """Return whether a name can be the name of a table of a model and of a file."""
     is_plain = re.fullmatch(r"\w[\w -]*", name) is not None and not name.endswith("_first_order")
-    if not is_plain or hasattr(nn.ModuleDict, name) or name == "training":
+    return is_plain and not hasattr(nn.ModuleDict, name) and name != "training"
+
+
+def _check_name(where: str, name: str) -> None:
+    if not is_field_name(name):
         raise UserError(
             f"{where}={name}: expected letters, digits, '_', '-' and spaces, and no name that "
             f"torch reserves; choose another: {{name: other, column: {name}}}"

@@ -157,7 +157,16 @@ def standardize(
     shift = np.where(is_scaled, mean, 0.0)
     scale = np.where(is_scaled, scale, 1.0)
     for start, stop in blocks(raw.rows):
-        block = raw.read(start, stop)
-        filled = np.where(np.isnan(block), mean, block)
-        numbers.append(((filled - shift) / scale).astype(np.float32))
+        numbers.append(scaled(raw.read(start, stop), mean, shift, scale))
     return np.stack([shift, scale, low, high, np.where(known > 0, deviation, np.nan)])
+
+
+def scaled(
+    block: NDArray[np.float64],
+    mean: NDArray[np.float64],
+    shift: NDArray[np.float64],
+    scale: NDArray[np.float64],
+) -> NDArray[np.float32]:
+    """Return standardized numbers, one column per field; missing values become the mean."""
+    filled = np.where(np.isnan(block), mean, block)
+    return ((filled - shift) / scale).astype(np.float32)
