@@ -167,7 +167,7 @@ def _metric_panel(
     floor = -math.inf if baseline is None else _floor(part[column])
     for row in ordered.to_dict("records"):
         name, color, marker, offset = STAGES[bool(row["finetuned"])]
-        y = methods.index(row["method"]) + offset
+        y = methods.index(row["method"]) + (offset if part["finetuned"].any() else 0.0)
         value, low, high = (row[f"{column}{end}"] for end in ("", "_low", "_high"))
         if row["method"] == baseline and not row["finetuned"]:
             value = 0.0
@@ -179,7 +179,7 @@ def _metric_panel(
         if is_undefined(value):
             continue
         if value < floor:
-            axes.plot(floor, y, "<", color=color, ms=8, ls="none", clip_on=False)
+            axes.plot(floor, y, "<", color=color, ms=8, ls="none")
             continue
         is_row = (runs["method"] == row["method"]) & (runs["finetuned"] == row["finetuned"])
         singles = runs[is_row][column].dropna()
@@ -194,7 +194,7 @@ def _metric_panel(
             fill, edge = color, PAPER
         axes.plot(value, y, marker, color=fill, ms=7, mec=edge, mew=1.4, ls="none", label=name)
     if floor > -math.inf:
-        axes.set_xlim(left=floor)
+        axes.set_xlim(left=floor - 0.05 * (axes.get_xlim()[1] - floor))
     axes.set_yticks(range(len(methods)), [METHOD_NAMES.get(method, method) for method in methods])
     axes.set_ylim(len(methods) - 0.4, -0.6)
     axes.locator_params(axis="x", nbins=5)

@@ -31,8 +31,8 @@ def verdicts(summary: pd.DataFrame, runs: pd.DataFrame) -> dict[str, list[str]]:
 def headline(part: pd.DataFrame, runs: pd.DataFrame) -> tuple[Mapping[Any, Any] | None, int]:
     """Return the merged model of a suite with the best validation AUC, and how many there are.
 
-    Fine-tuned models are considered only if there is no other. None: no merged model has a
-    validation AUC, and there is not exactly one of them.
+    Fine-tuned models are considered only if there is no other, and models of fewer seeds than
+    others are not. None: no merged model, or no validation AUC to choose one of several.
 
     Args:
         part: Rows of ``summary_frame`` of one suite.
@@ -41,6 +41,7 @@ def headline(part: pd.DataFrame, runs: pd.DataFrame) -> tuple[Mapping[Any, Any] 
     merged = part[(part["inference_cost"] == 1) & ~part["method"].isin(METHOD_NAMES)]
     if not merged["finetuned"].all():
         merged = merged[~merged["finetuned"]]
+    merged = merged[merged["num_seeds"] == merged["num_seeds"].max()]
     rows = merged.to_dict("records")
     if len(rows) == 1:
         return rows[0], 1

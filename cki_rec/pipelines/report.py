@@ -12,7 +12,7 @@ import pandas as pd
 from numpy.typing import NDArray
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from cki_rec.config import Config, UserError, first_comment
 from cki_rec.engine.record import Run, sweep_runs
@@ -59,8 +59,11 @@ def run(config: Config) -> None:
     methods = {name: first_comment("merge", name) for name in labels}
     answer, figures = _answer(frame, summary), _figures(records, frame, summary, labels)
     page = report_page(
-        *(config.name, summary, frame, figures),
-        *(incomplete, _provenance(records), methods, suites, answer),
+        *(config.name, summary, frame, figures, incomplete),
+        provenance=_provenance(records),
+        methods=methods,
+        suites=suites,
+        answer=answer,
     )
     title = " ".join([config.name, *incomplete])
     contents = {
@@ -140,18 +143,27 @@ def _print(summary: pd.DataFrame, answers: Mapping[str, Sequence[str]]) -> None:
     console = Console(markup=False, emoji=False, highlight=False)
     console.width = min(console.width, TERMINAL_WIDTH) if console.is_terminal else TERMINAL_WIDTH
     for suite, sentences in answers.items():
-        console.print(f"{suite}: {' '.join(sentences)}\n")
+        console.print(f"{suite}: {' '.join(sentences)}")
     shown = main_frame(summary)
     for suite in answers:
         rows = filled(shown[shown["suite"] == suite].drop(columns="suite"))
         table = Table(
-            title=f"suite {suite}", title_justify="left", box=SIMPLE_HEAD, pad_edge=False
+            Column("method", overflow="fold"),
+            *(Column(_broken(title), justify="right", no_wrap=True) for title in rows.columns[1:]),
+            title=f"\nsuite {suite}",
+            title_justify="left",
+            box=SIMPLE_HEAD,
+            show_edge=False,
+            padding=0,
         )
-        for column in map(str, rows):
-            table.add_column(column, justify="left" if column == "method" else "right")
         for name, *cells in rows.to_numpy():
             table.add_row(name, *map(_stacked, cells))
         console.print(table)
+
+
+def _broken(title: str) -> str:
+    """Return the title of a column in short lines."""
+    return title.replace(" vs ", " vs\n").replace(" recal.", "\nrecal.")
 
 
 def _stacked(cell: str) -> str:
