@@ -12,6 +12,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from cki_rec.evaluation import display, plots
 from cki_rec.evaluation.metrics import REPEATED
+from cki_rec.evaluation.tables import BEST_SOURCE, difference_column
 from cki_rec.evaluation.verdict import verdicts
 
 _TEMPLATES = Environment(
@@ -76,6 +77,7 @@ def report_page(
             }
             for suite, sentences in verdicts(summary, runs).items()
         ],
+        compared=summary[difference_column("auc", BEST_SOURCE)].notna().any(),
         answer=[_figure(caption, svg) for caption, svg in answer.items()],
         figures=[_figure(caption, svg) for caption, svg in figures.items()],
         methods={display.method_name(name, False): described[name] for name in present},

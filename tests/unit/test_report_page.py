@@ -94,6 +94,16 @@ def test_figures_of_a_page_follow_its_colors(frames):
     assert not [color for color in THEME if color in drawing]
     assert "fill: var(--ink)" in drawing
     assert "var(" not in svg  # the file stands alone
+    assert "difference to the best source" in page
+
+
+def test_a_figure_without_a_best_source_shows_auc_itself():
+    runs = runs_frame([record("joint", difference=None)])
+    summary = summary_frame(runs, {})
+    svg = metric_plot(summary, runs, "auc")
+    page = report_page("Quick", summary, runs, {}, answer={"AUC": svg})
+    assert "intervals over repetitions" in page
+    assert "difference to the best source" not in page
 
 
 def test_figures_have_the_same_bytes_under_any_user_settings(frames):
