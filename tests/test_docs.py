@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import random
 import re
 import shlex
 import subprocess
@@ -77,12 +78,24 @@ def test_the_site_builds_strictly(tmp_path):
     assert (tmp_path / "reference/methods/index.html").exists()
 
 
+def write_clicks(path, items, seed):
+    """Write a csv file of random clicks: the files that pages name."""
+    draw = random.Random(seed)
+    lines = ["clicked,user_id,product,price"]
+    for _ in range(1000):
+        user, item = draw.randrange(60), draw.choice(items)
+        lines.append(f"{draw.random() < 0.4:d},{seed}u{user},p{item},{draw.random() * 90:.2f}")
+    path.write_text("\n".join(lines) + "\n")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("page", RUN, ids=lambda page: page.stem)
 def test_every_block_of_a_page_runs(page, raw_zip, places, tmp_path, monkeypatch, capsys):  # noqa: F811
     """Blocks run in their order, in a folder with trained models; others only show."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs").symlink_to(places[0] / "runs")
+    for seed, name in enumerate(("my", "north", "south", "wednesday")):
+        write_clicks(tmp_path / f"{name}.csv", range(5 * seed, 40), seed)
     options = [f"runtime.{key}={tmp_path / key}" for key in ("out", "reports", "encoded")]
     names: dict[str, object] = {}
     for info, lines in blocks(page.read_text()):

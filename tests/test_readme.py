@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from cki_rec import project_root
 from cki_rec.cli import main
@@ -56,13 +57,13 @@ def test_fences_are_paired():
 
 
 def test_readme_has_commands():
-    assert len(COMMANDS) >= 15
+    assert len(COMMANDS) >= 5
     assert TARGETS[:2] == ["make reproduce", "make test"]
     assert PYTHON
 
 
 def test_readme_is_short():
-    assert len(README.splitlines()) < 200
+    assert len(README.splitlines()) <= 120
 
 
 @pytest.fixture(scope="module")
@@ -100,14 +101,18 @@ def test_command_runs(command, places, raw_zip, monkeypatch, capsys):
 
 @pytest.mark.parametrize("code", PYTHON)
 def test_python_runs(code, capsys):
-    draw = torch.Generator().manual_seed(1)
-    base, *models = (
-        {"table": torch.randn(5, 4, generator=draw), "bias": torch.randn(3, generator=draw)}
-        for _ in range(3)
-    )
-    counts = [{"table": torch.arange(5) + k} for k in range(2)]
-    exec(code, {"models": models, "base": base, "counts": counts})
-    assert "tensor" in capsys.readouterr().out
+    torch.manual_seed(1)
+    base, *models = (nn.Sequential(nn.EmbeddingBag(5, 4), nn.Linear(4, 1)) for _ in range(3))
+    names = {
+        "models": models,
+        "base": base,
+        "counts": [{"0.weight": torch.arange(5) + k} for k in range(2)],
+        "module": models[0],
+        "batches": [torch.randint(5, (40, 2)) for _ in range(2)],
+        "validation_auc": lambda params: float(params["1.bias"]),
+    }
+    exec(code, names)
+    assert names["result"].recipe in capsys.readouterr().out
 
 
 def test_targets_exist():

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
 import pandas as pd
 
-from cki_rec.evaluation.metrics import COMPARED, PRIMARY, SHOWN, Metric
+from cki_rec.evaluation.metrics import COMPARED, METRICS, PRIMARY, SHOWN, Metric
 from cki_rec.evaluation.tables import (
     BASELINES,
     BEST_SOURCE,
@@ -88,18 +89,48 @@ def display_frame(summary: pd.DataFrame) -> pd.DataFrame:
         cells |= {metric.title: _mean(row, metric) for metric in SHOWN if metric not in once}
         for baseline in BASELINES:
             for metric in COMPARED:
-                column = f"{metric.title} vs {METHOD_NAMES[baseline]}"
-                cells[column] = _difference(row, metric, baseline)
+                cells[versus(metric, baseline)] = _difference(row, metric, baseline)
             column = f"W/T/L vs {METHOD_NAMES[baseline]}"
             is_one = is_undefined(row[f"{WINS}{baseline}"]) or row["num_seeds"] == 1
             cells[column] = "" if is_one else row[f"{WINS}{baseline}"]
-        cells["recovered"] = number(row["recovered_share"], digits=2)
+        share = [row[f"recovered_share{end}"] for end in ("", "_low", "_high")]
+        value, low, high = share
+        cells["recovered"] = bounded(value, low, high, digits=2)
         for column in domain_columns(summary):
             cells[f"AUC {column.removeprefix(DOMAIN)}"] = number(row[column])
         cells |= {metric.title: _mean(row, metric) for metric in once}
         rows.append(cells)
-    frame = pd.DataFrame(rows, dtype=object)
-    return frame[[column for column in frame.columns if (frame[column] != "").any()]]
+    return filled(pd.DataFrame(rows, dtype=object))
+
+
+def main_frame(summary: pd.DataFrame) -> pd.DataFrame:
+    """Return the suite and at most eight columns of ``display_frame``, the best AUC first."""
+    ordered = summary.sort_values("auc", ascending=False, kind="stable", na_position="last")
+    shown = display_frame(ordered)
+    recalibrated, plain = METRICS["log_loss_recalibrated"].title, METRICS["log_loss"].title
+    columns = [
+        *("suite", "method", "seeds", "cost", METRICS["auc"].title),
+        recalibrated if recalibrated in shown else plain,
+        *(versus(METRICS["auc"], baseline) for baseline in BASELINES),
+        "recovered",
+    ]
+    return shown[[column for column in columns if column in shown]]
+
+
+def cell_parts(cell: str) -> tuple[str, ...]:
+    """Return value, interval and mark of a cell of ``display_frame``."""
+    match = re.fullmatch(r"(\S+) (\[.*\])(?: \(([+-]{1,2})\))?", cell)
+    return match.groups("") if match else (cell, "", "")
+
+
+def filled(shown: pd.DataFrame) -> pd.DataFrame:
+    """Return the columns that have a value in some row."""
+    return shown[[column for column in shown.columns if (shown[column] != "").any()]]
+
+
+def versus(metric: Metric, baseline: str) -> str:
+    """Return the title of the column of differences to a baseline."""
+    return f"{metric.title} vs {METHOD_NAMES[baseline]}"
 
 
 def reading_notes(summary: pd.DataFrame, runs: pd.DataFrame) -> list[str]:
@@ -141,7 +172,8 @@ def reading_notes(summary: pd.DataFrame, runs: pd.DataFrame) -> list[str]:
     if summary["recovered_share"].notna().any():
         lines.append(
             "recovered: (AUC - best source) / (joint - best source), a ratio of means over "
-            "repetitions; 1 equals training on all rows. Blank if joint is not the better one."
+            "repetitions; 1 equals training on all rows. Blank if joint is not the better one. "
+            "Its interval is of the same resamples, if joint is the better one in each."
         )
     lines.append("A blank cell is undefined or was not measured; it is never a zero.")
     return lines
@@ -187,52 +219,6 @@ def facts(runs: pd.DataFrame) -> dict[str, str]:
     }
 
 
-def markdown_table(
-    summary: pd.DataFrame,
-    runs: pd.DataFrame,
-    title: str = "Results",
-    suites: Mapping[str, str] = {},
-    methods: Mapping[str, str] = {},
-) -> str:
-    """Return a Markdown file: per suite its facts and its table, the methods, how to read it.
-
-    Args:
-        summary: Of ``summary_frame``.
-        runs: Of ``runs_frame``, the same runs.
-        title: First heading.
-        suites: Suite -> one sentence on the difference between its sources.
-        methods: Method -> one sentence that describes it.
-    """
-    shown = display_frame(summary)
-    lines = [f"# {title}", ""]
-    for suite in summary["suite"].unique():
-        lines += [f"## {suite}", ""]
-        if suite in suites:
-            lines += [suites[suite], ""]
-        for name, value in facts(runs[runs["suite"] == suite]).items():
-            if name == "Command":
-                commands = [f"  {command}" for command in value.split("\n")]
-                lines += [f"- {name}:", "", "  ```sh", *commands, "  ```"]
-            else:
-                lines.append(f"- {name}: {value}")
-        part = shown[shown["suite"] == suite].drop(columns="suite")
-        part = part[[column for column in part.columns if (part[column] != "").any()]]
-        lines += ["", _markdown_row(part.columns)]
-        lines.append(_markdown_row(["---", *["---:"] * (len(part.columns) - 1)]))
-        lines += [_markdown_row(cells) for cells in part.to_numpy()]
-        lines.append("")
-    if methods:
-        lines += ["## Methods", ""]
-        lines += [f"- {method_name(name, False)}: {text}" for name, text in methods.items()]
-        lines.append("")
-    lines += [
-        "## How to read the tables",
-        "",
-        *(f"- {note}" for note in reading_notes(summary, runs)),
-    ]
-    return "\n".join(lines) + "\n"
-
-
 def _mean(row: Mapping[Any, Any], metric: Metric) -> str:
     """Return a metric's mean; with its interval if it is a primary one."""
     mean = row[metric.name]
@@ -255,7 +241,3 @@ def _difference(row: Mapping[Any, Any], metric: Metric, baseline: str) -> str:
 
 def _joined(values: pd.Series[Any]) -> str:
     return ", ".join(dict.fromkeys(str(value) for value in values))
-
-
-def _markdown_row(cells: Any) -> str:
-    return "| " + " | ".join(str(cell).replace("|", "\\|") for cell in cells) + " |"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import itertools
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,9 +20,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from cki_rec.evaluation.display import METHOD_NAMES, is_undefined
+from cki_rec.evaluation.display import METHOD_NAMES, is_undefined, number
 from cki_rec.evaluation.metrics import METRICS
-from cki_rec.evaluation.tables import BASELINES
+from cki_rec.evaluation.tables import BASELINES, difference_column
 
 COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#999999")
 """Colors of Okabe and Ito: distinct under all common color blindness."""
@@ -33,7 +34,15 @@ _NOT_NAMES = frozenset(
     {"model", "module", "weight", "embeddings", "embedding", "embedding_bags", "ebc", "tables"}
     | {"table", "embedding_bag_collection", "sparse", "collection"}
 )
+INK, SOFT, LINE, PAPER = "#1b1f24", "#57606a", "#d5dae0", "#ffffff"
+"""Colors of text, soft lines, the grid and the background. A page replaces them."""
+ON_COLOR = "#fafafa"
+"""Color of text on dark bars, on every page."""
+REACH = 4.0
+"""A value this many times further below the median than the best is above it is cut off."""
 _SETTINGS: Any = {
+    **dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor"), INK),
+    **dict.fromkeys(("xtick.color", "ytick.color"), INK),
     "svg.hashsalt": "cki-rec",
     "svg.fonttype": "none",
     "text.parse_math": False,
@@ -61,7 +70,7 @@ def _own_settings() -> Iterator[None]:
 def drawn(width: float, height: float, draw: Callable[[Figure], None]) -> Figure:
     """Return a figure of a size in inches, filled by ``draw``."""
     with _own_settings():
-        figure = Figure(figsize=(width, height), layout="constrained", facecolor="white")
+        figure = Figure(figsize=(width, height), layout="constrained", facecolor=PAPER)
         draw(figure)
     return figure
 
@@ -79,9 +88,14 @@ def svg_text(width: float, height: float, draw: Callable[[Figure], None]) -> str
 
 
 def metric_plot(
-    summary: pd.DataFrame, runs: pd.DataFrame, metric: str, *, render: Render = svg_text
+    summary: pd.DataFrame,
+    runs: pd.DataFrame,
+    metric: str,
+    baseline: str | None = None,
+    *,
+    render: Render = svg_text,
 ) -> Any:
-    """Return a dot plot of a metric per method, one panel per suite.
+    """Return a dot plot of a metric per method, the best first, one panel per suite.
 
     Large marks are means over repetitions with their interval, ticks single repetitions.
     Vertical lines show the direct best source and output ensemble.
@@ -90,6 +104,8 @@ def metric_plot(
         summary: Of ``summary_frame``.
         runs: Of ``runs_frame``, the same runs.
         metric: Name of one that has an interval over repetitions.
+        baseline: Draws differences to it instead, and the values of the metric beside them. Rows
+            that are far below the others become an arrow at the edge.
         render: ``svg_text``, or ``drawn`` for a matplotlib figure.
 
     Returns:
@@ -98,14 +114,17 @@ def metric_plot(
     suites = list(summary["suite"].unique())
     parts = [summary[summary["suite"] == suite] for suite in suites]
     heights = [0.36 * part["method"].nunique() + 0.9 for part in parts]
+    row = METRICS[metric]
+    label = f"{row.title} on test rows"
+    if baseline is not None:
+        label = f"{row.title} minus that of the {METHOD_NAMES[baseline]}"
 
     def draw(figure: Figure) -> None:
         panels = figure.subplots(len(suites), 1, squeeze=False, height_ratios=heights)[:, 0]
         for axes, suite, part in zip(panels, suites, parts, strict=True):
-            _metric_panel(axes, part, runs[runs["suite"] == suite], metric)
+            _metric_panel(axes, part, runs[runs["suite"] == suite], metric, baseline)
             axes.set_title(suite)
-        row = METRICS[metric]
-        panels[-1].set_xlabel(f"{row.title} on test rows ({row.better} is better)")
+        panels[-1].set_xlabel(f"{label} ({row.better} is better)")
         entries: dict[str, Any] = {}
         for axes in panels:
             marks, names = axes.get_legend_handles_labels()
@@ -174,32 +193,65 @@ def tensor_names(keys: Sequence[str]) -> dict[str, str]:
     return {key: name if names.count(name) == 1 else key for key, name in short.items()}
 
 
-def _metric_panel(axes: Axes, part: pd.DataFrame, runs: pd.DataFrame, metric: str) -> None:
-    methods = list(part["method"].unique())
-    for baseline, style in zip(BASELINES, ("--", ":"), strict=True):
-        rows = part[(part["method"] == baseline) & ~part["finetuned"]]
-        for value in rows[metric].dropna():
-            axes.axvline(value, color="#666666", ls=style, lw=1.2, label=METHOD_NAMES[baseline])
-    for row in part.to_dict("records"):
+def _metric_panel(
+    axes: Axes, part: pd.DataFrame, runs: pd.DataFrame, metric: str, baseline: str | None
+) -> None:
+    column = metric if baseline is None else difference_column(metric, baseline)
+    is_rising = METRICS[metric].better == "higher"
+    ordered = part.sort_values(["finetuned", metric], ascending=[True, not is_rising])
+    methods = list(ordered["method"].unique())
+    for reference, style in zip(BASELINES, ("--", ":"), strict=True):
+        rows = part[(part["method"] == reference) & ~part["finetuned"]]
+        values = [0.0] * len(rows) if reference == baseline else rows[column].dropna()
+        for value in values:
+            axes.axvline(value, color=SOFT, ls=style, lw=1.2, label=METHOD_NAMES[reference])
+    floor = -math.inf if baseline is None else _floor(part[column])
+    for row in ordered.to_dict("records"):
         name, color, marker, offset = STAGES[bool(row["finetuned"])]
-        value, low, high = (row[f"{metric}{end}"] for end in ("", "_low", "_high"))
+        y = methods.index(row["method"]) + (offset if part["finetuned"].any() else 0.0)
+        value, low, high = (row[f"{column}{end}"] for end in ("", "_low", "_high"))
+        if row["method"] == baseline and not row["finetuned"]:
+            value = 0.0
+        if baseline is not None and not row["finetuned"]:
+            text = number(row[metric])
+            axes.text(
+                1.02, y, text, transform=axes.get_yaxis_transform(), va="center", fontsize=10
+            )
         if is_undefined(value):
             continue
-        y = methods.index(row["method"]) + offset
+        if value < floor:
+            axes.plot(floor, y, "<", color=color, ms=8, ls="none")
+            continue
         is_row = (runs["method"] == row["method"]) & (runs["finetuned"] == row["finetuned"])
-        singles = runs[is_row][metric].dropna()
+        singles = runs[is_row][column].dropna()
+        singles = singles[singles >= floor]
         if len(singles) > 1:
             axes.plot(singles, [y] * len(singles), "|", color=color, ms=9, label="one repetition")
         if not is_undefined(low):
-            axes.hlines(y, low, high, color=color, lw=1.8)
-        axes.plot(value, y, marker, color=color, ms=7, mec="white", ls="none", label=name)
+            axes.hlines(y, max(low, floor), high, color=color, lw=1.8)
+        if row["method"] in METHOD_NAMES and not row["finetuned"]:
+            name, fill, edge = "reference", PAPER, color
+        else:
+            fill, edge = color, PAPER
+        axes.plot(value, y, marker, color=fill, ms=7, mec=edge, mew=1.4, ls="none", label=name)
+    if floor > -math.inf:
+        axes.set_xlim(left=floor - 0.05 * (axes.get_xlim()[1] - floor))
     axes.set_yticks(range(len(methods)), [METHOD_NAMES.get(method, method) for method in methods])
     axes.set_ylim(len(methods) - 0.4, -0.6)
     axes.locator_params(axis="x", nbins=5)
     axes.ticklabel_format(axis="x", useOffset=False)
-    axes.grid(axis="y", color="#E5E5E5", lw=0.8)
+    axes.grid(axis="y", color=LINE, lw=0.8)
     axes.set_axisbelow(True)
     axes.tick_params(axis="y", length=0)
+
+
+def _floor(values: pd.Series[float]) -> float:
+    """Return the value below which rows are cut off; minus infinity if there is none."""
+    values = values.dropna()
+    if values.empty:
+        return -math.inf
+    floor = values.median() - REACH * (values.max() - values.median())
+    return float(floor) if values.min() < floor else -math.inf
 
 
 def _mixing_panel(
@@ -235,7 +287,7 @@ def _stacked_bar(axes: Axes, left: float, row: int, shares: Sequence[float]) -> 
         color = COLORS[source % len(COLORS)]
         axes.barh(row, share, left=left, height=0.8, color=color, lw=0)
         if share >= MIN_LABELED_SHARE:
-            ink = "white" if source % len(COLORS) in (0, 2, 5) else "black"
+            ink = ON_COLOR if source % len(COLORS) in (0, 2, 5) else "#000000"
             x = left + share / 2
             text = f"{share * 100:.0f}"
             axes.text(x, row, text, color=ink, ha="center", va="center", fontsize=9)

@@ -21,6 +21,7 @@ from cki_rec.evaluation.statistics import (
     holm,
     mean_interval,
     mean_of_paired,
+    percentile_interval,
     win_tie_loss,
 )
 
@@ -130,8 +131,8 @@ def summary_frame(
         Columns ``suite, method, finetuned, num_seeds, seeds``, each metric with ``_low`` and
         ``_high``, calibration, each difference with ``_low``, ``_high``, ``_p`` and ``_holm``,
         wins/ties/losses in AUC per baseline (repetitions whose interval lies above, around, below
-        0), ``recovered_share``, ``inference_cost``, ``parameters``, ``confidence``, and the mean
-        AUC per domain.
+        0), ``recovered_share`` with its bounds, ``inference_cost``, ``parameters``,
+        ``confidence``, and the mean AUC per domain.
 
     Raises:
         ValueError: The runs of a suite were not evaluated on the same data, or the repetitions of
@@ -145,7 +146,8 @@ def summary_frame(
     frame = pd.DataFrame(rows)
     for baseline, metric in itertools.product(BASELINES, COMPARED):
         _add_holm(frame, difference_column(metric.name, baseline))
-    frame["recovered_share"] = _recovered_shares(runs, frame)
+    shares = _recovered_shares(runs, frame, replicates, confidence)
+    frame = pd.concat([frame, pd.DataFrame(shares)], axis=1)
     return _typed(frame[[*_summary_columns(), *domain_columns(runs)]])
 
 
@@ -303,23 +305,27 @@ def _add_holm(summary: pd.DataFrame, column: str) -> None:
         summary.loc[family.index, name] = [np.nan if p is None else p for p in holm(p_values)]
 
 
-def _recovered_shares(runs: pd.DataFrame, summary: pd.DataFrame) -> list[float | None]:
+def _recovered_shares(
+    runs: pd.DataFrame, summary: pd.DataFrame, replicates: Replicates, confidence: float
+) -> list[dict[str, float | None]]:
     """Return the share per summary row: a ratio of means over the seeds that have all three.
 
     It is of suites whose sources saw disjoint rows: there a joint model knows more than they do.
+    Its bounds are percentiles of the ratio of both differences to the best source, resample by
+    resample. They are undefined unless the joint model is the better one in every resample.
     """
     disjoint = runs.groupby("suite")["disjoint"].all()
-    auc_of: dict[tuple[str, str, bool], dict[int, float]] = {}
-    for run in runs[["suite", "method", "finetuned", "seed", "auc"]].itertuples(index=False):
-        suite, method, finetuned, seed, auc = run
+    runs_of: dict[tuple[str, str, bool], dict[int, tuple[str, float]]] = {}
+    columns = runs[["suite", "method", "finetuned", "seed", "run_id", "auc"]]
+    for suite, method, finetuned, seed, run_id, auc in columns.itertuples(index=False):
         if not np.isnan(auc):
-            auc_of.setdefault((suite, method, finetuned), {})[seed] = auc
-    shares: list[float | None] = []
+            runs_of.setdefault((suite, method, finetuned), {})[seed] = (run_id, auc)
+    shares = []
     for suite, method, finetuned in zip(
         summary["suite"], summary["method"], summary["finetuned"], strict=True
     ):
         parts = [
-            auc_of.get(key, {})
+            runs_of.get(key, {})
             for key in (
                 (suite, method, finetuned),
                 (suite, BEST_SOURCE, False),
@@ -328,12 +334,32 @@ def _recovered_shares(runs: pd.DataFrame, summary: pd.DataFrame) -> list[float |
         ]
         seeds = sorted(set.intersection(*(set(part) for part in parts)))
         is_reference = method in (BEST_SOURCE, JOINT) and not finetuned
-        if not disjoint[suite] or is_reference or not seeds:
-            shares.append(None)
-        else:
-            means = [float(np.mean([part[seed] for seed in seeds])) for part in parts]
-            shares.append(recovered_share(*means))
+        share = None
+        if disjoint[suite] and not is_reference and seeds:
+            means = [float(np.mean([part[seed][1] for seed in seeds])) for part in parts]
+            share = recovered_share(*means)
+        gained, possible = (
+            _mean_replicates([part[seed][0] for seed in seeds], replicates)
+            for part in (parts[0], parts[2])
+        )
+        interval = Interval(share, None, None)
+        if share is not None and gained is not None and possible is not None:
+            if (possible > 0).all() and len(gained) == len(possible):
+                interval = percentile_interval(gained / possible, share, confidence)
+        shares.append(_bounds("recovered_share", interval))
     return shares
+
+
+def _mean_replicates(
+    run_ids: Sequence[str], replicates: Replicates
+) -> npt.NDArray[np.float64] | None:
+    """Return ``(R,)``, the mean AUC difference of runs to the best source in each resample."""
+    of_runs = [((replicates.get(run) or {}).get(BEST_SOURCE) or {}).get("auc") for run in run_ids]
+    arrays = [values for values in of_runs if values is not None]
+    if not arrays or len(arrays) < len(run_ids) or len({len(values) for values in arrays}) > 1:
+        return None
+    mean_R: npt.NDArray[np.float64] = np.stack(arrays).mean(axis=0)
+    return mean_R
 
 
 def _with_bounds(*columns: str) -> list[str]:
@@ -353,5 +379,6 @@ def _summary_columns() -> list[str]:
             for end in ("", "_low", "_high", "_p", "_holm")
         ),
         *(f"{WINS}{baseline}" for baseline in BASELINES),
-        *("recovered_share", "inference_cost", "parameters", "confidence"),
+        *_with_bounds("recovered_share"),
+        *("inference_cost", "parameters", "confidence"),
     ]

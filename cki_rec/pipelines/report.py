@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,30 +11,35 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from cki_rec.config import Config, UserError, first_comment
 from cki_rec.engine.record import Run, sweep_runs
-from cki_rec.evaluation.display import METHOD_NAMES, display_frame, markdown_table
+from cki_rec.evaluation.display import cell_parts, filled, main_frame
 from cki_rec.evaluation.html import report_page
-from cki_rec.evaluation.metrics import METRICS, PRIMARY
+from cki_rec.evaluation.markdown import markdown_table
+from cki_rec.evaluation.metrics import PRIMARY
 from cki_rec.evaluation.plots import metric_plot, mixing_plot
 from cki_rec.evaluation.records import current, current_name
-from cki_rec.evaluation.tables import BASELINES, csv_bytes, runs_frame, summary_frame
+from cki_rec.evaluation.tables import (
+    BEST_SOURCE,
+    csv_bytes,
+    difference_column,
+    runs_frame,
+    summary_frame,
+)
+from cki_rec.evaluation.verdict import verdicts
 from cki_rec.files import write_atomically
 from cki_rec.pipelines.evaluate import REPLICATES, own_metrics
 
-TERMINAL_COLUMNS = (
-    "method",
-    *(metric.title for metric in PRIMARY),
-    *(f"{METRICS['auc'].title} vs {METHOD_NAMES[baseline]}" for baseline in BASELINES),
-)
-"""Columns printed to the terminal."""
+TERMINAL_WIDTH = 100
+"""Most characters of a line that is printed."""
 
 
 def run(config: Config) -> None:
-    """Write ``runs.csv``, ``table.md``, ``report.html`` and figures; print the table.
+    """Write ``runs.csv``, ``table.md``, ``report.html`` and figures; print verdict and table.
 
     Raises:
         UserError: No run is recorded under the name.
@@ -51,22 +57,29 @@ def run(config: Config) -> None:
     )
     suites = {name: first_comment("suite", name) for name in frame["suite"].unique()}
     methods = {name: first_comment("merge", name) for name in labels}
-    figures = _figures(records, frame, summary, labels)
+    answer, figures = _answer(frame, summary), _figures(records, frame, summary, labels)
     page = report_page(
-        config.name, summary, frame, figures, incomplete, _provenance(records), methods, suites
+        *(config.name, summary, frame, figures, incomplete),
+        provenance=_provenance(records),
+        methods=methods,
+        suites=suites,
+        answer=answer,
     )
     title = " ".join([config.name, *incomplete])
     contents = {
         "runs.csv": csv_bytes(frame),
         "table.md": markdown_table(summary, frame, title, suites, methods).encode(),
-        **{f"{_file_name(caption)}.svg": svg.encode() for caption, svg in figures.items()},
+        **{
+            f"{_file_name(caption)}.svg": svg.encode()
+            for caption, svg in (answer | figures).items()
+        },
         "report.html": page.encode(),
     }
     folder = Path(config.runtime.reports) / config.name
     for name, content in contents.items():
         write_atomically(folder / name, content)
 
-    _print(summary)
+    _print(summary, verdicts(summary, frame))
     print(" ".join([f"{len(runs)} evaluated models.", *incomplete]))
     print(f"report: {folder / 'report.html'}")
 
@@ -131,6 +144,18 @@ def _frames(
         ) from None
 
 
+def _answer(frame: pd.DataFrame, summary: pd.DataFrame) -> dict[str, str]:
+    """Return caption -> SVG text: per suite, AUC against the best source, or AUC without one."""
+    figures = {}
+    for suite, part in summary.groupby("suite", sort=False):
+        runs = frame[frame["suite"] == suite]
+        has_differences = part[difference_column("auc", BEST_SOURCE)].notna().any()
+        baseline = BEST_SOURCE if has_differences else None
+        caption = "AUC against the best source" if has_differences else "AUC"
+        figures[f"{caption}, suite {suite}"] = metric_plot(part, runs, "auc", baseline)
+    return figures
+
+
 def _figures(
     records: Sequence[dict[str, Any]],
     frame: pd.DataFrame,
@@ -148,20 +173,38 @@ def _figures(
     return figures
 
 
-def _print(summary: pd.DataFrame) -> None:
-    """Print one table per suite, as wide as the terminal allows."""
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=150)
-    shown = display_frame(summary)
-    for suite, rows in shown.groupby("suite", sort=False):
-        table = Table(title=f"suite {suite}", title_justify="left")
-        columns = [c for c in TERMINAL_COLUMNS if c in rows and (rows[c] != "").any()]
-        for column in columns:
-            table.add_column(column)
-        for row in rows[columns].itertuples(index=False):
-            table.add_row(*map(str, row))
+def _print(summary: pd.DataFrame, answers: Mapping[str, Sequence[str]]) -> None:
+    """Print the verdict of every suite, then its table; names are shown as typed."""
+    console = Console(markup=False, emoji=False, highlight=False)
+    console.width = min(console.width, TERMINAL_WIDTH) if console.is_terminal else TERMINAL_WIDTH
+    for suite, sentences in answers.items():
+        console.print(f"{suite}: {' '.join(sentences)}")
+    shown = main_frame(summary)
+    for suite in answers:
+        rows = filled(shown[shown["suite"] == suite].drop(columns="suite"))
+        table = Table(
+            Column("method", overflow="fold"),
+            *(Column(_broken(title), justify="right", no_wrap=True) for title in rows.columns[1:]),
+            title=f"\nsuite {suite}",
+            title_justify="left",
+            box=SIMPLE_HEAD,
+            show_edge=False,
+            padding=0,
+        )
+        for name, *cells in rows.to_numpy():
+            table.add_row(name, *map(_stacked, cells))
         console.print(table)
+
+
+def _broken(title: str) -> str:
+    """Return the title of a column in short lines."""
+    return title.replace(" vs ", " vs\n").replace(" recal.", "\nrecal.")
+
+
+def _stacked(cell: str) -> str:
+    """Return a cell with its interval below value and mark."""
+    value, interval, mark = cell_parts(cell)
+    return f"{value} ({mark})\n{interval}" if mark else f"{value}\n{interval}".rstrip()
 
 
 def _replicates(run: Run) -> dict[str, dict[str, NDArray[np.float64]]]:
@@ -190,5 +233,4 @@ def _provenance(records: Sequence[dict[str, Any]]) -> dict[str, str]:
 
 def _file_name(caption: str) -> str:
     """Return ``auc_on_test_rows`` for "AUC on test rows"; text after a bracket is left out."""
-    words = caption.partition(" (")[0].lower().replace(",", " ").split()
-    return "_".join(words)
+    return re.sub(r"[^\w.-]+", "_", caption.partition(" (blank")[0].lower()).strip("_")

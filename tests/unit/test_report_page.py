@@ -8,7 +8,7 @@ import matplotlib
 import pytest
 from test_tables import experiment, record
 
-from cki_rec.evaluation.html import report_page
+from cki_rec.evaluation.html import THEME, report_page
 from cki_rec.evaluation.plots import metric_plot, mixing_plot, tensor_names
 from cki_rec.evaluation.tables import runs_frame, summary_frame
 
@@ -70,6 +70,42 @@ def test_metric_plot_of_one_repetition_and_undefined_values():
     assert "lost" in texts(metric_plot(summary_frame(runs, {}), runs, "auc"))
 
 
+def test_methods_of_a_figure_are_sorted_and_one_far_below_is_cut_off():
+    aucs = {"best_source": 0.7, "low": 0.69, "high": 0.72, "awful": 0.4}
+    records = [record(method, auc=auc) for method, auc in aucs.items()]
+    runs = runs_frame(records)
+    svg = metric_plot(summary_frame(runs, {}), runs, "auc", "best_source")
+    shown = texts(svg)
+    names = [name for name in shown if name in aucs or name == "best source"]
+    assert names[:4] == ["high", "best source", "low", "awful"]
+    assert {".7200", ".7000", ".4000"} <= set(
+        shown
+    )  # values of the metric, beside the differences
+    ticks = [float(text.replace("\N{MINUS SIGN}", "-")) for text in shown if text[-3:].isdigit()]
+    assert min(ticks) > -0.2  # awful, at -.3, is an arrow at the edge
+    losses = texts(metric_plot(summary_frame(runs, {}), runs, "log_loss"))
+    assert losses.index("high") < losses.index("awful")
+
+
+def test_figures_of_a_page_follow_its_colors(frames):
+    svg = metric_plot(*frames, "auc", "best_source")
+    page = report_page("Quick", *frames, {}, answer={"AUC": svg})
+    drawing = page.partition("<svg")[2].partition("</svg>")[0]
+    assert not [color for color in THEME if color in drawing]
+    assert "fill: var(--ink)" in drawing
+    assert "var(" not in svg  # the file stands alone
+    assert "difference to the best source" in page
+
+
+def test_a_figure_without_a_best_source_shows_auc_itself():
+    runs = runs_frame([record("joint", difference=None)])
+    summary = summary_frame(runs, {})
+    svg = metric_plot(summary, runs, "auc")
+    page = report_page("Quick", summary, runs, {}, answer={"AUC": svg})
+    assert "intervals over repetitions" in page
+    assert "difference to the best source" not in page
+
+
 def test_figures_have_the_same_bytes_under_any_user_settings(frames):
     first = metric_plot(*frames, "auc")
     with matplotlib.rc_context({"font.size": 30, "svg.hashsalt": "x", "axes.grid": True}):
@@ -112,13 +148,14 @@ def test_page_is_standalone_and_well_formed(frames):
     assert page == report_page("Quick", summary, runs, figures, ["One note."], **build)
     parsed = Page(page)
     tags = [tag for tag, _ in parsed.tags]
-    assert not {"script", "link", "iframe", "img"} & set(tags)
+    assert not {"link", "iframe", "img"} & set(tags)
+    assert [attrs for tag, attrs in parsed.tags if tag == "script"] == [{}]  # it has no source
     assert ("html", {"lang": "en"}) in parsed.tags
     assert any(attrs.get("name") == "viewport" for _, attrs in parsed.tags)
-    links = [attrs["href"] for tag, attrs in parsed.tags if tag == "a"]
-    targets = {attrs["id"] for tag, attrs in parsed.tags if tag == "h2"}
-    assert {link.removeprefix("#") for link in links} == targets
-    assert tags.count("table") == tags.count("caption") == 5  # two a suite, and provenance
+    assert "a" not in tags
+    assert tags.count("table") == tags.count("caption") == 6  # three per suite
+    assert tags.index("details") > tags.index("table") > tags.index("section")
+    assert tags.count("table") - tags[: tags.index("details")].count("table") == 4
     assert [a["aria-label"] for t, a in parsed.tags if t == "svg"] == ["AUC per method"]
     assert "@import" not in page
     assert not re.search(r"url\((?!#)", page)
@@ -140,16 +177,17 @@ def test_page_escapes_every_text():
     page = report_page(bad, summary, runs, figures, [bad], {bad: bad}, {bad: bad}, {bad: bad})
     parsed = Page(page)
     assert "b" not in {tag for tag, _ in parsed.tags}
+    assert [tag for tag, _ in parsed.tags].count("script") == 1
     assert "".join(parsed.text).count(bad) > 12
 
 
 def test_page_shows_intervals_and_marks_apart(frames):
     page = report_page("Quick", *frames, {})
+    assert "<figure>" not in page
     assert re.search(
         r'<td>\+\.0500 <span class="better">\(\+\+\)</span> '
         r'<span class="range">\[\+\.\d{4}, \+\.\d{4}\]</span></td>',
         page,
     )
-    assert "Figures" not in page
     assert '<th scope="col">DeLong p vs best source</th>' in page
     assert "DeLong p vs output ensemble" not in page  # no run has it

@@ -1,12 +1,15 @@
 """The report pipeline on records made by hand: files, and records of version 0.1.0."""
 
 import json
+import re
 
 import numpy as np
-from test_tables import record
+from test_tables import experiment, record
 
 from cki_rec.cli import main
 from cki_rec.engine.record import RECORD, Run, add_to_sweep
+from cki_rec.evaluation.display import main_frame
+from cki_rec.evaluation.tables import runs_frame, summary_frame
 from cki_rec.pipelines.evaluate import REPLICATES
 
 
@@ -38,6 +41,7 @@ def test_report_reads_records_of_version_0_1_0(tmp_path, capsys):
     assert "auto" in capsys.readouterr().out
     names = {path.name for path in (tmp_path / "new").iterdir() if path.is_file()}
     figures = {"auc_on_test_rows.svg", "logloss_on_test_rows.svg"}
+    figures |= {"auc_against_the_best_source_suite_shards.svg"}
     assert names == figures | {
         *("mixing_weights_suite_shards.svg", "report.html", "runs.csv", "table.md")
     }
@@ -60,3 +64,54 @@ def test_runs_that_do_not_belong_together_are_refused_with_their_releases(tmp_pa
     error = capsys.readouterr().err
     assert "made by releases 0.1.0 and 0.2.0" in error
     assert "Traceback" not in error
+
+
+def test_names_with_tags_and_brackets_are_shown_as_typed(tmp_path, capsys):
+    """They are escaped in table.md and the page, and the terminal reads no markup in them."""
+    labels = ["slerp [t=0.5]", "slerp [/half]", "<script>alert(1)</script>", ":smile: *x*"]
+    suite = "<b>a/b</b> [red]"
+    for seed, label in enumerate(labels):
+        one = record(label, suite=suite)
+        one["run_id"] = f"evaluate-{seed}"
+        write_run(tmp_path / "out", one, "odd", "best_source")
+    places = [f"runtime.out={tmp_path / 'out'}", f"runtime.reports={tmp_path}"]
+    assert main(["report", "name=odd", *places]) == 0
+    printed = capsys.readouterr().out
+    assert f"suite {suite}" in printed
+    for label in ("slerp [t=0.5]", "slerp [/half]", ":smile: *x*"):
+        assert label in printed
+    table = (tmp_path / "odd" / "table.md").read_text()
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in table
+    assert r"slerp \[t=0.5\]" in table
+    assert r":smile: \*x\*" in table
+    assert r"## &lt;b&gt;a/b&lt;/b&gt; \[red\]" in table
+    page = (tmp_path / "odd" / "report.html").read_text()
+    for text in (table, page):
+        assert not {"<script>alert", "<b>"} & set(re.findall(r"<script>alert|<b>", text))
+    assert (tmp_path / "odd" / "auc_against_the_best_source_suite_b_a_b_b_red.svg").exists()
+
+
+def test_the_terminal_shows_the_verdict_the_path_and_eight_columns(tmp_path, capsys):
+    """With every column and long names, no line is longer than 100 characters."""
+    records, replicates = experiment()
+    records = [one for one in records if one["result"]["seed"] == 1]
+    for one in records:
+        for baseline in ("best_source", "output_ensemble"):
+            if one["result"]["difference"]:
+                best = one["result"]["difference"]["best_source"]
+                one["result"]["difference"][baseline] = best
+        if one["result"]["method"] == "cki":
+            one["result"]["method"] = "a_method_with_a_long_name_of_its_own"
+        write_run(tmp_path / "out", one, "wide", "best_source")
+    places = [f"runtime.out={tmp_path / 'out'}", f"runtime.reports={tmp_path}"]
+    assert main(["report", "name=wide", *places]) == 0
+    printed = capsys.readouterr().out
+    assert max(map(len, printed.splitlines())) <= 100
+    assert printed.startswith("seeds: a_method_with_a_long_name_of_its_own beats the best source")
+    assert printed.index("shards: a_method_with") < printed.index("suite seeds")
+    assert f"report: {tmp_path / 'wide' / 'report.html'}" in printed
+    shown = main_frame(summary_frame(runs_frame(records), replicates))
+    assert list(shown.columns) == [
+        *("suite", "method", "seeds", "cost", "AUC", "LogLoss recal."),
+        *("AUC vs best source", "AUC vs output ensemble", "recovered"),
+    ]

@@ -7,7 +7,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from cki_rec.evaluation.display import display_frame, markdown_table, number
+from cki_rec.evaluation.display import display_frame, number
+from cki_rec.evaluation.markdown import markdown_table
 from cki_rec.evaluation.records import current
 from cki_rec.evaluation.tables import csv_bytes, recovered_share, runs_frame, summary_frame
 
@@ -318,12 +319,19 @@ def test_markdown_describes_the_numbers():
         *("90 % percentile bootstrap", "400 resamples of users", "90 % Student t", "blank cell"),
         *("Holm's correction at 10 %", "W/T/L: ", "rows as independent", "LogLoss recal.: "),
         *("without fine-tuning", "| cki + fine-tuned | 3 | 1 | .7800 [", "recovered"),
+        *("<details><summary>How to read", "</details>"),
     ):
         assert part in text
     assert "nan" not in text.lower()
     tables = [line for line in text.splitlines() if line.startswith("|")]
-    assert len(tables) == 2 * (2 + 5)
-    assert len({line.count("|") for line in tables[:7]}) == 1
+    assert len(tables) == 2 * 2 * (2 + 5)
+    assert [line.count("|") for line in tables[:7]] == [7] * 7  # no ensemble to compare with
+    first, fold = text.index("**seeds**\n\n- cki beats"), text.index("<details>")
+    assert (
+        first < text.index("## seeds") < text.index(tables[0]) < fold < text.index("Holm's corr")
+    )
+    aucs = [line.split("|")[4].split()[0] for line in tables[2:7]]
+    assert aucs == sorted(aucs, reverse=True)
 
 
 def test_markdown_names_the_assumption_that_nothing_checks():
