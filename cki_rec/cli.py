@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
 PIPELINES = {
-    "inspect": "describe the columns of your file, and draft its conf/data/NAME.yaml",
     "prepare": "encode a data set and print its summary",
     "train": "train one model",
     "assess": "compare models before a merge: compatibility, distances, seen rows, the barrier",
@@ -39,9 +38,9 @@ PIPELINES = {
     "evaluate": "all of the above as configured, then metrics and intervals on test rows",
     "export": "write a trained or merged model as one file that serves without this package",
     "report": "tables, figures and an HTML page from the records of a name",
+    "inspect": "describe the columns of your file, and draft its conf/data/NAME.yaml",
 }
 EXAMPLES = {
-    "inspect": "my.csv",
     "prepare": "data=movielens_1m data.raw=ml-1m.zip",
     "train": "model=deepfm seed=2 train.epochs=5",
     "assess": "'merge.sources=[{seed: 1},{seed: 2}]' assess.barrier=5",
@@ -50,6 +49,7 @@ EXAMPLES = {
     "evaluate": "-m suite=seeds,shards seed=1,2,3 merge=average,evidence",
     "export": "run=train-0123456789abcdef format=onnx",
     "report": "name=quickstart",
+    "inspect": "my.csv",
 }
 RENAMED = {"integrate": ["merge"]}
 """Present names of commands of earlier releases."""

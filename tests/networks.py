@@ -18,6 +18,7 @@ def options(name: str = "deepfm", **changes) -> Model:
     """Return options of a small network; ``cross__rank=2`` changes ``cross.rank``."""
     model = Model(
         name=name,
+        module=None,
         embedding_dim=8,
         hidden=[16, 8],
         activation="relu",
