@@ -177,9 +177,10 @@ def check_sizes(split: Split, sizes: Sequence[int], is_listed: bool = False) -> 
         "files": "its file has no rows; choose another data.split.by",
     }.get(split.by, f"raise its share in data.split.fractions={list(split.fractions)}")
     num_zeros = 0
-    if is_listed and split.by in ("random", "hash", "time") and split.fractions[0] == 0:
+    is_without_training = split.by in ("random", "hash", "time") and split.fractions[0] == 0
+    if is_without_training and is_listed:
         num_zeros = 2 if split.fractions[1] == 0 else 1
-    elif split.fractions[0] == 0 and split.by in ("random", "hash", "time"):
+    elif is_without_training:
         fix += (
             ", or, for evaluation alone, name the token lists of the models in data.vocabularies"
         )
