@@ -16,7 +16,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cki_rec import COMMAND_VARIABLE, project_root
+from cki_rec import COMMAND_VARIABLE, JOB_VARIABLE, project_root
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -225,6 +225,8 @@ def _sweep(pipeline: str, overrides: list[str]) -> None:
         register_resolvers()
         _start_log()
         state = HydraConfig.get()
+        if sweep := os.environ.get(JOB_VARIABLE, "").split():
+            os.environ[JOB_VARIABLE] = f"{sweep[0]} {state.job.num}"
         log.info("%s %s", sweep_position(int(state.job.num)), state.job.override_dirname)
         try:
             return _run_job(pipeline, composed)
@@ -239,6 +241,7 @@ def _sweep(pipeline: str, overrides: list[str]) -> None:
         raise UserError(" ".join(str(error).split())) from None
     finally:
         sys.argv = arguments
+        os.environ.pop(JOB_VARIABLE, None)
 
 
 class SweepProgress:
@@ -249,9 +252,9 @@ class SweepProgress:
         total = num_jobs(config)
         os.environ[SWEEP_VARIABLE] = f"{total} {time.time()}"
         if shlex.split(os.environ[COMMAND_VARIABLE])[1] == "evaluate":
-            from cki_rec.engine.record import start_sweep
+            from cki_rec.engine.sweeps import start_sweep
 
-            start_sweep(Path(config.runtime.out), config.name, total)
+            os.environ[JOB_VARIABLE] = start_sweep(Path(config.runtime.out), config.name, total)
 
     def __getattr__(self, name: str) -> Any:
         """Accept every other event of Hydra's callback protocol, and do nothing."""

@@ -16,7 +16,8 @@ from cki_rec.config import Config, Evaluate, UserError, run_id, section
 from cki_rec.data.encoding import store
 from cki_rec.data.encoding.store import EncodedDataset
 from cki_rec.data.test_labels import all_labels
-from cki_rec.engine.record import Run, add_to_sweep, open_run, save_arrays
+from cki_rec.engine.record import Run, open_run, save_arrays
+from cki_rec.engine.sweeps import add_to_sweep
 from cki_rec.evaluation.bootstrap import Resamples, resampling_weights
 from cki_rec.evaluation.measure import Logits, Rows, compare
 from cki_rec.evaluation.metrics import PRIMARY

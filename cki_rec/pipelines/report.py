@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,8 @@ from rich.console import Console
 from rich.table import Table
 
 from cki_rec.config import Config, UserError, first_comment
-from cki_rec.engine.record import Run, sweep_runs
+from cki_rec.engine.record import Run, load_arrays
+from cki_rec.engine.sweeps import list_of, sweep_runs
 from cki_rec.evaluation.display import METHOD_NAMES, display_frame, markdown_table
 from cki_rec.evaluation.html import report_page
 from cki_rec.evaluation.metrics import METRICS, PRIMARY
@@ -30,6 +33,11 @@ TERMINAL_COLUMNS = (
 )
 """Columns printed to the terminal."""
 
+MAX_FILE_NAME = 100
+"""Letters of a figure's file name."""
+
+log = logging.getLogger(__name__)
+
 
 def run(config: Config) -> None:
     """Write ``runs.csv``, ``table.md``, ``report.html`` and figures; print the table.
@@ -37,7 +45,8 @@ def run(config: Config) -> None:
     Raises:
         UserError: No run is recorded under the name.
     """
-    runs, num_missing = sweep_runs(Path(config.runtime.out), config.name)
+    listed, num_missing = sweep_runs(Path(config.runtime.out), config.name)
+    runs, replicates = _readable(listed)
     if not runs:
         raise UserError(
             f"name={config.name}: no run is recorded under it in {config.runtime.out}; start with"
@@ -45,10 +54,12 @@ def run(config: Config) -> None:
         )
     records = [current(run.record) for run in runs if run.record is not None]
     labels = list(dict.fromkeys(record["result"]["method"] for record in records))
-    frame, summary = _frames(config.name, runs, records, labels)
+    frame, summary = _frames(config, records, replicates, labels)
     incomplete = (
         [f"Incomplete: {num_missing} jobs of the sweep are missing."] if num_missing else []
     )
+    if num_damaged := len(listed) - len(runs):
+        incomplete.append(f"Incomplete: {num_damaged} damaged runs are left out.")
     suites = {name: first_comment("suite", name) for name in frame["suite"].unique()}
     methods = {name: first_comment("merge", name) for name in labels}
     figures = _figures(records, frame, summary, labels)
@@ -71,8 +82,29 @@ def run(config: Config) -> None:
     print(f"report: {folder / 'report.html'}")
 
 
+def _readable(
+    runs: Sequence[Run],
+) -> tuple[list[Run], dict[str, dict[str, dict[str, NDArray[np.float64]]]]]:
+    """Return the undamaged runs and their replicates (``_replicates``); warn about the others."""
+    readable, replicates = [], {}
+    for run in runs:
+        found = _replicates(run)
+        if found is None:
+            log.warning(
+                "%s is missing or damaged; the run is left out: evaluate it again",
+                run.path / REPLICATES,
+            )
+            continue
+        readable.append(run)
+        replicates[run.path.name] = found
+    return readable, replicates
+
+
 def _frames(
-    name: str, runs: Sequence[Run], records: Sequence[dict[str, Any]], labels: Sequence[str]
+    config: Config,
+    records: Sequence[dict[str, Any]],
+    replicates: dict[str, dict[str, dict[str, NDArray[np.float64]]]],
+    labels: Sequence[str],
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Return the frame of runs and the frame of their summaries.
 
@@ -84,15 +116,15 @@ def _frames(
         if len(confidences) > 1:
             raise ValueError(f"intervals of confidence {sorted(confidences)}")
         frame = runs_frame(records, labels)
-        replicates = {run.path.name: _replicates(run) for run in runs}
         return frame, summary_frame(frame, replicates, *confidences)
     except ValueError as error:
         versions = [record["provenance"]["versions"] for record in records]
         releases = sorted({known.get("cki-rec", "unknown") for known in versions})
         made_by = f", made by releases {' and '.join(releases)}" if len(releases) > 1 else ""
         raise UserError(
-            f"name={name} holds runs that do not belong in one table ({error}){made_by}; evaluate"
-            " them again, each setting and release under a separate name"
+            f"name={config.name} holds runs that do not belong in one table ({error}){made_by};"
+            " evaluate them again, each setting and release under a separate name. To begin this"
+            f" name anew, delete {list_of(Path(config.runtime.out), config.name)}"
         ) from None
 
 
@@ -115,9 +147,9 @@ def _figures(
 
 def _print(summary: pd.DataFrame) -> None:
     """Print one table per suite, as wide as the terminal allows."""
-    console = Console()
+    console = Console(markup=False, emoji=False)  # labels hold brackets and colons
     if not console.is_terminal:
-        console = Console(width=150)
+        console = Console(width=150, markup=False, emoji=False)
     shown = display_frame(summary)
     for suite, rows in shown.groupby("suite", sort=False):
         table = Table(title=f"suite {suite}", title_justify="left")
@@ -129,13 +161,15 @@ def _print(summary: pd.DataFrame) -> None:
         console.print(table)
 
 
-def _replicates(run: Run) -> dict[str, dict[str, NDArray[np.float64]]]:
-    """Return baseline -> metric -> replicates of the difference."""
+def _replicates(run: Run) -> dict[str, dict[str, NDArray[np.float64]]] | None:
+    """Return baseline -> metric -> replicates of the difference; None if they are damaged."""
+    arrays = load_arrays(run.path / REPLICATES)
+    if arrays is None:
+        return None
     nested: dict[str, dict[str, NDArray[np.float64]]] = {}
-    with np.load(run.path / REPLICATES, allow_pickle=False) as arrays:
-        for key in arrays.files:
-            baseline, metric = key.split("/")
-            nested.setdefault(current_name(baseline), {})[metric] = arrays[key]
+    for key, array in arrays.items():
+        baseline, metric = key.split("/")
+        nested.setdefault(current_name(baseline), {})[metric] = array
     return nested
 
 
@@ -155,5 +189,4 @@ def _provenance(records: Sequence[dict[str, Any]]) -> dict[str, str]:
 
 def _file_name(caption: str) -> str:
     """Return ``auc_on_test_rows`` for "AUC on test rows"; text after a bracket is left out."""
-    words = caption.partition(" (")[0].lower().replace(",", " ").split()
-    return "_".join(words)
+    return re.sub(r"[^\w.-]+", "_", caption.partition(" (")[0].lower())[:MAX_FILE_NAME]

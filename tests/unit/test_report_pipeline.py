@@ -6,7 +6,8 @@ import numpy as np
 from test_tables import record
 
 from cki_rec.cli import main
-from cki_rec.engine.record import RECORD, Run, add_to_sweep
+from cki_rec.engine.record import RECORD, Run
+from cki_rec.engine.sweeps import add_to_sweep
 from cki_rec.pipelines.evaluate import REPLICATES
 
 
@@ -60,3 +61,41 @@ def test_runs_that_do_not_belong_together_are_refused_with_their_releases(tmp_pa
     error = capsys.readouterr().err
     assert "made by releases 0.1.0 and 0.2.0" in error
     assert "Traceback" not in error
+
+
+def test_damaged_runs_are_left_out_of_a_report(tmp_path, capsys):
+    """One line names the file of each; the others are reported."""
+    for seed in (1, 2, 3, 4):
+        one = record("auto", seed=seed, shares={"mlp.0.weight": [0.5, 0.5]})
+        one["run_id"] = f"evaluate-{seed}"
+        write_run(tmp_path, one, "n", "best_source")
+    places = ["name=n", f"runtime.out={tmp_path}", f"runtime.reports={tmp_path}"]
+    cut = tmp_path / "evaluate-2" / REPLICATES
+    cut.write_bytes(cut.read_bytes()[:100])
+    (tmp_path / "evaluate-3" / REPLICATES).unlink()
+    (tmp_path / "evaluate-4" / RECORD).write_text("")
+    assert main(["report", *places]) == 0
+    shown = capsys.readouterr().out
+    for seed in (2, 3):
+        file = tmp_path / f"evaluate-{seed}" / REPLICATES
+        assert f"{file} is missing or damaged; the run is left out" in shown
+    assert "1 evaluated models. Incomplete: 2 damaged runs are left out." in shown
+    assert "2 damaged runs" in (tmp_path / "n" / "table.md").read_text()
+
+
+def test_brackets_and_colons_of_labels_are_shown_as_typed(tmp_path, capsys):
+    labels = ["slerp [t=0.5]", "slerp [/half]", "slerp [red] $x_{$ :+1:"]
+    for number, label in enumerate(labels):
+        one = record(label, suite="a [/b] ../c", shares={"mlp.0.weight": [0.5, 0.5]})
+        one["run_id"] = f"evaluate-{number}"
+        write_run(tmp_path / "out", one, "n", "best_source")
+    places = [f"runtime.out={tmp_path / 'out'}", f"runtime.reports={tmp_path / 'reports'}"]
+    assert main(["report", "name=n", *places]) == 0
+    shown = capsys.readouterr().out
+    folder = tmp_path / "reports" / "n"
+    texts = [shown, *((folder / name).read_text() for name in ("table.md", "report.html"))]
+    for label in [*labels, "a [/b] ../c"]:
+        assert all(label in text for text in texts), label
+    assert labels[2] in (folder / "auc_on_test_rows.svg").read_text()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "reports"]
+    assert (folder / "mixing_weights_suite_a_b_.._c.svg").exists()
