@@ -141,15 +141,17 @@ def compose_config(overrides: list[str], is_sweep: bool = False) -> DictConfig:
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
-    from cki_rec.config import UserError, register_resolvers
+    from cki_rec.config import UserError, check_name, register_resolvers, texts_as_typed
 
     register_resolvers()
+    overrides = texts_as_typed(overrides)
     with initialize_config_dir(str(CONF), version_base="1.3"):
         try:
             first = _check_choices(overrides)
             composed = compose("config", first if is_sweep else overrides)
         except (HydraException, OmegaConfBaseException) as error:
             raise UserError(_explain(error, overrides)) from None
+    check_name("name", composed.name)  # before Hydra makes the folder of a sweep
     _check_method(composed.merge.method, (CONF, *_search_path(overrides)))
     return composed
 
@@ -214,8 +216,9 @@ def _sweep(pipeline: str, overrides: list[str]) -> None:
     import hydra
     from hydra.errors import HydraException
 
-    from cki_rec.config import UserError, register_resolvers
+    from cki_rec.config import UserError, register_resolvers, texts_as_typed
 
+    overrides = texts_as_typed(overrides)
     compose_config(overrides, is_sweep=True)  # for a short error before Hydra starts
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors reach main() as they are, and become one line
 
@@ -271,8 +274,7 @@ def num_jobs(config: DictConfig) -> int:
     if "n_trials" in sweeper:
         return int(sweeper.n_trials)
     words = [f"{key}={value}" for key, value in (sweeper.get("params") or {}).items()]
-    words += list(config.hydra.overrides.task)
-    overrides = OverridesParser.create().parse_overrides(words)
+    overrides = OverridesParser.create().parse_overrides([*words, *config.hydra.overrides.task])
     latest = {override.key_or_group: override for override in overrides}.values()
     return math.prod(len(list(o.sweep_string_iterator())) for o in latest if o.is_sweep_override())
 
@@ -308,7 +310,7 @@ def _check_choices(overrides: list[str]) -> list[str]:
     """
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
-    from cki_rec.config import UserError
+    from cki_rec.config import UserError, nearest
 
     groups, first = _groups(_search_path(overrides)), []
     for override in OverridesParser.create().parse_overrides(overrides):
@@ -324,10 +326,8 @@ def _check_choices(overrides: list[str]) -> list[str]:
         for choice in values if override.key_or_group in groups else []:
             choices = groups[override.key_or_group]
             if choice not in (*choices, "null") and not override.is_delete():
-                close = get_close_matches(choice, choices, n=1)
-                hint = f"did you mean '{close[0]}'? " if close else ""
-                known = ", ".join(choices)
-                raise UserError(f"{override.key_or_group}={choice}: {hint}one of {known}")
+                known = f"{nearest(choice, choices)}one of {', '.join(choices)}"
+                raise UserError(f"{override.key_or_group}={choice}: {known}")
     return first
 
 
@@ -335,6 +335,8 @@ def _explain(error: Exception, overrides: list[str]) -> str:
     """Return one line for an error of composition: the mistake and the nearest name."""
     from hydra import compose
     from omegaconf import OmegaConf
+
+    from cki_rec.config import nearest
 
     groups = _groups(_search_path(overrides))
     known: set[str] = set(groups)
@@ -350,9 +352,7 @@ def _explain(error: Exception, overrides: list[str]) -> str:
         if "=" not in override:
             return f"'{override}': options are written key=value; see cki-rec --help"
         if key not in known and not key.startswith("hydra") and not override.startswith("+"):
-            close = get_close_matches(key, known, n=1)
-            hint = f"did you mean '{close[0]}'? " if close else ""
-            return f"no option '{key}': {hint}see cki-rec --help"
+            return f"no option '{key}': {nearest(key, known)}see cki-rec --help"
     return " ".join(str(error).split())
 
 
@@ -410,9 +410,8 @@ def _pipeline_help(pipeline: str, groups: dict[str, list[str]]) -> str:
         choices = groups[group]
         shown = "default" if "default" in choices else _groups()[group][-1]
         text = (CONF / group / f"{shown}.yaml").read_text()
-        body = [x for x in text.splitlines() if x and x[0] != "#"]
         lines += [f"{group}={'|'.join(choices)}; {group}.KEY=VALUE with, in {group}={shown}:"]
-        lines += [f"    {line}" for line in body] + [""]
+        lines += [f"    {x}" for x in text.splitlines() if x and x[0] != "#"] + [""]
     return "\n".join(lines).rstrip()
 
 

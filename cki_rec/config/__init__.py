@@ -29,9 +29,11 @@ from cki_rec.config.parsing import (
     register_resolvers,
     run_id,
     section,
+    texts_as_typed,
     with_delta,
 )
 from cki_rec.config.section import choices
+from cki_rec.config.texts import check_name
 
 __all__ = [
     "Align",
@@ -58,6 +60,7 @@ __all__ = [
     "Synthetic",
     "Train",
     "UserError",
+    "check_name",
     "choices",
     "first_comment",
     "model_options",
@@ -66,5 +69,6 @@ __all__ = [
     "register_resolvers",
     "run_id",
     "section",
+    "texts_as_typed",
     "with_delta",
 ]

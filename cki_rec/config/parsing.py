@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any, cast
 
@@ -14,6 +15,7 @@ from cki_rec import __version__, project_root
 from cki_rec.config.errors import UserError, nearest
 from cki_rec.config.options import Config, Model
 from cki_rec.config.section import validated
+from cki_rec.config.texts import quote_texts
 
 WHOLE = ("base", "start")
 """Options that a change replaces whole: they name one model."""
@@ -49,6 +51,11 @@ def parse(composed: DictConfig) -> Config:
         line = str(error).splitlines()[0]
         raise UserError(f"{error.full_key or 'configuration'}: {line}") from None
     return validated(Config, cast("dict[str, Any]", values))
+
+
+def texts_as_typed(words: Sequence[str]) -> list[str]:
+    """Return the options of a command line, of which Hydra changes no text (``quote_texts``)."""
+    return quote_texts(words, Config)
 
 
 def run_id(pipeline: str, reads: dict[str, Any]) -> str:
