@@ -35,6 +35,7 @@ REPLICATES = "replicates.npz"
 
 def run(config: Config) -> float | None:
     """Make the configured model, measure it on test rows, and return its validation AUC."""
+    preflight.check_label(config)
     label, is_tuned = config.merge.label, config.finetune.epochs > 0
     if reason := _refusal(config):
         add_to_sweep(Path(config.runtime.out), config.name, None)
@@ -146,8 +147,9 @@ def _evaluate(
         "best_source": mean_logits([predictions(config, dataset, best)]),
         "output_ensemble": mean_logits([predictions(config, dataset, s) for s in models.suite]),
     }
-    if config.merge.label in baselines and not is_tuned:
-        baselines[config.merge.label] = None  # the baseline itself
+    is_unchanged = config.merge.refine == "none" and models.merged == models.suite
+    if config.merge.method in baselines and is_unchanged and not is_tuned:
+        baselines[config.merge.method] = None  # the baseline itself
     model, difference, replicates = compare(
         _logits(config, dataset, members),
         baselines,
