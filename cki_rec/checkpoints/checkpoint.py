@@ -95,14 +95,16 @@ def external_identity(folder: Path) -> str:
 
 
 def content_digest(folder: Path) -> str:
-    """Return a digest of the tensors of a checkpoint, made of those that its description holds.
+    """Return a digest of a checkpoint: of its description, which holds those of its tensors.
+
+    It is equal for copies, and for equal trainings in two folders.
 
     Raises:
         UserError: There is no checkpoint, or its description is damaged.
     """
-    files = _description(folder)["files"]
-    values = [digest for name, digest in sorted(files.items()) if name != ".metadata"]
-    return hashlib.sha256(json.dumps(values).encode()).hexdigest()
+    content = _description(folder)
+    content["files"].pop(".metadata", None)  # torch writes a random number into it
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def open_checkpoint(path: Path) -> Checkpoint:

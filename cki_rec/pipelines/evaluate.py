@@ -22,6 +22,7 @@ from cki_rec.evaluation.bootstrap import Resamples, resampling_weights
 from cki_rec.evaluation.measure import Logits, Rows, compare
 from cki_rec.evaluation.metrics import PRIMARY
 from cki_rec.evaluation.rows import Floats
+from cki_rec.evaluation.settings import common, flat
 from cki_rec.pipelines import finetune, merge, preflight, train
 from cki_rec.pipelines.predictions import SPLITS, predictions, valid_auc
 from cki_rec.pipelines.provenance import check_rows
@@ -109,8 +110,30 @@ def ensure(config: Config, force: bool = False) -> Run:
             with run.phase("evaluate"):
                 result, replicates = _evaluate(config, options, dataset, members, models)
             save_arrays(run.path / REPLICATES, replicates)
-            run.finish(reads, train.data_facts(dataset), result)
+            settings = {"settings": _settings(config, models)}  # they follow from the identities
+            run.finish(reads | settings, train.data_facts(dataset), result)
     return run
+
+
+def _settings(config: Config, models: Sources) -> dict[str, dict[str, Any]]:
+    """Return the options that the runs of one table share (``evaluation.settings``)."""
+    sources = []
+    for source in models.suite:
+        trained = (Run(source.folder.parent).record or {}).get("config", {})
+        known = {"model": section(describe(source.folder).model)}
+        if "train" in trained:
+            known["train"] = {**trained["train"], "start": "start" in trained}
+        sources.append(flat(known))
+    method = section(config.merge)
+    of_refinement = ("effort", "margin", "refinement", "rows")
+    ignored = ("sources", "base", "label", "vocabularies")
+    for name in (*ignored, *(of_refinement if config.merge.refine == "none" else ())):
+        del method[name]
+    settings = {"sources": common(sources), "method": flat(method, "merge.")}
+    if config.finetune.epochs > 0:
+        settings["finetune"] = flat(section(config.finetune), "finetune.")
+        del settings["finetune"]["finetune.objective"]
+    return settings
 
 
 def _members(config: Config, models: Sources) -> list[Source]:

@@ -22,6 +22,7 @@ from cki_rec.evaluation.html import report_page
 from cki_rec.evaluation.metrics import METRICS, PRIMARY
 from cki_rec.evaluation.plots import metric_plot, mixing_plot
 from cki_rec.evaluation.records import current, current_name
+from cki_rec.evaluation.settings import check_settings
 from cki_rec.evaluation.tables import BASELINES, csv_bytes, runs_frame, summary_frame
 from cki_rec.files import write_atomically
 from cki_rec.pipelines.evaluate import REPLICATES
@@ -115,6 +116,7 @@ def _frames(
     try:
         if len(confidences) > 1:
             raise ValueError(f"intervals of confidence {sorted(confidences)}")
+        check_settings(records)
         frame = runs_frame(records, labels)
         return frame, summary_frame(frame, replicates, *confidences)
     except ValueError as error:

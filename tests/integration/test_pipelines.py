@@ -368,7 +368,9 @@ def test_settings_that_share_a_row_of_the_table_are_named(options, capsys):
         assert main(["evaluate", *options, *words]) == 0
     capsys.readouterr()
     assert main(["report", *options]) == 2
-    assert "do not belong in one table" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "do not belong in one table (suite seeds: model.dropout is 0.0 in best_source" in error
+    assert "To begin this name anew, delete" in error
 
 
 def test_best_of_two_equal_parents_is_either(options, tmp_path):
