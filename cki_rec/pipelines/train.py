@@ -287,6 +287,8 @@ def run_training(
                 *(metrics, save, title, keeper, steps, objective),
             )
     run.facts["resumed_at_step"] = keeper.resumed
+    run.facts["legs"] = [*keeper.legs, keeper.leg(history[-1]["step"])]
+    run.seconds["train"] += sum(leg["seconds"] for leg in keeper.legs)
     finish(run, reads, dataset, history)
     log.info("  %s: %s, %.1f s", title, history_summary(history), time.perf_counter() - start)
     keeper.stop_if_asked(model.device)
