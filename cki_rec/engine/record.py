@@ -29,9 +29,10 @@ from torch.backends import cpu
 from cki_rec import COMMAND_VARIABLE, project_root
 from cki_rec.checkpoints import CHECKPOINT
 from cki_rec.config import UserError
+from cki_rec.data.encoding import tokens
 from cki_rec.engine import checkpoint_io, distributed
 from cki_rec.engine.resume import RESUME, unfinished_checkpoints
-from cki_rec.engine.steps import EVENTS, STEPS
+from cki_rec.engine.steps import STEPS
 from cki_rec.environment import installed_version
 from cki_rec.files import write_atomically
 
@@ -171,11 +172,11 @@ def _replace_if_finished(run: Run, remade: Run) -> None:
 
 
 def _files(folder: Path) -> dict[str, int]:
-    """Return the size of every file of a run directory, but logs and unfinished checkpoints."""
-    paths = (path for path in sorted(folder.rglob("*")) if path.is_file())
-    names = {str(path.relative_to(folder)): path.stat().st_size for path in paths}
-    ignored = (RESUME, STEPS, EVENTS, RECORD)
-    return {name: size for name, size in names.items() if name.split("/")[0] not in ignored}
+    """Return the size of every file of a result: not of logs, nor of work in progress."""
+    paths = [path for path in folder.iterdir() if path.name not in (STEPS, RECORD)]
+    for name in (CHECKPOINT, tokens.FOLDER):
+        paths += (folder / name).rglob("*")
+    return {str(p.relative_to(folder)): p.stat().st_size for p in sorted(paths) if p.is_file()}
 
 
 def save_arrays(path: Path, arrays: dict[str, NDArray[Any]]) -> None:

@@ -118,11 +118,14 @@ def test_a_finished_run_with_a_damaged_file_is_made_again(tmp_path, caplog, how)
                 (run.path / "checkpoint").mkdir()
                 (run.path / "checkpoint" / "x").write_text("whole")
                 (run.path / "steps.jsonl").write_text("logs may go")
+                (run.path / "mapped").mkdir()
+                (run.path / "mapped" / "x").write_text("work in progress may go")
                 run.finish({}, {}, {"auc": result})
         return run
 
     run = make(0.5)
     (run.path / "steps.jsonl").unlink()
+    (run.path / "mapped" / "x").unlink()
     (run.path / "logits-1.npz").write_text("came later")
     assert make(0.6).record["result"] == {"auc": 0.5}
     assert not caplog.text
