@@ -28,9 +28,9 @@ def common(sources: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 def check_settings(records: Iterable[Record]) -> None:
     """Check that the runs of a suite differ in nothing but methods and seeds.
 
-    The networks and trainings of the sources are those of all runs of the suite; the sources
-    themselves, those of all methods of a seed; options of a method, those of all its seeds.
-    Options that a record does not hold are not compared.
+    All runs of a suite have sources of the same network and training. All methods of a seed have
+    the same sources. All seeds of a method have the same options of the method. Options that a
+    record does not hold are not compared.
 
     Raises:
         ValueError: An option differs; the message names it and two runs.

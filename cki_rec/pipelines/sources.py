@@ -123,9 +123,8 @@ def base_warning(base: Path, sources: Sequence[Path]) -> str:
     for place, folder in enumerate(sources):
         if content_digest(folder) == digest:
             return (
-                f"merge.base is the same checkpoint as source {place + 1}: the difference of that"
-                " source from the base is zero, so it adds nothing to the result; name the model"
-                " that all sources started from"
+                f"merge.base is the same checkpoint as source {place + 1}, so this source adds"
+                " nothing to the result; name the model that all sources started from"
             )
     return ""
 
