@@ -24,6 +24,8 @@ if TYPE_CHECKING:  # for editors and type checkers: the same names as in _NAMES
 __version__ = "0.2.0"
 COMMAND_VARIABLE = "CKI_REC_COMMAND"
 """The command line as typed, for runs in this process and in those a launcher starts."""
+JOB_VARIABLE = "CKI_REC_JOB"
+"""Sweep and number of the running job, for its entry in the list of a name."""
 _NAMES = {
     "AlignedModels": "merging.aligning",
     "Assessment": "merging.assessment",

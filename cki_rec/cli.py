@@ -16,7 +16,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cki_rec import COMMAND_VARIABLE
+from cki_rec import COMMAND_VARIABLE, JOB_VARIABLE
 from cki_rec.search_path import (
     CONF,
     SEARCH_PATH,
@@ -153,15 +153,17 @@ def compose_config(overrides: list[str], is_sweep: bool = False) -> DictConfig:
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
-    from cki_rec.config import UserError, register_resolvers
+    from cki_rec.config import UserError, check_name, register_resolvers, texts_as_typed
 
     register_resolvers()
+    overrides = texts_as_typed(overrides)
     with initialize_config_dir(str(CONF), version_base="1.3"):
         try:
             first = _check_choices(overrides)
             composed = compose("config", first if is_sweep else overrides)
         except (HydraException, OmegaConfBaseException) as error:
             raise UserError(_explain(error, overrides)) from None
+    check_name("name", composed.name)  # before Hydra makes the folder of a sweep
     if not composed.merge.plugins:  # which may bring methods
         _check_method(composed.merge.method, (CONF, *folders(overrides)))
     return composed
@@ -221,8 +223,9 @@ def _sweep(pipeline: str, overrides: list[str]) -> None:
     import hydra
     from hydra.errors import HydraException
 
-    from cki_rec.config import UserError, register_resolvers
+    from cki_rec.config import UserError, register_resolvers, texts_as_typed
 
+    overrides = texts_as_typed(overrides)
     compose_config(overrides, is_sweep=True)  # for a short error before Hydra starts
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors reach main() as they are, and become one line
 
@@ -232,6 +235,8 @@ def _sweep(pipeline: str, overrides: list[str]) -> None:
         register_resolvers()
         start_log()
         state = HydraConfig.get()
+        if sweep := os.environ.get(JOB_VARIABLE, "").split():
+            os.environ[JOB_VARIABLE] = f"{sweep[0]} {state.job.num}"
         log.info("%s %s", sweep_position(int(state.job.num)), state.job.override_dirname)
         try:
             return _run_job(pipeline, composed)
@@ -246,6 +251,7 @@ def _sweep(pipeline: str, overrides: list[str]) -> None:
         raise UserError(" ".join(str(error).split())) from None
     finally:
         sys.argv = arguments
+        os.environ.pop(JOB_VARIABLE, None)
 
 
 class SweepProgress:
@@ -256,9 +262,9 @@ class SweepProgress:
         total = num_jobs(config)
         os.environ[SWEEP_VARIABLE] = f"{total} {time.time()}"
         if shlex.split(os.environ[COMMAND_VARIABLE])[1] == "evaluate":
-            from cki_rec.engine.record import start_sweep
+            from cki_rec.engine.sweeps import start_sweep
 
-            start_sweep(Path(config.runtime.out), config.name, total)
+            os.environ[JOB_VARIABLE] = start_sweep(Path(config.runtime.out), config.name, total)
 
     def __getattr__(self, name: str) -> Any:
         """Accept every other event of Hydra's callback protocol, and do nothing."""
@@ -275,8 +281,7 @@ def num_jobs(config: DictConfig) -> int:
     if "n_trials" in sweeper:
         return int(sweeper.n_trials)
     words = [f"{key}={value}" for key, value in (sweeper.get("params") or {}).items()]
-    words += list(config.hydra.overrides.task)
-    overrides = OverridesParser.create().parse_overrides(words)
+    overrides = OverridesParser.create().parse_overrides([*words, *config.hydra.overrides.task])
     latest = {override.key_or_group: override for override in overrides}.values()
     return math.prod(len(list(o.sweep_string_iterator())) for o in latest if o.is_sweep_override())
 
@@ -312,7 +317,7 @@ def _check_choices(overrides: list[str]) -> list[str]:
     """
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
-    from cki_rec.config import UserError
+    from cki_rec.config import UserError, nearest
 
     search_path = folders(overrides)
     groups, first = config_groups(search_path), []
@@ -329,10 +334,8 @@ def _check_choices(overrides: list[str]) -> list[str]:
         for choice in values if override.key_or_group in groups else []:
             choices = groups[override.key_or_group]
             if choice not in (*choices, "null") and not override.is_delete():
-                close = get_close_matches(choice, choices, n=1)
-                hint = f"did you mean '{close[0]}'? " if close else ""
-                known = ", ".join(choices)
-                raise UserError(f"{override.key_or_group}={choice}: {hint}one of {known}")
+                known = f"{nearest(choice, choices)}one of {', '.join(choices)}"
+                raise UserError(f"{override.key_or_group}={choice}: {known}")
             if file := hidden_choice(override.key_or_group, choice, search_path):
                 raise UserError(
                     f"{override.key_or_group}={choice}: conf/ of cki_rec has this choice too, so"
@@ -345,6 +348,8 @@ def _explain(error: Exception, overrides: list[str]) -> str:
     """Return one line for an error of composition: the mistake and the nearest name."""
     from hydra import compose
     from omegaconf import OmegaConf
+
+    from cki_rec.config import nearest
 
     groups = config_groups(folders(overrides))
     known: set[str] = set(groups)
@@ -360,9 +365,7 @@ def _explain(error: Exception, overrides: list[str]) -> str:
         if "=" not in override:
             return f"'{override}': options are written key=value; see cki-rec --help"
         if key not in known and not key.startswith("hydra") and not override.startswith("+"):
-            close = get_close_matches(key, known, n=1)
-            hint = f"did you mean '{close[0]}'? " if close else ""
-            return f"no option '{key}': {hint}see cki-rec --help"
+            return f"no option '{key}': {nearest(key, known)}see cki-rec --help"
     return " ".join(str(error).split())
 
 
@@ -406,9 +409,8 @@ def _pipeline_help(pipeline: str, groups: dict[str, list[str]]) -> str:
         choices = groups[group]
         shown = "default" if "default" in choices else config_groups()[group][-1]
         text = (CONF / group / f"{shown}.yaml").read_text()
-        body = [x for x in text.splitlines() if x and x[0] != "#"]
         lines += [f"{group}={'|'.join(choices)}; {group}.KEY=VALUE with, in {group}={shown}:"]
-        lines += [f"    {line}" for line in body] + [""]
+        lines += [f"    {x}" for x in text.splitlines() if x and x[0] != "#"] + [""]
     return "\n".join(lines).rstrip()
 
 

@@ -9,6 +9,8 @@ from unittest.mock import patch
 import pytest
 from filelock import FileLock
 
+from cki_rec.checkpoints import load
+from cki_rec.engine import checkpoint_io
 from cki_rec.engine.record import RECORD
 from cki_rec.pipelines import train
 
@@ -50,6 +52,15 @@ def train_once(request, trained_models):
 
     with patch.object(train, "_train", train_or_copy):
         yield
+
+
+def twin(run: Path, target: Path) -> Path:
+    """Write a model with equal parameters and other accumulators; return its folder."""
+    saved = load(run / "checkpoint")
+    accumulators = {name: values + 1 for name, values in saved.accumulators.items()}
+    groups = {"model": saved.params, "accumulator": accumulators, "counts": saved.counts}
+    checkpoint_io.save(target, groups, saved.model, saved.schema, saved.origin)
+    return target
 
 
 @pytest.fixture

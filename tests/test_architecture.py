@@ -27,7 +27,7 @@ MODULES = {
     for path in sorted((ROOT / "cki_rec").rglob("*.py"))
 }
 TREES = {module: ast.parse(path.read_text()) for module, path in MODULES.items()}
-ROOT_NAMES = {"__version__", "project_root", "COMMAND_VARIABLE"}
+ROOT_NAMES = {"__version__", "project_root", "COMMAND_VARIABLE", "JOB_VARIABLE"}
 MAY_IMPORT = {
     "config": set(),
     "environment": set(),

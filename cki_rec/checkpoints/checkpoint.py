@@ -94,6 +94,19 @@ def external_identity(folder: Path) -> str:
     return f"{EXTERNAL}{hashlib.sha256(description.read_bytes()).hexdigest()[:16]}"
 
 
+def content_digest(folder: Path) -> str:
+    """Return a digest of a checkpoint: of its description, which holds those of its tensors.
+
+    It is equal for copies, and for equal trainings in two folders.
+
+    Raises:
+        UserError: There is no checkpoint, or its description is damaged.
+    """
+    content = _description(folder)
+    content["files"].pop(".metadata", None)  # torch writes a random number into it
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
 def open_checkpoint(path: Path) -> Checkpoint:
     """Return the checkpoint of a run directory or a checkpoint folder, as plain tensors.
 
@@ -136,25 +149,17 @@ def describe(folder: Path, share: tuple[int, int] = (0, 1)) -> Description:
     Raises:
         UserError: There is no checkpoint, or it is damaged or of another format.
     """
-    path = folder / DESCRIPTION
+    path, content = folder / DESCRIPTION, _description(folder)
     try:
-        content = json.loads(path.read_text())
-        if content["format"] != FORMAT:
-            raise UserError(
-                f"{path}: format {content['format']}, this release reads {FORMAT}; make it"
-                " again with this release"
-            )
         description = Description(
             model_options(content["model"]),
             FeatureSchema.from_json(content["schema"]),
             Provenance.from_json(content),
             content["position"],
         )
-        expected: dict[str, str] = content["files"]
-    except (FileNotFoundError, NotADirectoryError):
-        raise UserError(f"{folder}: no checkpoint here ({DESCRIPTION} is missing)") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: damaged checkpoint ({error!r}); write it again") from None
+    expected: dict[str, str] = content["files"]
     missing = expected.keys() - set(file_names(folder / TENSORS))
     if missing:
         file = folder / TENSORS / min(missing)
@@ -163,6 +168,28 @@ def describe(folder: Path, share: tuple[int, int] = (0, 1)) -> Description:
         if expected.get(name, digest) != digest:
             raise UserError(f"{folder / TENSORS / name}: damaged checkpoint, the file has changed")
     return description
+
+
+def _description(folder: Path) -> dict[str, Any]:
+    """Return the JSON content of a description.
+
+    Raises:
+        UserError: There is none, or it is damaged or of another format.
+    """
+    path = folder / DESCRIPTION
+    try:
+        content: dict[str, Any] = json.loads(path.read_text())
+        if content["format"] != FORMAT:
+            raise UserError(
+                f"{path}: format {content['format']}, this release reads {FORMAT}; make it"
+                " again with this release"
+            )
+        content["files"] = dict(content["files"])
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(f"{folder}: no checkpoint here ({DESCRIPTION} is missing)") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: damaged checkpoint ({error!r}); write it again") from None
+    return content
 
 
 def row_counts(folder: Path) -> Params:

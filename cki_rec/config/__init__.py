@@ -23,15 +23,19 @@ from cki_rec.config.options import (
     Train,
 )
 from cki_rec.config.parsing import (
+    check_source,
     first_comment,
     model_options,
     parse,
+    preset_method,
     register_resolvers,
     run_id,
     section,
+    texts_as_typed,
     with_delta,
 )
 from cki_rec.config.section import choices
+from cki_rec.config.texts import check_name
 
 __all__ = [
     "Align",
@@ -58,13 +62,17 @@ __all__ = [
     "Synthetic",
     "Train",
     "UserError",
+    "check_name",
+    "check_source",
     "choices",
     "first_comment",
     "model_options",
     "nearest",
     "parse",
+    "preset_method",
     "register_resolvers",
     "run_id",
     "section",
+    "texts_as_typed",
     "with_delta",
 ]

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from cki_rec.config.section import NonNegative, Positive, section
+from cki_rec.config.texts import Name
 
 
 @section
@@ -73,7 +74,7 @@ class Download:
 class Data:
     """One data set: raw files, encoding, split, and the part of it a model sees."""
 
-    name: str
+    name: Name
     format: str
     """A row of ``cki_rec.data.raw.formats.FORMATS``."""
     raw: Any

@@ -15,6 +15,7 @@ from cki_rec.config.section import (
     PositiveFloat,
     section,
 )
+from cki_rec.config.texts import Name
 
 
 @section
@@ -373,7 +374,7 @@ class Suite:
 class Config:
     """The whole configuration."""
 
-    name: str
+    name: Name
     """Experiment the run is reported under."""
     suite: Suite
     seed: NonNegative

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,9 +17,13 @@ from cki_rec import __version__, project_root
 from cki_rec.config.errors import UserError, nearest
 from cki_rec.config.options import Config, Model
 from cki_rec.config.section import validated
+from cki_rec.config.texts import is_name, quote_texts
 
 WHOLE = ("base", "start")
 """Options that a change replaces whole: they name one model."""
+OF_SOURCES = ("data", "model", "train", "seed")
+"""Options by which a source is named: those that its training reads."""
+
 LATER: dict[str, Any] = {"module": None, "plugins": []}
 """Later options -> the value at which ``section`` leaves them out: identities stay the same."""
 
@@ -26,11 +32,26 @@ def first_comment(group: str, choice: str) -> str:
     """Return the first comment of a choice: in ``conf/``, ``./conf`` or beside an experiment."""
     beside = sorted(project_root().glob("experiments/*/conf"))
     roots = (project_root() / "conf", Path("conf"), *beside)
-    paths = (root / group / f"{choice}.yaml" for root in roots)
+    paths = (root / group / f"{choice}.yaml" for root in roots if is_name(choice))
     path = next((path for path in paths if path.exists()), None)
     lines = path.read_text().splitlines() if path else []
     comments = [line.lstrip("# ") for line in lines if line.startswith("#")]
     return next((line for line in comments if not line.startswith("@package")), "")
+
+
+def preset_method(label: str) -> str | None:
+    """Return the method of a preset of ``conf/merge``, or of the preset it starts from.
+
+    None: there is no preset of this name.
+    """
+    path = project_root() / "conf" / "merge" / f"{label}.yaml"
+    if not is_name(label) or not path.is_file():
+        return None
+    text = path.read_text()
+    if named := re.search(r"^method: (\w+)", text, re.M):
+        return named[1]
+    start = re.search(r"^  - (?!_self_)(\w+)$", text, re.M)
+    return preset_method(start[1]) if start else None
 
 
 def register_resolvers() -> None:
@@ -53,6 +74,11 @@ def parse(composed: DictConfig) -> Config:
         line = str(error).splitlines()[0]
         raise UserError(f"{error.full_key or 'configuration'}: {line}") from None
     return validated(Config, cast("dict[str, Any]", values))
+
+
+def texts_as_typed(words: Sequence[str]) -> list[str]:
+    """Return the options of a command line, of which Hydra changes no text (``quote_texts``)."""
+    return quote_texts(words, Config)
 
 
 def run_id(pipeline: str, reads: dict[str, Any]) -> str:
@@ -82,6 +108,22 @@ def model_options(value: dict[str, Any]) -> Model:
         return validated(Model, {"module": LATER["module"], **value})
     except UserError as error:
         raise TypeError(str(error)) from None
+
+
+def check_source(delta: dict[str, Any], where: str) -> None:
+    """Check that a source is named by no option that its training does not read.
+
+    Raises:
+        UserError: It is. (Unknown options are found by ``with_delta``.)
+    """
+    for key, value in delta.items():
+        if key == "train.start" and isinstance(value, dict):
+            check_source(value, f"{where}, {key}")
+        elif key.split(".")[0] in {f.name for f in fields(Config)} - set(OF_SOURCES):
+            raise UserError(
+                f"{where}: {key} does not change the training of a source; name a source by"
+                f" {', '.join(OF_SOURCES)}, or by the path of a checkpoint"
+            )
 
 
 def with_delta(config: Config, delta: dict[str, Any], where: str = "merge.sources") -> Config:

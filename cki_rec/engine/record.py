@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import logging
 import os
 import platform
 import resource
@@ -12,6 +13,8 @@ import shutil
 import subprocess
 import sys
 import time
+import zipfile
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -26,8 +29,10 @@ from torch.backends import cpu
 from cki_rec import COMMAND_VARIABLE, project_root
 from cki_rec.checkpoints import CHECKPOINT
 from cki_rec.config import UserError
+from cki_rec.data.encoding import tokens
 from cki_rec.engine import checkpoint_io, distributed
 from cki_rec.engine.resume import RESUME, unfinished_checkpoints
+from cki_rec.engine.steps import STEPS
 from cki_rec.environment import installed_version
 from cki_rec.files import write_atomically
 
@@ -37,6 +42,12 @@ PACKAGES = (
 )
 """Packages whose versions a record stores."""
 RECORD = "record.json"
+KEYS = frozenset({"run_id", "config", "data", "result", "provenance"})
+"""Entries of every record."""
+REMADE = "remade"
+"""Folder of new runs that will replace finished ones."""
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
@@ -50,17 +61,26 @@ class Run:
 
     @property
     def record(self) -> dict[str, Any] | None:
-        """Return the record; None while the run is unfinished."""
+        """Return the record; None while the run is unfinished, or if the record is damaged."""
         try:
-            value: dict[str, Any] = json.loads((self.path / RECORD).read_text())
-        except (FileNotFoundError, ValueError):  # a damaged record counts as missing
+            value: Any = json.loads((self.path / RECORD).read_text())
+        except (FileNotFoundError, NotADirectoryError, ValueError):
             return None
-        return value
+        return value if isinstance(value, dict) and value.keys() >= KEYS else None
 
     @property
     def checkpoint(self) -> Path:
         """Return the path of the run's checkpoint."""
         return self.path / CHECKPOINT
+
+    def damage(self) -> str:
+        """Return the file of a finished run that is gone or has another size; "": none."""
+        files = {} if self.record is None else self.record["provenance"].get("files", {})
+        for name, size in files.items():
+            path = self.path / name
+            if not path.is_file() or path.stat().st_size != size:
+                return f"{path} is {'damaged' if path.is_file() else 'missing'}"
+        return ""
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -83,7 +103,7 @@ class Run:
             "run_id": self.path.name,
             **content,
             "fingerprint": hashlib.sha256(text.encode()).hexdigest(),
-            "provenance": {**provenance(self.seconds), **self.facts},
+            "provenance": {**provenance(self.seconds), **self.facts, "files": _files(self.path)},
         }
         write_atomically(
             self.path / RECORD, json.dumps(record, indent=1, allow_nan=False).encode()
@@ -95,17 +115,19 @@ def open_run(out: Path, run_id: str, force: bool = False, resume: str = "never")
     """Yield the run directory of ``run_id`` under a lock that excludes other programs.
 
     Leftovers of a killed or failed run are removed, except checkpoints to resume from if
-    ``resume`` is ``auto``. A finished run stays unless ``force``. The first process holds the lock
-    for all processes of one program.
+    ``resume`` is ``auto``. A finished run stays, unless one of its files is damaged, or ``force``.
+    Then a new run is made in another folder, and replaces the old one when it has its record.
+    The first process holds the lock for all processes of one program.
 
     Raises:
         RankLost: Another process has ended.
     """
     if distributed.rank() > 0:
         with distributed.detect_lost_ranks():
-            distributed.barrier()  # the first process holds the lock now
-            yield Run(out / run_id)
+            run = Run(Path(distributed.from_first("")))  # the first process holds the lock now
+            yield run
             distributed.barrier()  # the record is written
+        run.path = out / run_id
         return
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -113,16 +135,20 @@ def open_run(out: Path, run_id: str, force: bool = False, resume: str = "never")
         raise UserError(f"runtime.out={out}: this folder cannot be made") from error
     locks = out / "locks"
     locks.mkdir(exist_ok=True)
-    run = Run(out / run_id)
+    run, remade = Run(out / run_id), Run(out / REMADE / run_id)
     with FileLock(locks / f"{run_id}.lock"), distributed.detect_lost_ranks():
-        is_unfinished = run.record is None
-        if force or (
-            is_unfinished and not (resume == "auto" and unfinished_checkpoints(run.path / RESUME))
+        _replace_if_finished(run, remade)  # of a program that was killed
+        if damage := run.damage():
+            log.warning("  %s; %s is made again", damage, run_id)
+        if damage or (force and run.record is not None):
+            run.path = remade.path
+        if run.record is None and not (
+            resume == "auto" and unfinished_checkpoints(run.path / RESUME)
         ):
             shutil.rmtree(run.path, ignore_errors=True)
-            run.path.mkdir()
+            run.path.mkdir(parents=True)
         checkpoint_io.tidy(run.path)
-        distributed.barrier()
+        distributed.from_first(str(run.path))
         try:
             yield run
         except UserError:  # this configuration is wrong; another one is another run
@@ -131,7 +157,26 @@ def open_run(out: Path, run_id: str, force: bool = False, resume: str = "never")
         finally:
             if run.record is None and not unfinished_checkpoints(run.path / RESUME):
                 shutil.rmtree(run.path, ignore_errors=True)
+            run.path = out / run_id
+            _replace_if_finished(run, remade)
         distributed.barrier()
+
+
+def _replace_if_finished(run: Run, remade: Run) -> None:
+    """Put a run that was made again in the place of the old one, if it has its record."""
+    if remade.record is not None:
+        shutil.rmtree(run.path, ignore_errors=True)
+        remade.path.rename(run.path)
+    with suppress(OSError):  # other runs are being made
+        remade.path.parent.rmdir()
+
+
+def _files(folder: Path) -> dict[str, int]:
+    """Return the size of every file of a result: not of logs, nor of work in progress."""
+    paths = [path for path in folder.iterdir() if path.name not in (STEPS, RECORD)]
+    for name in (CHECKPOINT, tokens.FOLDER):
+        paths += (folder / name).rglob("*")
+    return {str(p.relative_to(folder)): p.stat().st_size for p in sorted(paths) if p.is_file()}
 
 
 def save_arrays(path: Path, arrays: dict[str, NDArray[Any]]) -> None:
@@ -139,6 +184,15 @@ def save_arrays(path: Path, arrays: dict[str, NDArray[Any]]) -> None:
     buffer = io.BytesIO()
     np.savez(buffer, allow_pickle=False, **arrays)
     write_atomically(path, buffer.getvalue())
+
+
+def load_arrays(path: Path) -> dict[str, NDArray[Any]] | None:
+    """Return the arrays of an ``.npz`` file; None if it is missing, cut or damaged."""
+    try:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
+            return {name: arrays[name] for name in arrays.files}
+    except (OSError, EOFError, ValueError, TypeError, zipfile.BadZipFile, zlib.error):
+        return None
 
 
 def provenance(seconds: dict[str, float]) -> dict[str, Any]:
@@ -181,39 +235,3 @@ def _commit() -> dict[str, Any]:
     except (OSError, subprocess.CalledProcessError):
         return {"commit": None, "dirty": None}
     return {"commit": head.strip(), "dirty": bool(changes.strip())}
-
-
-def start_sweep(out: Path, name: str, num_jobs: int) -> None:
-    """Begin the list of runs that belong to the sweep ``name``."""
-    header = json.dumps({"jobs": num_jobs}) + "\n"
-    write_atomically(_members(out, name), header.encode())
-
-
-def add_to_sweep(out: Path, name: str, run: Run | None) -> None:
-    """Append a finished run to the list of ``name``; None: a job without work."""
-    path = _members(out, name)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    entry = {"skipped": True} if run is None else {"run_id": run.path.name}
-    with path.open("a") as file:
-        file.write(json.dumps(entry) + "\n")  # short lines are appended whole
-
-
-def sweep_runs(out: Path, name: str) -> tuple[list[Run], int]:
-    """Return the finished runs of ``name`` without repeats, and the number of missing ones."""
-    try:
-        lines = _members(out, name).read_text().splitlines()
-    except FileNotFoundError:
-        return [], 0
-    entries = []
-    for line in lines:
-        with suppress(ValueError):  # an incomplete line of a killed process
-            entries.append(json.loads(line))
-    ids = dict.fromkeys(entry["run_id"] for entry in entries if "run_id" in entry)
-    runs = [run for run in (Run(out / run_id) for run_id in ids) if run.record is not None]
-    num_done = len(runs) + sum("skipped" in entry for entry in entries)
-    num_jobs = next((entry["jobs"] for entry in entries if "jobs" in entry), num_done)
-    return runs, max(0, num_jobs - num_done)
-
-
-def _members(out: Path, name: str) -> Path:
-    return out / "sweeps" / name / "members.jsonl"

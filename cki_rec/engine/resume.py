@@ -52,6 +52,8 @@ class LoopState:
     """Factor of the learning rates."""
     history: list[dict[str, Any]] = field(default_factory=list)
     loader: dict[str, Any] | None = None
+    legs: list[dict[str, Any]] = field(default_factory=list)
+    """Processes, steps and seconds from each start of the program to its last checkpoint."""
 
     def count(self, loss: float, rows: int) -> None:
         """Count a step."""
@@ -139,6 +141,9 @@ class Checkpointer:
         self._previous: Any = None
         self.resumed: int | None = None
         """The step at which the training was resumed."""
+        self.legs: list[dict[str, Any]] = []
+        """The legs of the training before it was resumed (``LoopState.legs``)."""
+        self._start = time.perf_counter()
 
     @classmethod
     def none(cls) -> Checkpointer:
@@ -154,8 +159,17 @@ class Checkpointer:
         loop = LoopState(**position)
         assert loop.loader is not None
         state.loader.load_state_dict(loop.loader)
-        self.resumed = loop.step
+        self.resumed, self.legs = loop.step, loop.legs
         return loop
+
+    def leg(self, step: int) -> dict[str, Any]:
+        """Return the present leg of the training, which ends after ``step``."""
+        return {
+            "world_size": distributed.world_size(),
+            "first_step": (self.resumed or 0) + 1,
+            "last_step": step,
+            "seconds": round(time.perf_counter() - self._start, 3),
+        }
 
     def _last_whole(self) -> tuple[str, dict[str, Any] | None]:
         """Return name and loop state of the last undamaged checkpoint, on the first process."""
@@ -184,6 +198,7 @@ class Checkpointer:
             # the position of the loader itself may be ahead of the trained rows on CUDA
             done = {"epoch": loop.epoch - 1, "rows_done": loop.rows}
             loop.loader = {**state.loader.state_dict(), **done}
+            loop.legs = [*self.legs, self.leg(loop.step)]
             folder = self._folder / f"step-{loop.step:0{STEP_DIGITS}d}"
             model, schema, origin = self._about
             assert model is not None

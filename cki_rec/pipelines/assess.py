@@ -91,7 +91,7 @@ def check_options(config: Config) -> None:
         UserError: Too few sources, or rows that joined vocabularies do not fit.
     """
     options = config.merge
-    preflight.check_deltas(options)
+    preflight.check_deltas(config)
     if len(options.sources) < 2:
         raise UserError("merge.sources: assess compares two or more models; name more sources")
     num_bases = int(preflight.needs_base(config))

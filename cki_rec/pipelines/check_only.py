@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from cki_rec.checkpoints import Checkpoint, load
+from cki_rec.checkpoints import Checkpoint, content_digest, load
 from cki_rec.config import Config, Merge, UserError
 from cki_rec.data.encoding import store
 from cki_rec.data.encoding.store import EncodedDataset
@@ -26,9 +26,11 @@ from cki_rec.pipelines import compatibility, preflight, vocabularies
 from cki_rec.pipelines.compatibility import Finding, State
 from cki_rec.pipelines.preflight import entry_of
 from cki_rec.pipelines.references import Reference
-from cki_rec.pipelines.sources import find
+from cki_rec.pipelines.sources import base_warning, check_distinct, find
 from cki_rec.pipelines.vocabularies import Joined
 
+BASE = "base "
+"""Begins the name of the base among the sources."""
 SAMPLE = "sample"
 """Finding about the number of rows that a repair fits layers on."""
 
@@ -84,7 +86,7 @@ def _findings(config: Config, reads_rows: bool) -> list[Finding]:
         findings.append(Finding("method", "impossible", str(error)))
     deltas = [(str(d), d, "merge.sources") for d in options.sources]
     if options.base and preflight.needs_base(config):
-        deltas.append((f"base {options.base}", options.base, "merge.base"))
+        deltas.append((f"{BASE}{options.base}", options.base, "merge.base"))
     loaded: list[tuple[str, Path, Checkpoint]] = []
     for name, delta, option in deltas:
         try:
@@ -93,11 +95,25 @@ def _findings(config: Config, reads_rows: bool) -> list[Finding]:
             findings.append(Finding("checkpoint", "ok", f"{name}: {folder}"))
         except UserError as error:
             findings.append(Finding("checkpoint", "impossible", f"{name}: {error}"))
+    findings += _repeated(loaded)
     if loaded:
         compared, joined = _compare(config, loaded, len(deltas))
         names = [name for name, _, _ in loaded]
         findings += [*compared, *_rows(config, joined, names, reads_rows)]
     return findings
+
+
+def _repeated(loaded: Sequence[tuple[str, Path, Checkpoint]]) -> list[Finding]:
+    """Return whether two sources are the same checkpoint, or the base is one of them."""
+    base = [folder for name, folder, _ in loaded if name.startswith(BASE)]
+    sources = [(name, folder) for name, folder, _ in loaded if not name.startswith(BASE)]
+    try:
+        digests = [content_digest(folder) for _, folder in sources]
+        check_distinct(digests, [name for name, _ in sources], "merge.sources")
+    except UserError as error:
+        return [Finding("checkpoint", "impossible", str(error))]
+    warnings = [base_warning(folder, [f for _, f in sources]) for folder in base]
+    return [Finding("base", "differs", warning) for warning in warnings if warning]
 
 
 def _compare(
@@ -132,7 +148,9 @@ def _compare(
     sources = saved[: len(options.sources)]
     if fits and merges:
         is_aligned = options.align.by != "none"
-        findings += compatibility.alignment(sources, names, is_aligned, config.seed, joined.owners)
+        findings += compatibility.alignment(
+            sources, names[: len(sources)], is_aligned, config.seed, joined.owners
+        )
     return [*findings, _memory(saved, options)], sources
 
 

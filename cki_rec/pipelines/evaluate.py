@@ -16,11 +16,13 @@ from cki_rec.config import Config, Evaluate, UserError, run_id, section
 from cki_rec.data.encoding import store
 from cki_rec.data.encoding.store import EncodedDataset
 from cki_rec.data.test_labels import all_labels
-from cki_rec.engine.record import Run, add_to_sweep, open_run, save_arrays
+from cki_rec.engine.record import Run, open_run, save_arrays
+from cki_rec.engine.sweeps import add_to_sweep
 from cki_rec.evaluation.bootstrap import Resamples, resampling_weights
 from cki_rec.evaluation.measure import Logits, Rows, compare
 from cki_rec.evaluation.metrics import METRICS, PRIMARY
 from cki_rec.evaluation.rows import Floats
+from cki_rec.evaluation.settings import common, flat
 from cki_rec.pipelines import finetune, merge, preflight, train
 from cki_rec.pipelines.predictions import SPLITS, predictions, valid_auc
 from cki_rec.pipelines.provenance import check_rows
@@ -35,6 +37,7 @@ REPLICATES = "replicates.npz"
 
 def run(config: Config) -> float | None:
     """Make the configured model, measure it on test rows, and return its validation AUC."""
+    preflight.check_label(config)
     label, is_tuned = config.merge.label, config.finetune.epochs > 0
     if reason := _refusal(config):
         add_to_sweep(Path(config.runtime.out), config.name, None)
@@ -112,7 +115,8 @@ def ensure(config: Config, force: bool = False) -> Run:
             with run.phase("evaluate"):
                 result, replicates = _evaluate(config, options, dataset, members, models)
             save_arrays(run.path / REPLICATES, replicates)
-            run.finish(reads, train.data_facts(dataset), result)
+            settings = {"settings": _settings(config, models)}  # they follow from the identities
+            run.finish(reads | settings, train.data_facts(dataset), result)
     return run
 
 
@@ -126,6 +130,27 @@ def own_metrics(config: Config) -> dict[str, str]:
         load(plugin, "evaluate.plugins")
     sources = {name: source_digest(metric.function) for name, metric in METRICS.items()}
     return {name: digest for name, digest in sources.items() if digest is not None}
+
+
+def _settings(config: Config, models: Sources) -> dict[str, dict[str, Any]]:
+    """Return the options that the runs of one table share (``evaluation.settings``)."""
+    sources = []
+    for source in models.suite:
+        trained = (Run(source.folder.parent).record or {}).get("config", {})
+        known = {"model": section(describe(source.folder).model)}
+        if "train" in trained:
+            known["train"] = {**trained["train"], "start": "start" in trained}
+        sources.append(flat(known))
+    method = section(config.merge)
+    of_refinement = ("effort", "margin", "refinement", "rows")
+    ignored = ("sources", "base", "label", "vocabularies")
+    for name in (*ignored, *(of_refinement if config.merge.refine == "none" else ())):
+        del method[name]
+    settings = {"sources": common(sources), "method": flat(method, "merge.")}
+    if config.finetune.epochs > 0:
+        settings["finetune"] = flat(section(config.finetune), "finetune.")
+        del settings["finetune"]["finetune.objective"]
+    return settings
 
 
 def _members(config: Config, models: Sources) -> list[Source]:
@@ -162,8 +187,9 @@ def _evaluate(
         "best_source": mean_logits([predictions(config, dataset, best)]),
         "output_ensemble": mean_logits([predictions(config, dataset, s) for s in models.suite]),
     }
-    if config.merge.label in baselines and not is_tuned:
-        baselines[config.merge.label] = None  # the baseline itself
+    is_unchanged = config.merge.refine == "none" and models.merged == models.suite
+    if config.merge.method in baselines and is_unchanged and not is_tuned:
+        baselines[config.merge.method] = None  # the baseline itself
     model, difference, replicates = compare(
         _logits(config, dataset, members),
         baselines,

@@ -18,7 +18,7 @@ from cki_rec.data.encoding.store import EncodedDataset
 from cki_rec.data.schema import FeatureSchema
 from cki_rec.engine import distributed
 from cki_rec.engine.evaluator import predict
-from cki_rec.engine.record import save_arrays
+from cki_rec.engine.record import load_arrays, save_arrays
 from cki_rec.engine.restoration import restore
 from cki_rec.evaluation.metrics import auc
 from cki_rec.evaluation.recalibration import recalibration
@@ -47,7 +47,8 @@ def predictions(
     name = source.identity
     home = Path(config.runtime.out) / (f"logits/{name}" if is_external(name) else name)
     path = home / f"logits-{dataset.hash[:16]}.npz"
-    if not path.exists():
+    logits = load_arrays(path)
+    if logits is None or logits.keys() != set(SPLITS):
         module, schema, device = scoring_model(config, dataset, source)
         logits = {
             split: predict(module, dataset, schema, dataset.rows(split), device)
@@ -60,8 +61,7 @@ def predictions(
                     " training may have diverged, leave it out"
                 )
         save_arrays(path, logits)
-    with np.load(path, allow_pickle=False) as arrays:
-        return {split: arrays[split] for split in SPLITS}
+    return logits
 
 
 def scoring_model(

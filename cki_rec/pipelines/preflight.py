@@ -8,7 +8,15 @@ from pathlib import Path
 import torch
 
 from cki_rec.checkpoints import Checkpoint, describe, outline
-from cki_rec.config import Config, Merge, UserError, nearest, with_delta
+from cki_rec.config import (
+    Config,
+    Merge,
+    UserError,
+    check_source,
+    nearest,
+    preset_method,
+    with_delta,
+)
 from cki_rec.data.dataset import MANIFEST
 from cki_rec.data.encoding.store import EncodedDataset
 from cki_rec.engine import distributed
@@ -33,8 +41,8 @@ TRAINING_ROWS = frozenset({"fisher", "moments"})
 ROWS = ("training", "random")
 """Rows of a refinement that need no path."""
 INSTEAD = "use merge=evidence or merge=aligned_weights, or start it without torchrun"
-NOT_OF_SOURCES = ("merge", "suite", "finetune", "evaluate", "assess")
-"""Sections of the configuration that do not change the training of a source."""
+JOINT = "joint"
+"""Label of the reference that is one model, trained on the rows of all sources."""
 
 
 def entry_of(options: Merge) -> Method | Reference | None:
@@ -140,7 +148,7 @@ def check_options(config: Config) -> None:
     """
     options = config.merge
     entry = entry_of(options)
-    check_deltas(options)
+    check_deltas(config)
     if config.model.module is not None:
         _check_class(config)
     if options.refine != "none" and options.rows not in ROWS and not is_encoded(options.rows):
@@ -252,16 +260,28 @@ def _no_logit_scale(name: str) -> UserError:
     )
 
 
-def check_deltas(options: Merge) -> None:
-    """Check that sources and base are named by options that a training reads."""
-    named = {f"merge.sources[{place}]": delta for place, delta in enumerate(options.sources)}
-    for where, delta in {**named, "merge.base": options.base or {}}.items():
-        for key in delta:
-            if key.split(".")[0] in NOT_OF_SOURCES:
-                raise UserError(
-                    f"{where}: {key} does not change the training of a source; name a source by"
-                    " seed, data, model or train, or by the path of a checkpoint"
-                )
+def check_deltas(config: Config) -> None:
+    """Check that sources and bases are named by options that a training reads."""
+    for name, options in (("merge", config.merge), ("suite", config.suite)):
+        for place, delta in enumerate(options.sources):
+            check_source(delta, f"{name}.sources[{place}]")
+        check_source(options.base or {}, f"{name}.base")
+
+
+def check_label(config: Config) -> None:
+    """Check that the label of the configured merge is not the name of another method.
+
+    Raises:
+        UserError: Tables would explain the row as that method.
+    """
+    label, method = config.merge.label, config.merge.method
+    named = label if label in (AUTO, *METHODS, *REFERENCES) else preset_method(label)
+    is_joint = len(config.merge.sources) == 1
+    if named not in (None, method) or (label == JOINT and not is_joint):
+        raise UserError(
+            f"merge.label={label} is the name of another merge than this one (method={method});"
+            f" choose another label, or merge={label}"
+        )
 
 
 def _check_recipes(config: Config) -> None:

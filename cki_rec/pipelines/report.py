@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,13 +17,15 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from cki_rec.config import Config, UserError, first_comment
-from cki_rec.engine.record import Run, sweep_runs
+from cki_rec.engine.record import Run, load_arrays
+from cki_rec.engine.sweeps import list_of, sweep_runs
 from cki_rec.evaluation.display import cell_parts, filled, main_frame
 from cki_rec.evaluation.html import report_page
 from cki_rec.evaluation.markdown import markdown_table
 from cki_rec.evaluation.metrics import PRIMARY
 from cki_rec.evaluation.plots import metric_plot, mixing_plot
 from cki_rec.evaluation.records import current, current_name
+from cki_rec.evaluation.settings import check_settings
 from cki_rec.evaluation.tables import (
     BEST_SOURCE,
     csv_bytes,
@@ -36,6 +39,11 @@ from cki_rec.pipelines.evaluate import REPLICATES, own_metrics
 
 TERMINAL_WIDTH = 100
 """Most characters of a line that is printed."""
+
+MAX_FILE_NAME = 100
+"""Letters of a figure's file name."""
+
+log = logging.getLogger(__name__)
 
 
 def run(config: Config) -> None:
@@ -55,6 +63,8 @@ def run(config: Config) -> None:
     incomplete = (
         [f"Incomplete: {num_missing} jobs of the sweep are missing."] if num_missing else []
     )
+    if results.damaged:
+        incomplete.append(f"Incomplete: {results.damaged} damaged runs are left out.")
     suites = {name: first_comment("suite", name) for name in frame["suite"].unique()}
     methods = {name: first_comment("merge", name) for name in labels}
     answer, figures = _answer(frame, summary), _figures(records, frame, summary, labels)
@@ -91,6 +101,8 @@ class Recorded:
     evaluated: list[Run]
     missing: int
     """Jobs of the sweep that are not finished."""
+    damaged: int
+    """Runs that are left out."""
     records: list[dict[str, Any]]
     labels: list[str]
     """Methods, in the order of the records."""
@@ -107,7 +119,8 @@ def recorded(config: Config) -> Recorded:
         UserError: There is none, or they do not belong in one table.
     """
     own_metrics(config)
-    runs, num_missing = sweep_runs(Path(config.runtime.out), config.name)
+    listed, num_missing = sweep_runs(Path(config.runtime.out), config.name)
+    runs, replicates = _readable(listed)
     if not runs:
         raise UserError(
             f"name={config.name}: no run is recorded under it in {config.runtime.out}; start with"
@@ -115,12 +128,33 @@ def recorded(config: Config) -> Recorded:
         )
     records = [current(run.record) for run in runs if run.record is not None]
     labels = list(dict.fromkeys(record["result"]["method"] for record in records))
-    frames = _frames(config.name, runs, records, labels)
-    return Recorded(runs, num_missing, records, labels, *frames)
+    frames = _frames(config, records, replicates, labels)
+    return Recorded(runs, num_missing, len(listed) - len(runs), records, labels, *frames)
+
+
+def _readable(
+    runs: Sequence[Run],
+) -> tuple[list[Run], dict[str, dict[str, dict[str, NDArray[np.float64]]]]]:
+    """Return the undamaged runs and their replicates (``_replicates``); warn about the others."""
+    readable, replicates = [], {}
+    for run in runs:
+        found = _replicates(run)
+        if found is None:
+            log.warning(
+                "%s is missing or damaged; the run is left out: evaluate it again",
+                run.path / REPLICATES,
+            )
+            continue
+        readable.append(run)
+        replicates[run.path.name] = found
+    return readable, replicates
 
 
 def _frames(
-    name: str, runs: Sequence[Run], records: Sequence[dict[str, Any]], labels: Sequence[str]
+    config: Config,
+    records: Sequence[dict[str, Any]],
+    replicates: dict[str, dict[str, dict[str, NDArray[np.float64]]]],
+    labels: Sequence[str],
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Return the frame of runs and the frame of their summaries.
 
@@ -131,16 +165,17 @@ def _frames(
     try:
         if len(confidences) > 1:
             raise ValueError(f"intervals of confidence {sorted(confidences)}")
+        check_settings(records)
         frame = runs_frame(records, labels)
-        replicates = {run.path.name: _replicates(run) for run in runs}
         return frame, summary_frame(frame, replicates, *confidences)
     except ValueError as error:
         versions = [record["provenance"]["versions"] for record in records]
         releases = sorted({known.get("cki-rec", "unknown") for known in versions})
         made_by = f", made by releases {' and '.join(releases)}" if len(releases) > 1 else ""
         raise UserError(
-            f"name={name} holds runs that do not belong in one table ({error}){made_by}; evaluate"
-            " them again, each setting and release under a separate name"
+            f"name={config.name} holds runs that do not belong in one table ({error}){made_by};"
+            " evaluate them again, each setting and release under a separate name. To begin this"
+            f" name anew, delete {list_of(Path(config.runtime.out), config.name)}"
         ) from None
 
 
@@ -207,13 +242,15 @@ def _stacked(cell: str) -> str:
     return f"{value} ({mark})\n{interval}" if mark else f"{value}\n{interval}".rstrip()
 
 
-def _replicates(run: Run) -> dict[str, dict[str, NDArray[np.float64]]]:
-    """Return baseline -> metric -> replicates of the difference."""
+def _replicates(run: Run) -> dict[str, dict[str, NDArray[np.float64]]] | None:
+    """Return baseline -> metric -> replicates of the difference; None if they are damaged."""
+    arrays = load_arrays(run.path / REPLICATES)
+    if arrays is None:
+        return None
     nested: dict[str, dict[str, NDArray[np.float64]]] = {}
-    with np.load(run.path / REPLICATES, allow_pickle=False) as arrays:
-        for key in arrays.files:
-            baseline, metric = key.split("/")
-            nested.setdefault(current_name(baseline), {})[metric] = arrays[key]
+    for key, array in arrays.items():
+        baseline, metric = key.split("/")
+        nested.setdefault(current_name(baseline), {})[metric] = array
     return nested
 
 
@@ -233,4 +270,5 @@ def _provenance(records: Sequence[dict[str, Any]]) -> dict[str, str]:
 
 def _file_name(caption: str) -> str:
     """Return ``auc_on_test_rows`` for "AUC on test rows"; text after a bracket is left out."""
-    return re.sub(r"[^\w.-]+", "_", caption.partition(" (blank")[0].lower()).strip("_")
+    name = re.sub(r"[^\w.-]+", "_", caption.partition(" (blank")[0].lower()).strip("_")
+    return name[:MAX_FILE_NAME]

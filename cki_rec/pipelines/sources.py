@@ -12,13 +12,19 @@ from pathlib import Path
 from typing import Any
 
 from cki_rec import COMMAND_VARIABLE
-from cki_rec.checkpoints import EXTERNAL, external_identity, named_folder
-from cki_rec.config import Config, UserError, with_delta
+from cki_rec.checkpoints import (
+    EXTERNAL,
+    content_digest,
+    external_identity,
+    named_folder,
+    outline,
+)
+from cki_rec.config import Config, UserError, section, with_delta
 from cki_rec.data.encoding import store
 from cki_rec.engine import distributed
 from cki_rec.engine.record import Run
 from cki_rec.merging.options import in_yaml
-from cki_rec.pipelines import train
+from cki_rec.pipelines import compatibility, train
 
 NOT_OF_TRAINING = (
     *("merge.", "merge=", "suite.", "assess", "finetune", "evaluate", "check_only", "name", "-"),
@@ -70,12 +76,89 @@ def resolve(config: Config, needs_base: bool, needs_suite: bool) -> Sources:
             resolved[key] = _resolve(config, delta, option)
         return resolved[key]
 
-    base = config.merge.base
-    return Sources(
-        merged=[one(delta, "merge.sources") for delta in config.merge.sources],
-        suite=[one(d, "suite.sources") for d in config.suite.sources] if needs_suite else [],
-        base=one(base, "merge.base") if needs_base and base is not None else None,
+    base = config.merge.base if needs_base else None
+    lists = {"merge.sources": config.merge.sources}
+    if needs_suite:
+        lists["suite.sources"] = config.suite.sources
+    for option, deltas in lists.items():
+        check_distinct([_content(config, delta, option) for delta in deltas], deltas, option)
+    if distributed.world_size() == 1:
+        _check_before_training(config, base)
+    found = {option: [one(d, option) for d in deltas] for option, deltas in lists.items()}
+    for option, sources in found.items():
+        digests = [content_digest(source.folder) for source in sources]
+        check_distinct(digests, [source.name for source in sources], option)
+    models = Sources(
+        merged=found["merge.sources"],
+        suite=found.get("suite.sources", []),
+        base=None if base is None else one(base, "merge.base"),
     )
+    if models.base is not None:
+        folders = [source.folder for source in models.merged]
+        if (warning := base_warning(models.base.folder, folders)) and distributed.rank() == 0:
+            log.warning("  %s", warning)
+    return models
+
+
+def check_distinct(contents: Sequence[str], names: Sequence[object], option: str) -> None:
+    """Check that no two sources are the same.
+
+    Raises:
+        UserError: Two are: the model would be counted twice.
+    """
+    first: dict[str, int] = {}
+    for place, content in enumerate(contents):
+        if content in first:
+            k = first[content]
+            raise UserError(
+                f"{option}: sources {k + 1} and {place + 1} are the same checkpoint ({names[k]},"
+                f" {names[place]}); name every model once (merge=weighted_average weighs them)"
+            )
+        first[content] = place
+
+
+def base_warning(base: Path, sources: Sequence[Path]) -> str:
+    """Return a warning if the base of a merge is one of its sources; "": it is not."""
+    digest = content_digest(base)
+    for place, folder in enumerate(sources):
+        if content_digest(folder) == digest:
+            return (
+                f"merge.base is the same checkpoint as source {place + 1}, so this source adds"
+                " nothing to the result; name the model that all sources started from"
+            )
+    return ""
+
+
+def _content(config: Config, delta: Mapping[str, Any], option: str) -> str:
+    """Return a text that is equal for equal sources, before they are trained."""
+    if "path" in delta:
+        return content_digest(named_folder(delta, option))
+    changed = with_delta(config, dict(delta), option)
+    parts = [section(part) for part in (changed.data, changed.model, changed.train)]
+    return json.dumps([*parts, changed.seed], sort_keys=True)
+
+
+def _check_before_training(config: Config, base: Mapping[str, Any] | None) -> None:
+    """Check that sources will fit together, if one of them is still to be trained.
+
+    Raises:
+        UserError: Their networks, features, tables or optimizers differ.
+    """
+    deltas = [*config.merge.sources, *([] if base is None else [base])]
+    outlines, is_missing = [], False
+    for place, delta in enumerate(deltas):
+        option = "merge.sources" if place < len(config.merge.sources) else "merge.base"
+        if "path" in delta:
+            outlines.append(outline(named_folder(delta, option)))
+            continue
+        changed = with_delta(config, dict(delta), option)
+        planned, is_trained = train.outline_of(changed)
+        outlines.append(planned)
+        is_missing = is_missing or not is_trained
+    if is_missing:
+        names = [str(delta) for delta in deltas]
+        is_joined = bool(config.merge.vocabularies)
+        compatibility.require(compatibility.compare(outlines, names, is_joined))
 
 
 def _resolve(config: Config, delta: Mapping[str, Any], option: str) -> Source:

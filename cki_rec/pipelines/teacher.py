@@ -26,7 +26,7 @@ from cki_rec.data.random_rows import RandomRows
 from cki_rec.data.schema import FeatureSchema
 from cki_rec.engine import distributed
 from cki_rec.engine.evaluator import predict
-from cki_rec.engine.record import save_arrays
+from cki_rec.engine.record import load_arrays, save_arrays
 from cki_rec.evaluation.metrics import auc
 from cki_rec.merging.params import Params
 from cki_rec.merging.teachers import router_shares, routing_table, separation
@@ -176,7 +176,8 @@ def _logits(
     """
     name = f"{source.identity}-{_digest([rows.identity, dataset.hash])}.npz"
     path = Path(config.runtime.out) / TEACHERS / name
-    if not distributed.from_first(path.exists()):
+    known = load_arrays(path)
+    if not distributed.from_first(known is not None and "logits" in known):
         module, schema, device = scoring_model(config, dataset, source)
         logits = predict(module, rows.data, schema, rows.numbers, device)
         if not np.isfinite(logits).all():
@@ -191,9 +192,8 @@ def _logits(
             except OSError as error:  # they are in memory, and only the next run misses them
                 log.warning("  %s: logits are not kept: %s", path, error.strerror or error)
         return logits
-    with np.load(path, allow_pickle=False) as arrays:
-        known: NDArray[np.float32] = arrays["logits"]
-    return known
+    assert known is not None
+    return known["logits"]
 
 
 def _shares(

@@ -15,7 +15,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from cki_rec.checkpoints import describe, external_identity, named_folder, row_counts
+from cki_rec.checkpoints import (
+    Checkpoint,
+    describe,
+    external_identity,
+    named_folder,
+    outline,
+    row_counts,
+)
 from cki_rec.config import (
     Config,
     Data,
@@ -23,6 +30,7 @@ from cki_rec.config import (
     Monitor,
     Train,
     UserError,
+    check_source,
     run_id,
     section,
     with_delta,
@@ -32,7 +40,7 @@ from cki_rec.data.encoding.store import EncodedDataset
 from cki_rec.data.provenance import Provenance
 from cki_rec.data.schema import FeatureSchema
 from cki_rec.engine import checkpoint_io, distributed, plans
-from cki_rec.engine.embeddings import ShardedModel, build, initialize
+from cki_rec.engine.embeddings import ShardedModel, build, initialize, table_of
 from cki_rec.engine.evaluator import predict
 from cki_rec.engine.record import Run, open_run
 from cki_rec.engine.restoration import restore
@@ -40,7 +48,7 @@ from cki_rec.engine.resume import RESUME, Checkpointer
 from cki_rec.engine.steps import StepLog
 from cki_rec.engine.trainer import LABELS, Metrics, Objective, fit
 from cki_rec.evaluation.metrics import METRICS, PRIMARY
-from cki_rec.models import model_schema
+from cki_rec.models import build_model, model_schema
 from cki_rec.models.comparison import decides, differences
 from cki_rec.pipelines.provenance import check_data
 from cki_rec.plugins import load_class, source_digest
@@ -79,6 +87,26 @@ def run_of(config: Config, dataset: EncodedDataset) -> Run:
     return Run(Path(config.runtime.out) / run_id("train", _reads(config, dataset)))
 
 
+def outline_of(config: Config) -> tuple[Checkpoint, bool]:
+    """Return the outline of the model that a training gives, and whether it is there already.
+
+    Nothing is trained. Tensors are on ``meta``, as in ``checkpoints.outline``.
+    """
+    dataset = store.prepare(config.data, config.runtime.encoded, config.runtime.chunk_mb)
+    run = run_of(config, dataset)
+    if run.record is not None and not run.damage():
+        return outline(run.checkpoint), True
+    schema = model_schema(dataset.schema, config.model)
+    with torch.device("meta"):
+        params = build_model(dataset.schema, config.model).state_dict()
+    accumulators = {name: tensor for name, tensor in params.items() if table_of(name)}
+    if config.train.embeddings == "dense":
+        accumulators = {}
+    elif config.train.table_optimizer == "rowwise_adagrad":
+        accumulators = {name: tensor[:, 0] for name, tensor in accumulators.items()}
+    return Checkpoint(params, accumulators, {}, config.model, schema, dataset.origin), False
+
+
 def _reads(config: Config, dataset: EncodedDataset) -> dict[str, Any]:
     """Return everything that a training depends on."""
     reads = {
@@ -114,6 +142,7 @@ def schedule_section(options: Train) -> dict[str, Any]:
 def _started(config: Config) -> Config:
     """Return the training that ``train.start`` describes by its differences from this one."""
     assert config.train.start is not None
+    check_source(config.train.start, "train.start")
     plain = replace(config, train=replace(config.train, start=None))
     return with_delta(plain, config.train.start, "train.start")
 
@@ -277,6 +306,12 @@ def run_training(
         origin: Rows that the trained model has seen.
         objective: The targets that it fits.
     """
+    for name, numbers in zip(("training", "validation"), rows, strict=True):
+        if len(numbers) < distributed.world_size() > 1:
+            raise UserError(
+                f"{len(numbers)} {name} rows for {distributed.world_size()} processes; start"
+                " fewer processes"
+            )
     counts = {table: torch.from_numpy(values) for table, values in row_counts.items()}
 
     def save() -> None:
@@ -301,6 +336,8 @@ def run_training(
                 *(metrics, save, title, keeper, steps, objective),
             )
     run.facts["resumed_at_step"] = keeper.resumed
+    run.facts["legs"] = [*keeper.legs, keeper.leg(history[-1]["step"])]
+    run.seconds["train"] += sum(leg["seconds"] for leg in keeper.legs)
     finish(run, reads, dataset, history)
     log.info("  %s: %s, %.1f s", title, history_summary(history), time.perf_counter() - start)
     keeper.stop_if_asked(model.device)

@@ -11,7 +11,8 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from cki_rec.engine.record import Run, sweep_runs
+from cki_rec.engine.record import Run
+from cki_rec.engine.sweeps import sweep_runs
 from cki_rec.files import write_atomically
 
 METRICS = {"auc": ("AUC", 1), "log_loss": ("LogLoss", -1)}

@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from store import twin
 
 from cki_rec.checkpoints import checkpoint
 from cki_rec.cli import main
@@ -152,6 +153,7 @@ def test_an_evaluation_is_of_its_method_whatever_its_label(options, folder):
     before = len(records(folder, "evaluate"))
     for method in ("output_ensemble", "probability_ensemble"):
         words = ["suite=seeds", "merge=output_ensemble", f"merge.method={method}"]
+        words += ["merge.label=mine"]
         assert main(["evaluate", *words, *options]) == 0
     mean_logit, mean_probability = records(folder, "evaluate")[before:]
     losses = [r["result"]["test"]["log_loss"] for r in (mean_logit, mean_probability)]
@@ -159,8 +161,8 @@ def test_an_evaluation_is_of_its_method_whatever_its_label(options, folder):
 
 
 def test_external_checkpoints_are_aligned_by_weights_without_data(options, folder, tmp_path):
-    sources = [r["run_id"] for r in records(folder, "train")][:1] * 2
-    paths = ", ".join(f"{{path: {folder / 'out' / run_id}}}" for run_id in sources)
+    run = folder / "out" / records(folder, "train")[0]["run_id"]
+    paths = ", ".join(f"{{path: {path}}}" for path in (run, twin(run, tmp_path / "twin")))
     words = [f"runtime.{key}={tmp_path / key}" for key in ("out", "reports", "encoded")]
     words += [f"merge.sources=[{paths}]", "merge=aligned_weights", "runtime.threads=1"]
     assert main(["merge", *words, f"data.raw={tmp_path / 'nothing.zip'}"]) == 0

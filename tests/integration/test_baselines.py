@@ -7,6 +7,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from store import twin
 
 from cki_rec.checkpoints import checkpoint
 from cki_rec.cli import main
@@ -45,6 +46,11 @@ def params_of(folder, run_id):
     return checkpoint.load(folder / "out" / run_id / "checkpoint").params
 
 
+def is_plain(config):
+    """Return whether a training is that of ``seed=1`` alone."""
+    return (config["seed"], config["data"]["part"], config["train"]["epochs"]) == (1, None, 2)
+
+
 def one_line(capsys):
     shown = capsys.readouterr().err
     assert shown.count("\n") == 1
@@ -67,7 +73,10 @@ def test_every_baseline_is_evaluated(options, folder, method):
 @pytest.mark.parametrize("method", FROM_ROWS)
 def test_equal_sources_give_themselves_back(options, folder, method):
     """Through the pipeline: whatever rows say of one model twice, it stays that model."""
-    words = ["merge.sources=[{seed: 1},{seed: 1}]", f"merge={method}", *options]
+    assert main(["train", "seed=1", *options]) == 0
+    (run,) = {r["run_id"] for r in records(folder, "train") if is_plain(r["config"])}
+    other = twin(folder / "out" / run, folder / "twin")
+    words = [f"merge.sources=[{{seed: 1}},{{path: {other}}}]", f"merge={method}", *options]
     words += ["merge.options.temperature=0.0001"] * (method == "ot_fusion")
     assert main(["merge", *words]) == 0
     merged = records(folder, "merge")[-1]
@@ -253,7 +262,7 @@ def test_nan_of_a_source_is_named(options, folder, capsys):
     saved.params["bias"][0] = float("nan")
     broken = folder / "broken"
     checkpoint_io.save(broken, {"model": saved.params}, saved.model, saved.schema, saved.origin)
-    sources = f"merge.sources=[{{path: {broken}}},{{path: {broken}}}]"
+    sources = f"merge.sources=[{{path: {broken}}},{{seed: 1}}]"
     for method in ("karcher", "average", "greedy_soup", "pruning", "first", "auto"):
         assert main(["merge", *options, f"merge={method}", sources]) == 2
         assert f"bias of {broken}: 1 of 1 entries are NaN or infinite" in one_line(capsys)

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+from store import twin
 
 from cki_rec.cli import main
 
@@ -139,7 +140,8 @@ def test_average_of_one_model_with_itself_is_that_model(options, tmp_path):
 
     assert main(["train", *options]) == 0
     (run,) = (tmp_path / "out").glob("train-*")
-    sources = f"merge.sources=[{{path: {run}}},{{path: {run}}}]"
+    other = twin(run, tmp_path / "twin")
+    sources = f"merge.sources=[{{path: {run}}},{{path: {other}}}]"
     assert main(["merge", "merge=average", sources, *options]) == 0
     (merged,) = (tmp_path / "out").glob("merge-*")
     one, two = (checkpoint.load(path / "checkpoint").params for path in (run, merged))
@@ -266,7 +268,7 @@ def test_models_of_another_split_are_refused(options, tmp_path, capsys, pipeline
     """Vocabularies may agree or not: test rows of this split were training rows of theirs."""
     assert main(["train", *options, "data.split.seed=5"]) == 0
     (run,) = (tmp_path / "out").glob("train-*")
-    sources = f"suite.sources=[{{path: {run}}},{{path: {run}}}]"
+    sources = f"suite.sources=[{{path: {run}}},{{path: {twin(run, tmp_path / 'twin')}}}]"
     assert main([pipeline, *options, *words, "merge=average", sources]) == 2
     assert "another data set, encoding or split" in capsys.readouterr().err
     capsys.readouterr()
@@ -366,11 +368,15 @@ def test_settings_that_share_a_row_of_the_table_are_named(options, capsys):
         assert main(["evaluate", *options, *words]) == 0
     capsys.readouterr()
     assert main(["report", *options]) == 2
-    assert "do not belong in one table" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "do not belong in one table (suite seeds: model.dropout is 0.0 in best_source" in error
+    assert "To begin this name anew, delete" in error
 
 
 def test_best_of_two_equal_parents_is_either(options, tmp_path):
-    same = "suite.sources=[{seed: 1},{seed: 1}]"
+    assert main(["train", *options]) == 0
+    (run,) = (tmp_path / "out").glob("train-*")
+    same = f"suite.sources=[{{path: {run}}},{{path: {twin(run, tmp_path / 'twin')}}}]"
     assert main(["evaluate", *options, "merge=best_source", same]) == 0
     (record,) = records(tmp_path, "evaluate").values()
     assert record["result"]["inference_cost"] == 1

@@ -155,6 +155,24 @@ def test_killed_again_and_again_with_other_intervals(configured, unbroken):
     check_equal(train.ensure(configured()), unbroken(), 35)
 
 
+def test_the_legs_of_a_training_are_listed_and_their_seconds_summed(configured):
+    """As after a training that was killed on two processes and ended on one."""
+    config = configured()
+    folder = kill_at(config, 10)
+    path = folder / RESUME / "step-0000000008" / "checkpoint.json"
+    saved = json.loads(path.read_text())
+    (leg,) = saved["position"]["legs"]
+    assert leg["seconds"] > 0
+    leg |= {"world_size": 2, "seconds": 1000.0}
+    path.write_text(json.dumps(saved))
+    facts = train.ensure(config).record["provenance"]
+    assert facts["world_size"] == 1
+    first, last = facts["legs"]
+    assert first == {"world_size": 2, "first_step": 1, "last_step": 8, "seconds": 1000.0}
+    assert (last["world_size"], last["first_step"]) == (1, 9)
+    assert facts["seconds"]["train"] == pytest.approx(1000 + last["seconds"], abs=0.5)
+
+
 def test_resuming_under_another_plan_changes_rounding_only(configured, unbroken):
     for step, plan in ((6, "table_wise"), (22, "row_wise"), (40, "planner")):
         kill_at(configured(f"runtime.sharding={plan}"), step)

@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 from regions import TINY, train_regions
+from store import twin
 
 from cki_rec.checkpoints import checkpoint
 from cki_rec.cli import main
@@ -158,7 +159,7 @@ def test_one_vocabulary_joined_with_itself_changes_nothing(regions, tmp_path):
     home, found = regions
     north = found["north"]
     joint, out = "merge.vocabularies=[null,null]", f"runtime.out={tmp_path / 'out'}"
-    assert merge_sources(home, [north, north], out, joint) == 0
+    assert merge_sources(home, [north, twin(north, tmp_path / "twin")], out, joint) == 0
     (run,) = (tmp_path / "out").glob("merge-*")
     one, two = (checkpoint.load(path / "checkpoint") for path in (north, run))
     assert one.schema == two.schema

@@ -13,7 +13,8 @@ from cki_rec.config import UserError
 from cki_rec.data.columns import Ragged
 from cki_rec.data.loader import Gather
 from cki_rec.data.test_labels import all_labels
-from cki_rec.engine.record import Run, add_to_sweep
+from cki_rec.engine.record import Run
+from cki_rec.engine.sweeps import add_to_sweep
 
 PEERS = project_root() / "experiments" / "peers"
 
@@ -132,7 +133,8 @@ def write_run(out: Path, seed: int, auc: float, dropout: float = 0.2, data_hash:
     }
     for name, record in records.items():
         (out / name).mkdir(parents=True, exist_ok=True)
-        (out / name / "record.json").write_text(json.dumps(record))
+        whole = {"run_id": name, "data": {}, "result": {}, "provenance": {}, **record}
+        (out / name / "record.json").write_text(json.dumps(whole))
     add_to_sweep(out, "peers_ml", Run(out / measured))
 
 

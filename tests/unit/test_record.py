@@ -11,15 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from cki_rec.config import UserError
 from cki_rec.engine import record
-from cki_rec.engine.record import (
-    Run,
-    add_to_sweep,
-    open_run,
-    save_arrays,
-    start_sweep,
-    sweep_runs,
-)
+from cki_rec.engine.record import RECORD, REMADE, Run, load_arrays, open_run, save_arrays
 from cki_rec.files import write_atomically
 
 ARGUMENTS = ({"seed": 1}, {"name": "d"}, {"auc": 0.75, "none": None})
@@ -67,6 +61,98 @@ def test_a_finished_run_stays_unless_forced(tmp_path, force):
     with open_run(tmp_path, "train-1", force) as run:
         assert (run.path / "kept").exists() == (not force)
         assert (run.record is None) == force
+
+
+def test_a_forced_run_that_fails_keeps_the_finished_one(tmp_path):
+    first = finished(tmp_path, "train-1")
+    (first.path / "kept").write_text("x")
+
+    def fail(error):
+        with open_run(tmp_path, "train-1", force=True) as run:
+            assert (tmp_path / "train-1" / RECORD).exists(), "others read the old run meanwhile"
+            (run.path / "half").touch()
+            raise error
+
+    for error in (UserError("refused"), KeyboardInterrupt()):
+        with pytest.raises(type(error)):
+            fail(error)
+        assert sorted(p.name for p in first.path.iterdir()) == ["kept", RECORD]
+        assert sorted(p.name for p in tmp_path.iterdir()) == ["locks", "train-1"]
+
+
+def test_a_forced_run_replaces_the_finished_one_by_its_record(tmp_path):
+    first = finished(tmp_path, "train-1", result=0.5)
+    (first.path / "old").write_text("x")
+    with open_run(tmp_path, "train-1", force=True) as run:
+        (run.path / "new").write_text("x")
+        run.finish({}, {}, {"auc": 0.6})
+    assert run.path == first.path
+    assert run.record["run_id"] == "train-1"
+    assert run.record["result"] == {"auc": 0.6}
+    assert sorted(p.name for p in run.path.iterdir()) == ["new", RECORD]
+
+
+def test_a_forced_run_that_was_killed_after_its_record_takes_its_place(tmp_path):
+    finished(tmp_path, "train-1", result=0.5)
+    finished(tmp_path / REMADE, "train-1", result=0.6)  # killed before the exchange
+    with open_run(tmp_path, "train-1") as run:
+        assert run.record["result"] == {"auc": 0.6}
+
+
+def test_a_forced_training_that_was_stopped_goes_on(tmp_path):
+    finished(tmp_path, "train-1")
+    for _ in range(2):
+        with open_run(tmp_path, "train-1", force=True, resume="auto") as run:
+            step = run.path / "resume" / "step-0000000003"
+            step.mkdir(parents=True, exist_ok=True)
+            (step / "checkpoint.json").touch()  # and no record: it was stopped
+        assert Run(tmp_path / "train-1").record is not None
+    assert (tmp_path / REMADE / "train-1" / "resume" / "step-0000000003").exists()
+
+
+@pytest.mark.parametrize("how", ["deleted", "cut"])
+def test_a_finished_run_with_a_damaged_file_is_made_again(tmp_path, caplog, how):
+    def make(result):
+        with open_run(tmp_path, "train-1") as run:
+            if run.record is None:
+                (run.path / "checkpoint").mkdir()
+                (run.path / "checkpoint" / "x").write_text("whole")
+                (run.path / "steps.jsonl").write_text("logs may go")
+                (run.path / "mapped").mkdir()
+                (run.path / "mapped" / "x").write_text("work in progress may go")
+                run.finish({}, {}, {"auc": result})
+        return run
+
+    run = make(0.5)
+    (run.path / "steps.jsonl").unlink()
+    (run.path / "mapped" / "x").unlink()
+    (run.path / "logits-1.npz").write_text("came later")
+    assert make(0.6).record["result"] == {"auc": 0.5}
+    assert not caplog.text
+    file = run.path / "checkpoint" / "x"
+    file.unlink() if how == "deleted" else file.write_text("who")
+    assert make(0.7).record["result"] == {"auc": 0.7}
+    assert file.read_text() == "whole"
+    problem = "missing" if how == "deleted" else "damaged"
+    assert f"{file} is {problem}; train-1 is made again" in caplog.text
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[]", "null", '{"run_id": "train-1"', "\xff"])
+def test_an_empty_or_cut_record_counts_as_missing(tmp_path, text):
+    run = finished(tmp_path, "train-1")
+    (run.path / RECORD).write_bytes(text.encode("latin-1"))
+    assert run.record is None
+    with open_run(tmp_path, "train-1") as again:
+        assert list(again.path.iterdir()) == []
+
+
+@pytest.mark.parametrize("size", [None, 0, 30, -10])
+def test_missing_or_cut_arrays_are_none(tmp_path, size):
+    path = tmp_path / "x.npz"
+    save_arrays(path, {"a": np.arange(500)})
+    assert load_arrays(path)["a"].tolist() == list(range(500))
+    path.write_bytes(path.read_bytes()[:size]) if size is not None else path.unlink()
+    assert load_arrays(path) is None
 
 
 def test_record_holds_the_results(tmp_path, monkeypatch):
@@ -158,34 +244,6 @@ def test_objects_are_not_pickled(tmp_path):
     with pytest.raises(ValueError, match="pickle"):
         save_arrays(tmp_path / "x.npz", {"a": np.array([{}], dtype=object)})
     assert list(tmp_path.iterdir()) == []
-
-
-def test_sweep_lists_each_finished_run_once_in_order(tmp_path):
-    runs = {name: finished(tmp_path, name) for name in ("e-2", "e-1", "e-3")}
-    start_sweep(tmp_path, "n", 5)
-    for name in ("e-2", "e-1", "e-2", "e-3"):
-        add_to_sweep(tmp_path, "n", runs[name])
-    with open_run(tmp_path, "e-4") as unfinished:
-        add_to_sweep(tmp_path, "n", unfinished)
-    add_to_sweep(tmp_path, "n", Run(tmp_path / "e-deleted"))
-    actual, num_missing = sweep_runs(tmp_path, "n")
-    assert [run.path.name for run in actual] == ["e-2", "e-1", "e-3"]
-    assert num_missing == 2
-    add_to_sweep(tmp_path, "n", None)  # a job that has nothing to do is not missing
-    with (tmp_path / "sweeps" / "n" / "members.jsonl").open("a") as file:
-        file.write('{"run_id": "e-')  # a process was killed here
-    assert sweep_runs(tmp_path, "n")[1] == 1
-
-
-def test_a_new_sweep_forgets_the_old_one(tmp_path):
-    run = finished(tmp_path, "e-1")
-    add_to_sweep(tmp_path, "n", run)
-    add_to_sweep(tmp_path, "n", run)
-    actual, num_missing = sweep_runs(tmp_path, "n")  # single runs, no sweep: none is missing
-    assert (len(actual), num_missing) == (1, 0)
-    start_sweep(tmp_path, "n", 2)
-    assert sweep_runs(tmp_path, "n") == ([], 2)
-    assert sweep_runs(tmp_path, "other") == ([], 0)
 
 
 CHILD = """

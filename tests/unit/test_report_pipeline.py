@@ -7,7 +7,8 @@ import numpy as np
 from test_tables import experiment, record
 
 from cki_rec.cli import main
-from cki_rec.engine.record import RECORD, Run, add_to_sweep
+from cki_rec.engine.record import RECORD, Run
+from cki_rec.engine.sweeps import add_to_sweep
 from cki_rec.evaluation.display import main_frame
 from cki_rec.evaluation.tables import runs_frame, summary_frame
 from cki_rec.pipelines.evaluate import REPLICATES
@@ -115,3 +116,23 @@ def test_the_terminal_shows_the_verdict_the_path_and_eight_columns(tmp_path, cap
         *("suite", "method", "seeds", "cost", "AUC", "LogLoss recal."),
         *("AUC vs best source", "AUC vs output ensemble", "recovered"),
     ]
+
+
+def test_damaged_runs_are_left_out_of_a_report(tmp_path, capsys):
+    """One line names the file of each; the others are reported."""
+    for seed in (1, 2, 3, 4):
+        one = record("auto", seed=seed, shares={"mlp.0.weight": [0.5, 0.5]})
+        one["run_id"] = f"evaluate-{seed}"
+        write_run(tmp_path, one, "n", "best_source")
+    places = ["name=n", f"runtime.out={tmp_path}", f"runtime.reports={tmp_path}"]
+    cut = tmp_path / "evaluate-2" / REPLICATES
+    cut.write_bytes(cut.read_bytes()[:100])
+    (tmp_path / "evaluate-3" / REPLICATES).unlink()
+    (tmp_path / "evaluate-4" / RECORD).write_text("")
+    assert main(["report", *places]) == 0
+    shown = capsys.readouterr().out
+    for seed in (2, 3):
+        file = tmp_path / f"evaluate-{seed}" / REPLICATES
+        assert f"{file} is missing or damaged; the run is left out" in shown
+    assert "1 evaluated models. Incomplete: 2 damaged runs are left out." in shown
+    assert "2 damaged runs" in (tmp_path / "n" / "table.md").read_text()

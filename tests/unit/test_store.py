@@ -251,7 +251,6 @@ def test_bad_rows_leave_no_folder(tmp_path):
             {"format": "movielense"},
             "data.format=movielense: expected one of criteo",
         ),
-        ({"name": "a/b"}, "data.name=a/b"),
         ({"raw": "/absent/raw.zip"}, "/absent/raw.zip: no such file or folder"),
     ],
 )

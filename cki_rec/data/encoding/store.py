@@ -131,8 +131,6 @@ def _reader(data: Data) -> Format:
     """
     if data.format not in FORMATS:
         raise UserError(f"data.format={data.format}: expected one of {', '.join(FORMATS)}")
-    if not re.fullmatch(r"[\w.-]+", data.name):
-        raise UserError(f"data.name={data.name}: expected letters, digits, '_', '.' and '-' only")
     check_split(data.split)
     published_files(data)
     return FORMATS[data.format]
