@@ -44,9 +44,14 @@ MAY_IMPORT = {
     },
     "pipelines": {
         *("config", "environment", "files", "data", "models", "merging", "checkpoints"),
-        *("engine", "evaluation"),
+        *("engine", "evaluation", "progress", "sweep_jobs"),
     },
-    "cli": {"config", "environment", "pipelines", "engine"},
+    "overrides": {"config"},
+    "sweep_jobs": set(),
+    "help_text": set(),
+    "cli": {
+        *("config", "environment", "help_text", "overrides", "sweep_jobs", "pipelines", "engine"),
+    },
     "__main__": {"cli"},
 }
 """Part of cki_rec -> parts that it may import, besides itself and the names of cki_rec itself."""
