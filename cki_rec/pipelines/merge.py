@@ -28,7 +28,7 @@ from cki_rec.merging.search import AUTO
 from cki_rec.merging.steps import calibrate_model
 from cki_rec.models import build_model
 from cki_rec.pipelines import check_only, choice, preflight, refine, sources, train, vocabularies
-from cki_rec.pipelines.compatibility import compare, counts_of, finite, require
+from cki_rec.pipelines.compatibility import compare, counts_of, finite, require, type_name
 from cki_rec.pipelines.merge_inputs import ablated, fisher, fixed_rules, learning
 from cki_rec.pipelines.predictions import calibrator, scorer, valid_auc
 from cki_rec.pipelines.references import REFERENCES
@@ -161,6 +161,8 @@ def _reads(
     rule = section(config.merge)
     if not rule["margin"]:
         del rule["margin"]
+    if rule["dtype"] is None:
+        del rule["dtype"]
     of_refinement = ("effort", "refine", "refinement", "rows")  # held by the refined candidate
     for name in ("sources", "label", "vocabularies", *of_refinement):
         del rule[name]
@@ -302,6 +304,10 @@ def _merge(
         learned=_learning_facts(merged.learned),
         recalibration=asdict(merged.calibration) if merged.calibration else None,
     )
+    types = {type_name(tensor) for each in loaded for tensor in each.params.values()}
+    if len(types) > 1 or config.merge.dtype is not None:
+        result["types"] = sorted({type_name(tensor) for tensor in merged.params.values()})
+        log.info("  sources of %s; result in %s", ", ".join(sorted(types)), *result["types"])
     if folders:
         vocabularies.write(run.path / tokens.FOLDER, joined, folders)
         result["vocabularies"] = joined.rows
@@ -338,6 +344,7 @@ def _merge_params(
         starts=options.align.starts,
         score=None if dataset is None else scorer(config, dataset, first),
         seed=config.seed,
+        dtype=None if options.dtype is None else getattr(torch, options.dtype),
         extras=Extras(
             tables=network.tables,
             probe=network.probe,

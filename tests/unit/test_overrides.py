@@ -160,7 +160,7 @@ def test_no_command_line_gives_a_traceback(words):
 
 
 @pytest.mark.slow
-@settings(max_examples=1500, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=400, deadline=None, suppress_health_check=list(HealthCheck))
 @given(words=LINES)
 def test_hundreds_of_command_lines_give_no_traceback(words):
     check_line(words)
