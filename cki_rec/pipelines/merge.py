@@ -22,6 +22,7 @@ from cki_rec.engine.sampling import sample_statistics
 from cki_rec.merging.api import merge
 from cki_rec.merging.extras import Extras, Learned
 from cki_rec.merging.optimizer_state import merge_accumulators, merge_counts
+from cki_rec.merging.options import in_yaml
 from cki_rec.merging.params import MergeError, NotPossible
 from cki_rec.merging.result import MergeResult
 from cki_rec.merging.search import AUTO
@@ -49,15 +50,18 @@ def run(config: Config) -> None:
         done = ensure(config, force=config.runtime.force)
     assert done.record is not None
     result = done.record["result"]
-    for name, shares in (result["shares"] or {}).items():
+    out, chosen = Path(config.runtime.out), result["chosen"]
+    for name, shares in (choice.shares_of(out, done.path.name) or {}).items():
         log.info("  %-52s %s", name, "  ".join(f"{share:6.1%}" for share in shares))
     warn_if_unchanged(config, result)
     if fitted := result.get("refinement"):
         log.info("refined: validation AUC %.4f, before %.4f", fitted["auc"], fitted["start_auc"])
-    if result["chosen"] is None:
-        log.info("model: %s", done.checkpoint)
-    else:
-        log.info("unchanged: %s", ", ".join(result["chosen"]))
+    if scores := result.get("valid_auc"):
+        if not done.seconds:  # else they have been logged
+            choice.log_scores(scores)
+        log.info("chosen: %s", scores.get("titles", {}).get(chosen[0], chosen[0]))
+    for folder in [done.checkpoint] if chosen is None else choice.folders(out, chosen):
+        log.info("model: %s", folder)
 
 
 def ensure(config: Config, models: Sources | None = None, force: bool = False) -> Run:
@@ -71,6 +75,7 @@ def ensure(config: Config, models: Sources | None = None, force: bool = False) -
     Raises:
         UserError: Options, sources or data that do not fit together.
     """
+    config = preflight.without_unused(config)
     preflight.check_options(config)
     models = models or resolve(config)
     options = config.merge
@@ -93,7 +98,8 @@ def ensure(config: Config, models: Sources | None = None, force: bool = False) -
         best = choice.best_of(config, models, candidates, dataset)
         for changed in refine.variants(config, models):
             refined = _refined(changed, models, best, force=False)
-            name = f"{best.name}, refined"
+            steps = changed.merge.refinement.map_steps
+            name = f"{best.name}, refine={changed.merge.refine}, map_steps={steps}"
             candidates.append(Source(name, refined.path.name, refined.checkpoint))
         reads["sources"] = [source.identity for source in candidates]
     with open_run(Path(config.runtime.out), run_id("merge", reads), force) as run:
@@ -202,7 +208,11 @@ def _recipes(config: Config, models: Sources) -> list[Source]:
                 raise
             log.warning("  merge.recipes[%d] is left out: %s", place, error)
             continue
-        candidates.append(Source(str(delta), run.path.name, run.checkpoint))
+        name = ", ".join([recipe.merge.method, *(f"{k}={in_yaml(v)}" for k, v in delta.items())])
+        candidates.append(Source(name, run.path.name, run.checkpoint))
+        if run.seconds:  # made just now
+            done = f"{place + 1} of {len(config.merge.recipes)}, {sum(run.seconds.values()):.1f} s"
+            log.info("  recipe %s: %s", done, name)
     if not candidates:
         raise UserError("merge.recipes: none could be made; see the warnings above")
     return candidates

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
+from cki_rec import sweep_jobs
 from cki_rec.config import Config, UserError, first_comment
 from cki_rec.engine.record import Run, sweep_runs
 from cki_rec.evaluation.display import METHOD_NAMES, display_frame, markdown_table
@@ -39,6 +40,9 @@ def run(config: Config) -> None:
     """
     runs, num_missing = sweep_runs(Path(config.runtime.out), config.name)
     if not runs:
+        folder = Path(config.runtime.out) / "sweeps" / config.name
+        if failed := sweep_jobs.failures(folder):
+            raise UserError(f"name={config.name}: {sweep_jobs.summary(failed, len(failed))}")
         raise UserError(
             f"name={config.name}: no run is recorded under it in {config.runtime.out}; start with"
             f" cki-rec evaluate -m experiment={config.name}, or evaluate name={config.name} ..."
@@ -49,7 +53,7 @@ def run(config: Config) -> None:
     incomplete = (
         [f"Incomplete: {num_missing} jobs of the sweep are missing."] if num_missing else []
     )
-    suites = {name: first_comment("suite", name) for name in frame["suite"].unique()}
+    suites = {name: _about_sources(name, records) for name in frame["suite"].unique()}
     methods = {name: first_comment("merge", name) for name in labels}
     figures = _figures(records, frame, summary, labels)
     page = report_page(
@@ -69,6 +73,15 @@ def run(config: Config) -> None:
     _print(summary)
     print(" ".join([f"{len(runs)} evaluated models.", *incomplete]))
     print(f"report: {folder / 'report.html'}")
+
+
+def _about_sources(suite: str, records: Sequence[dict[str, Any]]) -> str:
+    """Return one sentence on the sources of a suite: the names of checkpoints, or the suite's."""
+    results = [record["result"] for record in records if record["result"]["suite"] == suite]
+    named = next((result["sources"] for result in results if "sources" in result), None)
+    if named is None:
+        return first_comment("suite", suite)
+    return f"Checkpoints that the user named: {', '.join(named)}."
 
 
 def _frames(

@@ -33,7 +33,7 @@ from cki_rec.data.schema import FeatureSchema
 from cki_rec.engine import checkpoint_io, distributed, plans
 from cki_rec.engine.embeddings import ShardedModel, build, initialize
 from cki_rec.engine.evaluator import predict
-from cki_rec.engine.record import Run, open_run
+from cki_rec.engine.record import RECORD, Run, open_run
 from cki_rec.engine.restoration import restore
 from cki_rec.engine.resume import RESUME, Checkpointer
 from cki_rec.engine.steps import StepLog
@@ -48,9 +48,25 @@ log = logging.getLogger(__name__)
 
 def run(config: Config) -> float:
     """Train as configured, log the model's folder, and return its validation AUC."""
+    start = time.time()
     done = ensure(config, force=config.runtime.force)
-    log.info("model: %s", done.checkpoint)
+    log_done(done, start)
     return valid_auc(done)
+
+
+def log_done(done: Run, start: float) -> None:
+    """Log the validation metrics and the folder of a training, and its date if it is older."""
+    assert done.record is not None
+    finished = (done.path / RECORD).stat().st_mtime
+    if finished < start:
+        date = time.strftime("%Y-%m-%d %H:%M", time.localtime(finished))
+        log.info("already trained on %s; runtime.force=true trains again", date)
+    best = best_epoch(done.record["result"]["history"])
+    names = {f"valid_{metric.name}": metric.title for metric in PRIMARY}
+    known = {title: best.get(name) for name, title in names.items()}
+    shown = [f"{title} {value:.4f}" for title, value in known.items() if value is not None]
+    log.info("validation: %s", ", ".join(shown))
+    log.info("model: %s", done.checkpoint)
 
 
 def ensure(config: Config, force: bool = False) -> Run:
