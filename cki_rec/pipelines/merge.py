@@ -36,6 +36,9 @@ from cki_rec.pipelines.references import REFERENCES
 from cki_rec.pipelines.sources import Source, Sources, are_disjoint, shard_of
 from cki_rec.pipelines.vocabularies import Joined
 
+LARGE = 10_000_000
+"""Entries of a model from which the steps of its merge are logged."""
+
 log = logging.getLogger(__name__)
 
 
@@ -355,6 +358,7 @@ def _merge_params(
         score=None if dataset is None else scorer(config, dataset, first),
         seed=config.seed,
         dtype=None if options.dtype is None else getattr(torch, options.dtype),
+        progress=_log_step if sum(t.numel() for t in models[0].values()) > LARGE else None,
         extras=Extras(
             tables=network.tables,
             probe=network.probe,
@@ -372,6 +376,11 @@ def _merge_params(
         ),
         **options.options,
     )
+
+
+def _log_step(step: str, done: int, total: int) -> None:
+    if done < total:
+        log.info("  %s, step %d of %d", step, done + 1, total)
 
 
 def _learning_facts(learned: Learned | None) -> dict[str, Any] | None:
