@@ -9,17 +9,28 @@ import math
 import os
 import re
 import shlex
+import signal
 import sys
 import time
+import warnings
 from collections.abc import Sequence
+from concurrent.futures.process import BrokenProcessPool
 from difflib import get_close_matches
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
-from cki_rec import COMMAND_VARIABLE, JOB_VARIABLE
+from cki_rec import COMMAND_VARIABLE, JOB_VARIABLE, sweep_jobs
+from cki_rec.help_text import PIPELINES, help_text, pipeline_help
+from cki_rec.overrides import (
+    check_method_options,
+    explain,
+    parse_options,
+    sweep_mistake,
+    unprintable,
+    with_open_options,
+)
 from cki_rec.search_path import (
     CONF,
-    SEARCH_PATH,
     config_groups,
     folders,
     hidden_choice,
@@ -29,28 +40,6 @@ from cki_rec.search_path import (
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
-PIPELINES = {
-    "prepare": "encode a data set and print its summary",
-    "train": "train one model",
-    "assess": "compare models before a merge: compatibility, distances, seen rows, the barrier",
-    "merge": "make one model out of several; trains sources that are missing",
-    "finetune": "merge, then train briefly on all rows",
-    "evaluate": "all of the above as configured, then metrics and intervals on test rows",
-    "export": "write a trained or merged model as one file that serves without this package",
-    "report": "tables, figures and an HTML page from the records of a name",
-    "inspect": "describe the columns of your file, and draft its conf/data/NAME.yaml",
-}
-EXAMPLES = {
-    "prepare": "data=movielens_1m data.raw=ml-1m.zip",
-    "train": "model=deepfm seed=2 train.epochs=5",
-    "assess": "'merge.sources=[{seed: 1},{seed: 2}]' assess.barrier=5",
-    "merge": "merge=evidence 'merge.sources=[{seed: 1},{seed: 2}]'",
-    "finetune": "merge=evidence finetune=one_epoch",
-    "evaluate": "-m suite=seeds,shards seed=1,2,3 merge=average,evidence",
-    "export": "run=train-0123456789abcdef format=onnx",
-    "report": "name=quickstart",
-    "inspect": "my.csv",
-}
 RENAMED = {"integrate": ["merge"]}
 """Present names of commands of earlier releases."""
 ON_SEVERAL_PROCESSES = ("train", "merge")
@@ -65,14 +54,30 @@ UNWRITABLE = (
 SHARE_BEFORE_ESTIMATE = 0.05
 """Share of a sweep's jobs: the first ones train all sources, so they take longer."""
 
+SECONDS_FOR_FIRST = 5.0
+"""Time in which the first of several processes prints a mistake that all have."""
+
 log = logging.getLogger(__name__)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return its exit code: 0, 1 failed, 2 the user's mistake, 130."""
     words = list(sys.argv[1:] if arguments is None else arguments)
+    if mistake := unprintable(words):
+        return _fail(mistake)
+    try:
+        code = _main(words)
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader of our output left, e.g. head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    return code
+
+
+def _main(words: list[str]) -> int:
+    """Print a help text or run a pipeline; return the exit code."""
     if not words or words[0] in ("-h", "--help", "help"):
-        print(_help(config_groups(folders(with_folders(words)))))
+        print(help_text(config_groups(folders(with_folders(words)))))
         return 0
     if words[0] == "--version":
         from cki_rec import __version__
@@ -85,7 +90,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         hint = f"did you mean '{close[0]}'? " if close else ""
         return _fail(f"no pipeline '{pipeline}': {hint}one of {', '.join(PIPELINES)}")
     if {"-h", "--help"} & set(options):
-        print(_pipeline_help(pipeline, config_groups(folders(with_folders(options)))))
+        print(pipeline_help(pipeline, config_groups(folders(with_folders(options)))))
         return 0
     os.environ[COMMAND_VARIABLE] = shlex.join(["cki-rec", *words])
     return _run(pipeline, options)
@@ -129,9 +134,6 @@ def _run(pipeline: str, options: list[str]) -> int:
     except KeyboardInterrupt:
         print("cki-rec: interrupted; finished runs are kept, run again to go on", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # whoever read our output left, e.g. head
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
     except OSError as error:
         if error.errno not in UNWRITABLE:
             raise
@@ -150,22 +152,24 @@ def compose_config(overrides: list[str], is_sweep: bool = False) -> DictConfig:
         UserError: A mistake in ``overrides``: one line with the nearest name.
     """
     from hydra import compose, initialize_config_dir
-    from hydra.errors import HydraException
-    from omegaconf.errors import OmegaConfBaseException
+    from omegaconf import OmegaConf
 
     from cki_rec.config import UserError, check_name, register_resolvers, texts_as_typed
 
     register_resolvers()
-    overrides = texts_as_typed(overrides)
+    words = with_open_options(texts_as_typed(overrides))
+    search_path = folders(overrides)
     with initialize_config_dir(str(CONF), version_base="1.3"):
+        first = _check_choices(words, is_sweep)
         try:
-            first = _check_choices(overrides)
-            composed = compose("config", first if is_sweep else overrides)
-        except (HydraException, OmegaConfBaseException) as error:
-            raise UserError(_explain(error, overrides)) from None
+            composed = compose("config", first if is_sweep else words)
+            method = str(OmegaConf.select(composed, "merge.method"))
+        except Exception as error:  # of Hydra and OmegaConf; many kinds, all about the options
+            raise UserError(explain(error, words, config_groups(search_path))) from None
     check_name("name", composed.name)  # before Hydra makes the folder of a sweep
-    if not composed.merge.plugins:  # which may bring methods
-        _check_method(composed.merge.method, (CONF, *folders(overrides)))
+    if not OmegaConf.select(composed, "merge.plugins"):  # which may bring methods
+        _check_method(method, (CONF, *search_path))
+        check_method_options(method, words, (CONF, *search_path))
     return composed
 
 
@@ -223,10 +227,11 @@ def _sweep(pipeline: str, overrides: list[str]) -> None:
     import hydra
     from hydra.errors import HydraException
 
-    from cki_rec.config import UserError, register_resolvers, texts_as_typed
+    from cki_rec.config import RankLost, UserError, register_resolvers, texts_as_typed
 
     overrides = texts_as_typed(overrides)
-    compose_config(overrides, is_sweep=True)  # for a short error before Hydra starts
+    first = compose_config(overrides, is_sweep=True)  # for a short error before Hydra starts
+    swept = {o.key_or_group for o in parse_options(overrides) if o.is_sweep_override()}
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors reach main() as they are, and become one line
 
     def job(composed: DictConfig) -> float | None:
@@ -237,21 +242,34 @@ def _sweep(pipeline: str, overrides: list[str]) -> None:
         state = HydraConfig.get()
         if sweep := os.environ.get(JOB_VARIABLE, "").split():
             os.environ[JOB_VARIABLE] = f"{sweep[0]} {state.job.num}"
-        log.info("%s %s", sweep_position(int(state.job.num)), state.job.override_dirname)
-        try:
-            return _run_job(pipeline, composed)
-        except UserError as error:
-            log.info("  failed: %s", error)  # now; Hydra goes on and reports it at the end
-            raise
+        keys = {*swept, *(state.sweeper.get("params") or {})}
+        title = sweep_jobs.title(state.overrides.task, keys)
+        log.info("%s %s", sweep_position(int(state.job.num)), title)
+        folder = sweep_jobs.folder_of(composed)
+        with sweep_jobs.running(folder, int(state.job.num), title):
+            try:
+                return _run_job(pipeline, composed)
+            except UserError as error:
+                is_new = sweep_jobs.add_failure(folder, title, str(error))
+                log.info("  failed: %s", error if is_new else "the same mistake")
+                if "n_trials" in state.sweeper:  # a search needs the value of every trial
+                    raise
+                return None  # the sweep goes on
 
-    arguments, sys.argv = sys.argv, ["cki-rec", "--multirun", *overrides]
+    arguments, sys.argv = sys.argv, ["cki-rec", "--multirun", *with_open_options(overrides)]
     try:
         hydra.main(config_path=str(CONF), config_name="config", version_base="1.3")(job)()
     except HydraException as error:
         raise UserError(" ".join(str(error).split())) from None
+    except BrokenProcessPool as error:
+        jobs = sweep_jobs.unfinished(sweep_jobs.folder_of(first))
+        raise RankLost(sweep_jobs.killed(jobs, error)) from None
     finally:
         sys.argv = arguments
         os.environ.pop(JOB_VARIABLE, None)
+    if failed := sweep_jobs.failures(sweep_jobs.folder_of(first)):
+        total = int(os.environ[SWEEP_VARIABLE].split()[0])
+        raise UserError(sweep_jobs.summary(failed, total))
 
 
 class SweepProgress:
@@ -261,6 +279,7 @@ class SweepProgress:
         """Publish the number of jobs and the start time to this and to child processes."""
         total = num_jobs(config)
         os.environ[SWEEP_VARIABLE] = f"{total} {time.time()}"
+        sweep_jobs.clear(sweep_jobs.folder_of(config))
         if shlex.split(os.environ[COMMAND_VARIABLE])[1] == "evaluate":
             from cki_rec.engine.sweeps import start_sweep
 
@@ -300,40 +319,54 @@ def sweep_position(number: int) -> str:
 
 def start_log() -> None:
     """Print the messages of cki_rec on standard output, and only warnings of other packages."""
-    handler = logging.StreamHandler(sys.stdout)
+    handler = _Lines(sys.stdout)
     handler.setFormatter(logging.Formatter("%(message)s"))
     ours = logging.getLogger("cki_rec")
     ours.handlers = [handler]
     is_first = os.environ.get("RANK", "0") == "0"  # of several processes the first one speaks
-    ours.setLevel(logging.INFO if is_first else logging.WARNING)
+    ours.setLevel(logging.INFO if is_first else logging.ERROR)
     ours.propagate = False
+    if not is_first:
+        warnings.simplefilter("ignore")
 
 
-def _check_choices(overrides: list[str]) -> list[str]:
+class _Lines(logging.StreamHandler[TextIO]):
+    """Handler that ends the program when the reader of its lines has left, as ``head`` does."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Raise an error about a closed pipe; report others as logging does."""
+        if isinstance(sys.exc_info()[1], BrokenPipeError):
+            raise
+        super().handleError(record)
+
+
+def _check_choices(overrides: list[str], is_sweep: bool) -> list[str]:
     """Return ``overrides`` with the first value of each swept one.
 
     Raises:
-        UserError: A choice that its group does not have.
+        UserError: A word that is no option, or a choice that its group does not have.
     """
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-
     from cki_rec.config import UserError, nearest
 
     search_path = folders(overrides)
     groups, first = config_groups(search_path), []
-    for override in OverridesParser.create().parse_overrides(overrides):
+    for override in parse_options(overrides):
         assert override.input_line is not None
+        if override.is_sweep_override() and not is_sweep:
+            raise UserError(sweep_mistake(override, override.key_or_group in groups))
         if override.is_interval_sweep():
             continue  # a search draws its values
         if override.is_sweep_override():
             values = list(override.sweep_string_iterator())
-            first.append(f"{override.key_or_group}={values[0]}")
+            prefix = "++" if override.is_force_add() else ""
+            first.append(f"{prefix}{override.key_or_group}={values[0]}")
         else:
             values = [override.get_value_element_as_str()]
             first.append(override.input_line)
         for choice in values if override.key_or_group in groups else []:
             choices = groups[override.key_or_group]
-            if choice not in (*choices, "null") and not override.is_delete():
+            is_none = choice == "null" and override.key_or_group == "experiment"
+            if choice not in choices and not is_none and not override.is_delete():
                 known = f"{nearest(choice, choices)}one of {', '.join(choices)}"
                 raise UserError(f"{override.key_or_group}={choice}: {known}")
             if file := hidden_choice(override.key_or_group, choice, search_path):
@@ -344,76 +377,10 @@ def _check_choices(overrides: list[str]) -> list[str]:
     return first
 
 
-def _explain(error: Exception, overrides: list[str]) -> str:
-    """Return one line for an error of composition: the mistake and the nearest name."""
-    from hydra import compose
-    from omegaconf import OmegaConf
-
-    from cki_rec.config import nearest
-
-    groups = config_groups(folders(overrides))
-    known: set[str] = set(groups)
-    choices = [o for o in overrides if o.partition("=")[0] in {*groups, SEARCH_PATH}]
-    pending: list[tuple[str, Any]] = [("", OmegaConf.to_container(compose("config", choices)))]
-    while pending:
-        prefix, node = pending.pop()
-        for key, value in node.items() if isinstance(node, dict) else ():
-            known.add(prefix + str(key))
-            pending.append((f"{prefix}{key}.", value))
-    for override in overrides:
-        key = override.split("=")[0].lstrip("+~")
-        if "=" not in override:
-            return f"'{override}': options are written key=value; see cki-rec --help"
-        if key not in known and not key.startswith("hydra") and not override.startswith("+"):
-            return f"no option '{key}': {nearest(key, known)}see cki-rec --help"
-    return " ".join(str(error).split())
-
-
-def _help(groups: dict[str, list[str]]) -> str:
-    lines = ["cki-rec <pipeline> [group=choice] [key=value] [-m]", "", "pipelines"]
-    lines += [f"  {name:10} {what}" for name, what in PIPELINES.items()]
-    lines += ["", "groups"]
-    lines += [f"  {group:10} {', '.join(choices)}" for group, choices in groups.items()]
-    lines += ["", "examples"]
-    lines += [f"  cki-rec {name} {EXAMPLES[name]}" for name in PIPELINES]
-    lines += [
-        "",
-        "./conf and --config-dir DIR add folders like conf/, with more choices for its groups.",
-        "--cfg job prints the composed configuration and runs nothing.",
-        "-m sweeps over comma-separated values; hydra/launcher=joblib runs jobs in parallel.",
-    ]
-    lines += ["cki-rec <pipeline> --help lists its options. Values and their meaning: conf/."]
-    lines += ["cki-rec merge --list shows all methods: summary, options, needs, cost, reference."]
-    return "\n".join(lines)
-
-
-READS = {
-    "inspect": ["data"],
-    "prepare": ["data"],
-    "train": ["data", "model", "train"],
-    "assess": ["data", "model", "train", "suite", "merge", "assess"],
-    "merge": ["data", "model", "train", "suite", "merge"],
-    "finetune": ["data", "model", "train", "suite", "merge", "finetune"],
-    "evaluate": ["data", "model", "train", "suite", "merge", "finetune", "evaluate"],
-    "export": [],
-    "report": [],
-}
-"""The groups whose values a pipeline reads."""
-
-
-def _pipeline_help(pipeline: str, groups: dict[str, list[str]]) -> str:
-    """Return an example and the commented values of the groups that a pipeline reads."""
-    lines = [f"cki-rec {pipeline}: {PIPELINES[pipeline]}", ""]
-    lines += [f"  cki-rec {pipeline} {EXAMPLES[pipeline]}", ""]
-    for group in [*READS[pipeline], "runtime"]:
-        choices = groups[group]
-        shown = "default" if "default" in choices else config_groups()[group][-1]
-        text = (CONF / group / f"{shown}.yaml").read_text()
-        lines += [f"{group}={'|'.join(choices)}; {group}.KEY=VALUE with, in {group}={shown}:"]
-        lines += [f"    {x}" for x in text.splitlines() if x and x[0] != "#"] + [""]
-    return "\n".join(lines).rstrip()
-
-
 def _fail(message: str) -> int:
+    """Print a mistake, once for all processes of a machine, and return the exit code."""
+    if os.environ.get("RANK", "0") != "0":  # the first process has failed too, if it is like most
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # of torchrun, when the first has ended
+        time.sleep(SECONDS_FOR_FIRST)
     print(f"cki-rec: {message}", file=sys.stderr)
     return 2

@@ -21,7 +21,7 @@ from torch import nn
 
 from cki_rec import COMMAND_VARIABLE, checkpoints
 from cki_rec.checkpoints import Checkpoint
-from cki_rec.cli import PIPELINES, compose_config, start_log
+from cki_rec.cli import compose_config, start_log
 from cki_rec.config import Config, UserError, nearest, parse
 from cki_rec.data.dataset import EncodedDataset
 from cki_rec.data.encoding import store, tokens
@@ -30,6 +30,7 @@ from cki_rec.data.encoding.frames import raw_rows as rows_of
 from cki_rec.data.schema import FeatureSchema
 from cki_rec.engine import distributed, evaluator
 from cki_rec.engine.record import Run
+from cki_rec.help_text import PIPELINES
 from cki_rec.pipelines import evaluate, export, report
 from cki_rec.plugins import load, load_class
 from cki_rec.search_path import with_folders

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 
 SECONDS_BETWEEN_LINES = 10.0
 
@@ -15,6 +16,8 @@ log = logging.getLogger(__name__)
 
 Advance = Callable[..., None]
 """(amount, note=""): to call after every piece of work."""
+title_of_outer: ContextVar[str] = ContextVar("title_of_outer", default="")
+"""Title of the work that is being displayed; empty: none."""
 
 
 @contextmanager
@@ -22,11 +25,23 @@ def progress(title: str, total: int, unit: str = "rows") -> Iterator[Advance]:
     """Yield a function to call with the amount done since the last call, and a short note.
 
     The display shows the share done, the rate and the time left. ``total`` is an upper bound of
-    the amount; 0: unknown.
+    the amount; 0: unknown. Work inside of other work shows nothing.
     """
-    if os.environ.get("RANK", "0") != "0":  # only the first of several processes prints
+    is_inside = title_of_outer.get() != ""
+    if is_inside or os.environ.get("RANK", "0") != "0":  # of processes the first one prints
         yield lambda *_: None
         return
+    token = title_of_outer.set(title)
+    try:
+        with _display(title, total, unit) as advance:
+            yield advance
+    finally:
+        title_of_outer.reset(token)
+
+
+@contextmanager
+def _display(title: str, total: int, unit: str) -> Iterator[Advance]:
+    """Yield ``advance`` of a bar on a terminal, of lines elsewhere."""
     start = time.perf_counter()
     done = 0
     if sys.stdout.isatty():

@@ -11,7 +11,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING
 
-from cki_rec.cli import EXAMPLES, PIPELINES
+from cki_rec.help_text import EXAMPLES, PIPELINES
 from cki_rec.merging.methods import METHODS
 from cki_rec.merging.options import in_yaml
 from cki_rec.merging.registry import Method

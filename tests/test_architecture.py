@@ -45,17 +45,21 @@ MAY_IMPORT = {
     },
     "pipelines": {
         *("config", "environment", "files", "data", "models", "merging", "checkpoints"),
-        *("engine", "evaluation", "plugins", "search_path"),
+        *("engine", "evaluation", "plugins", "progress", "search_path", "sweep_jobs"),
     },
     "search_path": set(),
     "flags": {"config", "search_path"},
+    "overrides": {"config"},
+    "sweep_jobs": set(),
+    "help_text": {"search_path"},
     "cli": {
-        *("config", "environment", "flags", "search_path", "pipelines", "engine", "plugins"),
+        *("config", "environment", "flags", "help_text", "overrides", "search_path"),
+        *("sweep_jobs", "pipelines", "engine", "plugins"),
     },
     "__main__": {"cli"},
     "notebook": {
-        *("checkpoints", "cli", "config", "data", "engine", "evaluation", "pipelines"),
-        *("plugins", "search_path"),
+        *("checkpoints", "cli", "config", "data", "engine", "evaluation", "help_text"),
+        *("pipelines", "plugins", "search_path"),
     },
 }
 """Part of cki_rec -> parts that it may import, besides itself and the names of cki_rec itself."""

@@ -14,7 +14,8 @@ import pytest
 import torch
 from test_readme import ROOT, SMALL, blocks, places  # noqa: F401
 
-from cki_rec.cli import PIPELINES, main
+from cki_rec.cli import main
+from cki_rec.help_text import PIPELINES
 from cki_rec.merging.methods import METHODS
 from cki_rec.pipelines.references import REFERENCES
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from cki_rec.checkpoints.digests import file_digests, file_names
+from cki_rec.checkpoints.missing import no_checkpoint
 from cki_rec.checkpoints.tensors import empty_tensors, read_tensors, tensor_entries, untrusted
 from cki_rec.config import Model as ModelConfig
 from cki_rec.config import UserError, model_options
@@ -90,7 +91,7 @@ def external_identity(folder: Path) -> str:
     """
     description = folder / DESCRIPTION
     if not description.is_file():
-        raise UserError(f"{folder}: no checkpoint here ({description.name} is missing)")
+        raise UserError(no_checkpoint(folder, description.name))
     return f"{EXTERNAL}{hashlib.sha256(description.read_bytes()).hexdigest()[:16]}"
 
 
@@ -186,7 +187,7 @@ def _description(folder: Path) -> dict[str, Any]:
             )
         content["files"] = dict(content["files"])
     except (FileNotFoundError, NotADirectoryError):
-        raise UserError(f"{folder}: no checkpoint here ({DESCRIPTION} is missing)") from None
+        raise UserError(no_checkpoint(folder, DESCRIPTION)) from None
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: damaged checkpoint ({error!r}); write it again") from None
     return content

@@ -14,7 +14,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from cki_rec.checkpoints.reader import Reader
-from cki_rec.config import UserError
+from cki_rec.config import Stopped, UserError
 from cki_rec.merging.params import Params
 
 
@@ -69,7 +69,16 @@ def untrusted(folder: Path) -> Iterator[None]:
     try:
         yield
     except (CheckpointException, Exception) as error:  # the former is a BaseException
+        raise_interruption(error)
         raise UserError(f"{folder}: unreadable checkpoint ({_reason(error)})") from None
+
+
+def raise_interruption(error: BaseException) -> None:
+    """Raise the interruption by the user or the system that DCP has wrapped in its own error."""
+    causes = error.failures.values() if isinstance(error, CheckpointException) else ()
+    for cause, _ in causes:
+        if isinstance(cause, KeyboardInterrupt | Stopped):
+            raise cause from None
 
 
 @contextmanager

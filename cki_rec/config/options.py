@@ -13,6 +13,7 @@ from cki_rec.config.section import (
     NonNegativeFloat,
     Positive,
     PositiveFloat,
+    Source,
     section,
 )
 from cki_rec.config.texts import Name
@@ -117,7 +118,7 @@ class Monitor:
 class Train:
     """Optimization of one model."""
 
-    start: dict[str, Any] | None
+    start: Source | None
     """The training that this one continues, as config deltas ``{data.part: 0}`` or as a checkpoint
     ``{path: a}``; null: initial weights. The start of that training is null unless the deltas set
     it."""
@@ -218,9 +219,9 @@ class Merge:
     """Modules with methods of your own: ``package.module`` or ``path/to/file.py``."""
     label: str
     """Name of this setting in tables; unique per file of ``conf/merge``."""
-    sources: Annotated[list[dict[str, Any]], Field(min_length=1)]
-    """Sources as config deltas, ``[{seed: 1}, {seed: 2}]``, or checkpoints, ``[{path: a}]``."""
-    base: dict[str, Any] | None
+    sources: Annotated[list[Source], Field(min_length=1)]
+    """Sources as config deltas, ``[{seed: 1}, {seed: 2}]``, or run folders, ``[a, {path: b}]``."""
+    base: Source | None
     """The model that all sources started from, named like a source; null: there is none."""
     vocabularies: list[str | None]
     """Folders of encoded data sets (null: searched), one per source, then one of the base if the
@@ -260,6 +261,9 @@ class Merge:
     layers or its ``output`` layer. Others are the first source's."""
     tables: Literal["same", "evidence", "first"]
     """Rule for tables: ``same`` as the rest, ``evidence`` or ``first`` (source)."""
+    dtype: Literal["float32", "bfloat16", "float16"] | None
+    """Type of the result; null: that of the first source. Sources of different types are merged
+    in float32."""
     biases: Literal["merge", "first"]
     """Rule for vectors: ``merge``, or ``first`` (source, as released)."""
     ablation: Literal["none", "permuted", "shuffled"]
@@ -364,9 +368,9 @@ class Suite:
     """The sources that methods are compared with, and the model that they start from."""
 
     name: str
-    sources: list[dict[str, Any]]
+    sources: list[Source]
     """The sources that every method of the suite is compared with, as config deltas."""
-    base: dict[str, Any] | None
+    base: Source | None
     """The model that all of them come from, as a config delta; null: there is none."""
 
 

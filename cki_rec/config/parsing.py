@@ -68,6 +68,9 @@ def parse(composed: DictConfig) -> Config:
     Raises:
         UserError: An unknown key, a wrong type or an impossible combination, by dotted path.
     """
+    seed = OmegaConf.select(composed, "seed", default=0)
+    if not isinstance(seed, int):  # others are computed from it
+        raise UserError(f"seed={seed}: must be a whole number")
     try:
         values = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:

@@ -6,8 +6,9 @@ import re
 from collections.abc import Mapping
 from typing import Annotated, Any, TypeVar, cast, get_args, get_type_hints
 
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
+from pydantic_core import PydanticCustomError
 from typing_extensions import dataclass_transform
 
 from cki_rec.config.errors import UserError, nearest
@@ -18,6 +19,20 @@ NonNegative = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 NonNegativeFloat = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
+SOURCE_RULE = "must be a path, or options as {seed: 1}"
+
+
+def _source(value: Any) -> Any:
+    """Return a source as a mapping: a plain path is ``{path: ...}``."""
+    if isinstance(value, str) and value.strip():
+        return {"path": value}
+    if not isinstance(value, dict):
+        raise PydanticCustomError("source", "{rule}", {"rule": SOURCE_RULE})
+    return value
+
+
+Source = Annotated[dict[str, Any], BeforeValidator(_source)]
+"""A model, by its path or by config deltas."""
 WORDS = {
     "int": "must be a whole number",
     "float": "must be a number",

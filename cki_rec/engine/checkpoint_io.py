@@ -13,7 +13,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from cki_rec.checkpoints import DESCRIPTION, FORMAT, TENSORS, file_digests, untrusted
 from cki_rec.checkpoints.reader import Reader
-from cki_rec.checkpoints.tensors import ignore_dcp_warnings
+from cki_rec.checkpoints.tensors import ignore_dcp_warnings, raise_interruption
 from cki_rec.config import Model, section
 from cki_rec.data.provenance import Provenance
 from cki_rec.data.schema import FeatureSchema
@@ -59,6 +59,7 @@ def save(
         except (CheckpointException, RuntimeError) as error:
             # CheckpointException is a BaseException, so `except OSError` would miss it;
             # torch's writer raises RuntimeError when the disk is full
+            raise_interruption(error)
             raise _as_os_error(error, folder) from None
         files = _digests_of_all(temporary / TENSORS)
         if is_first:

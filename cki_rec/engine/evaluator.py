@@ -10,6 +10,7 @@ from torch import nn
 from cki_rec.data.loader import LoadedRows, Loader
 from cki_rec.data.schema import FeatureSchema
 from cki_rec.engine import distributed
+from cki_rec.progress import progress
 
 BATCH_SIZE = 16_384
 
@@ -34,5 +35,9 @@ def predict(
         dataset, schema, rows, max(BATCH_SIZE, num), rank=distributed.rank(), world_size=num
     )
     places = [loader.places(rank) for rank in range(num)]
-    logits = [module(batch.to(device)).float().cpu().numpy() for batch in loader]
+    logits = []
+    with progress("score", len(rows)) as advance:
+        for batch in loader:
+            logits.append(module(batch.to(device)).float().cpu().numpy())
+            advance(num * len(logits[-1]))
     return distributed.gather(np.concatenate(logits), places)

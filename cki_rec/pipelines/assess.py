@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,8 @@ from cki_rec.evaluation.assessment_plot import assessment_plot
 from cki_rec.evaluation.tables import csv_bytes
 from cki_rec.files import write_atomically
 from cki_rec.merging.assessment import Assessment, assess
-from cki_rec.merging.params import MergeError
+from cki_rec.merging.params import MergeError, Params
+from cki_rec.merging.registry import Score
 from cki_rec.models import build_model
 from cki_rec.pipelines import preflight, train, vocabularies
 from cki_rec.pipelines.compatibility import compare, counts_of, finite, require
@@ -29,6 +31,7 @@ from cki_rec.pipelines.predictions import scorer
 from cki_rec.pipelines.provenance import check_data
 from cki_rec.pipelines.sources import Sources, resolve
 from cki_rec.pipelines.vocabularies import Joined
+from cki_rec.progress import Advance, progress
 
 TABLE, FIGURE = "assess.csv", "assess.svg"
 
@@ -178,7 +181,11 @@ def _assess(
         size, seed = config.merge.sample, config.seed
         batches = sample_statistics(module, dataset, first.schema, size, seed).batches
     score = None if dataset is None else scorer(config, dataset, first)
-    try:
+    num_pairs = len(checkpoints) * (len(checkpoints) - 1) // 2
+    with (
+        progress("barrier", num_pairs * options.barrier, "models") as advance,
+        _one_line("assess"),
+    ):
         return assess(
             [checkpoint.params for checkpoint in checkpoints],
             counts=counts_of(checkpoints, is_needed=False),
@@ -187,11 +194,29 @@ def _assess(
             tables=network.tables,
             module=network.module,
             batches=batches or None,
-            score=score if options.barrier else None,
+            score=None if score is None or not options.barrier else counted(score, advance),
             points=options.barrier,
             align=options.align if is_aligned else "none",
             starts=config.merge.align.starts,
             seed=config.seed,
         )
+
+
+def counted(score: Score, advance: Advance) -> Score:
+    """Return a score that shows the progress of its calls."""
+
+    def scored(params: Params) -> float:
+        value = score(params)
+        advance(1)
+        return value
+
+    return scored
+
+
+@contextmanager
+def _one_line(title: str) -> Iterator[None]:
+    """Turn an error of the library into one line."""
+    try:
+        yield
     except MergeError as error:
-        raise UserError(f"assess: {error}") from error
+        raise UserError(f"{title}: {error}") from error

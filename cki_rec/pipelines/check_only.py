@@ -50,6 +50,7 @@ def report(config: Config) -> None:
             "check_only=true runs in one process; start it without torchrun (on several, merge"
             " compares its sources before it reads them)"
         )
+    config = preflight.without_unused(config)
     is_search = config.merge.method == AUTO
     if is_search:
         preflight.check_options(config)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from cki_rec.merging.search import AUTO, choose
 from cki_rec.pipelines import preflight
 from cki_rec.pipelines.predictions import predictions, valid_auc
 from cki_rec.pipelines.references import REFERENCES
-from cki_rec.pipelines.sources import Source, Sources
+from cki_rec.pipelines.sources import Source, Sources, is_external
 
 log = logging.getLogger(__name__)
 
@@ -56,9 +56,6 @@ def choose_model(
         return [source.identity for source in chosen], None
     everyone = {each.identity: each for each in [*candidates, *models.merged]}
     choice = choose(everyone.items(), score)
-    for source in sorted(everyone.values(), key=score, reverse=True):
-        seconds = _seconds(config, source)
-        log.info("  %.4f validation AUC, %6.1f s: %s", score(source), seconds, source.name)
     best, best_source = choice.best, max(models.merged, key=score)
     if dataset is not None and not _gains(config, dataset, best, best_source):
         best = best_source
@@ -68,8 +65,43 @@ def choose_model(
         "name": best_source.name,
         "is_source": best in models.merged,
         "all": choice.scores,
+        "titles": {identity: source.name for identity, source in everyone.items()},
     }
+    seconds = {identity: _seconds(config, source) for identity, source in everyone.items()}
+    log_scores(facts, seconds)
     return [best.identity], facts
+
+
+def log_scores(scores: Mapping[str, Any], seconds: Mapping[str, float] = {}) -> None:
+    """Log the candidates of a search, the best first; early releases recorded no titles."""
+    titles = scores.get("titles", {})
+    for identity, auc in sorted(scores["all"].items(), key=lambda entry: -entry[1]):
+        took = f", {seconds[identity]:6.1f} s" if identity in seconds else ""
+        log.info("  %.4f validation AUC%s: %s", auc, took, titles.get(identity, identity))
+
+
+def shares_of(out: Path, identity: str) -> dict[str, list[float]] | None:
+    """Return the mean shares of the sources in a merge; of a refined one, before that.
+
+    Args:
+        out: Folder of runs.
+        identity: A merge, or a search, whose chosen model counts; None for other models.
+    """
+    record = Run(out / identity).record or {}
+    reads, result = record.get("config", {}), record.get("result", {})
+    if "refined" in reads:
+        fitted = Run(out / reads["refined"]).record or {}
+        return shares_of(out, fitted.get("config", {}).get("start", ""))
+    chosen = result.get("chosen") or []
+    if len(chosen) == 1:
+        return shares_of(out, chosen[0])
+    shares: dict[str, list[float]] | None = result.get("shares")
+    return shares
+
+
+def folders(out: Path, identities: Sequence[str]) -> list[Path | str]:
+    """Return the checkpoint folders of models; the identity of an external checkpoint."""
+    return [i if is_external(i) else Run(out / i).checkpoint for i in identities]
 
 
 def _seconds(config: Config, source: Source) -> float:

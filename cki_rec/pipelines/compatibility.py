@@ -140,15 +140,36 @@ def _tensors(
 ) -> Iterator[Finding]:
     first, are_equal = checkpoints[0].params, True
     for saved, name in zip(checkpoints[1:], names[1:], strict=True):
+        types = list[str]()
         for key in dict.fromkeys([*first, *saved.params]):
             ignore_rows = is_joined and table_of(key) is not None
             left, right = (_form(params, key, ignore_rows) for params in (first, saved.params))
-            if left != right:
-                are_equal = False
-                yield Finding("tensors", "impossible", f"{key}: {left}, in {name} {right}")
+            if left == right:
+                continue
+            are_equal = False
+            if key not in first or key not in saved.params:
+                missing, other = (names[0], right) if key not in first else (name, left)
+                yield Finding(
+                    "tensors", "impossible", f"{key}: {' '.join(other)}, is missing in {missing}"
+                )
+            elif (
+                left[1] == right[1]
+                and first[key].is_floating_point()
+                and saved.params[key].is_floating_point()
+            ):
+                types.append(f"{key}: {left[0]}, in {name} {right[0]}")
+            else:
+                yield Finding(
+                    "tensors",
+                    "impossible",
+                    f"{key}: {' '.join(left)}, in {name} {' '.join(right)}",
+                )
+        if types:
+            more = f" and {len(types) - 1} more" if len(types) > 1 else ""
+            yield Finding("tensors", "differs", f"{types[0]}{more}; merged in float32 or wider")
     if are_equal:
         entries = sum(tensor.numel() for tensor in first.values())
-        dtypes = sorted({str(t.dtype).removeprefix("torch.") for t in first.values()})
+        dtypes = sorted({type_name(tensor) for tensor in first.values()})
         yield Finding("tensors", "ok", f"{len(first)}, {entries:,} entries, {_listed(dtypes)}")
 
 
@@ -270,12 +291,17 @@ def _verify(network: Network, models: Sequence[Params], names: Sequence[str], se
         check_scores(after, before, name)
 
 
-def _form(params: Params, key: str, ignore_rows: bool) -> str:
+def _form(params: Params, key: str, ignore_rows: bool) -> tuple[str, str]:
+    """Return the type and the shape of a tensor as text; empty texts without the tensor."""
     if key not in params:
-        return "missing"
+        return "", ""
     shape = tuple(params[key].shape)
-    dtype = str(params[key].dtype).removeprefix("torch.")
-    return f"{dtype} {('rows', *shape[1:]) if ignore_rows else shape}"
+    return type_name(params[key]), str(("rows", *shape[1:]) if ignore_rows else shape)
+
+
+def type_name(tensor: Tensor) -> str:
+    """Return the name of the type of a tensor, such as ``float32``."""
+    return str(tensor.dtype).removeprefix("torch.")
 
 
 def _accumulator_form(accumulators: Params) -> str:

@@ -27,7 +27,7 @@ from cki_rec.pipelines import finetune, merge, preflight, train
 from cki_rec.pipelines.predictions import SPLITS, predictions, valid_auc
 from cki_rec.pipelines.provenance import check_rows
 from cki_rec.pipelines.references import Reference, mean_logits
-from cki_rec.pipelines.sources import Source, Sources, are_disjoint, shard_of
+from cki_rec.pipelines.sources import Source, Sources, are_disjoint, is_external, shard_of
 from cki_rec.plugins import load, source_digest
 
 log = logging.getLogger(__name__)
@@ -71,6 +71,7 @@ def ensure(config: Config, force: bool = False) -> Run:
     side is recalibrated on validation rows. DeLong's p value takes rows as independent; intervals
     resample the unit of ``evaluate.resample``.
     """
+    config = preflight.without_unused(config)
     preflight.check_options(config)
     metrics = own_metrics(config)
     are_external = [
@@ -210,6 +211,8 @@ def _evaluate(
         "difference": difference,
         "shares": _shares(config, models),
     }
+    if any(is_external(source.identity) for source in models.suite):
+        result["sources"] = [source.name for source in models.suite]
     return result, replicates
 
 

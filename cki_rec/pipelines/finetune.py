@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -29,8 +30,9 @@ def run(config: Config) -> float:
     """Fine-tune as configured and log the folder of the model; return its validation AUC."""
     if config.finetune.epochs == 0:
         raise UserError("finetune.epochs=0: nothing to do; choose finetune=one_epoch")
+    start = time.time()
     done = ensure(config, force=config.runtime.force)
-    log.info("model: %s", done.checkpoint)
+    train.log_done(done, start)
     return train.valid_auc(done)
 
 

@@ -22,18 +22,22 @@ from cki_rec.engine.sampling import sample_statistics
 from cki_rec.merging.api import merge
 from cki_rec.merging.extras import Extras, Learned
 from cki_rec.merging.optimizer_state import merge_accumulators, merge_counts
+from cki_rec.merging.options import in_yaml
 from cki_rec.merging.params import MergeError, NotPossible
 from cki_rec.merging.result import MergeResult
 from cki_rec.merging.search import AUTO
 from cki_rec.merging.steps import calibrate_model
 from cki_rec.models import build_model
 from cki_rec.pipelines import check_only, choice, preflight, refine, sources, train, vocabularies
-from cki_rec.pipelines.compatibility import compare, counts_of, finite, require
+from cki_rec.pipelines.compatibility import compare, counts_of, finite, require, type_name
 from cki_rec.pipelines.merge_inputs import ablated, fisher, fixed_rules, learning
 from cki_rec.pipelines.predictions import calibrator, scorer, valid_auc
 from cki_rec.pipelines.references import REFERENCES
 from cki_rec.pipelines.sources import Source, Sources, are_disjoint, shard_of
 from cki_rec.pipelines.vocabularies import Joined
+
+LARGE = 10_000_000
+"""Entries of a model from which the steps of its merge are logged."""
 
 log = logging.getLogger(__name__)
 
@@ -49,15 +53,18 @@ def run(config: Config) -> None:
         done = ensure(config, force=config.runtime.force)
     assert done.record is not None
     result = done.record["result"]
-    for name, shares in (result["shares"] or {}).items():
+    out, chosen = Path(config.runtime.out), result["chosen"]
+    for name, shares in (choice.shares_of(out, done.path.name) or {}).items():
         log.info("  %-52s %s", name, "  ".join(f"{share:6.1%}" for share in shares))
     warn_if_unchanged(config, result)
     if fitted := result.get("refinement"):
         log.info("refined: validation AUC %.4f, before %.4f", fitted["auc"], fitted["start_auc"])
-    if result["chosen"] is None:
-        log.info("model: %s", done.checkpoint)
-    else:
-        log.info("unchanged: %s", ", ".join(result["chosen"]))
+    if scores := result.get("valid_auc"):
+        if not done.seconds:  # else they have been logged
+            choice.log_scores(scores)
+        log.info("chosen: %s", scores.get("titles", {}).get(chosen[0], chosen[0]))
+    for folder in [done.checkpoint] if chosen is None else choice.folders(out, chosen):
+        log.info("model: %s", folder)
 
 
 def ensure(config: Config, models: Sources | None = None, force: bool = False) -> Run:
@@ -71,6 +78,7 @@ def ensure(config: Config, models: Sources | None = None, force: bool = False) -
     Raises:
         UserError: Options, sources or data that do not fit together.
     """
+    config = preflight.without_unused(config)
     preflight.check_options(config)
     models = models or resolve(config)
     preflight.check_logit_scale(config, models)
@@ -94,7 +102,8 @@ def ensure(config: Config, models: Sources | None = None, force: bool = False) -
         best = choice.best_of(config, models, candidates, dataset)
         for changed in refine.variants(config, models):
             refined = _refined(changed, models, best, force=False)
-            name = f"{best.name}, refined"
+            steps = changed.merge.refinement.map_steps
+            name = f"{best.name}, refine={changed.merge.refine}, map_steps={steps}"
             candidates.append(Source(name, refined.path.name, refined.checkpoint))
         reads["sources"] = [source.identity for source in candidates]
     with open_run(Path(config.runtime.out), run_id("merge", reads), force) as run:
@@ -167,6 +176,8 @@ def _reads(
     if not rule["margin"]:
         del rule["margin"]
     rule.pop("plugins", None)
+    if rule["dtype"] is None:
+        del rule["dtype"]
     of_refinement = ("effort", "refine", "refinement", "rows")  # held by the refined candidate
     for name in ("sources", "label", "vocabularies", *of_refinement):
         del rule[name]
@@ -208,7 +219,11 @@ def _recipes(config: Config, models: Sources) -> list[Source]:
                 raise
             log.warning("  merge.recipes[%d] is left out: %s", place, error)
             continue
-        candidates.append(Source(str(delta), run.path.name, run.checkpoint))
+        name = ", ".join([recipe.merge.method, *(f"{k}={in_yaml(v)}" for k, v in delta.items())])
+        candidates.append(Source(name, run.path.name, run.checkpoint))
+        if run.seconds:  # made just now
+            done = f"{place + 1} of {len(config.merge.recipes)}, {sum(run.seconds.values()):.1f} s"
+            log.info("  recipe %s: %s", done, name)
     if not candidates:
         raise UserError("merge.recipes: none could be made; see the warnings above")
     return candidates
@@ -317,6 +332,10 @@ def _merge(
         learned=_learning_facts(merged.learned),
         recalibration=asdict(merged.calibration) if merged.calibration else None,
     )
+    types = {type_name(tensor) for each in loaded for tensor in each.params.values()}
+    if len(types) > 1 or config.merge.dtype is not None:
+        result["types"] = sorted({type_name(tensor) for tensor in merged.params.values()})
+        log.info("  sources of %s; result in %s", ", ".join(sorted(types)), *result["types"])
     if folders:
         vocabularies.write(run.path / tokens.FOLDER, joined, folders)
         result["vocabularies"] = joined.rows
@@ -353,6 +372,8 @@ def _merge_params(
         starts=options.align.starts,
         score=None if dataset is None else scorer(config, dataset, first),
         seed=config.seed,
+        dtype=None if options.dtype is None else getattr(torch, options.dtype),
+        progress=_log_step if sum(t.numel() for t in models[0].values()) > LARGE else None,
         extras=Extras(
             tables=network.tables,
             probe=network.probe,
@@ -370,6 +391,11 @@ def _merge_params(
         ),
         **options.options,
     )
+
+
+def _log_step(step: str, done: int, total: int) -> None:
+    if done < total:
+        log.info("  %s, step %d of %d", step, done + 1, total)
 
 
 def _learning_facts(learned: Learned | None) -> dict[str, Any] | None:

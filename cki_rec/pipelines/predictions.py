@@ -57,8 +57,8 @@ def predictions(
         for split, values in logits.items():
             if not np.isfinite(values).all():
                 raise UserError(
-                    f"{source.folder}: the model gives NaN or infinite logits on {split} rows; its"
-                    " training may have diverged, leave it out"
+                    f"{source.folder}: the model gives NaN or infinite logits on {split} rows;"
+                    f" {_remedy(config)}"
                 )
         save_arrays(path, logits)
     return logits
@@ -136,6 +136,20 @@ def _runner(
         state = network().state_dict()
         for name, tensor in params.items():
             state[name].copy_(tensor)
-        return predict(network(), dataset, like.schema, rows, device)
+        logits = predict(network(), dataset, like.schema, rows, device)
+        if not np.isfinite(logits).all():
+            raise UserError(
+                f"merge={config.merge.label}: the merged model gives NaN or infinite logits on"
+                f" validation rows; {_remedy(config)}"
+            )
+        return logits
 
     return run
+
+
+def _remedy(config: Config) -> str:
+    """Return the remedy for a model whose logits are not finite."""
+    scale = config.merge.options.get("scale")
+    if scale is None:
+        return "the training of a source may have diverged, leave it out"
+    return f"lower merge.options.scale (it is {scale:g})"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -114,6 +115,13 @@ def needs_base(config: Config) -> bool:
     return any("base" in needs_of(each.merge) for each in merges)
 
 
+def without_unused(config: Config) -> Config:
+    """Return the configuration without vocabularies to join if there is one model alone."""
+    if len(config.merge.sources) > 1 or needs_base(config):
+        return config
+    return replace(config, merge=replace(config.merge, vocabularies=[]))
+
+
 def needs_counts(options: Merge) -> bool:
     """Return whether the merge needs row counts."""
     return "counts" in needs_of(options) or options.tables == "evidence"
@@ -158,6 +166,12 @@ def check_options(config: Config) -> None:
         )
     _check_processes(options, entry)
     if entry is None:
+        if options.vocabularies and not config.data.vocabularies:
+            raise UserError(
+                "merge.vocabularies: merge.method=auto searches on validation rows, which are not"
+                " encoded with the joined vocabularies. Use merge=evidence, which reads no rows,"
+                " or set data.vocabularies=[FOLDER,...] to the encoded data sets of the sources"
+            )
         _check_recipes(config)
         return
     if options.vocabularies:

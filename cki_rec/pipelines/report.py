@@ -16,6 +16,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Column, Table
 
+from cki_rec import sweep_jobs
 from cki_rec.config import Config, UserError, first_comment
 from cki_rec.engine.record import Run, load_arrays
 from cki_rec.engine.sweeps import list_of, sweep_runs
@@ -65,7 +66,7 @@ def run(config: Config) -> None:
     )
     if results.damaged:
         incomplete.append(f"Incomplete: {results.damaged} damaged runs are left out.")
-    suites = {name: first_comment("suite", name) for name in frame["suite"].unique()}
+    suites = {name: _about_sources(name, records) for name in frame["suite"].unique()}
     methods = {name: first_comment("merge", name) for name in labels}
     answer, figures = _answer(frame, summary), _figures(records, frame, summary, labels)
     page = report_page(
@@ -122,6 +123,9 @@ def recorded(config: Config) -> Recorded:
     listed, num_missing = sweep_runs(Path(config.runtime.out), config.name)
     runs, replicates = _readable(listed)
     if not runs:
+        folder = Path(config.runtime.out) / "sweeps" / config.name
+        if failed := sweep_jobs.failures(folder):
+            raise UserError(f"name={config.name}: {sweep_jobs.summary(failed, len(failed))}")
         raise UserError(
             f"name={config.name}: no run is recorded under it in {config.runtime.out}; start with"
             f" cki-rec evaluate -m experiment={config.name}, or evaluate name={config.name} ..."
@@ -148,6 +152,15 @@ def _readable(
         readable.append(run)
         replicates[run.path.name] = found
     return readable, replicates
+
+
+def _about_sources(suite: str, records: Sequence[dict[str, Any]]) -> str:
+    """Return one sentence on the sources of a suite: the names of checkpoints, or the suite's."""
+    results = [record["result"] for record in records if record["result"]["suite"] == suite]
+    named = next((result["sources"] for result in results if "sources" in result), None)
+    if named is None:
+        return first_comment("suite", suite)
+    return f"Checkpoints that the user named: {', '.join(named)}."
 
 
 def _frames(

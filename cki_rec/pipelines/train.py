@@ -7,7 +7,6 @@ import shutil
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +41,7 @@ from cki_rec.data.schema import FeatureSchema
 from cki_rec.engine import checkpoint_io, distributed, plans
 from cki_rec.engine.embeddings import ShardedModel, build, initialize, table_of
 from cki_rec.engine.evaluator import predict
-from cki_rec.engine.record import Run, open_run
+from cki_rec.engine.record import RECORD, Run, open_run
 from cki_rec.engine.restoration import restore
 from cki_rec.engine.resume import RESUME, Checkpointer
 from cki_rec.engine.steps import StepLog
@@ -50,20 +49,34 @@ from cki_rec.engine.trainer import LABELS, Metrics, Objective, fit
 from cki_rec.evaluation.metrics import METRICS, PRIMARY
 from cki_rec.models import build_model, model_schema
 from cki_rec.models.comparison import decides, differences
+from cki_rec.pipelines.field_notes import warn_of_fields
 from cki_rec.pipelines.provenance import check_data
 from cki_rec.plugins import load_class, source_digest
-
-LEARNED = ("log1p", "quantile")
-"""Transforms that are learned from the rows of a data set."""
 
 log = logging.getLogger(__name__)
 
 
 def run(config: Config) -> float:
     """Train as configured, log the model's folder, and return its validation AUC."""
+    start = time.time()
     done = ensure(config, force=config.runtime.force)
-    log.info("model: %s", done.checkpoint)
+    log_done(done, start)
     return valid_auc(done)
+
+
+def log_done(done: Run, start: float) -> None:
+    """Log the validation metrics and the folder of a training, and its date if it is older."""
+    assert done.record is not None
+    finished = (done.path / RECORD).stat().st_mtime
+    if finished < start:
+        date = time.strftime("%Y-%m-%d %H:%M", time.localtime(finished))
+        log.info("already trained on %s; runtime.force=true trains again", date)
+    best = best_epoch(done.record["result"]["history"])
+    names = {f"valid_{metric.name}": metric.title for metric in PRIMARY}
+    known = {title: best.get(name) for name, title in names.items()}
+    shown = [f"{title} {value:.4f}" for title, value in known.items() if value is not None]
+    log.info("validation: %s", ", ".join(shown))
+    log.info("model: %s", done.checkpoint)
 
 
 def ensure(config: Config, force: bool = False) -> Run:
@@ -180,8 +193,7 @@ def _train(config: Config, dataset: EncodedDataset, run: Run, reads: dict[str, A
             f"{dataset.folder}: no training row, so it serves evaluation only; set"
             " data.split.fractions, e.g. to [0.8,0.1,0.1]"
         )
-    for line in notes(config, dataset):
-        _warn_once(line)
+    warn_of_fields(config, dataset)
     schema = model_schema(dataset.schema, config.model)
     counts = dataset.row_counts(schema, data.partition, data.part)
     if config.train.epochs == 0:  # such a model has seen no row
@@ -212,31 +224,6 @@ def _train(config: Config, dataset: EncodedDataset, run: Run, reads: dict[str, A
         *(config, dataset, run, reads, model, config.model, schema),
         *(rows, counts, config.train, title, origin),
     )
-
-
-def notes(config: Config, dataset: EncodedDataset) -> list[str]:
-    """Return warnings about fields that a model does not read, or that forbid later merges."""
-    lines = []
-    histories = [f.name for f in dataset.schema.features if f.kind == "history"]
-    if histories and not config.model.histories:
-        lines.append(
-            f"field {', '.join(histories)}: not read, because model.histories=false; set it to"
-            " true, or remove the field from data.fields"
-        )
-    options = dataset.manifest["options"]["fields"]
-    learned = [f"{f['name']} ({f['transform']})" for f in options if f["transform"] in LEARNED]
-    if learned:
-        lines.append(
-            f"field {', '.join(learned)}: scaled by the numbers of this data set. Models of"
-            " other data sets have another scale and cannot be merged with this one. To merge"
-            " them, use the transform ln_squared, edges or token"
-        )
-    return lines
-
-
-@lru_cache
-def _warn_once(line: str) -> None:
-    log.warning("%s", line)
 
 
 def _start_folder(config: Config) -> Path:

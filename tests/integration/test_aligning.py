@@ -215,7 +215,7 @@ def test_a_source_above_all_recipes_is_chosen(options, folder, capsys):
         shown = "".join(capsys.readouterr())
         assert "no recipe is above the validation AUC" in shown
         assert "of the source {'seed': 1}, which is returned unchanged" in shown
-        assert "unchanged: train-" in shown
+        assert "chosen: {'seed': 1}" in shown
     result = records(folder, "merge")[-1]["result"]
     best = next(
         record["run_id"]

@@ -12,9 +12,10 @@ import pytest
 from omegaconf import OmegaConf
 from samples import ROOT
 
-from cki_rec import JOB_VARIABLE, __version__, cli
+from cki_rec import JOB_VARIABLE, __version__, cli, help_text
 from cki_rec.config import RankLost, Stopped, UserError
 from cki_rec.environment import EnvironmentMismatchError
+from cki_rec.search_path import config_groups
 
 
 @pytest.fixture(autouse=True)
@@ -55,7 +56,7 @@ def test_help_lists_pipelines_groups_and_examples(command, words):
     assert (code, error) == (0, "")
     for pipeline, what in cli.PIPELINES.items():
         assert f"  {pipeline:10} {what}" in out
-        assert f"cki-rec {pipeline} {cli.EXAMPLES[pipeline]}" in out
+        assert f"cki-rec {pipeline} {help_text.EXAMPLES[pipeline]}" in out
     assert "cki_dual_soft" in out
     assert "movielens_1m" in out
 
@@ -64,9 +65,9 @@ def test_help_lists_pipelines_groups_and_examples(command, words):
 def test_help_of_a_pipeline_lists_what_it_reads(command, pipeline):
     code, out, _ = command(pipeline, "--help")
     assert code == 0
-    assert cli.EXAMPLES[pipeline] in out
-    assert [group for group in cli.config_groups() if f"\n{group}=" in out] == sorted(
-        [*cli.READS[pipeline], "runtime"]
+    assert help_text.EXAMPLES[pipeline] in out
+    assert [group for group in config_groups() if f"\n{group}=" in out] == sorted(
+        [*help_text.READS[pipeline], "runtime"]
     )
 
 
@@ -138,7 +139,7 @@ def test_version(command):
         (["train", "model.dropout=2"], "model.dropout=2"),
         (
             ["train", "merge=cki", "merge.options.splyce=soft"],
-            "did you mean 'merge.options.splice'",
+            "did you mean 'splice'? cki takes a, bins",
         ),
         (["train", "seed=[1"], ""),
         (["train", "-m", "sed=1,2"], "no option 'sed': did you mean 'seed'?"),

@@ -8,7 +8,7 @@ from samples import make_data, one_line_error
 from cki_rec.config import Data, Split
 from cki_rec.data.encoding.store import prepare
 from cki_rec.data.encoding.summary import summary_lines
-from cki_rec.pipelines import train
+from cki_rec.pipelines import field_notes, train
 
 
 @pytest.fixture
@@ -61,10 +61,10 @@ def test_training_warns_of_unread_histories_and_of_scales_that_forbid_merges(
                fields=["user", "item", "history", numbers])  # fmt: skip
     dataset = prepare(data, tmp_path / "encoded")
     config = run_config(tmp_path)
-    history, scale = train.notes(config, dataset)
+    history, scale = field_notes.notes(config, dataset)
     assert history.startswith("field history: not read, because model.histories=false; set it to")
     assert scale.startswith("field price (log1p): scaled by the numbers of this data set")
     assert scale.endswith("use the transform ln_squared, edges or token")
     used = run_config(tmp_path, "model.histories=true")
-    assert train.notes(used, dataset) == [scale]
+    assert field_notes.notes(used, dataset) == [scale]
     assert logging.getLogger("torch.fx._symbolic_trace").level == logging.ERROR
