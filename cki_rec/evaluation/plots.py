@@ -205,7 +205,7 @@ def _metric_panel(
         values = [0.0] * len(rows) if reference == baseline else rows[column].dropna()
         for value in values:
             axes.axvline(value, color=SOFT, ls=style, lw=1.2, label=METHOD_NAMES[reference])
-    floor = -math.inf if baseline is None else _floor(part[column])
+    floor = -math.inf if baseline is None else _floor(part, column)
     for row in ordered.to_dict("records"):
         name, color, marker, offset = STAGES[bool(row["finetuned"])]
         y = methods.index(row["method"]) + (offset if part["finetuned"].any() else 0.0)
@@ -245,13 +245,19 @@ def _metric_panel(
     axes.tick_params(axis="y", length=0)
 
 
-def _floor(values: pd.Series[float]) -> float:
-    """Return the value below which rows are cut off; minus infinity if there is none."""
-    values = values.dropna()
+def _floor(part: pd.DataFrame, column: str) -> float:
+    """Return the value below which rows are cut off; minus infinity if there is none.
+
+    The baseline, at 0, and the whole intervals of the other rows stay in the figure.
+    """
+    values = part[column].dropna()
     if values.empty:
         return -math.inf
-    floor = values.median() - REACH * (values.max() - values.median())
-    return float(floor) if values.min() < floor else -math.inf
+    least = min(values.median() - REACH * (values.max() - values.median()), 0.0)
+    if values.min() >= least:
+        return -math.inf
+    shown = part[part[column] >= least]
+    return float(min(shown[f"{column}_low"].min(), shown[column].min(), 0.0))
 
 
 def _mixing_panel(

@@ -83,6 +83,10 @@ def test_methods_of_a_figure_are_sorted_and_one_far_below_is_cut_off():
     )  # values of the metric, beside the differences
     ticks = [float(text.replace("\N{MINUS SIGN}", "-")) for text in shown if text[-3:].isdigit()]
     assert min(ticks) > -0.2  # awful, at -.3, is an arrow at the edge
+    higher = {**aucs, "low": 0.71, "awful": 0.701, "high": 0.73, "middle": 0.729}
+    runs = runs_frame([record(method, auc=auc) for method, auc in higher.items()])
+    svg = metric_plot(summary_frame(runs, {}), runs, "auc", "best_source")
+    assert "0.00" in {text[:4] for text in texts(svg)}  # the baseline is never cut off
     losses = texts(metric_plot(summary_frame(runs, {}), runs, "log_loss"))
     assert losses.index("high") < losses.index("awful")
 
