@@ -79,7 +79,9 @@ def summary(failed: Sequence[Failure], total: int) -> str:
 def title(words: Sequence[str], swept: Collection[str]) -> str:
     """Return the swept options of a job, ``seed=1 merge=average``."""
     keys = [word.partition("=")[0].lstrip("+") for word in words]
-    return " ".join(word for word, key in zip(words, keys, strict=True) if key in swept)
+    return " ".join(
+        word.lstrip("+") for word, key in zip(words, keys, strict=True) if key in swept
+    )
 
 
 def killed(jobs: Sequence[str], error: Exception) -> str:

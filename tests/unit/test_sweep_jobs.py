@@ -2,9 +2,11 @@
 
 import logging
 import os
+import signal
 import subprocess
 import sys
 from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
 
 import pytest
 
@@ -42,7 +44,7 @@ def test_lines_of_a_sweep_name_the_swept_options_alone(sweep):
     code, out, _ = sweep(lambda config: None, *words)
     assert code == 0
     lines = [line.partition("] ")[2] for line in out.splitlines()]
-    assert lines[0] == "seed=1 ++merge.options.density=0.1"
+    assert lines[0] == "seed=1 merge.options.density=0.1"
     assert len(lines) == 4
 
 
@@ -82,22 +84,30 @@ def test_the_mark_of_a_job_stays_only_if_its_process_is_killed(tmp_path):
 
 @pytest.mark.slow
 def test_sigkill_of_a_joblib_worker(tmp_path):
-    plugin = "import os, signal, cki_rec.pipelines.train as t\n"
-    plugin += "t.run = lambda config: os.kill(os.getpid(), signal.SIGKILL)\n"
-    (tmp_path / "sitecustomize.py").write_text("")
-    code = f"{plugin}from cki_rec import cli\nimport sys\nsys.exit(cli.main(sys.argv[1:]))"
+    """A real worker is killed while it trains: one line names the jobs, exit code 1."""
+    folders = [f"runtime.{name}={tmp_path / name}" for name in ("out", "encoded", "reports")]
     words = ["train", "-m", "seed=1,2", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
-    script = tmp_path / "script.py"
-    script.write_text(code)
-    done = subprocess.run(
-        [sys.executable, str(script), *words, f"runtime.out={tmp_path}"],
-        capture_output=True,
-        text=True,
-        check=False,
+    command = [sys.executable, "-m", "cki_rec", *words, "train.epochs=1000", *folders]
+    sweep = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path
     )
-    if "SIGKILL" in done.stderr:  # cloudpickle sends the changed function
-        assert "Traceback" not in done.stderr
-        assert "seed=" in done.stderr
+    assert next(line for line in sweep.stdout if "train deepfm" in line)
+    workers = [pid for pid in children_of(sweep.pid) if "LokyProcess" in command_of(pid)]
+    os.kill(workers[0], signal.SIGKILL)
+    _, error = sweep.communicate(timeout=120)
+    assert sweep.returncode == 1
+    (line,) = [line for line in error.splitlines() if line.startswith("cki-rec: ")]
+    assert "seed=" in line
+    assert "Traceback" not in error
+
+
+def children_of(pid):
+    found = subprocess.run(["pgrep", "-P", str(pid)], capture_output=True, text=True, check=False)
+    return [int(word) for word in found.stdout.split()]
+
+
+def command_of(pid):
+    return (Path("/proc") / str(pid) / "cmdline").read_text().replace("\0", " ")
 
 
 @pytest.mark.parametrize("words", [["--help"], ["train", "--help"]])
