@@ -31,8 +31,12 @@ COPIES = {
     "changelog.md": "CHANGELOG.md",
 }
 """Page -> file of the repository that it shows."""
-MEASURED = ("methods", "splicing_movielens_1m", "refinement_movielens_1m", "quickstart")
+MEASURED = ("all_methods", "splicing_movielens_1m", "refinement_movielens_1m", "quickstart")
 """Experiments of which a method's row is shown; the first one that measured it."""
+
+
+METHOD_OF = {"random_splice": "random"}
+"""Label in tables -> method, where they differ."""
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
@@ -198,9 +202,10 @@ def _measured() -> dict[str, list[str]]:
                     if difference := row.get("auc_minus_best_source"):
                         differences[row["method"], row["suite"]].append(float(difference))
         for (label, suite), aucs in values.items():
+            name = METHOD_OF.get(label, label)
             line = f"- Measured in `{experiment}`, {suite}: AUC {fmean(aucs):.4f}"
             if found := differences[label, suite]:
                 line += f", {fmean(found):+.4f} against the best source"
-            if not any(f"`{experiment}`" not in known for known in result.get(label, [])):
-                result.setdefault(label, []).append(f"{line} ({len(aucs)} seeds)")
+            if not any(f"`{experiment}`" not in known for known in result.get(name, [])):
+                result.setdefault(name, []).append(f"{line} ({len(aucs)} seeds)")
     return result
