@@ -25,10 +25,10 @@ from cki_rec.merging.assessment import Assessment, assess
 from cki_rec.merging.params import MergeError, Params
 from cki_rec.merging.registry import Score
 from cki_rec.models import build_model
-from cki_rec.pipelines import preflight, train, vocabularies
+from cki_rec.pipelines import preflight, vocabularies
 from cki_rec.pipelines.compatibility import compare, counts_of, finite, require
 from cki_rec.pipelines.predictions import scorer
-from cki_rec.pipelines.provenance import check_data
+from cki_rec.pipelines.provenance import check_data, data_facts
 from cki_rec.pipelines.sources import Sources, resolve
 from cki_rec.pipelines.vocabularies import Joined
 from cki_rec.progress import Advance, progress
@@ -78,7 +78,7 @@ def ensure(config: Config, force: bool = False) -> Run:
             figure = assessment_plot(result.rows, result.barrier)
             write_atomically(run.path / FIGURE, figure.encode())
             data = {"hash": joined.checkpoints[0].origin.data_hash}
-            run.finish(reads, train.data_facts(dataset) if dataset else data, asdict(result))
+            run.finish(reads, data_facts(dataset) if dataset else data, asdict(result))
     return run
 
 

@@ -23,9 +23,9 @@ from cki_rec.evaluation.measure import Logits, Rows, compare
 from cki_rec.evaluation.metrics import METRICS, PRIMARY
 from cki_rec.evaluation.rows import Floats
 from cki_rec.evaluation.settings import common, flat
-from cki_rec.pipelines import finetune, merge, preflight, train
+from cki_rec.pipelines import finetune, merge, preflight
 from cki_rec.pipelines.predictions import SPLITS, predictions, valid_auc
-from cki_rec.pipelines.provenance import check_rows
+from cki_rec.pipelines.provenance import check_rows, data_facts
 from cki_rec.pipelines.references import Reference, mean_logits
 from cki_rec.pipelines.sources import Source, Sources, are_disjoint, is_external, shard_of
 from cki_rec.plugins import load, source_digest
@@ -117,7 +117,7 @@ def ensure(config: Config, force: bool = False) -> Run:
                 result, replicates = _evaluate(config, options, dataset, members, models)
             save_arrays(run.path / REPLICATES, replicates)
             settings = {"settings": _settings(config, models)}  # they follow from the identities
-            run.finish(reads | settings, train.data_facts(dataset), result)
+            run.finish(reads | settings, data_facts(dataset), result)
     return run
 
 

@@ -32,6 +32,7 @@ from cki_rec.pipelines import check_only, choice, preflight, refine, sources, tr
 from cki_rec.pipelines.compatibility import compare, counts_of, finite, require, type_name
 from cki_rec.pipelines.merge_inputs import ablated, fisher, fixed_rules, learning
 from cki_rec.pipelines.predictions import calibrator, scorer, valid_auc
+from cki_rec.pipelines.provenance import data_facts
 from cki_rec.pipelines.references import REFERENCES
 from cki_rec.pipelines.sources import Source, Sources, are_disjoint, shard_of
 from cki_rec.pipelines.vocabularies import Joined
@@ -270,7 +271,7 @@ def _finished(
         "auc": after,
         **fitted.record["provenance"]["teacher"],
     }
-    return train.data_facts(dataset), result
+    return data_facts(dataset), result
 
 
 def _merge(
@@ -405,4 +406,4 @@ def _learning_facts(learned: Learned | None) -> dict[str, Any] | None:
 
 
 def _data_facts(dataset: EncodedDataset | None, first: Checkpoint | Description) -> dict[str, Any]:
-    return train.data_facts(dataset) if dataset else {"hash": first.origin.data_hash}
+    return data_facts(dataset) if dataset else {"hash": first.origin.data_hash}

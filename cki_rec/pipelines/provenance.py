@@ -1,6 +1,8 @@
-"""Checks that a model may be judged on the rows of a data set: it was not trained on them."""
+"""Data sets in records, and checks that a model may be judged on their rows: none trained it."""
 
 from __future__ import annotations
+
+from typing import Any
 
 from cki_rec.checkpoints import Checkpoint, Description
 from cki_rec.config import UserError
@@ -64,3 +66,15 @@ def check_rows(saved: Checkpoint | Description, dataset: EncodedDataset, name: s
                 f"{problem}: field '{feature.name}' ({feature.kind}) is missing, or its numbers"
                 " were scaled otherwise; choose the data options it was trained with"
             )
+
+
+def data_facts(dataset: EncodedDataset) -> dict[str, Any]:
+    """Return a record's entries about its data set."""
+    manifest = dataset.manifest
+    return {
+        "name": dataset.folder.name.rpartition("-")[0],
+        "hash": dataset.hash,
+        "rows": {name: split["rows"] for name, split in manifest["splits"].items()},
+        "skipped": sum(entry["count"] for entry in manifest["skipped"].values()),
+        "synthetic": manifest["synthetic"],
+    }

@@ -50,7 +50,7 @@ from cki_rec.evaluation.metrics import METRICS, PRIMARY
 from cki_rec.models import build_model, model_schema
 from cki_rec.models.comparison import decides, differences
 from cki_rec.pipelines.field_notes import warn_of_fields
-from cki_rec.pipelines.provenance import check_data
+from cki_rec.pipelines.provenance import check_data, data_facts
 from cki_rec.plugins import load_class, source_digest
 
 log = logging.getLogger(__name__)
@@ -412,15 +412,3 @@ def data_identity(config: Config, dataset: EncodedDataset) -> dict[str, Any]:
 def _is_before_validation(data: Data) -> bool:
     """Return whether rows are trained on by windows of time, and validation rows are later."""
     return data.part is not None and data.partition.by == data.split.by == "time"
-
-
-def data_facts(dataset: EncodedDataset) -> dict[str, Any]:
-    """Return a record's entries about its data set."""
-    manifest = dataset.manifest
-    return {
-        "name": dataset.folder.name.rpartition("-")[0],
-        "hash": dataset.hash,
-        "rows": {name: split["rows"] for name, split in manifest["splits"].items()},
-        "skipped": sum(entry["count"] for entry in manifest["skipped"].values()),
-        "synthetic": manifest["synthetic"],
-    }
