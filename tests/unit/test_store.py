@@ -295,7 +295,7 @@ def test_second_process_waits_for_the_first(tmp_path, caplog):
         assert child.poll() is None
         time.sleep(0.01)
     dataset = prepare(make_data(), encoded)
-    output, _ = child.communicate(timeout=30)
+    output, _ = child.communicate(timeout=120)
     assert child.returncode == 0
     assert output.strip() == dataset.hash
     assert "waiting: another process" in caplog.text
@@ -307,7 +307,7 @@ def test_second_process_waits_for_the_first(tmp_path, caplog):
 def test_killed_preparation_is_cleaned_by_the_next(tmp_path):
     encoded = tmp_path / "encoded"
     child = start_child(tmp_path / "reached", encoded, "os.kill(os.getpid(), signal.SIGKILL)")
-    child.communicate(timeout=30)
+    child.communicate(timeout=120)
     assert child.returncode == -signal.SIGKILL
     (left,) = folders(encoded)
     assert ".tmp-" in left
