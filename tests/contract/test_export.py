@@ -250,7 +250,8 @@ def trained(options, tmp_path):
     params = build(model).state_dict()
     tensors = {"model": params, "accumulator": {}, "counts": {}}
     checkpoint_io.save(folder / "checkpoint", tensors, model, MIXED, Provenance("data hash"))
-    (folder / "record.json").write_text(json.dumps({"run_id": "train-1", "result": {}}))
+    record = dict.fromkeys(("config", "data", "result", "provenance"), {})
+    (folder / "record.json").write_text(json.dumps({"run_id": "train-1", **record}))
     return folder
 
 
@@ -386,7 +387,7 @@ def test_models_that_are_not_there_or_not_whole(command, trained, tmp_path):
     about["model"]["hidden"] = [8, 8]
     description.write_text(json.dumps(about))
     assert "its tensors do not fit its network" in command("run=train-1")[2]
-    search = {"run_id": "merge-1", "result": {"chosen": ["train-1"]}}
+    search = {**json.loads(text), "run_id": "merge-1", "result": {"chosen": ["train-1"]}}
     (tmp_path / "out" / "merge-1").mkdir()
     (tmp_path / "out" / "merge-1" / "record.json").write_text(json.dumps(search))
     code, _, error = command("run=merge-1")
