@@ -165,7 +165,7 @@ def compose_config(overrides: list[str], is_sweep: bool = False) -> DictConfig:
             composed = compose("config", first if is_sweep else words)
             method = str(OmegaConf.select(composed, "merge.method"))
         except Exception as error:  # of Hydra and OmegaConf; many kinds, all about the options
-            raise UserError(explain(error, words, config_groups(search_path))) from None
+            raise UserError(explain(error, first, config_groups(search_path))) from None
     check_name("name", composed.name)  # before Hydra makes the folder of a sweep
     if not OmegaConf.select(composed, "merge.plugins"):  # which may bring methods
         _check_method(method, (CONF, *search_path))

@@ -120,6 +120,16 @@ def test_help_into_a_closed_pipe_is_quiet(words):
     assert (done.returncode, done.stderr) == (141, "")
 
 
+def test_the_list_of_methods_into_a_closed_pipe_is_quiet(monkeypatch, capsys):
+    reader, writer = os.pipe()
+    os.close(reader)
+    monkeypatch.setattr("cki_rec.pipelines.method_list.method_table", lambda **_: "a table")
+    with os.fdopen(writer, "w") as pipe:
+        monkeypatch.setattr(sys, "stdout", pipe)
+        assert cli.main(["merge", "--list"]) == 141
+    assert capsys.readouterr().err == ""
+
+
 def test_a_run_whose_reader_has_left_ends_quietly(monkeypatch, capsys):
     reader, writer = os.pipe()
     os.close(reader)
