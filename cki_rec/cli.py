@@ -266,9 +266,13 @@ def _sweep(pipeline: str, overrides: list[str]) -> None:
         raise RankLost(sweep_jobs.killed(jobs, error)) from None
     finally:
         sys.argv = arguments
-        os.environ.pop(JOB_VARIABLE, None)
+        sweep = os.environ.pop(JOB_VARIABLE, "").split()
     if failed := sweep_jobs.failures(sweep_jobs.folder_of(first)):
         total = int(os.environ[SWEEP_VARIABLE].split()[0])
+        if sweep and len(failed) == total:
+            from cki_rec.engine.sweeps import drop_sweep
+
+            drop_sweep(Path(first.runtime.out), first.name, sweep[0])
         raise UserError(sweep_jobs.summary(failed, total))
 
 

@@ -54,7 +54,9 @@ def test_a_training_that_is_there_shows_its_date_and_validation_metrics(config, 
     with caplog.at_level("INFO"):
         train.run(config)
     there, metrics, model = caplog.messages
-    assert re.fullmatch(r"already trained on [\d-]+ [\d:]+; runtime.force=true trains again", there)
+    assert re.fullmatch(
+        r"already trained on [\d-]+ [\d:]+; runtime.force=true trains again", there
+    )
     assert re.fullmatch(r"validation: AUC 0\.\d{4}, LogLoss 0\.\d{4}", metrics)
     assert model == f"model: {run / 'checkpoint'}"
 

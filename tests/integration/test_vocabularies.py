@@ -224,7 +224,7 @@ def test_what_cannot_be_joined_is_refused_in_one_line(regions, tmp_path, capsys)
         both, "merge=joint"
     )
     assert "reads rows" in error(both, "merge=cki_gate")
-    assert "reads rows" in error(both, "merge=auto")
+    assert "merge.method=auto searches on validation rows" in error(both, "merge=auto")
     assert "reads rows" in error(both, "merge.recalibrate=true")
 
 
