@@ -165,7 +165,7 @@ def compose_config(overrides: list[str], is_sweep: bool = False) -> DictConfig:
             composed = compose("config", first if is_sweep else words)
             method = str(OmegaConf.select(composed, "merge.method"))
         except Exception as error:  # of Hydra and OmegaConf; many kinds, all about the options
-            raise UserError(explain(error, words, config_groups(search_path))) from None
+            raise UserError(explain(error, first, config_groups(search_path))) from None
     check_name("name", composed.name)  # before Hydra makes the folder of a sweep
     if not OmegaConf.select(composed, "merge.plugins"):  # which may bring methods
         _check_method(method, (CONF, *search_path))
@@ -266,9 +266,13 @@ def _sweep(pipeline: str, overrides: list[str]) -> None:
         raise RankLost(sweep_jobs.killed(jobs, error)) from None
     finally:
         sys.argv = arguments
-        os.environ.pop(JOB_VARIABLE, None)
+        sweep = os.environ.pop(JOB_VARIABLE, "").split()
     if failed := sweep_jobs.failures(sweep_jobs.folder_of(first)):
         total = int(os.environ[SWEEP_VARIABLE].split()[0])
+        if sweep and len(failed) == total:
+            from cki_rec.engine.sweeps import drop_sweep
+
+            drop_sweep(Path(first.runtime.out), first.name, sweep[0])
         raise UserError(sweep_jobs.summary(failed, total))
 
 

@@ -27,6 +27,11 @@ def start_sweep(out: Path, name: str, num_jobs: int) -> str:
     return sweep
 
 
+def drop_sweep(out: Path, name: str, sweep: str) -> None:
+    """Count no job of a sweep as missing: the user's mistake has failed them all."""
+    _append(out, name, {"sweep": sweep, "jobs": 0})
+
+
 def add_to_sweep(out: Path, name: str, run: Run | None) -> None:
     """Append a finished run to the list of ``name``; None: a job without work."""
     entry: dict[str, Any] = {"skipped": True} if run is None else {"run_id": run.path.name}

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from cki_rec import project_root
 from cki_rec.checkpoints import describe, outline
 from cki_rec.config import Config, Evaluate, UserError, run_id, section
 from cki_rec.data.encoding import store
@@ -33,6 +34,8 @@ from cki_rec.plugins import load, source_digest
 log = logging.getLogger(__name__)
 
 REPLICATES = "replicates.npz"
+OWN = "own_sources"
+"""Name of a suite of checkpoints that the user named by path."""
 
 
 def run(config: Config) -> float | None:
@@ -199,7 +202,7 @@ def _evaluate(
         options.confidence,
     )
     result = {
-        "suite": config.suite.name,
+        "suite": suite_name(config, models.suite),
         "seed": config.seed,
         "method": config.merge.label,
         "finetuned": is_tuned,
@@ -214,6 +217,13 @@ def _evaluate(
     if any(is_external(source.identity) for source in models.suite):
         result["sources"] = [source.name for source in models.suite]
     return result, replicates
+
+
+def suite_name(config: Config, sources: Sequence[Source]) -> str:
+    """Return the name of the suite in tables; checkpoints of the user are no preset's sources."""
+    name = config.suite.name
+    is_preset = (project_root() / "conf" / "suite" / f"{name}.yaml").exists()
+    return OWN if is_preset and any(is_external(s.identity) for s in sources) else name
 
 
 def _check_unseen(

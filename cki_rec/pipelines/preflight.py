@@ -192,7 +192,8 @@ def check_options(config: Config) -> None:
                 raise UserError(f"merge.{name}: {where} merges no parameters; leave it out")
         if options.vocabularies and not config.data.vocabularies:
             raise UserError(
-                f"merge.vocabularies: {where} merges no parameters; use merge=evidence, or"
+                f"merge.vocabularies: {options.label} ({where}) merges no parameters; leave it out"
+                " for this method, use merge=evidence, or"
                 " data.vocabularies=[FOLDER,...], the encoded data sets of the sources"
             )
         return

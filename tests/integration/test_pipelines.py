@@ -381,6 +381,8 @@ def test_best_of_two_equal_parents_is_either(options, tmp_path):
     (record,) = records(tmp_path, "evaluate").values()
     assert record["result"]["inference_cost"] == 1
     assert record["result"]["difference"]["best_source"] is None
+    assert record["result"]["suite"] == "own_sources"  # not seeds, whose sources were replaced
+    assert record["result"]["sources"][0] == str(run)
 
 
 def test_a_merge_over_encodings_is_evaluated_on_each_but_on_no_other_split(

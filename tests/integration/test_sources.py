@@ -49,6 +49,18 @@ def error_of(action, config) -> str:
     return str(caught.value)
 
 
+@pytest.mark.usefixtures("no_training")
+def test_a_training_that_is_there_shows_its_date_and_validation_metrics(config, run, caplog):
+    with caplog.at_level("INFO"):
+        train.run(config)
+    there, metrics, model = caplog.messages
+    assert re.fullmatch(
+        r"already trained on [\d-]+ [\d:]+; runtime.force=true trains again", there
+    )
+    assert re.fullmatch(r"validation: AUC 0\.\d{4}, LogLoss 0\.\d{4}", metrics)
+    assert model == f"model: {run / 'checkpoint'}"
+
+
 @pytest.mark.parametrize("how", ["path", "link", "checkpoint", "copy", "delta and path"])
 @pytest.mark.usefixtures("no_training")
 def test_the_same_checkpoint_twice_is_refused(config, run, tmp_path, how):

@@ -220,8 +220,11 @@ def test_what_cannot_be_joined_is_refused_in_one_line(regions, tmp_path, capsys)
     assert "merge.vocabularies[0]: no encoded data set" in nothing
     both = f"merge.vocabularies=[{north},{south}]"
     assert "merges no parameters" in error(both, "merge.method=output_ensemble")
+    assert "joint (merge.method=best_source) merges no parameters; leave it out" in error(
+        both, "merge=joint"
+    )
     assert "reads rows" in error(both, "merge=cki_gate")
-    assert "reads rows" in error(both, "merge=auto")
+    assert "merge.method=auto searches on validation rows" in error(both, "merge=auto")
     assert "reads rows" in error(both, "merge.recalibrate=true")
 
 

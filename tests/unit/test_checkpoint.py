@@ -124,6 +124,16 @@ def error_of(folder) -> str:
     return message
 
 
+@pytest.mark.parametrize("name", ["model.pt", "model.safetensors", "dcp/.metadata"])
+def test_files_of_other_programs_name_the_library(tmp_path, name):
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(b"x")
+    shown = error_of(path.parent if path.parent != tmp_path else path)
+    assert "the commands read run folders of cki-rec alone" in shown
+    assert "Merge other models in Python with cki_rec.merge" in shown
+
+
 def test_nothing_there(tmp_path):
     assert "no checkpoint here (checkpoint.json is missing)" in error_of(tmp_path / "absent")
     (tmp_path / "file").touch()

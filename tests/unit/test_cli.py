@@ -143,6 +143,7 @@ def test_version(command):
         ),
         (["train", "seed=[1"], ""),
         (["train", "-m", "sed=1,2"], "no option 'sed': did you mean 'seed'?"),
+        (["train", "-m", "merge=average,ties", "sed=1"], "no option 'sed': did you mean 'seed'?"),
         (["train", "-m", "model=deepfm,depfm"], "model=depfm: did you mean 'deepfm'?"),
         (["train", "-m", "merge=averge,evidence"], "did you mean 'average'?"),
         (["train", "-m", "foo", "seed=1,2"], "'foo': options are written key=value"),

@@ -161,6 +161,13 @@ def test_truncated_zip_is_refused(latest, share):
     assert "raw.zip: damaged or not a zip" in error_of(path)
 
 
+def test_a_csv_as_raw_data_of_another_set_names_the_option(tmp_path):
+    path = tmp_path / "my.csv"
+    path.write_text("label,user\n1,a\n")
+    assert "my.csv: damaged or not a zip" in (error := error_of(path))
+    assert "a csv file of your own is read with data=csv" in error
+
+
 def test_zip_with_flipped_bytes_is_refused(latest):
     path = zip_of(latest, "top/")
     content = bytearray(path.read_bytes())

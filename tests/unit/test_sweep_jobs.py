@@ -12,6 +12,7 @@ import pytest
 
 from cki_rec import cli, sweep_jobs
 from cki_rec.config import UserError
+from cki_rec.engine.sweeps import list_of, sweep_runs
 
 
 @pytest.fixture(autouse=True)
@@ -61,6 +62,16 @@ def test_one_mistake_of_several_jobs_is_printed_once(sweep, tmp_path, capsys):
     assert cli.main(["report", "name=n", f"runtime.out={tmp_path}"]) == 2
     assert "name=n: 2 of 2 jobs failed: the raw file is gone" in capsys.readouterr().err
     assert sweep(lambda config: None, "seed=1,2,3")[0] == 0  # the failures of before are gone
+
+
+def test_a_sweep_whose_jobs_all_fail_leaves_none_missing(tmp_path, monkeypatch):
+    def run(config):
+        raise UserError("a mistake")
+
+    monkeypatch.setattr("cki_rec.pipelines.evaluate.run", run)
+    assert cli.main(["evaluate", "-m", "name=n", f"runtime.out={tmp_path}", "seed=1,2"]) == 2
+    assert list_of(tmp_path, "n").exists()
+    assert sweep_runs(tmp_path, "n") == ([], 0)
 
 
 def test_a_killed_process_of_a_sweep_is_named_with_its_job(sweep, monkeypatch):
@@ -118,6 +129,16 @@ def test_help_into_a_closed_pipe_is_quiet(words):
     done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, check=False)
     os.close(writer)
     assert (done.returncode, done.stderr) == (141, "")
+
+
+def test_the_list_of_methods_into_a_closed_pipe_is_quiet(monkeypatch, capsys):
+    reader, writer = os.pipe()
+    os.close(reader)
+    monkeypatch.setattr("cki_rec.pipelines.method_list.method_table", lambda **_: "a table")
+    with os.fdopen(writer, "w") as pipe:
+        monkeypatch.setattr(sys, "stdout", pipe)
+        assert cli.main(["merge", "--list"]) == 141
+    assert capsys.readouterr().err == ""
 
 
 def test_a_run_whose_reader_has_left_ends_quietly(monkeypatch, capsys):

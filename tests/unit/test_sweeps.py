@@ -8,7 +8,7 @@ from test_record import finished
 
 from cki_rec import COMMAND_VARIABLE, JOB_VARIABLE
 from cki_rec.engine.record import Run, open_run
-from cki_rec.engine.sweeps import add_to_sweep, list_of, start_sweep, sweep_runs
+from cki_rec.engine.sweeps import add_to_sweep, drop_sweep, list_of, start_sweep, sweep_runs
 
 
 @pytest.fixture(autouse=True)
@@ -72,6 +72,15 @@ def test_a_second_sweep_of_a_name_adds_to_the_first(tmp_path, sweep):
     assert found(tmp_path) == (["single", "e-1", "e-2"], 0)
     sweep("merge=ties", 2)
     assert found(tmp_path) == (["single", "e-1", "e-2"], 2)
+
+
+def test_a_sweep_that_a_mistake_has_failed_is_not_missing(tmp_path, sweep, monkeypatch):
+    sweep("merge=average", 1)(0, finished(tmp_path, "e-1"))
+    monkeypatch.setenv(COMMAND_VARIABLE, "evaluate.bootstrap=50")
+    failed = start_sweep(tmp_path, "n", 2)
+    assert found(tmp_path) == (["e-1"], 2)
+    drop_sweep(tmp_path, "n", failed)
+    assert found(tmp_path) == (["e-1"], 0)
 
 
 def test_the_same_command_begins_its_sweep_anew(tmp_path, sweep):

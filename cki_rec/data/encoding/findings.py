@@ -19,7 +19,7 @@ SHOWN = 5
 """Fields that a line names."""
 
 
-def unseen_line(manifest: Mapping[str, Any], above: float = -1.0) -> str | None:
+def unseen_line(manifest: Mapping[str, Any], above: float = 0.0) -> str | None:
     """Return the fields with the most ids out of vocabulary; None if no share is above a limit.
 
     Args:
