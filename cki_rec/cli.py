@@ -245,12 +245,12 @@ def _sweep(pipeline: str, overrides: list[str]) -> None:
         keys = {*swept, *(state.sweeper.get("params") or {})}
         title = sweep_jobs.title(state.overrides.task, keys)
         log.info("%s %s", sweep_position(int(state.job.num)), title)
-        folder = sweep_jobs.folder_of(composed)
-        with sweep_jobs.running(folder, int(state.job.num), title):
+        folder, sweep_id = sweep_jobs.folder_of(composed), _sweep_id()
+        with sweep_jobs.running(folder, sweep_id, int(state.job.num), title):
             try:
                 return _run_job(pipeline, composed)
             except UserError as error:
-                is_new = sweep_jobs.add_failure(folder, title, str(error))
+                is_new = sweep_jobs.add_failure(folder, sweep_id, title, str(error))
                 log.info("  failed: %s", error if is_new else "the same mistake")
                 if "n_trials" in state.sweeper:  # a search needs the value of every trial
                     raise
@@ -262,12 +262,12 @@ def _sweep(pipeline: str, overrides: list[str]) -> None:
     except HydraException as error:
         raise UserError(" ".join(str(error).split())) from None
     except BrokenProcessPool as error:
-        jobs = sweep_jobs.unfinished(sweep_jobs.folder_of(first))
+        jobs = sweep_jobs.unfinished(sweep_jobs.folder_of(first), _sweep_id())
         raise RankLost(sweep_jobs.killed(jobs, error)) from None
     finally:
         sys.argv = arguments
         sweep = os.environ.pop(JOB_VARIABLE, "").split()
-    if failed := sweep_jobs.failures(sweep_jobs.folder_of(first)):
+    if failed := sweep_jobs.failures(sweep_jobs.folder_of(first), _sweep_id()):
         total = int(os.environ[SWEEP_VARIABLE].split()[0])
         if sweep and len(failed) == total:
             from cki_rec.engine.sweeps import drop_sweep
@@ -283,7 +283,7 @@ class SweepProgress:
         """Publish the number of jobs and the start time to this and to child processes."""
         total = num_jobs(config)
         os.environ[SWEEP_VARIABLE] = f"{total} {time.time()}"
-        sweep_jobs.clear(sweep_jobs.folder_of(config))
+        sweep_jobs.begin(sweep_jobs.folder_of(config), _sweep_id())
         if shlex.split(os.environ[COMMAND_VARIABLE])[1] == "evaluate":
             from cki_rec.engine.sweeps import start_sweep
 
@@ -307,6 +307,11 @@ def num_jobs(config: DictConfig) -> int:
     overrides = OverridesParser.create().parse_overrides([*words, *config.hydra.overrides.task])
     latest = {override.key_or_group: override for override in overrides}.values()
     return math.prod(len(list(o.sweep_string_iterator())) for o in latest if o.is_sweep_override())
+
+
+def _sweep_id() -> str:
+    """Return the id of the running sweep: its start time."""
+    return os.environ.get(SWEEP_VARIABLE, "0 0").split()[1]
 
 
 def sweep_position(number: int) -> str:

@@ -27,6 +27,7 @@ from cki_rec.data.dataset import EncodedDataset
 from cki_rec.data.encoding import store, tokens
 from cki_rec.data.encoding.frames import encode_frame
 from cki_rec.data.encoding.frames import raw_rows as rows_of
+from cki_rec.data.encoding.split import SPLITS
 from cki_rec.data.schema import FeatureSchema
 from cki_rec.engine import distributed, evaluator
 from cki_rec.engine.record import Run
@@ -191,6 +192,8 @@ def raw_rows(config: Config, split: str | None = None) -> pl.DataFrame:
     Raises:
         UserError: The raw files are not readable.
     """
+    if split not in (*SPLITS, None):
+        raise UserError(f"split={split}: pass one of {', '.join(SPLITS)}, or None for all rows")
     dataset = store.prepare(config.data, config.runtime.encoded, config.runtime.chunk_mb)
     rows = rows_of(config.data)
     return rows if split is None else rows[np.asarray(dataset.rows(split))]

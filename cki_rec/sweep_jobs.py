@@ -28,17 +28,16 @@ def folder_of(config: Any) -> Path:
     return Path(config.runtime.out) / "sweeps" / str(config.name)
 
 
-def clear(folder: Path) -> None:
-    """Remove the marks of an earlier sweep."""
-    for path in [folder / FAILURES, *folder.glob(f"{RUNNING}*")]:
-        path.unlink(missing_ok=True)
+def begin(folder: Path, sweep: str) -> None:
+    """Record that a sweep starts; marks of others stay, they may still run."""
+    _append(folder, {"sweep": sweep})
 
 
 @contextmanager
-def running(folder: Path, number: int, job: str) -> Iterator[None]:
+def running(folder: Path, sweep: str, number: int, job: str) -> Iterator[None]:
     """Mark a job as running until the block ends; the mark of a killed process stays."""
     folder.mkdir(parents=True, exist_ok=True)
-    mark = folder / f"{RUNNING}{number}"
+    mark = folder / f"{RUNNING}{sweep}-{number}"
     mark.write_text(job)
     try:
         yield
@@ -46,26 +45,51 @@ def running(folder: Path, number: int, job: str) -> Iterator[None]:
         mark.unlink(missing_ok=True)
 
 
-def unfinished(folder: Path) -> list[str]:
-    """Return the jobs that a killed process has left."""
-    return [path.read_text() for path in sorted(folder.glob(f"{RUNNING}*"))]
+def unfinished(folder: Path, sweep: str) -> list[str]:
+    """Return the jobs of a sweep that a killed process has left, under any name; forget them."""
+    marks = sorted(folder.parent.glob(f"*/{RUNNING}{sweep}-*"))
+    jobs = [mark.read_text() for mark in marks]
+    for mark in marks:
+        mark.unlink(missing_ok=True)
+    return jobs
 
 
-def add_failure(folder: Path, job: str, error: str) -> bool:
+def add_failure(folder: Path, sweep: str, job: str, error: str) -> bool:
     """Record a failed job; return whether its error is the first of this kind."""
-    is_new = error not in {failure.error for failure in failures(folder)}
-    with (folder / FAILURES).open("a") as file:
-        file.write(json.dumps({"job": job, "error": error}) + "\n")
+    is_new = error not in {failure.error for failure in failures(folder, sweep)}
+    _append(folder, {"sweep": sweep, "job": job, "error": error})
     return is_new
 
 
-def failures(folder: Path) -> list[Failure]:
-    """Return the failed jobs of the latest sweep in a folder."""
+def failures(folder: Path, sweep: str) -> list[Failure]:
+    """Return the failed jobs of a sweep, under any name (a sweep may be over names)."""
+    paths = sorted(folder.parent.glob(f"*/{FAILURES}"))
+    entries = [entry for path in paths for entry in _entries(path)]
+    return [
+        Failure(entry["job"], entry["error"])
+        for entry in entries
+        if entry.get("sweep") == sweep and "error" in entry
+    ]
+
+
+def latest_failures(folder: Path) -> list[Failure]:
+    """Return the failed jobs of the latest sweep of a name."""
+    entries = _entries(folder / FAILURES)
+    return failures(folder, entries[-1].get("sweep", "")) if entries else []
+
+
+def _append(folder: Path, entry: dict[str, str]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / FAILURES).open("a") as file:
+        file.write(json.dumps(entry) + "\n")
+
+
+def _entries(path: Path) -> list[dict[str, str]]:
     try:
-        lines = (folder / FAILURES).read_text().splitlines()
+        lines = path.read_text().splitlines()
     except OSError:
         return []
-    return [Failure(**json.loads(line)) for line in lines if line.endswith("}")]
+    return [json.loads(line) for line in lines if line.endswith("}")]
 
 
 def summary(failed: Sequence[Failure], total: int) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 import pandas as pd
 
 from cki_rec.evaluation.display import METHOD_NAMES, bounded, is_undefined, method_name, number
-from cki_rec.evaluation.tables import BEST_SOURCE, ENSEMBLE, difference_column
+from cki_rec.evaluation.tables import BEST_SOURCE, ENSEMBLE, JOINT, difference_column
 
 
 def verdicts(summary: pd.DataFrame, runs: pd.DataFrame) -> dict[str, list[str]]:
@@ -69,7 +69,9 @@ def _sentences(part: pd.DataFrame, runs: pd.DataFrame) -> list[str]:
     second = _comparison(row, ENSEMBLE, runs_all)
     sentences = [f"{subject} {first or f'has {_auc(row)}'}, over {_seeds(row)}."]
     sentences += [f"It {second}."] if second else []
-    return [*sentences, *_recovered(row)]
+    joint = part[(part["method"] == JOINT) & ~part["finetuned"]]
+    lows = joint[f"{difference_column('auc', BEST_SOURCE)}_low"].dropna()
+    return [*sentences, *_recovered(row, is_sure_gain=bool((lows > 0).all()))]
 
 
 def _comparison(row: Mapping[Any, Any], baseline: str, aside: str = "") -> str:
@@ -92,9 +94,10 @@ def _comparison(row: Mapping[Any, Any], baseline: str, aside: str = "") -> str:
     return f"does not differ significantly from {name}: {difference} in AUC"
 
 
-def _recovered(row: Mapping[Any, Any]) -> list[str]:
+def _recovered(row: Mapping[Any, Any], is_sure_gain: bool) -> list[str]:
+    """Return the share of the gain of joint training; nothing if this gain may be 0."""
     share, low, high = (row[f"recovered_share{end}"] for end in ("", "_low", "_high"))
-    if is_undefined(share):
+    if is_undefined(share) or not is_sure_gain:
         return []
     percent = f"{number(100 * share, 0)} %"
     if not is_undefined(low) and not is_undefined(high):

@@ -234,7 +234,7 @@ def alignment(
         row_mask: Rows of joined tables that each source has (``vocabularies.Joined``).
     """
     network = merging_network(checkpoints[0], seed, is_aligned=True)
-    models = [saved.params for saved in checkpoints]
+    models = [{name: tensor.float() for name, tensor in s.params.items()} for s in checkpoints]
     if not network.symmetries:
         yield Finding("alignment", "differs", "the model declares no symmetry: nothing to align")
         return

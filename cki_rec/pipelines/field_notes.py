@@ -36,9 +36,9 @@ def notes(config: Config, dataset: EncodedDataset) -> list[str]:
     learned = [f"{f['name']} ({f['transform']})" for f in options if f["transform"] in LEARNED]
     if learned:
         lines.append(
-            f"field {', '.join(learned)}: scaled by the numbers of this data set. Models of"
-            " other data sets have another scale and cannot be merged with this one. To merge"
-            " them, use the transform ln_squared, edges or token"
+            f"field {', '.join(learned)}: scaled by the numbers of this data set. Only models of"
+            " this data set can be merged with each other; for others use the transform"
+            " ln_squared, edges or token"
         )
     return lines
 

@@ -124,7 +124,7 @@ def recorded(config: Config) -> Recorded:
     runs, replicates = _readable(listed)
     if not runs:
         folder = Path(config.runtime.out) / "sweeps" / config.name
-        if failed := sweep_jobs.failures(folder):
+        if failed := sweep_jobs.latest_failures(folder):
             raise UserError(f"name={config.name}: {sweep_jobs.summary(failed, len(failed))}")
         raise UserError(
             f"name={config.name}: no run is recorded under it in {config.runtime.out}; start with"

@@ -247,11 +247,10 @@ def test_formats_are_those_of_the_configuration():
 def trained(options, tmp_path):
     """Return a run directory as a training leaves it."""
     folder, model = tmp_path / "out" / "train-1", options()
-    params = build(model).state_dict()
-    tensors = {"model": params, "accumulator": {}, "counts": {}}
+    tensors = {"model": build(model).state_dict(), "accumulator": {}, "counts": {}}
     checkpoint_io.save(folder / "checkpoint", tensors, model, MIXED, Provenance("data hash"))
-    record = dict.fromkeys(("config", "data", "result", "provenance"), {})
-    (folder / "record.json").write_text(json.dumps({"run_id": "train-1", **record}))
+    record = {"run_id": "train-1", "config": {}, "data": {}, "result": {}, "provenance": {}}
+    (folder / "record.json").write_text(json.dumps(record))
     return folder
 
 

@@ -153,9 +153,9 @@ def test_other_vocabularies_can_be_joined(trained, check):
 
 def test_tensors_of_another_dtype_or_without_value_are_named(trained, check, tmp_path):
     one, params = trained("one"), params_of(trained("two"))
-    doubled = {**params, "bias": params["bias"].double()}
+    whole = {**params, "bias": params["bias"].long()}
     code, out, _ = check(
-        [one, changed(trained("two"), tmp_path / "a", params=doubled)], "merge=average"
+        [one, changed(trained("two"), tmp_path / "a", params=whole)], "merge=average"
     )
     assert code == 2
     assert any("bias: float32 (1,), in" in line for line in lines(out, "tensors"))
@@ -166,6 +166,18 @@ def test_tensors_of_another_dtype_or_without_value_are_named(trained, check, tmp
     assert "bias of" in error
     assert "1 of 1 entries are NaN or infinite" in error
     assert not lines(out, "agreement")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_sources_of_several_float_types_are_checked_in_float32(trained, check, tmp_path, dtype):
+    other = {name: tensor.to(dtype) for name, tensor in params_of(trained("two")).items()}
+    pair = [trained("one"), changed(trained("two"), tmp_path / "other", params=other)]
+    for sources in (pair, pair[::-1]):
+        code, out, _ = check(sources, "merge=average")
+        assert code == 0
+        assert any("merged in float32 or wider" in line for line in lines(out, "tensors"))
+        assert any("keep the scores" in line for line in lines(out, "symmetries"))
+        assert lines(out, "agreement")
 
 
 def test_missing_sources_are_named_with_the_command_that_makes_them(
@@ -280,10 +292,10 @@ def test_a_check_is_no_part_of_a_run(trained, base, home):
 
 def test_integration_itself_refuses_what_is_cheap_to_see(trained, base, capsys, tmp_path):
     params = params_of(trained("two"))
-    doubled = {**params, "bias": params["bias"].double()}
+    whole = {**params, "bias": params["bias"].long()}
     others = {
         trained("tanh"): "model.activation: relu, in",
-        changed(trained("two"), tmp_path / "a", params=doubled): "bias: float32 (1,), in",
+        changed(trained("two"), tmp_path / "a", params=whole): "bias: float32 (1,), in",
     }
     for other, message in others.items():
         sources = f"merge.sources=[{{path: {trained('one')}}},{{path: {other}}}]"

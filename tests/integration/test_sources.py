@@ -5,11 +5,13 @@ import shutil
 from dataclasses import replace
 
 import pytest
+import torch
 from store import twin
 
-from cki_rec.checkpoints import outline
+from cki_rec.checkpoints import load, outline
 from cki_rec.cli import CONF
 from cki_rec.config import UserError, preset_method, with_delta
+from cki_rec.engine import checkpoint_io
 from cki_rec.merging.methods import METHODS
 from cki_rec.pipelines import assess, check_only, evaluate, merge, train
 from cki_rec.pipelines.compatibility import compare
@@ -133,6 +135,21 @@ def test_the_outline_of_a_training_is_that_of_its_result(config, changes):
     trained = outline(train.ensure(untrained).checkpoint)
     assert {f.state for f in compare([trained, planned], ["a", "b"])} == {"ok"}
     assert train.outline_of(untrained)[1]
+
+
+@pytest.mark.parametrize("dtype", [None, "bfloat16"])
+def test_sources_of_two_float_types_are_merged_in_float32(config, run, tmp_path, dtype):
+    saved = load(run / "checkpoint")
+    params = {name: tensor.bfloat16() for name, tensor in saved.params.items()}
+    groups = {"model": params, "accumulator": saved.accumulators, "counts": saved.counts}
+    checkpoint_io.save(tmp_path / "half", groups, saved.model, saved.schema, saved.origin)
+    pair = {"path": str(run)}, {"path": str(tmp_path / "half")}
+    done = merge.ensure(named(config, *pair, dtype=dtype))
+    assert done.record["result"]["types"] == [dtype or "float32"]
+    for name, merged in load(done.checkpoint).params.items():
+        mean = (saved.params[name] + params[name].float()) / 2
+        assert torch.equal(merged, mean.to(merged.dtype))
+        assert str(merged.dtype) == f"torch.{dtype or 'float32'}"
 
 
 def test_a_base_that_is_one_of_the_sources_is_warned_of(config, run, tmp_path, caplog):

@@ -9,12 +9,13 @@ import shutil
 
 import pytest
 import torch
+from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.nn.functional import binary_cross_entropy_with_logits
 from training import load_params, options, plain, state_of, step
 
 from cki_rec.checkpoints import checkpoint, digests, fill, locate, open_checkpoint, read_tensors
-from cki_rec.config import UserError
+from cki_rec.config import Stopped, UserError
 from cki_rec.data.provenance import Provenance
 from cki_rec.data.schema import Feature
 from cki_rec.engine import checkpoint_io
@@ -207,6 +208,16 @@ def test_a_failing_save_leaves_the_old_checkpoint_and_nothing_else(
     assert caught.value.errno == errno.ENOSPC
     assert [path.name for path in saved.parent.iterdir()] == ["checkpoint"]
     assert torch.equal(checkpoint.load(saved).params["bias"], before.params["bias"])
+
+
+@pytest.mark.parametrize("interruption", [KeyboardInterrupt(), Stopped("stopped")])
+def test_an_interruption_while_reading_is_no_damage(saved, monkeypatch, interruption):
+    def interrupt(*arguments, **options):
+        raise interruption
+
+    monkeypatch.setattr(FileSystemReader, "read_data", interrupt)
+    with pytest.raises(type(interruption)):
+        checkpoint.load(saved)
 
 
 def test_an_unknown_failure_to_write_is_an_ordinary_exception(saved, tensors, schema, monkeypatch):

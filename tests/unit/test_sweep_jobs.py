@@ -75,7 +75,7 @@ def test_a_sweep_whose_jobs_all_fail_leaves_none_missing(tmp_path, monkeypatch):
 
 
 def test_a_killed_process_of_a_sweep_is_named_with_its_job(sweep, monkeypatch):
-    monkeypatch.setattr(sweep_jobs, "unfinished", lambda folder: ["seed=2"])
+    monkeypatch.setattr(sweep_jobs, "unfinished", lambda *_: ["seed=2"])
 
     def run(config):
         raise BrokenProcessPool("The exit codes of the workers are {SIGKILL(-9)}")
@@ -88,9 +88,36 @@ def test_a_killed_process_of_a_sweep_is_named_with_its_job(sweep, monkeypatch):
 
 
 def test_the_mark_of_a_job_stays_only_if_its_process_is_killed(tmp_path):
-    with sweep_jobs.running(tmp_path, 3, "seed=4"):
-        assert sweep_jobs.unfinished(tmp_path) == ["seed=4"]
-    assert sweep_jobs.unfinished(tmp_path) == []
+    folder = tmp_path / "n"
+    with sweep_jobs.running(folder, "1", 3, "seed=4"):
+        assert sweep_jobs.unfinished(folder, "2") == []
+        assert sweep_jobs.unfinished(folder, "1") == ["seed=4"]
+    assert sweep_jobs.unfinished(folder, "1") == []
+
+
+def test_two_sweeps_of_a_name_at_once_keep_their_own_failures(sweep, tmp_path):
+    def run(config):
+        if config.seed == 1:  # another sweep of this name starts and fails meanwhile
+            folder = sweep_jobs.folder_of(config)
+            sweep_jobs.begin(folder, "other")
+            sweep_jobs.add_failure(folder, "other", "seed=9", "the other mistake")
+        if config.seed == 0:
+            raise UserError("the raw file is gone")
+
+    code, _, error = sweep(run, "seed=0,1")
+    assert code == 2
+    assert error == "cki-rec: 1 of 2 jobs failed: the raw file is gone\n"
+    assert sweep(run, "seed=1,2")[0] == 0
+
+
+def test_a_sweep_over_names_ends_with_all_its_failures(sweep):
+    def run(config):
+        if config.name == "b":
+            raise UserError("the raw file is gone")
+
+    code, _, error = sweep(run, "name=a,b")
+    assert code == 2
+    assert error == "cki-rec: 1 of 2 jobs failed: the raw file is gone\n"
 
 
 @pytest.mark.slow

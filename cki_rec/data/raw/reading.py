@@ -370,7 +370,7 @@ class RawFiles:
     def _damaged(self, problem: str) -> UserError:
         return UserError(
             f"{self.path}: damaged or not a zip ({problem}), expected a zip or a folder; fetch it"
-            " again or set data.raw; a csv file of your own is read with data=csv"
+            " again or set data.raw. A csv file of your own is read with data=csv"
         )
 
 
