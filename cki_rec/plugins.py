@@ -14,6 +14,7 @@ import marshal
 import os
 import sys
 import traceback
+from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -47,12 +48,12 @@ def load(name: str, option: str) -> ModuleType:
     digest = _file_digest(path)
     unique = f"{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
     if _digests.get(unique) != digest:
-        spec = importlib.util.spec_from_file_location(unique, path)
+        loader = SourceFileLoader(unique, str(path))
+        spec = importlib.util.spec_from_file_location(unique, path, loader=loader)
         assert spec is not None
-        assert spec.loader is not None
         module = sys.modules[unique] = importlib.util.module_from_spec(spec)
-        try:
-            spec.loader.exec_module(module)
+        try:  # not the compiled file: it may be of a content of the same size and second
+            exec(loader.source_to_code(path.read_bytes(), str(path)), vars(module))
         except Exception as error:
             del sys.modules[unique]
             raise UserError(f"{where}: {_reason(error, path)}") from error

@@ -140,11 +140,11 @@ def open_run(out: Path, run_id: str, force: bool = False, resume: str = "never")
         _replace_if_finished(run, remade)  # of a program that was killed
         if damage := run.damage():
             log.warning("  %s; %s is made again", damage, run_id)
+        begins_afresh = force and run.record is None
         if damage or (force and run.record is not None):
             run.path = remade.path
-        if run.record is None and not (
-            resume == "auto" and unfinished_checkpoints(run.path / RESUME)
-        ):
+        may_resume = resume == "auto" and unfinished_checkpoints(run.path / RESUME)
+        if run.record is None and (begins_afresh or not may_resume):
             shutil.rmtree(run.path, ignore_errors=True)
             run.path.mkdir(parents=True)
         checkpoint_io.tidy(run.path)

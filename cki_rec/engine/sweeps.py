@@ -35,7 +35,7 @@ def drop_sweep(out: Path, name: str, sweep: str) -> None:
 def add_to_sweep(out: Path, name: str, run: Run | None) -> None:
     """Append a finished run to the list of ``name``; None: a job without work."""
     entry: dict[str, Any] = {"skipped": True} if run is None else {"run_id": run.path.name}
-    if job := os.environ.get(JOB_VARIABLE, "").split():
+    if len(job := os.environ.get(JOB_VARIABLE, "").split()) == 2:  # within a job of a sweep
         entry |= {"sweep": job[0], "job": int(job[1])}
     _append(out, name, entry)
 

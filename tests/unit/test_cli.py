@@ -274,7 +274,9 @@ def test_sweep_position(monkeypatch, number, total, ago, text):
         ({"seed": "range(1,5)"}, ["model.dropout=choice(0,0.1,0.2)"], 12),
     ],
 )
-def test_sweep_progress_counts_jobs(tmp_path, params, task, jobs):
+def test_sweep_progress_counts_jobs(tmp_path, params, task, jobs, monkeypatch):
+    for variable in (cli.SWEEP_VARIABLE, JOB_VARIABLE):  # set by the callback, removed at the end
+        monkeypatch.setenv(variable, "")
     config = OmegaConf.create(
         {
             "name": "n",

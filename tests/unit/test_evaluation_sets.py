@@ -1,6 +1,7 @@
 """Sets for evaluation alone, and warnings of a training about its fields."""
 
 import logging
+from dataclasses import replace
 
 import pytest
 from samples import make_data, one_line_error
@@ -60,11 +61,11 @@ def test_training_warns_of_unread_histories_and_of_scales_that_forbid_merges(
     data = csv([0.8, 0.1, 0.1], user="user", item="item", time="at",
                fields=["user", "item", "history", numbers])  # fmt: skip
     dataset = prepare(data, tmp_path / "encoded")
-    config = run_config(tmp_path)
+    config = replace(run_config(tmp_path), data=data)
     history, scale = field_notes.notes(config, dataset)
     assert history.startswith("field history: not read, because model.histories=false; set it to")
     assert scale.startswith("field price (log1p): scaled by the numbers of this data set")
     assert scale.endswith("use the transform ln_squared, edges or token")
-    used = run_config(tmp_path, "model.histories=true")
+    used = replace(run_config(tmp_path, "model.histories=true"), data=data)
     assert field_notes.notes(used, dataset) == [scale]
     assert logging.getLogger("torch.fx._symbolic_trace").level == logging.ERROR

@@ -165,7 +165,7 @@ def test_a_csv_as_raw_data_of_another_set_names_the_option(tmp_path):
     path = tmp_path / "my.csv"
     path.write_text("label,user\n1,a\n")
     assert "my.csv: damaged or not a zip" in (error := error_of(path))
-    assert "a csv file of your own is read with data=csv" in error
+    assert "A csv file of your own is read with data=csv" in error
 
 
 def test_zip_with_flipped_bytes_is_refused(latest):

@@ -116,6 +116,5 @@ def test_the_share_of_a_joint_model_that_may_be_worse_has_no_interval():
     row = summary_frame(runs_frame(records), replicates).set_index("method").loc["cki"]
     assert row["recovered_share"] == pytest.approx(0.5)
     assert np.isnan(row["recovered_share_low"])
-    assert sentences(*records, replicates=replicates)[-1] == (
-        "It recovers 50 % of the gain of joint training over the best source."
-    )
+    (only,) = sentences(*records, replicates=replicates)  # the gain of joint training may be 0
+    assert "does not differ significantly from the best source" in only
