@@ -43,6 +43,8 @@ if TYPE_CHECKING:
 RENAMED = {"integrate": ["merge"]}
 """Present names of commands of earlier releases."""
 ON_SEVERAL_PROCESSES = ("train", "merge")
+CHECKED = ("merge", "finetune", "evaluate")
+"""Pipelines that check_only=true checks the merge of."""
 SWEEP_VARIABLE = "CKI_REC_SWEEP"
 """Number of jobs and start time of the running sweep, for its jobs in other processes."""
 UNWRITABLE = (
@@ -205,19 +207,20 @@ def _check_method(name: str, roots: Sequence[Path]) -> None:
 
 def _run_job(pipeline: str, composed: DictConfig) -> float | None:
     """Parse and run one pipeline; return its validation AUC if it has one, for searches."""
-    from cki_rec.config import parse
+    from cki_rec.config import UserError, parse
     from cki_rec.plugins import load_class
 
     config = parse(composed)
     if config.model.module is not None:  # checkpoints may hold models of this class
         load_class(config.model.module)
     if pipeline not in ON_SEVERAL_PROCESSES and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        from cki_rec.config import UserError
-
         raise UserError(
             f"{pipeline} runs in one process; start it without torchrun"
             f" ({', '.join(ON_SEVERAL_PROCESSES)} alone: several)"
         )
+    if config.check_only and pipeline not in CHECKED:
+        raise UserError(f"check_only=true: {pipeline} has no check; {', '.join(CHECKED)} have it")
+    pipeline = "merge" if config.check_only else pipeline  # the check is that of their merge
     value: float | None = importlib.import_module(f"cki_rec.pipelines.{pipeline}").run(config)
     return value
 
@@ -376,7 +379,9 @@ def _check_choices(overrides: list[str], is_sweep: bool) -> list[str]:
             choices = groups[override.key_or_group]
             is_none = choice == "null" and override.key_or_group == "experiment"
             if choice not in choices and not is_none and not override.is_delete():
-                known = f"{nearest(choice, choices)}one of {', '.join(choices)}"
+                is_data = override.key_or_group == "data"
+                own = " (cki-rec inspect FILE drafts one)" if is_data else ""
+                known = f"{nearest(choice, choices)}one of {', '.join(choices)}{own}"
                 raise UserError(f"{override.key_or_group}={choice}: {known}")
             if file := hidden_choice(override.key_or_group, choice, search_path):
                 raise UserError(

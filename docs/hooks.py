@@ -187,9 +187,10 @@ def _facts(method: Method) -> list[str]:
 
 
 def _measured() -> dict[str, list[str]]:
-    """Return, per label of a method, its mean AUC and that of the best source."""
+    """Return, per method, its mean AUC and the difference to the best source, as lines."""
     result: dict[str, list[str]] = {}
     for experiment in MEASURED:
+        earlier = set(result)
         path = ROOT / "experiments" / experiment / "runs.csv"
         if not path.exists():
             continue
@@ -206,6 +207,6 @@ def _measured() -> dict[str, list[str]]:
             line = f"- Measured in `{experiment}`, {suite}: AUC {fmean(aucs):.4f}"
             if found := differences[label, suite]:
                 line += f", {fmean(found):+.4f} against the best source"
-            if not any(f"`{experiment}`" not in known for known in result.get(name, [])):
+            if name not in earlier:
                 result.setdefault(name, []).append(f"{line} ({len(aucs)} seeds)")
     return result

@@ -26,7 +26,7 @@ from cki_rec.pipelines import compatibility, preflight, vocabularies
 from cki_rec.pipelines.compatibility import Finding, State
 from cki_rec.pipelines.preflight import entry_of
 from cki_rec.pipelines.references import Reference
-from cki_rec.pipelines.sources import base_warning, check_distinct, find
+from cki_rec.pipelines.sources import base_warning, check_distinct, find, title
 from cki_rec.pipelines.vocabularies import Joined
 
 BASE = "base "
@@ -85,9 +85,9 @@ def _findings(config: Config, reads_rows: bool) -> list[Finding]:
         preflight.check_options(config)
     except UserError as error:
         findings.append(Finding("method", "impossible", str(error)))
-    deltas = [(str(d), d, "merge.sources") for d in options.sources]
+    deltas = [(title(d), d, "merge.sources") for d in options.sources]
     if options.base and preflight.needs_base(config):
-        deltas.append((f"{BASE}{options.base}", options.base, "merge.base"))
+        deltas.append((f"{BASE}{title(options.base)}", options.base, "merge.base"))
     loaded: list[tuple[str, Path, Checkpoint]] = []
     for name, delta, option in deltas:
         try:

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from cki_rec import sweep_jobs
-from cki_rec.config import Config, UserError, first_comment
+from cki_rec.config import Config, UserError, first_comment, nearest
 from cki_rec.engine.record import Run, load_arrays
 from cki_rec.engine.sweeps import list_of, sweep_runs
 from cki_rec.evaluation.display import cell_parts, filled, main_frame
@@ -126,9 +126,10 @@ def recorded(config: Config) -> Recorded:
         folder = Path(config.runtime.out) / "sweeps" / config.name
         if failed := sweep_jobs.latest_failures(folder):
             raise UserError(f"name={config.name}: {sweep_jobs.summary(failed, len(failed))}")
+        names = [path.name for path in folder.parent.glob("*")]
         raise UserError(
-            f"name={config.name}: no run is recorded under it in {config.runtime.out}; start with"
-            f" cki-rec evaluate -m experiment={config.name}, or evaluate name={config.name} ..."
+            f"name={config.name}: no run is recorded under it in {config.runtime.out};"
+            f" {nearest(config.name, names)}start with cki-rec evaluate name={config.name} ..."
         )
     records = [current(run.record) for run in runs if run.record is not None]
     labels = list(dict.fromkeys(record["result"]["method"] for record in records))

@@ -156,7 +156,7 @@ def _check_before_training(config: Config, base: Mapping[str, Any] | None) -> No
         outlines.append(planned)
         is_missing = is_missing or not is_trained
     if is_missing:
-        names = [str(delta) for delta in deltas]
+        names = [title(delta) for delta in deltas]
         is_joined = bool(config.merge.vocabularies)
         compatibility.require(compatibility.compare(outlines, names, is_joined))
 
@@ -164,12 +164,19 @@ def _check_before_training(config: Config, base: Mapping[str, Any] | None) -> No
 def _resolve(config: Config, delta: Mapping[str, Any], option: str) -> Source:
     if "path" in delta:
         folder = named_folder(delta, option)
-        return Source(str(delta["path"]), external_identity(folder), folder)
+        return Source(title(delta), external_identity(folder), folder)
     if distributed.world_size() > 1:
         folder = find(config, delta, option)
-        return Source(str(delta), folder.parent.name, folder)
+        return Source(title(delta), folder.parent.name, folder)
     run = train.ensure(with_delta(config, dict(delta), option))
-    return Source(str(delta), run.path.name, run.checkpoint)
+    return Source(title(delta), run.path.name, run.checkpoint)
+
+
+def title(delta: Mapping[str, Any]) -> str:
+    """Return a source in words: its path, or ``seed=1, data.part=0``."""
+    if "path" in delta:
+        return str(delta["path"])
+    return ", ".join(f"{key}={value}" for key, value in delta.items()) or "as configured"
 
 
 def find(config: Config, delta: Mapping[str, Any], option: str = "merge.sources") -> Path:

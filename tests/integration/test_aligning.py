@@ -214,8 +214,8 @@ def test_a_source_above_all_recipes_is_chosen(options, folder, capsys):
         assert main(["merge", *words]) == 0
         shown = "".join(capsys.readouterr())
         assert "no recipe is above the validation AUC" in shown
-        assert "of the source {'seed': 1}, which is returned unchanged" in shown
-        assert "chosen: {'seed': 1}" in shown
+        assert "of the source seed=1, which is returned unchanged" in shown
+        assert "chosen: seed=1" in shown
     result = records(folder, "merge")[-1]["result"]
     best = next(
         record["run_id"]

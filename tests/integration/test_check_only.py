@@ -186,7 +186,7 @@ def test_missing_sources_are_named_with_the_command_that_makes_them(
     trained("one")
     code, out, error = check([], "merge=average", "suite.sources=[{seed: 1},{seed: 77}]")
     assert code == 2
-    assert "{'seed': 77}: not trained yet; make it: cki-rec train" in error
+    assert "seed=77: not trained yet; make it: cki-rec train" in error
     assert "seed=77" in error
     assert "merge" not in error.split("cki-rec train")[1]
     assert any("ok" in line for line in lines(out, "checkpoint"))

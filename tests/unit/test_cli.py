@@ -112,6 +112,14 @@ def test_make_reproduces_an_experiment_beside_its_results(name):
     assert "--config-dir" not in done.stdout
 
 
+@pytest.mark.parametrize("pipeline", ["merge", "finetune", "evaluate"])
+def test_check_only_trains_nothing(command, pipeline, monkeypatch):
+    seen = []
+    monkeypatch.setattr("cki_rec.pipelines.check_only.report", seen.append)
+    assert command(pipeline, "check_only=true")[0] == 0
+    assert [config.check_only for config in seen] == [True]
+
+
 def test_version(command):
     assert command("--version") == (0, f"{__version__}\n", "")
 
@@ -131,6 +139,9 @@ def test_version(command):
         ),
         (["train", "merge=zzz"], "merge=zzz: one of aligned_activations"),
         (["evaluate", "experiment=quickstrat"], "did you mean 'quickstart'?"),
+        (["train", "data=shop"], "(cki-rec inspect FILE drafts one)"),
+        (["train", "check_only=true"], "train has no check; merge, finetune, evaluate have it"),
+        (["train", "data=csv", "data.raw=no.csv"], "no.csv: no such file or folder; set data.raw"),
         (["train", "foo"], "'foo': options are written key=value"),
         (["train", "seed"], "'seed': options are written key=value"),
         (["train", "train.epochs=many"], "train.epochs=many: must be a whole number"),

@@ -1,4 +1,4 @@
-"""Code of users: what is imported, its digest, and one line for every mistake."""
+"""Code of users: imports, digests, and one line for every mistake."""
 
 from __future__ import annotations
 

@@ -280,12 +280,13 @@ def paths(data: Data) -> list[Path]:
             raise UserError(f"data.raw={word!r}: expected a path, a pattern or a list of them")
         matches = [word] if Path(word).exists() else glob.glob(word)
         if not matches:
-            how = f"fetch it with: make data-{data.name}"
+            how = f"or fetch it with: make data-{data.name}"
             if data.download.url is None:
-                how = data.download.by_hand or "get it from its owner"
+                how = f"or {data.download.by_hand or 'get it from its owner'}"
+            how = "" if data.format == "csv" and not data.published else f", {how}"
             raise UserError(
-                f"{word}: no such file or folder; set data.raw to the raw data, or {how} "
-                "(see data/README.md)"
+                f"{word}: no such file or folder; set data.raw to the raw data{how} (see"
+                " data/README.md)"
             )
         files += sorted((Path(match) for match in matches), key=_natural)
     if len({path.resolve() for path in files}) < len(files):
