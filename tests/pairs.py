@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from networks import draw_batch, make_case
+from samples import slow_but
 from torch.func import functional_call
 from torch.nn import Linear
 
@@ -26,6 +27,7 @@ CASES = [
     "final_mlp",
 ]
 all_cases = pytest.mark.parametrize("case", CASES)
+din_is_slow = pytest.mark.parametrize("case", slow_but([c for c in CASES if c != "din"], CASES))
 HALVES = [0.5, 0.5]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -66,3 +66,8 @@ def shared_data(name: str) -> Path:
     if not folder or not (Path(folder) / name).exists():
         pytest.skip(f"CKI_REC_DATA names no folder with {name}")
     return Path(folder) / name
+
+
+def slow_but(quick: list[str], names: Iterable[str]) -> list[Any]:
+    """Return parameters of a test; those that are not ``quick`` run in ``make test-all`` only."""
+    return [n if n in quick else pytest.param(n, marks=pytest.mark.slow) for n in names]

@@ -75,6 +75,7 @@ def copy(tmp_path_factory) -> Path:
     return root
 
 
+@pytest.mark.slow
 def test_four_additions_change_nothing_but_the_named_places(copy):
     before = digests(copy)
     titles = re.split(r"^## Add a ", (ROOT / "CONTRIBUTING.md").read_text(), flags=re.M)[1:]

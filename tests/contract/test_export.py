@@ -12,6 +12,7 @@ from functools import cache
 
 import pytest
 import torch
+from samples import slow_but
 
 from cki_rec.checkpoints import load
 from cki_rec.cli import main
@@ -107,7 +108,7 @@ def test_servable_equals_the_network(options, name, embedding_dim):
     assert actual["probability"].equal(actual["logit"].sigmoid())
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", slow_but(["deepfm", "dcn", "din", "final_mlp"], MODELS))
 def test_pt2_equals_the_network(options, tmp_path, caplog, name):
     network = build(options(name))
     assert_equal_scores(network, MIXED, round_trip(network, MIXED, "pt2", tmp_path))
@@ -115,9 +116,7 @@ def test_pt2_equals_the_network(options, tmp_path, caplog, name):
 
 
 @has_onnx
-@pytest.mark.parametrize(
-    "name", [n if n == "din" else pytest.param(n, marks=pytest.mark.slow) for n in MODELS]
-)
+@pytest.mark.parametrize("name", slow_but(["deepfm"], MODELS))
 def test_onnx_equals_the_network(options, tmp_path, name):
     network = build(options(name))
     assert_equal_scores(network, MIXED, round_trip(network, MIXED, "onnx", tmp_path))

@@ -56,9 +56,13 @@ PLANS = {
     "column_wise": ("runtime.sharding=column_wise", "train.table_optimizer=adagrad"),
     "dense": ("train.embeddings=dense",),
 }
-FITTING = [(c, p) for c in CASES for p in PLANS if c != "batch norm" or p == "table_wise"]
+EVERY_PLAN = ("deepfm mixed", "din")
+FITTING = [
+    *((case, plan) for case in EVERY_PLAN for plan in PLANS),
+    *((case, "table_wise") for case in ("deepfm plain", "batch norm")),
+]
 """Cases and the plans that each is trained under."""
-MOVED = [(c, "row_wise") for c in CASES if c != "batch norm"]
+MOVED = [(case, "row_wise") for case in EVERY_PLAN]
 """Those whose checkpoints another number of processes reads under another plan."""
 
 

@@ -58,7 +58,10 @@ def test_aligned_sources_agree_more(options, folder, by, model):
 
 
 @pytest.mark.parametrize("repair", ["rescale", "least_squares", "select_units", "project"])
-@pytest.mark.parametrize("norm", ["model.batch_norm=true", "model.activation=dice"])
+@pytest.mark.parametrize(
+    "norm",
+    ["model.batch_norm=true", pytest.param("model.activation=dice", marks=pytest.mark.slow)],
+)
 def test_every_repair_gives_a_model_that_serves(options, folder, repair, norm):
     words = ["suite=seeds", "merge=aligned_activations", f"merge.repair={repair}", norm]
     assert main(["evaluate", *words, *options]) == 0
@@ -297,5 +300,6 @@ def test_a_source_of_another_division_leads_nothing(options, folder, tmp_path, c
         assert "split otherwise" in shown.err + shown.out
 
 
+@pytest.mark.slow
 def test_final_mlp_has_the_default_too(options, folder):
     assert main(["merge", "model=final_mlp", "model.streams.hidden=[16,8]", *options]) == 0

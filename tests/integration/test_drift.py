@@ -154,6 +154,7 @@ def test_another_data_set_is_noticed_by_its_checkpoint(options, trained):
         trained(f"train.start={{path: {other.path}}}")
 
 
+@pytest.mark.slow
 def test_drift_is_evaluated_end_to_end(options, folder, capsys):
     methods = "best_source,newest_source,output_ensemble,joint,average,evidence,task_arithmetic"
     sweep = ["evaluate", "-m", "suite=drift", f"merge={methods}", "name=drift", *options]

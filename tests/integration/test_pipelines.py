@@ -39,6 +39,7 @@ def modified(folder: Path) -> dict[str, int]:
     return {str(p): p.stat().st_mtime_ns for p in folder.glob("out/*/record.json")}
 
 
+@pytest.mark.slow
 def test_sweep_reports_every_method_once(options, tmp_path, capsys):
     sweep = ["merge=best_source,output_ensemble,evidence", "finetune=none,one_epoch"]
     sweep += ["train.epochs=1"]
@@ -89,6 +90,7 @@ def test_another_seed_gives_another_record(options, tmp_path):
     assert one["result"]["valid_auc"] != two["result"]["valid_auc"]
 
 
+@pytest.mark.slow
 def test_killed_sweep_goes_on_with_equal_results(options, tmp_path, capsys):
     sweep = ["evaluate", "-m", "suite=shards", "seed=1,2", "merge=average", *options]
     unbroken, broken = tmp_path / "unbroken", tmp_path / "broken"
@@ -319,7 +321,7 @@ def test_fine_tuned_models_have_seen_all_rows(options, tmp_path):
         assert counts.equal(sum(source.counts[table] for source in sources)), table
 
 
-@pytest.mark.parametrize("external", [False, True])
+@pytest.mark.parametrize("external", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("suite", ["shards", "seeds", "drift"])
 def test_rows_of_disjoint_parts_add_up_and_others_are_not_counted_twice(
     options, tmp_path, suite, external

@@ -248,6 +248,7 @@ def interrupted(raw_zip, folder, tmp_path):
     return [*words, own, "runtime.checkpoint_steps=4"], unbroken, tmp_path
 
 
+@pytest.mark.slow
 def test_a_killed_refinement_ends_like_an_unbroken_one(interrupted, monkeypatch):
     words, unbroken, folder = interrupted
     merge.ensure(parse_words(*unbroken))
@@ -283,6 +284,7 @@ def test_a_refinement_that_is_asked_to_stop_resumes(interrupted, capsys, monkeyp
     check_equal(Run(path), want, 6)
 
 
+@pytest.mark.slow
 def test_a_full_disk_loses_only_the_kept_logits(options, folder, monkeypatch, capsys):
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")

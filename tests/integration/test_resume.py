@@ -30,6 +30,7 @@ SMALL = (
     *("runtime.checkpoint_steps=4", "runtime.log_steps=1", "runtime.tensorboard=false"),
 )
 """19 steps an epoch."""
+DIN = ["model=din", "model.attention.dropout=0.2", "data.history_length=5"]
 EPOCHS = 8
 LONG = (f"train.epochs={EPOCHS}", f"train.patience={EPOCHS}", "train.batch_size=64")
 """The same for whom to kill: 304 steps."""
@@ -128,13 +129,13 @@ def check_equal(run: Run, unbroken: Run, resumed: int | None) -> None:
     [
         pytest.param([], 5, marks=pytest.mark.slow),
         ([], 19),
-        ([], 21),
+        pytest.param([], 21, marks=pytest.mark.slow),
         (["train.embeddings=dense", "train.gradient_clip=0.5", "train.table_l2=1e-3"], 30),
         (["train.ema=0.9"], 27),
         pytest.param(["train.ema=0.9", "train.embeddings=dense"], 41, marks=pytest.mark.slow),
         (["train.table_optimizer=adagrad", "model.batch_norm=true"], 33),
         (["train.plateau_factor=0.5", "train.min_gain=0.5"], 45),
-        (["model=din", "model.attention.dropout=0.2", "data.history_length=5"], 25),
+        pytest.param(DIN, 25, marks=pytest.mark.slow),
         (["train.precision=bf16", "model.histories=true"], 14),
     ],
 )
@@ -386,6 +387,7 @@ def kill_and_resume(words, configured, unbroken, num_lines: list[int]) -> None:
     check_equal(train.ensure(config), want, last)
 
 
+@pytest.mark.slow
 @pytest.mark.dist
 def test_a_process_killed_at_once_resumes(words, configured, unbroken):
     kill_and_resume(words, configured, unbroken, [50])

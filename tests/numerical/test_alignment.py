@@ -8,6 +8,7 @@ import pytest
 import torch
 from networks import CASES, MIXED, act, draw_batch, make_case
 from pairs import moved_tables
+from samples import slow_but
 from torch.func import functional_call
 
 from cki_rec.data.schema import random_batch
@@ -135,10 +136,7 @@ def test_equal_models_stay_as_they_are(case):
     assert found.agreement_before == pytest.approx(1, abs=1e-9)
 
 
-@pytest.mark.parametrize(
-    "case",
-    [c if c in ("deepfm", "din") else pytest.param(c, marks=pytest.mark.slow) for c in MODELS],
-)
+@pytest.mark.parametrize("case", slow_but(["deepfm"], MODELS))
 def test_three_models_come_into_one_frame_whatever_their_order(case):
     subject = Subject(case)
     models = [subject.params, subject.moved(4), subject.moved(5)]

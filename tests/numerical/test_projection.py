@@ -111,7 +111,7 @@ def test_elementwise_modules_are_copied_from_one_source(case, prefix, anchor):
 
 
 @pytest.mark.parametrize("case", ["din", "dcnv2"])
-@pytest.mark.parametrize("num_sources", [2, 3])
+@pytest.mark.parametrize("num_sources", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_the_source_with_the_best_score_is_the_anchor(case, num_sources):
     pair = Pair(case, num_sources)
     tables = [name for name in pair.average if table_of(name)]

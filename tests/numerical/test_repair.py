@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from networks import draw_batch
-from pairs import HALVES, Pair, all_cases
+from pairs import HALVES, Pair, all_cases, din_is_slow
 from torch.nn import BatchNorm1d
 
 from cki_rec.engine.embeddings import table_of
@@ -23,7 +23,7 @@ def test_a_layer_that_sees_no_history_is_left_as_it_is():
     assert all(bool(tensor.isfinite().all()) for tensor in fitted.values())
 
 
-@all_cases
+@din_is_slow
 @pytest.mark.parametrize("selects_units", [False, True])
 def test_equal_sources_come_back(case, selects_units):
     pair = Pair(case, 1)
@@ -56,7 +56,7 @@ def test_fitting_comes_nearer_to_the_mean_logit(case):
                 assert tensor is pair.average[name]
 
 
-@all_cases
+@din_is_slow
 def test_inputs_are_untouched_and_results_repeat(case):
     pair = Pair(case)
     everything = [pair.average, *pair.models]
@@ -111,7 +111,7 @@ def test_rescaled_units_have_the_mean_and_deviation_of_their_sources(case):
                                        rtol=1e-4)  # fmt: skip
 
 
-@all_cases
+@din_is_slow
 def test_running_statistics_are_those_of_the_rows(case):
     pair = Pair(case)
     makers = [p.parameter for s in pair.symmetries for p in s.slices]

@@ -261,6 +261,7 @@ with open_run(out, "train-2"):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.dist
 def test_a_second_process_waits_and_a_killed_one_gives_the_lock_back(tmp_path):
     reached, out = tmp_path / "reached", tmp_path / "out"

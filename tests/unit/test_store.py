@@ -286,6 +286,7 @@ def start_child(reached: Path, encoded: Path, body: str) -> subprocess.Popen:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.dist
 def test_second_process_waits_for_the_first(tmp_path, caplog):
     caplog.set_level("INFO")

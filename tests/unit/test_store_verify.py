@@ -258,6 +258,7 @@ print(parts.part.tolist(), parts.order.tolist(), parts.ends, counts["item"].toli
 """
 
 
+@pytest.mark.slow
 @pytest.mark.dist
 def test_two_processes_make_the_same_parts_once(folder, tmp_path):
     go = tmp_path / "go"

@@ -150,6 +150,7 @@ def test_chunks_smaller_than_a_line_give_the_same_bytes(choice, small_blocks, tm
         assert result == want
 
 
+@pytest.mark.slow
 @pytest.mark.dist
 def test_threads_and_hash_seeds_give_the_same_bytes(raw, in_one_chunk, tmp_path):
     children = [
@@ -175,6 +176,7 @@ KILLED_AT = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.dist
 def test_killed_preparation_gives_the_same_bytes_when_started_again(raw, in_one_chunk, tmp_path):
     children = {}
