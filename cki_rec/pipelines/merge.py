@@ -55,7 +55,10 @@ def run(config: Config) -> None:
     assert done.record is not None
     result = done.record["result"]
     out, chosen = Path(config.runtime.out), result["chosen"]
-    for name, shares in (choice.shares_of(out, done.path.name) or {}).items():
+    shares_by_name = choice.shares_of(out, done.path.name) or {}
+    if shares_by_name:
+        log.info("mean share of each source, in the order of the sources:")
+    for name, shares in shares_by_name.items():
         log.info("  %-52s %s", name, "  ".join(f"{share:6.1%}" for share in shares))
     warn_if_unchanged(config, result)
     if fitted := result.get("refinement"):

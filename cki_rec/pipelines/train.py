@@ -76,6 +76,12 @@ def log_done(done: Run, start: float) -> None:
     known = {title: best.get(name) for name, title in names.items()}
     shown = [f"{title} {value:.4f}" for title, value in known.items() if value is not None]
     log.info("validation: %s", ", ".join(shown))
+    if (auc := best.get("valid_auc")) is not None and auc < 0.5:
+        log.warning(
+            "  validation AUC %.4f is below 0.5: the model ranks the wrong way round; check the"
+            " labels (data.labels) and the learning rate",
+            auc,
+        )
     log.info("model: %s", done.checkpoint)
 
 
@@ -397,8 +403,10 @@ def history_summary(history: list[dict[str, Any]]) -> str:
     best, epochs = best_epoch(history), history[-1]["epoch"]
     if epochs == 0:
         return "initial weights"
-    which = best["epoch"] or "none"
-    return f"best of {epochs} epochs is {which}, validation AUC {best['valid_auc']:.4f}"
+    auc = f"validation AUC {best['valid_auc']:.4f}"
+    if best["epoch"] == 0:
+        return f"no epoch is better than the initial weights, {auc}"
+    return f"best of {epochs} epochs is {best['epoch']}, {auc}"
 
 
 def data_identity(config: Config, dataset: EncodedDataset) -> dict[str, Any]:

@@ -323,3 +323,16 @@ def test_list_fits_its_width(width):
     assert not any("\N{HORIZONTAL ELLIPSIS}" in line for line in lines)
     text = " ".join(" ".join(lines).split())
     assert "Options: merge.options.NAME=VALUE" in text
+
+
+def test_an_interrupted_merge_is_one_line_and_leaves_nothing(options, folder, capsys, monkeypatch):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    words = ["merge", "suite=seeds", "merge=slerp", "merge.align.by=weights", *options]
+    with monkeypatch.context() as patched:
+        patched.setattr("cki_rec.pipelines.merge.merge_counts", interrupt)
+        assert main(words) == 130
+    assert "interrupted; finished runs are kept" in one_line(capsys)
+    assert not list(folder.rglob("*.tmp*"))
+    assert main(words) == 0
