@@ -3,6 +3,7 @@
 import re
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from cki_rec.checkpoints import load, outline
 from cki_rec.cli import CONF
 from cki_rec.config import UserError, preset_method, with_delta
 from cki_rec.engine import checkpoint_io
+from cki_rec.engine.record import Run
 from cki_rec.merging.methods import METHODS
 from cki_rec.pipelines import assess, check_only, evaluate, merge, train
 from cki_rec.pipelines.compatibility import compare
@@ -61,6 +63,17 @@ def test_a_training_that_is_there_shows_its_date_and_validation_metrics(config, 
     )
     assert re.fullmatch(r"validation: AUC 0\.\d{4}, LogLoss 0\.\d{4}", metrics)
     assert model == f"model: {run / 'checkpoint'}"
+
+
+@pytest.mark.usefixtures("no_training")
+def test_an_auc_below_one_half_is_a_warning(run, tmp_path, caplog):
+    copy = Path(shutil.copytree(run, tmp_path / "run"))
+    path = copy / "record.json"
+    path.write_text(re.sub(r'"valid_auc": [\d.]+', '"valid_auc": 0.31', path.read_text()))
+    train.log_done(Run(copy), 0)
+    (warning,) = (r.getMessage() for r in caplog.records if r.levelname == "WARNING")
+    assert "validation AUC 0.3100 is below 0.5" in warning
+    assert "data.labels" in warning
 
 
 @pytest.mark.parametrize("how", ["path", "link", "checkpoint", "copy", "delta and path"])
