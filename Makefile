@@ -1,6 +1,6 @@
 # cki_rec: every target sets up what it needs; nothing but Python 3.10 to 3.13 and pip is assumed.
 .DEFAULT_GOAL := help
-.PHONY: help setup reproduce test test-all lint format docs bench bench-peers bench-zoo clean
+.PHONY: help setup reproduce test test-all lint format docs bench bench-peers bench-zoo gpu-check clean
 
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -55,6 +55,9 @@ $(VENV)/docs-installed: pyproject.toml
 
 bench: setup ## measure our own parts (SELECT=name: one), write experiments/bench/bench.json
 	@$(BIN)/python experiments/bench/run.py $(SELECT)
+
+gpu-check: setup ## on a machine with GPUs: run their tests, train, merge, compare with the CPU
+	@$(BIN)/python experiments/gpu/run.py
 
 PEERS := experiments/peers
 EXPORTED := experiments/runs/peers
