@@ -144,13 +144,13 @@ class Group:
         feature_F = torch.arange(num_features)
         if lengths_FB is None:
             rows_FB = self._rows(ids_N.view(num_features, -1), feature_F.unsqueeze(1))
-            return Reads(rows_FB.t().flatten(), num_features)
+            return Reads(rows_FB.t().flatten(), num_features, self.num_rows)
         lengths, num_bags = lengths_FB.flatten(), lengths_FB.shape[1]
         rows_N = self._rows(ids_N, feature_F.repeat_interleave(lengths_FB.sum(1)))
         places_BF = torch.arange(num_bags * num_features).view(num_bags, num_features)
         sources_N = places_BF.t().flatten().repeat_interleave(lengths)
         starts = nn.functional.pad(lengths.cumsum(0), (1, 0))
-        return Reads(rows_N, num_features, starts, sources_N, factors_N)
+        return Reads(rows_N, num_features, self.num_rows, starts, sources_N, factors_N)
 
     def _rows(self, ids: Tensor, features: Tensor) -> Tensor:
         """Return the rows of ``ids`` of ``features`` (of a shape that broadcasts)."""
@@ -202,6 +202,8 @@ class Reads:
     rows_N: Tensor
     """By bag, then feature if every bag has one id; else by feature, then bag."""
     num_features: int
+    num_rows: int
+    """R."""
     starts: Tensor | None = None
     """``(F B + 1,)`` first id of each bag, and N; None: every bag has one id."""
     sources_N: Tensor | None = None
@@ -212,9 +214,11 @@ class Reads:
     @cached_property
     def order(self) -> tuple[Tensor, Tensor, Tensor]:
         """Return ids sorted by row ``(N,)``, different rows ``(U,)`` and the first id of each."""
-        rows_N, order_N = torch.sort(self.rows_N, stable=True)
-        rows_U, counts_U = torch.unique_consecutive(rows_N, return_counts=True)
-        return order_N, rows_U, counts_U.cumsum(0) - counts_U
+        is_small = self.num_rows <= torch.iinfo(torch.int32).max
+        keys_N = self.rows_N.int() if is_small else self.rows_N  # a radix sort: half the passes
+        keys_N, order_N = torch.sort(keys_N, stable=True)
+        rows_U, counts_U = torch.unique_consecutive(keys_N, return_counts=True)
+        return order_N, rows_U.long(), counts_U.cumsum(0) - counts_U
 
 
 class _Lookup(torch.autograd.Function):
