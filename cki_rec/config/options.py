@@ -345,6 +345,8 @@ class Runtime:
     sharding: Literal["table_wise", "row_wise", "column_wise", "planner"]
     """Of fused tables over processes: ``table_wise``, ``row_wise``, ``column_wise`` or ``planner``
     (torchrec chooses)."""
+    kernels: Literal["torch", "fbgemm"]
+    """Of lookups in fused tables on CPU: ``torch`` or ``fbgemm``. CUDA always has FBGEMM's."""
     resume: Literal["auto", "never"]
     """``auto`` (an unfinished training goes on from its last checkpoint) or ``never``."""
     checkpoint_steps: NonNegative

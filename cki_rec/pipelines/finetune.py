@@ -20,6 +20,7 @@ from cki_rec.engine import distributed
 from cki_rec.engine.record import Run, open_run
 from cki_rec.engine.restoration import restore
 from cki_rec.engine.trainer import LABELS, Objective
+from cki_rec.models.layers import MASKS
 from cki_rec.pipelines import merge, preflight, teacher, train, vocabularies
 from cki_rec.pipelines.sources import Source, Sources
 
@@ -59,6 +60,7 @@ def ensure(config: Config, models: Sources | None = None, force: bool = False) -
         "data": dataset.hash,
         "schedule": train.schedule_section(_schedule(config)),
         "seed": config.seed,
+        "masks": MASKS,
     }
     if config.finetune.objective != "labels":
         reads["teacher"] = {

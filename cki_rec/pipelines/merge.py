@@ -28,6 +28,7 @@ from cki_rec.merging.result import MergeResult
 from cki_rec.merging.search import AUTO
 from cki_rec.merging.steps import calibrate_model
 from cki_rec.models import build_model
+from cki_rec.models.layers import MASKS
 from cki_rec.pipelines import check_only, choice, preflight, refine, sources, train, vocabularies
 from cki_rec.pipelines.compatibility import compare, counts_of, finite, require, type_name
 from cki_rec.pipelines.merge_inputs import ablated, fisher, fixed_rules, learning
@@ -200,6 +201,8 @@ def _reads(
         reads["vocabularies"] = "joined"
     if is_disjoint:
         reads["counts"] = "sum"
+    if config.merge.learn.what != "none":
+        reads["masks"] = MASKS
     return reads
 
 

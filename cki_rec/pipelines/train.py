@@ -49,6 +49,7 @@ from cki_rec.engine.trainer import LABELS, Metrics, Objective, fit
 from cki_rec.evaluation.metrics import METRICS, PRIMARY
 from cki_rec.models import build_model, model_schema
 from cki_rec.models.comparison import decides, differences
+from cki_rec.models.layers import MASKS
 from cki_rec.pipelines.field_notes import warn_of_fields
 from cki_rec.pipelines.provenance import check_data, data_facts
 from cki_rec.plugins import load_class, source_digest
@@ -133,6 +134,7 @@ def _reads(config: Config, dataset: EncodedDataset) -> dict[str, Any]:
         "model": model_identity(config.model),
         "train": schedule_section(config.train),
         "seed": config.seed,
+        "masks": MASKS,
     }
     if config.train.start is not None:
         reads["start"] = _start_identity(config, dataset)
