@@ -9,6 +9,7 @@ import math
 from collections.abc import Sequence
 from typing import Literal, TypeAlias, get_args
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,8 +23,10 @@ Histogram: TypeAlias = Literal["own", "shared", "quantile"]
 smallest of their 0.1 % quantiles to the largest of their 99.9 % quantiles."""
 TAIL = 0.001
 
-_CHUNK = 1 << 22
+_CHUNK, _COMPARED = 1 << 22, 1 << 18
 """Entries of a table binned at once: bounds the temporaries."""
+MOST_COMPARED = 64
+"""Bins below which entries are compared with every edge."""
 
 
 def entropy(weight: Tensor, bins: int = 10, bounds: tuple[Tensor, Tensor] | None = None) -> float:
@@ -108,8 +111,18 @@ def _entropies(rows: Rows, bins: int, bounds: Sequence[tuple[Tensor, Tensor]]) -
 
 
 def _bin_counts(tensor: Tensor, edges: Tensor) -> Tensor:
-    """Return how many entries lie below, between and above edges."""
+    """Return how many entries lie below, between and above edges.
+
+    On a CPU a comparison with each edge is several times as fast as a search among them.
+    """
     flat, size = tensor.reshape(-1), len(edges) + 1
+    if flat.device.type == "cpu" and size < MOST_COMPARED and bool((edges.diff() >= 0).all()):
+        at_least = [flat.numel(), *[0] * len(edges), 0]
+        for chunk in flat.split(_COMPARED):
+            entries = chunk.to(edges.dtype).numpy()
+            for place, edge in enumerate(edges.numpy()):
+                at_least[place + 1] += int(np.count_nonzero(entries >= edge))
+        return -torch.tensor(at_least).diff()
     edges = edges.to(flat.device)
     counts = torch.zeros(size, dtype=torch.int64, device=flat.device)
     for chunk in flat.split(_CHUNK):
