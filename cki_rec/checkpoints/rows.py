@@ -158,7 +158,7 @@ class RowReader:
         return _Part(self._files[str(path)], start, first, stored.shape, columns)
 
     def _fill(self, target: Tensor, part: _Part, skipped: int) -> None:
-        remaining = memoryview(target.reshape(-1).view(torch.uint8).numpy())
+        remaining = memoryview(target.reshape(-1).view(torch.uint8).numpy().data)
         place = part.start + skipped
         while len(remaining):
             count = os.preadv(part.file, [remaining], place)

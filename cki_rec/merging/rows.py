@@ -11,7 +11,7 @@ Shape legend: K sources, V rows of a parameter.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Literal
 
@@ -37,6 +37,8 @@ class Block:
     models: Sequence[Tensor]
     base: Tensor | None = None
     fisher: Sequence[Tensor] = ()
+    counts: Sequence[Tensor] = ()
+    """Per source ``(V,)``: how often training looked each row up."""
 
 
 class Reduction:
@@ -74,6 +76,19 @@ class Rows:
         assert total is not None
         return self.reduction.reduce(self.name, total, how)
 
+    def in_pieces(self, size: int) -> Rows:
+        """Return the rows in blocks of ``size``, so that sums round alike for larger blocks.
+
+        They do if the size of a larger block is a multiple of it.
+        """
+
+        def read() -> Iterator[Block]:
+            for block in self.read():
+                for start in range(0, len(block.models[0]), size) or [0]:
+                    yield _cut(block, slice(start, start + size))
+
+        return replace(self, read=read)
+
 
 def in_blocks(
     models: Sequence[Params],
@@ -100,17 +115,12 @@ def in_blocks(
         origin = None if base is None else base[name].detach()
         num_rows = len(tensors[0]) if tensors[0].ndim else 1
         first = reduction.first_row(name)
+        whole = Block(first, tensors, origin, scores)
         if size is None or size >= num_rows or tensors[0].ndim == 0:
-            yield Block(first, tensors, origin, scores)
+            yield whole
             return
         for start in range(0, num_rows, size):
-            rows = slice(start, start + size)
-            yield Block(
-                first + start,
-                [tensor[rows] for tensor in tensors],
-                None if origin is None else origin[rows],
-                [score[rows] for score in scores],
-            )
+            yield _cut(whole, slice(start, start + size))
 
     return {
         name: Rows(name, partial(blocks, name), reduction)
@@ -118,6 +128,17 @@ def in_blocks(
     }
 
 
-def only(tensors: Sequence[Tensor]) -> Rows:
+def in_memory(tensors: Sequence[Tensor], counts: Sequence[Tensor] = ()) -> Rows:
     """Return the rows of one parameter, from its whole tensor in every source."""
-    return Rows("", lambda: [Block(0, [tensor.detach() for tensor in tensors])])
+    return Rows("", lambda: [Block(0, [t.detach() for t in tensors], counts=counts)])
+
+
+def _cut(block: Block, rows: slice) -> Block:
+    """Return some rows of a block."""
+    return Block(
+        block.first + rows.start,
+        [tensor[rows] for tensor in block.models],
+        None if block.base is None else block.base[rows],
+        [scores[rows] for scores in block.fisher],
+        [counts[rows] for counts in block.counts],
+    )

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from cki_rec.merging.methods.cki.gate import apply_gate
 from cki_rec.merging.params import MergeError, Params, check_same, compute_dtype
-from cki_rec.merging.rows import Block, Rows, in_blocks, only
+from cki_rec.merging.rows import Block, Rows, in_blocks, in_memory
 from cki_rec.merging.sparsification import order_statistics
 
 Histogram: TypeAlias = Literal["own", "shared", "quantile"]
@@ -51,7 +51,7 @@ def entropy(weight: Tensor, bins: int = 10, bounds: tuple[Tensor, Tensor] | None
         CKI (arXiv 2501.07596), global assessment, as in the released recommendation code, which
         has it from Filter Grafting (CVPR 2020).
     """
-    rows = only([weight])
+    rows = in_memory([weight])
     return _entropies(rows, bins, bounds_of(rows) if bounds is None else [bounds])[0]
 
 
@@ -63,7 +63,7 @@ def histogram_bounds(
     Raises:
         MergeError: ``histogram`` is unknown, or an entry is NaN or infinite.
     """
-    return bounds_of(only(tensors), histogram)
+    return bounds_of(in_memory(tensors), histogram)
 
 
 def bounds_of(rows: Rows, histogram: Histogram = "own") -> list[tuple[Tensor, Tensor]]:
@@ -190,7 +190,7 @@ def global_compatibility(
         The form for more than two sources is ours; the paper only names the case. So are ranges
         other than ``own``: the released histogram mostly measures the two extreme entries.
     """
-    return global_terms_of(only(tensors), a, c, bins, histogram).to(tensors[0].device)
+    return global_terms_of(in_memory(tensors), a, c, bins, histogram).to(tensors[0].device)
 
 
 def global_terms_of(
@@ -220,7 +220,7 @@ def entropies(
     Raises:
         MergeError: As ``entropy`` and ``histogram_bounds``.
     """
-    rows = only(tensors)
+    rows = in_memory(tensors)
     return _entropies(rows, bins, bounds_of(rows, histogram))
 
 
