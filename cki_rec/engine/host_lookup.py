@@ -11,7 +11,7 @@ R rows of several tables, U different rows that were read.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, groupby
@@ -36,7 +36,10 @@ def replace_host_kernels(module: nn.Module) -> None:
         if isinstance(collection, ShardedEmbeddingBagCollection):
             for lookup in collection._lookups:
                 for kernel in lookup._emb_modules:
-                    features = [table.feature_names for table in kernel._config.embedding_tables]
+                    features = [  # shards of tables of other sizes may have other ids
+                        [(name, table.num_embeddings) for name in table.feature_names]
+                        for table in kernel._config.embedding_tables
+                    ]
                     kernel.emb_module.forward = HostLookup(kernel.emb_module, features)
 
 
@@ -45,13 +48,13 @@ class HostLookup:
 
     Args:
         module: FBGEMM's module: shapes, weights, accumulators and options of the tables.
-        features: Names of the features of each table.
+        features: Keys of the features of each table; features of equal keys have equal ids.
 
     Differs:
         FBGEMM's gradients of means of weighted ids leave out the number of ids of a bag.
     """
 
-    def __init__(self, module: Any, features: Sequence[Sequence[str]]) -> None:
+    def __init__(self, module: Any, features: Sequence[Sequence[Hashable]]) -> None:
         assert module.optimizer in OPTIMIZERS, module.optimizer
         assert module.pooling_mode in POOLINGS, module.pooling_mode
         self._module, self._num_features = module, sum(map(len, features))
@@ -108,7 +111,7 @@ class Group:
     Args:
         module: FBGEMM's module.
         tables: Positions of the tables in it.
-        features: Names of the features of each table of the module.
+        features: Keys of the features of each table of the module.
 
     Attributes:
         features: Places of their features among those of the module.
@@ -116,7 +119,7 @@ class Group:
     """
 
     def __init__(
-        self, module: Any, tables: Sequence[int], features: Sequence[Sequence[str]]
+        self, module: Any, tables: Sequence[int], features: Sequence[Sequence[Hashable]]
     ) -> None:
         sizes = [module.embedding_specs[table][0] for table in tables]
         self.module, self.width = module, module.embedding_specs[tables[0]][1]
