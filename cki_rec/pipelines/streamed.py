@@ -75,6 +75,7 @@ def merge(
     """
     options = config.merge
     check_streamed(options)
+    torch.set_num_threads(config.runtime.threads or 1)  # blocks are small; two more threads copy
     everyone = [*models.merged, *([models.base] if models.base else [])]
     preflight.check_sources(config, models, None)
     outlines = [outline(source.folder, distributed.share()) for source in everyone]

@@ -29,7 +29,7 @@ CASES = {
     "breadcrumbs": ("merge=breadcrumbs", "merge.options={scale: 0.7}"),
     "task_arithmetic": ("merge=task_arithmetic", "merge.options={scale: 0.7}"),
     "weighted": ("merge=weighted_average", "merge.options={weights: [0.3, 0.7]}"),
-    "first": ("merge=ablation_frozen", "merge.learn.what=none"),
+    "first": ("merge=first", "merge.learn.what=none"),
     "model_stock": ("merge=model_stock",),
     "karcher": ("merge=karcher",),
     "pruning": ("merge=pruning", "merge.options={source: 1}"),
