@@ -14,6 +14,7 @@ import json
 import logging
 import shutil
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -76,9 +77,12 @@ def merge(
     options = config.merge
     check_streamed(options)
     torch.set_num_threads(config.runtime.threads or 1)  # blocks are small; two more threads copy
+    share = distributed.share()
     everyone = [*models.merged, *([models.base] if models.base else [])]
+    with ThreadPoolExecutor(len(everyone)) as pool:  # remembered, so checks do not read again
+        list(pool.map(lambda source: file_digests(source.folder / TENSORS, share), everyone))
     preflight.check_sources(config, models, None)
-    outlines = [outline(source.folder, distributed.share()) for source in everyone]
+    outlines = [outline(source.folder, share) for source in everyone]
     plan = plan_of(config, outlines, len(models.merged))
     partial_folder = run.path.parent / PARTIAL / run.path.name
     reads = {

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
@@ -9,6 +12,7 @@ from merging_cases import SIZES, merge_sources, merged, of, write
 
 from cki_rec.checkpoints import TENSORS, checkpoint, read_tensors
 from cki_rec.checkpoints.tensors import ignore_dcp_warnings
+from cki_rec.engine.block_writer import BlockWriter
 from cki_rec.pipelines import stream_plan
 
 TABLE = "sparse.collection.embedding_bags.item.weight"
@@ -92,3 +96,53 @@ def test_an_aligned_model_is_that_of_memory_bit_for_bit(sources, tmp_path):
     folders = (merged(tmp_path, case) / "checkpoint" for case in ("memory", "disk"))
     one, many = map(checkpoint.load, folders)
     assert all(torch.equal(many.params[name], tensor) for name, tensor in one.params.items())
+
+
+def streamed(folder, sources, *more):
+    """Return exit code and message of a streamed merge in ``folder``."""
+    return merge_sources(folder, "disk", *words(sources, "merge.memory_gb=2", *more))
+
+
+def digests(folder) -> dict[str, str]:
+    run = merged(folder, "disk")
+    files = json.loads((run / "checkpoint" / checkpoint.DESCRIPTION).read_text())["files"]
+    return {name: digest for name, digest in files.items() if name.endswith(".distcp")}
+
+
+class Kill(BaseException):
+    """The end of a process, without a chance to tidy up."""
+
+
+@pytest.mark.parametrize("kills", [3, pytest.param(30, marks=pytest.mark.slow)])
+def test_a_killed_merge_goes_on_and_gives_the_same_digests(
+    sources, tmp_path, small_blocks, monkeypatch, kills
+):
+    """In one process, at the writes; ``test_kills_of_processes`` ends whole processes."""
+    case, noise = "merge=aligned_weights", torch.Generator().manual_seed(kills)
+    assert streamed(tmp_path / "whole", sources, case) == (0, "")
+    expected, append = digests(tmp_path / "whole"), BlockWriter._append
+    total, left = 0, [0]
+
+    def limited(self, *block):
+        left[0] -= 1
+        if left[0] == 0:
+            raise Kill
+        append(self, *block)
+
+    monkeypatch.setattr(BlockWriter, "_append", limited)
+    for _ in range(kills):
+        left[0] = int(torch.randint(2, 12, (), generator=noise))
+        try:
+            assert streamed(tmp_path / "killed", sources, case) == (0, "")
+        except Kill:
+            total += 1
+            assert not list((tmp_path / "killed" / "disk").glob("merge-*/checkpoint"))
+            assert list((tmp_path / "killed" / "disk" / "partial").glob("merge-*"))
+        else:
+            assert digests(tmp_path / "killed") == expected
+            shutil.rmtree(tmp_path / "killed")
+    left[0] = -1
+    assert streamed(tmp_path / "killed", sources, case) == (0, "")
+    assert digests(tmp_path / "killed") == expected
+    assert total >= kills / 2
+    assert not (tmp_path / "killed" / "disk" / "partial").exists()
