@@ -45,6 +45,17 @@ class Plan:
     written: int
 
 
+def check_options(config: Config) -> None:
+    """Check all options of a merge that can be checked without files.
+
+    Raises:
+        UserError: As ``preflight.check_options`` and ``check_streamed``.
+    """
+    if config.merge.memory_gb is not None:
+        check_streamed(config.merge)
+    preflight.check_options(config)
+
+
 def check_streamed(options: Merge) -> None:
     """Check that a merge can be made in blocks of rows.
 

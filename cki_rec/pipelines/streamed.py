@@ -53,7 +53,7 @@ from cki_rec.pipelines import preflight
 from cki_rec.pipelines.compatibility import counts_of
 from cki_rec.pipelines.merge_inputs import fixed_rules
 from cki_rec.pipelines.sources import Sources
-from cki_rec.pipelines.stream_plan import Plan, check_streamed, plan_of
+from cki_rec.pipelines.stream_plan import Plan, plan_of
 from cki_rec.pipelines.stream_sources import Stream
 from cki_rec.progress import progress
 
@@ -75,7 +75,6 @@ def merge(
         OSError: The checkpoint cannot be written.
     """
     options = config.merge
-    check_streamed(options)
     torch.set_num_threads(config.runtime.threads or 1)  # blocks are small; two more threads copy
     share = distributed.share()
     everyone = [*models.merged, *([models.base] if models.base else [])]
