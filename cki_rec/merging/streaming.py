@@ -26,7 +26,7 @@ ENTRIES = 1 << 18
 
 @dataclass(frozen=True, slots=True)
 class Mixer:
-    """A method with all that it needs to know of whole tables."""
+    """A method with its inputs and its facts about whole tables."""
 
     method: Method
     options: Mapping[str, Any]

@@ -1,4 +1,4 @@
-"""The plan of a merge from disk to disk: what it reads and writes, and the size of its blocks."""
+"""The plan of a merge from disk to disk: size of blocks, bytes read and written, memory."""
 
 from __future__ import annotations
 

@@ -334,7 +334,7 @@ def _description(stream: Stream, files: dict[str, str]) -> dict[str, Any]:
 
 
 def _forget(folder: Path) -> None:
-    """Remove what an unfinished merge has written."""
+    """Remove the files of an unfinished merge."""
     if distributed.rank() == 0:
         shutil.rmtree(folder, ignore_errors=True)
         with suppress(OSError):  # other merges are not finished

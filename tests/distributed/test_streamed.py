@@ -6,6 +6,10 @@ import errno
 import json
 import os
 import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -251,3 +255,45 @@ def test_tables_stored_in_parts_are_read(sources, tmp_path, small_blocks, split)
         assert merge_sources(tmp_path, case, *how) == (0, "")
         results.append(checkpoint.load(merged(tmp_path, case) / "checkpoint").params)
     assert all(torch.equal(results[1][name], tensor) for name, tensor in results[0].items())
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+def test_kills_of_processes(sources, tmp_path):
+    """Thirty processes are killed at random moments; each time the next one goes on."""
+    noise = torch.Generator().manual_seed(0)
+    code = (
+        "import sys, os; sys.path[:0] = sys.argv[1].split(os.pathsep);"
+        "from merging_cases import merge_sources; from pathlib import Path;"
+        "from cki_rec.pipelines import stream_plan; stream_plan.BLOCK = 2;"
+        "stream_plan.SMALLEST = 1; print('begin', flush=True);"
+        "sys.exit(merge_sources(Path(sys.argv[2]), 'disk', *sys.argv[3:])[0])"
+    )
+    paths = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[1])])
+    how = words(sources, "merge=aligned_weights", "merge.memory_gb=2")
+
+    def start(folder):
+        command = [sys.executable, "-W", "ignore", "-c", code, paths, str(folder), *how]
+        return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+
+    process = start(tmp_path / "whole")
+    process.stdout.readline()
+    begun = time.monotonic()
+    assert process.wait() == 0
+    seconds, expected, kills = time.monotonic() - begun, digests(tmp_path / "whole"), 0
+    while kills < 30:
+        process = start(tmp_path / "killed")
+        process.stdout.readline()
+        time.sleep(float(torch.rand((), generator=noise)) * seconds)
+        process.kill()
+        killed = process.wait() != 0
+        process.stdout.close()
+        kills += killed
+        for run in (tmp_path / "killed" / "disk").glob("merge-*"):
+            if (run / "checkpoint").exists():  # never half-written
+                assert digests(tmp_path / "killed") == expected
+                checkpoint.load(run / "checkpoint")
+        if not killed:
+            shutil.rmtree(tmp_path / "killed")
+    assert start(tmp_path / "killed").wait() == 0
+    assert digests(tmp_path / "killed") == expected
