@@ -123,7 +123,7 @@ def learning(
         distributed.start(config.runtime)
         trunk = out_of_scope(options, first.params) if options.learn.what == "trunk" else []
         return train_gates(
-            build_model(first.schema, first.model, torch.device("cpu")),
+            build_model(first.schema, first.model, torch.device("meta")),
             models,
             gates,
             weigh,
