@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from cki_rec.config import Config
 
-BY_THE_FIRST = ("inspect", "prepare", "report")
-"""Pipelines that the first process runs alone; the others end at once."""
+BY_THE_FIRST = ("inspect", "prepare", "report", "export")
+"""Pipelines that write one file or print: the first process runs them alone, the others end."""
 SECONDS_FOR_FIRST = 5.0
 """Time in which the first process prints a mistake that all have."""
 
@@ -37,6 +37,7 @@ def run_pipeline(name: str, run: Callable[[Config], Any], config: Config) -> Any
     if not is_one_of_several():
         return run(config)
     if name in BY_THE_FIRST:
+        os.environ["WORLD_SIZE"] = "1"
         return run(config) if is_first() else None
     from cki_rec.engine import distributed
 

@@ -9,19 +9,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from cki_rec.checkpoints import Checkpoint, content_digest, load
+from cki_rec.checkpoints import Checkpoint, content_digest
 from cki_rec.config import Config, Merge, UserError
 from cki_rec.data.encoding import store
 from cki_rec.data.encoding.store import EncodedDataset
-from cki_rec.engine import distributed
+from cki_rec.engine import sharded
+from cki_rec.engine.lookups import merging_module
 from cki_rec.engine.sampling import sample_statistics
 from cki_rec.merging.api import FITTED
 from cki_rec.merging.registry import Method
 from cki_rec.merging.search import AUTO
 from cki_rec.merging.steps import ScarceSample, check_sample
-from cki_rec.models import build_model
 from cki_rec.pipelines import compatibility, preflight, vocabularies
 from cki_rec.pipelines.compatibility import Finding, State
 from cki_rec.pipelines.preflight import entry_of
@@ -45,11 +43,6 @@ def report(config: Config) -> None:
     Raises:
         UserError: A merge would not run; the first reason.
     """
-    if distributed.world_size() > 1:
-        raise UserError(
-            "check_only=true runs in one process; start it without torchrun (on several, merge"
-            " compares its sources before it reads them)"
-        )
     config = preflight.without_unused(config)
     is_search = config.merge.method == AUTO
     if is_search:
@@ -92,7 +85,7 @@ def _findings(config: Config, reads_rows: bool) -> list[Finding]:
     for name, delta, option in deltas:
         try:
             folder = find(config, delta, option)
-            loaded.append((name, folder, load(folder)))
+            loaded.append((name, folder, *sharded.load([folder])))
             findings.append(Finding("checkpoint", "ok", f"{name}: {folder}"))
         except UserError as error:
             findings.append(Finding("checkpoint", "impossible", f"{name}: {error}"))
@@ -179,7 +172,7 @@ def _sample(config: Config, first: Checkpoint, dataset: EncodedDataset) -> list[
     options = config.merge
     if options.repair not in FITTED or len(options.sources) == 1:
         return []
-    network = build_model(first.schema, first.model, torch.device("cpu"))
+    network = merging_module(first.schema, first.model)
     rows = sample_statistics(network, dataset, first.schema, options.sample, config.seed)
     try:
         warnings = check_sample(options.repair, first.params, rows)
