@@ -126,7 +126,8 @@ def _run(pipeline: str, options: list[str]) -> int:
         print(f"cki-rec: {stop}", file=sys.stderr)
         return 0
     except RankLost as loss:
-        processes.print_loss(str(loss))
+        if processes.reports_loss():
+            print(f"cki-rec: {loss}", file=sys.stderr, flush=True)
         return 1
     except KeyboardInterrupt:
         print("cki-rec: interrupted; finished runs are kept, run again to go on", file=sys.stderr)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 import time
 from collections.abc import Callable
 from types import FrameType
@@ -49,15 +48,13 @@ def run_pipeline(name: str, run: Callable[[Config], Any], config: Config) -> Any
         return run(config)
 
 
-def print_loss(message: str) -> None:
-    """Print that another process has ended, once for all that are left."""
-    is_reporter = True
-    if is_one_of_several():
-        from cki_rec.engine import distributed
+def reports_loss() -> bool:
+    """Return whether this process prints that another one has ended, for all that are left."""
+    if not is_one_of_several():
+        return True
+    from cki_rec.engine import distributed
 
-        is_reporter = distributed.is_first_report()
-    if is_reporter:
-        print(f"cki-rec: {message}", file=sys.stderr, flush=True)
+    return distributed.is_first_report()
 
 
 def wait_for_first() -> None:

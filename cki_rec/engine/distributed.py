@@ -37,8 +37,8 @@ PATIENCE = timedelta(minutes=10)
 REPORTS = "cki_rec/reports"
 """Key of the number of reports about lost processes."""
 LOST = (
-    "another process has ended; run the same command again: it resumes from the last checkpoint, if"
-    " there is one"
+    "another process has ended; run the same command again: it resumes from the last"
+    " checkpoint, if there is one"
 )
 LOST_MESSAGES = (
     *("Connection closed by peer", "Connection reset by peer", "Connection refused"),

@@ -21,6 +21,7 @@ from cki_rec.data.schema import Batch, FeatureSchema
 from cki_rec.engine import distributed, sharded
 from cki_rec.engine.embeddings import table_of
 from cki_rec.merging.params import Params
+from cki_rec.merging.perturbation import shuffle
 from cki_rec.models import build_model
 
 
@@ -78,7 +79,7 @@ class DividedBag(nn.EmbeddingBag):
 
     def forward(
         self,
-        input: Tensor,  # noqa: A002  the name in torch
+        input: Tensor,
         offsets: Tensor | None = None,
         per_sample_weights: Tensor | None = None,
     ) -> Tensor:
@@ -95,6 +96,25 @@ class DividedBag(nn.EmbeddingBag):
             per_sample_weights=per_sample_weights,
             include_last_offset=self.include_last_offset,
         )
+
+
+def shuffle_divided(params: Params, schema: FeatureSchema, seed: int) -> Params:
+    """Return ``perturbation.shuffle`` of a model whose tables are divided among processes.
+
+    Args:
+        params: The parameters of this process.
+        schema: Sizes of whole tables.
+        seed: Seed of the orders.
+    """
+    sizes = {n: schema.table_sizes[table] for n in params if (table := table_of(n))}
+
+    def read(name: str, column: Tensor, order: Tensor) -> Tensor:
+        if name not in sizes:
+            return column[order]
+        (rows,) = read_rows([column], sizes[name], order[sharded.rows_of(sizes[name])])
+        return rows
+
+    return shuffle(params, seed, read, sizes)
 
 
 def rows_held(module: nn.Module, name: str) -> slice:
@@ -122,7 +142,9 @@ def merging_module(schema: FeatureSchema, model: Model) -> nn.Module:
         if isinstance(module, nn.EmbeddingBag):
             table = table_of(f"{name}.weight")
             assert table is not None
-            module.__class__, module.size = DividedBag, schema.table_sizes[table]
+            module.__class__ = DividedBag
+            assert isinstance(module, DividedBag)
+            module.size = schema.table_sizes[table]
     return network
 
 

@@ -335,7 +335,8 @@ def _merge(
         result["types"] = sorted({type_name(tensor) for tensor in merged.params.values()})
         log.info("  sources of %s; result in %s", ", ".join(sorted(types)), *result["types"])
     if folders:
-        vocabularies.write(run.path / tokens.FOLDER, joined, folders)
+        if distributed.rank() == 0:
+            vocabularies.write(run.path / tokens.FOLDER, joined, folders)
         result["vocabularies"] = joined.rows
     return _data_facts(dataset, first), result
 

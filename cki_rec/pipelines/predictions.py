@@ -83,6 +83,9 @@ def scoring_model(
     device = distributed.start(config.runtime)
     if other_tables(saved, dataset):
         moved = vocabularies.on_rows_of(config, source.folder, dataset)
+        if distributed.world_size() > 1:
+            module = WithParams(merging_module(moved.schema, moved.model), moved.params)
+            return module, moved.schema, torch.device("cpu")
         with device:
             network = build_model(moved.schema, moved.model, device)
         network.load_state_dict(moved.params)

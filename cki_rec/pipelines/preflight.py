@@ -321,12 +321,6 @@ def _check_processes(options: Merge, entry: Method | Reference | None) -> None:
             f"merge.method={options.method} needs whole models in one process; on several"
             f" processes merge.method is one of {row_wise}; {INSTEAD}"
         )
-    for name, is_set in {
-        f"ablation={options.ablation}": options.ablation == "shuffled",
-        "vocabularies": bool(options.vocabularies),
-    }.items():
-        if is_set:
-            raise UserError(f"merge.{name} needs whole models in one process; {INSTEAD}")
 
 
 def check_rows_fit(

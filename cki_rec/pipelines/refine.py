@@ -112,6 +112,7 @@ def _refine(
         folder = mapped
     model = restore(saved, folder, schedule, config.runtime, to_train=True)
     objective = Objective("teacher", targets, rows.data, refines=True)
+    distributed.barrier()  # all have read it
     if distributed.rank() == 0:
         shutil.rmtree(scratch, ignore_errors=True)
     routed = "the mean logit" if teacher.field is None else f"sources routed by {teacher.field}"
