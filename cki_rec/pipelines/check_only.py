@@ -101,7 +101,7 @@ def _findings(config: Config, reads_rows: bool) -> list[Finding]:
 def _found(
     config: Config, delta: Mapping[str, Any], option: str
 ) -> tuple[Path | None, str | None]:
-    """Return the folder of a source, and what is wrong with it; every process checks a share."""
+    """Return the folder of a source, and the problem with it; every process checks a share."""
     folder, problem = None, None
     try:
         folder = find(config, delta, option)
