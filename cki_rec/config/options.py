@@ -264,6 +264,9 @@ class Merge:
     dtype: Literal["float32", "bfloat16", "float16"] | None
     """Type of the result; null: that of the first source. Sources of different types are merged
     in float32."""
+    memory_gb: PositiveFloat | None
+    """Memory of all processes of a machine together; tables are then read from disk, merged and
+    written in blocks of rows. null: models are held in memory."""
     biases: Literal["merge", "first"]
     """Rule for vectors: ``merge``, or ``first`` (source, as released)."""
     ablation: Literal["none", "permuted", "shuffled"]

@@ -7,6 +7,7 @@ tables with fewer rows than processes. A single process holds everything.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -30,6 +31,7 @@ from cki_rec.engine import checkpoint_io, distributed
 from cki_rec.engine.embeddings import table_of
 from cki_rec.merging.extras import Processes
 from cki_rec.merging.params import Params
+from cki_rec.merging.rows import COMBINE, How
 
 T = TypeVar("T")
 Groups = dict[str, dict[str, Any]]
@@ -93,6 +95,18 @@ class ShardProcesses(Processes):
     def total(self, products: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return per table the sum of ``products`` over all processes."""
         return total(products, self.schema)
+
+    def reduce(self, name: str, value: Tensor, how: How) -> Tensor:
+        """Return the sum, minimum or maximum of a fact over the rows of all processes."""
+        if not is_divided(_rows(table_of(name), self.schema.table_sizes)):
+            return value
+        combined: Tensor = functools.reduce(COMBINE[how], distributed.exchange(value))
+        return combined
+
+    def first_row(self, name: str) -> int:
+        """Return the number of the first row of a parameter that this process holds."""
+        first: int = rows_of(_rows(table_of(name), self.schema.table_sizes)).start
+        return first
 
     def agree(self, value: T) -> T:
         """Return the value of the first process."""

@@ -241,7 +241,14 @@ def run(recipe: Recipe, task: _Task) -> MergeResult:
         moments=activations(sources).second if activations and "moments" in rule.inputs else {},
     )
     params, weights, learned = mix_models(
-        rule, sources, inputs, recipe.options, fixed, extras.row_mask, extras.learn
+        rule,
+        sources,
+        inputs,
+        recipe.options,
+        fixed,
+        extras.row_mask,
+        extras.learn,
+        extras.processes,
     )
     task.progress("repair", 2, 3)
     if repair != "none" and is_several and weights is not None:

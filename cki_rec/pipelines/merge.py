@@ -28,7 +28,16 @@ from cki_rec.merging.params import MergeError, NotPossible
 from cki_rec.merging.result import MergeResult
 from cki_rec.merging.search import AUTO
 from cki_rec.merging.steps import calibrate_model
-from cki_rec.pipelines import check_only, choice, preflight, refine, sources, train, vocabularies
+from cki_rec.pipelines import (
+    check_only,
+    choice,
+    preflight,
+    refine,
+    sources,
+    streamed,
+    train,
+    vocabularies,
+)
 from cki_rec.pipelines.compatibility import compare, counts_of, finite, require, type_name
 from cki_rec.pipelines.merge_inputs import ablated, fisher, fixed_rules, learning
 from cki_rec.pipelines.predictions import calibrator, scorer, valid_auc
@@ -174,6 +183,7 @@ def _reads(
     if not rule["margin"]:
         del rule["margin"]
     rule.pop("plugins", None)
+    del rule["memory_gb"]
     if rule["dtype"] is None:
         del rule["dtype"]
     of_refinement = ("effort", "refine", "refinement", "rows")  # held by the refined candidate
@@ -279,6 +289,8 @@ def _merge(
     is_disjoint: bool,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Merge into a checkpoint of ``run``; return facts about the data, and the result."""
+    if config.merge.memory_gb is not None:
+        return streamed.merge(config, models, run, is_disjoint)
     preflight.check_sources(config, models, dataset)
     everyone = [*models.merged]
     if models.base is not None:

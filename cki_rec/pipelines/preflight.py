@@ -316,10 +316,9 @@ def _check_processes(options: Merge, entry: Method | Reference | None) -> None:
     if distributed.world_size() == 1:
         return
     if isinstance(entry, Method) and not entry.row_wise:
-        row_wise = ", ".join(name for name, known in METHODS.items() if known.row_wise)
         raise UserError(
-            f"merge.method={options.method} needs whole models in one process; on several"
-            f" processes merge.method is one of {row_wise}; {INSTEAD}"
+            f"merge.method={options.method} is not registered with row_wise=True, so it needs"
+            f" whole models in one process; {INSTEAD}"
         )
 
 

@@ -37,15 +37,14 @@ EXACT = {
     "scope": ("merge=average", "merge.tables=evidence", "merge.scope=head"),
     "weighted": ("merge=weighted_average", "merge.options={weights: [0.3, 0.7]}"),
     "task_arithmetic": ("merge=task_arithmetic", "merge.options={scale: 0.7}"),
+    "ties": ("merge=ties", "merge.options={scale: 0.7}"),
+    "random": ("merge=random_splice",),
 }
 """Integrations that are the same, bit for bit, on any number of processes."""
 ALIGNED = {"aligned": ("merge=aligned_weights",)}
+SUMS = {"cki": ("merge=cki_dual_soft", "merge.learn.what=none")}
 """The same up to rounding."""
 MISTAKES = {
-    "ties": (
-        "on several processes merge.method is one of first, average, weighted_average, evidence",
-        ("merge=ties",),
-    ),
     "tokens": (
         "merge.vocabularies: 1 folders for 2 models",
         ("merge=evidence", "merge.vocabularies=[null]"),
@@ -129,7 +128,7 @@ def run(folder: Path, sources: Path) -> None:
     """Merge in every way, and make every mistake where there are two processes."""
     a, b, start = (str(sources / name) for name in ("a", "b", "start"))
     begun, found = f"merge.base={{path: {start}}}", {}
-    for case, words in {**EXACT, **ALIGNED}.items():
+    for case, words in {**EXACT, **ALIGNED, **SUMS}.items():
         found[case] = merge_sources(folder, case, of(a, b), begun, *words)
     again = str(merged(folder, "evidence"))
     found["again"] = merge_sources(folder, "again", of(again, b), "merge=evidence")

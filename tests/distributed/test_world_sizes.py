@@ -13,7 +13,7 @@ import pytest
 import row_cases
 import steps
 import torch
-from merging_cases import EXACT, MISTAKES, SIZES, merged
+from merging_cases import EXACT, MISTAKES, SIZES, SUMS, merged
 
 from cki_rec.checkpoints import checkpoint, read_tensors
 from cki_rec.engine.embeddings import table_of
@@ -238,6 +238,16 @@ def test_a_model_merged_by_several_is_that_of_one_bit_for_bit(alone, worlds, cas
     if case != "again":
         assert one.name == many.name
     assert record_of(many)["provenance"]["world_size"] == num
+
+
+@several
+@pytest.mark.parametrize("case", SUMS)
+def test_sums_over_processes_change_rounding_alone(alone, worlds, case, num):
+    assert said(worlds[num] / "merged", case) == ({0}, [])
+    one, many = (model_of(merged(w / "merged", case)) for w in (alone, worlds[num]))
+    assert set(one) == set(many)
+    for name, tensor in one.items():
+        torch.testing.assert_close(many[name], tensor, rtol=1e-6, atol=1e-6, msg=name)
 
 
 @several
