@@ -44,6 +44,8 @@ COMMANDS = {
     "search": ("merge", "merge=auto", "merge.effort=closed_form", "merge.refine=none",
                "merge.recipes=[{}, {align.by: activations, repair: select_units}]"),
     "ensemble": ("evaluate", "merge=output_ensemble", "evaluate.bootstrap=100"),
+    "fisher": ("merge", "merge=evidence", "merge.method=fisher"),
+    "assess": ("assess", "merge=evidence", "assess.align=none", "assess.barrier=3"),
     "found": ("merge", "merge=evidence", "check_only=true"),
 }  # fmt: skip
 """Commands that read rows; all but the last one write a record."""
