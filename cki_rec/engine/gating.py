@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 
 import numpy as np
 import torch
@@ -18,7 +17,7 @@ from cki_rec.data.loader import Loader
 from cki_rec.data.schema import Batch, FeatureSchema
 from cki_rec.engine.embeddings import table_of
 from cki_rec.engine.evaluator import predict
-from cki_rec.engine.lookups import at_rows
+from cki_rec.engine.lookups import at_rows, rows_read
 from cki_rec.merging.extras import Gates, Learned, Weigh
 from cki_rec.merging.mixing import mix
 from cki_rec.merging.params import Params
@@ -101,30 +100,6 @@ class MergedAtLookup(nn.Module):
             return {}
         weights = self.weigh(parts, counts, {n: self.gates[n] for n in parts[0]})
         return mix(parts, restrict_weights(weights, row_mask))
-
-
-def rows_read(batch: Batch, schema: FeatureSchema) -> tuple[Batch, dict[str, Tensor]]:
-    """Return the batch with renumbered ids, and the rows of each table that it reads.
-
-    The first row stands for the rows of a table without ids, because a lookup needs a row.
-    """
-    features = schema.lookups
-    if not features:
-        return batch, {}
-    sizes = [len(batch)] * len(features)
-    if batch.lengths is not None:
-        sizes = batch.lengths.view(len(features), -1).sum(1).tolist()
-    pieces, rows = list(batch.values.split(sizes)), {}
-    for table in dict.fromkeys(feature.table for feature in features):
-        places = [place for place, feature in enumerate(features) if feature.table == table]
-        ids = torch.cat([pieces[place] for place in places])
-        unique, renumbered = ids.unique(return_inverse=True)
-        rows[table] = unique if len(unique) else ids.new_zeros(1)
-        for place, piece in zip(
-            places, renumbered.split([sizes[place] for place in places]), strict=True
-        ):
-            pieces[place] = piece
-    return replace(batch, values=torch.cat(pieces)), rows
 
 
 def train_gates(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from cki_rec.engine import distributed, sharded
-from cki_rec.engine.lookups import read_rows
+from cki_rec.engine.lookups import Reading, read_rows
 from cki_rec.merging.params import MergeError, Params
 from cki_rec.merging.vocabulary import to_union
 
@@ -74,7 +74,8 @@ def _joined(
         block = wanted[start : start + BLOCK]
         is_known = block >= 0
         ids = torch.where(is_known, block, 0 if lacking is None else lacking)
-        for target, rows in zip(joined, read_rows(tables, old_size, ids), strict=True):
+        (found,) = read_rows([Reading(tables, old_size, ids)])
+        for target, rows in zip(joined, found, strict=True):
             if lacking is None:
                 rows[~is_known] = 0
             target[start : start + BLOCK] = rows

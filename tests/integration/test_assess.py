@@ -148,7 +148,7 @@ def changed(folder, target, **changes):
     return target
 
 
-def test_refusals_are_one_line(run, home, tmp_path, monkeypatch):
+def test_refusals_are_one_line(run, home, tmp_path):
     assert run("suite=seeds")[0] == 0
     path = sorted((home / "out").glob("train-*"))[0]
     params = checkpoint.load(path / "checkpoint").params
