@@ -158,7 +158,7 @@ def merging_module(schema: FeatureSchema, model: Model) -> nn.Module:
     read_features = model_schema(schema, model)
 
     def read(_: nn.Module, arguments: tuple[Any, ...]) -> None:
-        batch, rows = rows_read(arguments[0], read_features)
+        rows = rows_read(arguments[0], read_features)[1]
         readings = [
             Reading([bag.weight for bag in bags[table]], schema.table_sizes[table], ids)
             for table, ids in rows.items()
