@@ -20,11 +20,11 @@ from cki_rec.merging.api import FITTED
 from cki_rec.merging.registry import Method
 from cki_rec.merging.search import AUTO
 from cki_rec.merging.steps import ScarceSample, check_sample
-from cki_rec.pipelines import compatibility, preflight, vocabularies
+from cki_rec.pipelines import compatibility, preflight, stream_plan, vocabularies
 from cki_rec.pipelines.compatibility import Finding, State
 from cki_rec.pipelines.preflight import entry_of
 from cki_rec.pipelines.references import Reference
-from cki_rec.pipelines.sources import base_warning, check_distinct, find, title
+from cki_rec.pipelines.sources import Source, Sources, base_warning, check_distinct, find, title
 from cki_rec.pipelines.vocabularies import Joined
 
 BASE = "base "
@@ -44,6 +44,9 @@ def report(config: Config) -> None:
         UserError: A merge would not run; the first reason.
     """
     config = preflight.without_unused(config)
+    if config.merge.memory_gb is not None:
+        _report_streamed(config)
+        return
     is_search = config.merge.method == AUTO
     if is_search:
         preflight.check_options(config)
@@ -67,6 +70,29 @@ def report(config: Config) -> None:
         )
     if num_left_out == len(merges):
         raise UserError("check_only: auto would not run: it leaves out every recipe (see above)")
+    log.info("it would run")
+
+
+def _report_streamed(config: Config) -> None:
+    """Log the plan of a merge from disk to disk; no table is read.
+
+    Raises:
+        UserError: It would not run.
+    """
+    stream_plan.check_options(config)
+    deltas = [(delta, "merge.sources") for delta in config.merge.sources]
+    if preflight.needs_base(config):
+        assert config.merge.base is not None
+        deltas.append((config.merge.base, "merge.base"))
+    found = [Source(title(d), "", find(config, d, option)) for d, option in deltas]
+    num = len(config.merge.sources)
+    sources = Sources(found[:num], [], found[num] if len(found) > num else None)
+    preflight.check_sources(config, sources, None)
+    outlines = [outline(source.folder) for source in found]
+    plan = stream_plan.plan_of(config, outlines, num)
+    log.info("merge %s (%s):", config.merge.label, config.merge.method)
+    for line in stream_plan.described(plan, found[0].folder, Path(config.runtime.out)):
+        log.info("  %s", line)
     log.info("it would run")
 
 

@@ -28,22 +28,15 @@ from cki_rec.merging.params import MergeError, NotPossible
 from cki_rec.merging.result import MergeResult
 from cki_rec.merging.search import AUTO
 from cki_rec.merging.steps import calibrate_model
-from cki_rec.pipelines import (
-    check_only,
-    choice,
-    preflight,
-    refine,
-    sources,
-    streamed,
-    train,
-    vocabularies,
-)
+from cki_rec.pipelines import check_only, choice, preflight, refine, sources, train, vocabularies
 from cki_rec.pipelines.compatibility import compare, counts_of, finite, require, type_name
 from cki_rec.pipelines.merge_inputs import ablated, fisher, fixed_rules, learning
 from cki_rec.pipelines.predictions import calibrator, scorer, valid_auc
 from cki_rec.pipelines.provenance import data_facts
 from cki_rec.pipelines.references import REFERENCES
 from cki_rec.pipelines.sources import Source, Sources, are_disjoint, shard_of
+from cki_rec.pipelines.stream_plan import check_options
+from cki_rec.pipelines.streamed import merge as merge_streamed
 from cki_rec.pipelines.vocabularies import Joined
 
 LARGE = 10_000_000
@@ -86,7 +79,7 @@ def ensure(config: Config, models: Sources | None = None, force: bool = False) -
         UserError: Options, sources or data that do not fit together.
     """
     config = preflight.without_unused(config)
-    preflight.check_options(config)
+    check_options(config)
     models = models or resolve(config)
     preflight.check_logit_scale(config, models)
     options = config.merge
@@ -290,7 +283,7 @@ def _merge(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Merge into a checkpoint of ``run``; return facts about the data, and the result."""
     if config.merge.memory_gb is not None:
-        return streamed.merge(config, models, run, is_disjoint)
+        return merge_streamed(config, models, run, is_disjoint)
     preflight.check_sources(config, models, dataset)
     everyone = [*models.merged]
     if models.base is not None:

@@ -20,6 +20,7 @@ from pathlib import Path
 import average_100m
 import data_layer
 import merge_100m
+import merge_streamed
 import torch
 import train_steps
 from rounds import Figure
@@ -152,6 +153,10 @@ BENCHMARKS: dict[str, Benchmark] = {
     "merge_extra_memory_100m": Benchmark(
         merge_100m.merge_extra_memory_100m, "times one model", "below", 2.5
     ),
+    "merge_streamed_time": Benchmark(
+        merge_streamed.merge_streamed_time, "times reading both and writing one", "below", 2.5
+    ),
+    "merge_streamed_memory": Benchmark(merge_streamed.merge_streamed_memory, "GB", "below", 1.5),
     "reproduce_minutes": Benchmark(reproduce_minutes, "min", "below", 10.0),
 }
 """Name -> measurement and target."""

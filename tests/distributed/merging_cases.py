@@ -41,6 +41,13 @@ EXACT = {
     "random": ("merge=random_splice",),
 }
 """Integrations that are the same, bit for bit, on any number of processes."""
+STREAMED = {
+    "streamed evidence": ("merge=evidence", "merge.memory_gb=3"),
+    "streamed ties": ("merge=ties", "merge.options={scale: 0.7}", "merge.memory_gb=3"),
+    "streamed cki": ("merge=cki_dual_soft", "merge.memory_gb=3"),
+    "streamed aligned": ("merge=aligned_weights", "merge.memory_gb=3"),
+}
+"""Merges from disk to disk; the word after gives the merge in memory."""
 ALIGNED = {"aligned": ("merge=aligned_weights",)}
 SUMS = {"cki": ("merge=cki_dual_soft", "merge.learn.what=none")}
 """The same up to rounding."""
@@ -132,6 +139,9 @@ def run(folder: Path, sources: Path) -> None:
         found[case] = merge_sources(folder, case, of(a, b), begun, *words)
     again = str(merged(folder, "evidence"))
     found["again"] = merge_sources(folder, "again", of(again, b), "merge=evidence")
+    if distributed.world_size() > 1:
+        for case, words in STREAMED.items():
+            found[case] = merge_sources(folder, case, of(a, b), begun, *words)
     if distributed.world_size() == 2:
         for case, (_, words) in MISTAKES.items():
             found[case] = merge_sources(folder, case, of(a, b), begun, *words)

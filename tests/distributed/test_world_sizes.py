@@ -13,7 +13,7 @@ import pytest
 import row_cases
 import steps
 import torch
-from merging_cases import EXACT, MISTAKES, SIZES, SUMS, merged
+from merging_cases import EXACT, MISTAKES, SIZES, STREAMED, SUMS, merged
 
 from cki_rec.checkpoints import checkpoint, read_tensors
 from cki_rec.engine.embeddings import table_of
@@ -248,6 +248,26 @@ def test_sums_over_processes_change_rounding_alone(alone, worlds, case, num):
     assert set(one) == set(many)
     for name, tensor in one.items():
         torch.testing.assert_close(many[name], tensor, rtol=1e-6, atol=1e-6, msg=name)
+
+
+@several
+@pytest.mark.parametrize("case", STREAMED)
+def test_several_stream_the_model_of_one_in_memory(alone, worlds, case, num):
+    assert said(worlds[num] / "merged", case) == ({0}, [])
+    many = merged(worlds[num] / "merged", case)
+    one = merged(alone / "merged", case.removeprefix("streamed "))
+    expected, found = model_of(one), model_of(many)
+    assert set(found) == set(expected)
+    slack = 1e-5 if "aligned" in case else 1e-6
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, rtol=slack, atol=slack, msg=name)
+    shares = record_of(many)["result"]["shares"]
+    for name, each in (record_of(one)["result"]["shares"] or {}).items():
+        assert shares[name] == pytest.approx(each, abs=1e-6)
+    files = {path.name for path in (many / "checkpoint" / checkpoint.TENSORS).glob("*.distcp")}
+    assert files == {f"__{number}_0.distcp" for number in range(num)}
+    assert checkpoint.load(many / "checkpoint").schema == merging_cases.SCHEMA
+    assert not (many.parent / "partial").exists()
 
 
 @several
