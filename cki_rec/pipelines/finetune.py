@@ -97,7 +97,9 @@ def _finetune(
     scratch, schedule = run.path / "start", _schedule(config)
     saved, folder = vocabularies.on_data_set(config, start.folder, start.name, dataset, scratch)
     model = restore(saved, folder, schedule, config.runtime, to_train=True)
-    shutil.rmtree(scratch, ignore_errors=True)
+    distributed.barrier()  # all have read it
+    if distributed.rank() == 0:
+        shutil.rmtree(scratch, ignore_errors=True)
     rows = [dataset.rows(split) for split in ("train", "valid")]
     counts = dataset.row_counts(saved.schema)  # as after training on these rows alone
     title = f"fine-tune {config.merge.label}, {config.suite.name}, seed {config.seed}"

@@ -16,6 +16,7 @@ from cki_rec.data.encoding import store, tokens
 from cki_rec.data.encoding.store import EncodedDataset
 from cki_rec.data.provenance import Provenance
 from cki_rec.engine import distributed, sharded
+from cki_rec.engine.lookups import merging_module
 from cki_rec.engine.networks import merging_network
 from cki_rec.engine.record import Run, open_run
 from cki_rec.engine.sampling import sample_statistics
@@ -27,7 +28,6 @@ from cki_rec.merging.params import MergeError, NotPossible
 from cki_rec.merging.result import MergeResult
 from cki_rec.merging.search import AUTO
 from cki_rec.merging.steps import calibrate_model
-from cki_rec.models import build_model
 from cki_rec.models.layers import MASKS
 from cki_rec.pipelines import check_only, choice, preflight, refine, sources, train, vocabularies
 from cki_rec.pipelines.compatibility import compare, counts_of, finite, require, type_name
@@ -48,13 +48,10 @@ log = logging.getLogger(__name__)
 
 def run(config: Config) -> None:
     """Merge as configured; log the folder of the model and the shares of its sources."""
-    if distributed.world_size() > 1:
-        distributed.start(replace(config.runtime, device="cpu"))
-    with distributed.propagate_errors():
-        if config.check_only:
-            check_only.report(config)
-            return
-        done = ensure(config, force=config.runtime.force)
+    if config.check_only:
+        check_only.report(config)
+        return
+    done = ensure(config, force=config.runtime.force)
     assert done.record is not None
     result = done.record["result"]
     out, chosen = Path(config.runtime.out), result["chosen"]
@@ -349,7 +346,8 @@ def _merge(
         result["types"] = sorted({type_name(tensor) for tensor in merged.params.values()})
         log.info("  sources of %s; result in %s", ", ".join(sorted(types)), *result["types"])
     if folders:
-        vocabularies.write(run.path / tokens.FOLDER, joined, folders)
+        if distributed.rank() == 0:
+            vocabularies.write(run.path / tokens.FOLDER, joined, folders)
         result["vocabularies"] = joined.rows
     return _data_facts(dataset, first), result
 
@@ -367,7 +365,7 @@ def _merge_params(
     activations = None
     if preflight.needs_activations(options):
         assert dataset is not None
-        module = build_model(first.schema, first.model, torch.device("cpu"))
+        module = merging_module(first.schema, first.model)
         size, seed = options.sample, config.seed
         activations = sample_statistics(module, dataset, first.schema, size, seed)
     network = merging_network(first, config.seed, options.align.by != "none")
