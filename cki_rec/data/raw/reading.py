@@ -1,6 +1,6 @@
 """Parts common to all readers of raw formats: files, bad rows and times.
 
-A reader yields chunks of rows in the common form. These are polars frames with ``LABEL`` (UInt8),
+A reader yields chunks of rows in the common form (``chunks``). These are polars frames with ``LABEL`` (UInt8),
 ``TIME`` (Int64 seconds, if rows have times), ``SPLIT`` (UInt8, if files define the split) and the
 columns of the fields: String (null: missing), or Int64 and Float64 for numbers.
 """
@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
+import numpy as np
 import polars as pl
 
 from cki_rec.config import Data, Split, UserError
@@ -60,6 +61,20 @@ class Reading:
     """Number of the next line in the current text."""
     md5: dict[str, str] = field(default_factory=dict)
     """Name of a text without folder and ``.gz`` -> md5 of its content."""
+    num_usable: int = 0
+    """Number of good rows in the current file so far."""
+
+    def fork(self) -> Reading:
+        """Return the state for one chunk, which ``merge`` adds to this one."""
+        return Reading(self.on_bad_row, self.block_bytes, has_published=False)
+
+    def merge(self, other: Reading, num_usable: int) -> None:
+        """Add the bad rows and the number of good rows of the next chunk."""
+        self.num_usable += num_usable
+        for reason, count in other.counts.items():
+            self.counts[reason] = self.counts.get(reason, 0) + count
+            examples = self.examples.setdefault(reason, [])
+            examples += other.examples[reason][: EXAMPLES - len(examples)]
 
     def skip(
         self, reason: str, where: str, text: str, expected: str, fix: str = "", rows: int = 1
@@ -220,6 +235,11 @@ class Text:
             f"{self}: damaged or truncated after line {lines} ({error}); "
             "fetch it again or set data.raw"
         )
+
+
+def count_byte(block: bytes, byte: bytes) -> int:
+    """Return how often a byte occurs; ``bytes.count`` is slow for frequent ones."""
+    return int(np.count_nonzero(np.frombuffer(block, np.uint8) == byte[0]))
 
 
 def texts(data: Data) -> list[Text]:

@@ -11,12 +11,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import polars as pl
 
 from cki_rec.config import Data, UserError, nearest
-from cki_rec.data.raw.delimited import Layout, read_rows
+from cki_rec.data.raw.chunks import Check, Chunk
+from cki_rec.data.raw.delimited import Layout, row_chunks
 from cki_rec.data.raw.forms import (
     SEPARATORS,
     check_names,
@@ -38,7 +40,7 @@ from cki_rec.data.raw.reading import (
     paths,
     texts,
 )
-from cki_rec.data.raw.values import as_word, time_in_seconds
+from cki_rec.data.raw.values import Forms, as_word, time_in_seconds
 
 SPLIT_FILES = ("train", "valid", "test")
 
@@ -80,7 +82,7 @@ def resolve(data: Data) -> Data:
     return resolved(data, _texts(data)[0][0])
 
 
-def read(data: Data, reading: Reading) -> Iterator[pl.DataFrame]:
+def chunks(data: Data, reading: Reading) -> Iterator[Chunk | Check]:
     """Yield the rows of all files, training rows first.
 
     Raises:
@@ -93,7 +95,6 @@ def read(data: Data, reading: Reading) -> Iterator[pl.DataFrame]:
     types[data.label] = "label" if data.labels else "click"
     if data.time is not None:
         types[data.time] = data.time_form
-    columns = list(dict.fromkeys([*expected, LINE]))
     for text, split in split_texts:
         header, names = first_row(text, SEPARATORS[data.separator])
         check_names(text, names, first, expected)
@@ -106,16 +107,24 @@ def read(data: Data, reading: Reading) -> Iterator[pl.DataFrame]:
             forms=forms,
             fixes=fixes,
         )
-        for frame in read_rows(text, layout, reading):
-            label = pl.col(data.label)
-            if data.labels:
-                label = as_word(data.label).replace_strict(forms.labels, return_dtype=pl.UInt8)
-            rows = frame.select(columns).with_columns(label.cast(pl.UInt8).alias(LABEL))
-            if split is not None:
-                rows = rows.with_columns(pl.lit(split, dtype=pl.UInt8).alias(SPLIT))
-            if data.time is not None:
-                rows = rows.with_columns(time_in_seconds(data.time, data.time_form))
-            yield rows
+        step = partial(_common_form, data=data, columns=expected, forms=forms, split=split)
+        yield from row_chunks(text, layout, reading, step)
+
+
+def _common_form(
+    frame: pl.DataFrame, data: Data, columns: list[str], forms: Forms, split: int | None
+) -> pl.DataFrame:
+    """Return the rows of a file in the common form; ``split`` is their code, if files define it."""
+    label = pl.col(data.label)
+    if data.labels:
+        label = as_word(data.label).replace_strict(forms.labels, return_dtype=pl.UInt8)
+    rows = frame.select(list(dict.fromkeys([*columns, LINE])))
+    rows = rows.with_columns(label.cast(pl.UInt8).alias(LABEL))
+    if split is not None:
+        rows = rows.with_columns(pl.lit(split, dtype=pl.UInt8).alias(SPLIT))
+    if data.time is not None:
+        rows = rows.with_columns(time_in_seconds(data.time, data.time_form))
+    return rows
 
 
 def _numeric_columns(data: Data) -> list[str]:
