@@ -19,13 +19,13 @@ from numpy.typing import NDArray
 from cki_rec.config import Data, UserError, nearest
 from cki_rec.data.columns import RAGGED, ColumnFile, Ids, Ints, Ragged
 from cki_rec.data.dataset import EncodedDataset
+from cki_rec.data.encoding import normalize
 from cki_rec.data.encoding.encode import fill_buckets, listed_vocabularies
 from cki_rec.data.encoding.fields import Field
 from cki_rec.data.encoding.history import histories
 from cki_rec.data.encoding.lookup import look_up
-from cki_rec.data.encoding.normalize import normalized
 from cki_rec.data.encoding.numbers import ordered_keys, scaled
-from cki_rec.data.encoding.staging import Staging, plan_columns
+from cki_rec.data.encoding.staging import Staging, plan_columns, stage_frame
 from cki_rec.data.raw.formats import FORMATS, recorded_format, recorded_name
 from cki_rec.data.raw.reading import LABEL, LINE, SPLIT, TIME, Reading
 from cki_rec.data.schema import OOV_ID, FeatureSchema
@@ -91,11 +91,11 @@ def encode_frame(
     reader = recorded_format(options["format"])
     user = reader.user(data)
     plan = plan_columns(chosen, None, None, data.numeric_missing, data.buckets)
-    rows = _common_form(frame, data, chosen, bool(plan.histories))
     if data.normalize_ids:
-        (rows,) = normalized([rows], chosen, ())
+        plan.normalized = normalize.id_columns(chosen, ())
+    rows = _common_form(frame, data, chosen, bool(plan.histories))
     with TemporaryDirectory() as name, closing(Staging(Path(name), plan)) as columns:
-        columns.append(rows)
+        columns.append(stage_frame(plan, rows, Reading("error", has_published=False)))
         columns.files["split"] = ColumnFile(Path(name) / "split.npy", np.uint8)
         columns.files["split"].append(np.zeros(len(rows), np.uint8))
         edges = dataset.manifest["quantile_edges"]

@@ -27,13 +27,12 @@ from cki_rec.config import Data, UserError
 from cki_rec.data.columns import blocks
 from cki_rec.data.dataset import FORMAT_VERSION, MANIFEST, EncodedDataset
 from cki_rec.data.encoding.encode import Encoded, encode
+from cki_rec.data.encoding.engines import MOST_THREADS, threads
 from cki_rec.data.encoding.fields import Field, fields_to_json, resolve_fields
 from cki_rec.data.encoding.findings import unseen_line, warn_of_findings
-from cki_rec.data.encoding.normalize import normalized
 from cki_rec.data.encoding.split import SPLITS, check_split
 from cki_rec.data.encoding.tokens import hash_of, join_tokens_of
 from cki_rec.data.parts import NO_PARTITION
-from cki_rec.data.prefetch import prefetch
 from cki_rec.data.raw.click_model import best_possible
 from cki_rec.data.raw.formats import FORMATS, Format, recorded_name
 from cki_rec.data.raw.reading import Reading
@@ -194,20 +193,20 @@ def _make(
         with new_folder(folder) as temporary:
             with progress("encoding", num_bytes, "bytes") as advance:
                 reading.advance = advance
-                chunks = reader.read(data, reading)
-                if data.normalize_ids:
-                    chunks = normalized(chunks, fields, (reader.user(data), reader.item(data)))
-                encoded = encode(
-                    prefetch(chunks),
-                    fields,
-                    data,
-                    temporary,
-                    user=reader.user(data),
-                    item=reader.item(data),
-                    is_chronological=reader.is_chronological(data),
-                    rows_per_step=reader.rows_per_step(data),
-                    listed=listed,
-                )
+                with threads(min(MOST_THREADS, pl.thread_pool_size())) as run:
+                    encoded = encode(
+                        reader.chunks(data, reading),
+                        reading,
+                        fields,
+                        data,
+                        temporary,
+                        user=reader.user(data),
+                        item=reader.item(data),
+                        is_chronological=reader.is_chronological(data),
+                        rows_per_step=reader.rows_per_step(data),
+                        listed=listed,
+                        run=run,
+                    )
             _write_manifest(data, reader, options, encoded, reading, source, temporary)
     except OSError as error:
         raise _unwritable(folder, error) from None

@@ -54,6 +54,17 @@ class Dictionary:
             )
         self.size = max(self.size, code + 1)
 
+    def codes(self, tokens: pl.Series) -> Ids:
+        """Return the code of every token, 0 if it is missing; new tokens get new codes.
+
+        Raises:
+            UserError: There are more tokens than ids.
+        """
+        physical = tokens.cast(self.dtype).to_physical().fill_null(0).to_numpy()
+        self.grow(int(physical.max(initial=0)))
+        codes: Ids = physical.view(np.int32)
+        return codes
+
     def tokens(self) -> pl.Series:
         """Return ``(T,)`` tokens in the order of codes."""
         if self._fixed is not None:
@@ -144,8 +155,7 @@ def hash_tokens(tokens: pl.Series, size: int) -> pl.Series:
         is CRC-32.
     """
     distinct = Dictionary()
-    codes = tokens.cast(distinct.dtype).to_physical().to_numpy()
-    distinct.grow(int(codes.max(initial=0)))
+    codes = distinct.codes(tokens)
     ids = [FIRST_ID + zlib.crc32(token.encode()) % size for token in distinct.tokens()]
     return pl.Series(np.array(ids, dtype=np.uint32)[codes])
 

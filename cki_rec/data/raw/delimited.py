@@ -219,9 +219,7 @@ def _tests(layout: Layout, name: str) -> list[pl.Expr]:
     return tests
 
 
-def _good_rows(
-    text: Text, rows: list[Row], layout: Layout, reading: Reading
-) -> pl.DataFrame:
+def _good_rows(text: Text, rows: list[Row], layout: Layout, reading: Reading) -> pl.DataFrame:
     """Return the typed values of the good rows and report the bad ones, in their order."""
     faults: dict[int, Fault] = {}
     for position, row in enumerate(rows):

@@ -1,8 +1,8 @@
 """Parts common to all readers of raw formats: files, bad rows and times.
 
-A reader yields chunks of rows in the common form (``chunks``). These are polars frames with ``LABEL`` (UInt8),
-``TIME`` (Int64 seconds, if rows have times), ``SPLIT`` (UInt8, if files define the split) and the
-columns of the fields: String (null: missing), or Int64 and Float64 for numbers.
+A reader yields chunks (``chunks``) whose rows have the common form. These are polars frames with
+``LABEL`` (UInt8), ``TIME`` (Int64 seconds, if rows have times), ``SPLIT`` (UInt8, if files define
+the split) and the columns of the fields: String (null: missing), or Int64 and Float64 for numbers.
 """
 
 from __future__ import annotations

@@ -114,7 +114,10 @@ def chunks(data: Data, reading: Reading) -> Iterator[Chunk | Check]:
 def _common_form(
     frame: pl.DataFrame, data: Data, columns: list[str], forms: Forms, split: int | None
 ) -> pl.DataFrame:
-    """Return the rows of a file in the common form; ``split`` is their code, if files define it."""
+    """Return the rows of a file in the common form.
+
+    ``split`` is the code of their split, if files define it.
+    """
     label = pl.col(data.label)
     if data.labels:
         label = as_word(data.label).replace_strict(forms.labels, return_dtype=pl.UInt8)
