@@ -25,7 +25,7 @@ import polars as pl
 
 from cki_rec.config import Data, UserError
 from cki_rec.data.columns import ColumnFile, Ints, blocks
-from cki_rec.data.encoding.engines import Run, one_by_one
+from cki_rec.data.encoding.engines import NUM_THREADS, Run, one_by_one, threads
 from cki_rec.data.encoding.fields import Field
 from cki_rec.data.encoding.history import write_history
 from cki_rec.data.encoding.lookup import count_chunk, look_up, read_by_chunks
@@ -281,21 +281,19 @@ def _learned_vocabularies(
     columns: Staging, counts: dict[str, Ints], deciding: dict[str, Ints]
 ) -> dict[str, Vocabulary]:
     """Learn and write the vocabulary of every table; each dictionary is freed afterwards."""
-    vocabularies: dict[str, Vocabulary] = {}
-    for column in [*columns.plan.ids, *columns.plan.multi]:
+    every = {f.table: f for f in reversed([*columns.plan.ids, *columns.plan.multi])}
+
+    def learn(column: Field) -> Vocabulary:
         table = column.table
-        if table in vocabularies:
-            continue
         if column.hash_size is not None:
-            vocabularies[table] = hashed_vocabulary(column.hash_size)
-            continue
-        tokens = columns.dictionaries.pop(table).tokens()
+            return hashed_vocabulary(column.hash_size)
         path = columns.folder / f"vocabulary.{table}.txt"
+        tokens = columns.dictionaries.pop(table).tokens()
         decide = deciding.pop(table, None)
-        vocabularies[table] = learn_vocabulary(
-            table, tokens, counts.pop(table), column.min_count, path, decide
-        )
-    return vocabularies
+        return learn_vocabulary(table, tokens, counts.pop(table), column.min_count, path, decide)
+
+    with threads(NUM_THREADS) as run:
+        return dict(zip(every, run(learn, every.values()), strict=True))
 
 
 def listed_vocabularies(

@@ -8,10 +8,12 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Protocol, TypeVar
 
+import polars as pl
+
 T = TypeVar("T")
 R = TypeVar("R")
-MOST_THREADS = 4
-"""Most chunks that are in work at a time in one process; polars uses all cores within each."""
+NUM_THREADS = min(4, pl.thread_pool_size())
+"""Chunks that are in work at a time in one process; polars uses all cores within each."""
 
 
 class Run(Protocol):

@@ -183,7 +183,7 @@ def stage_frame(plan: Plan, frame: pl.DataFrame, reading: Reading) -> Staged:
     if plan.ids:
         columns["ids"] = np.empty((len(frame), len(plan.ids)), dtype=np.int32)
     for position, f in enumerate(plan.ids):
-        np.add(codes[f.name], first[f.table], out=columns["ids"][:, position], casting="unsafe")
+        np.add(codes[f.name], first[f.table], out=columns["ids"][:, position])
     for f in plan.multi:
         columns[f"multi.{f.name}.values"] = codes[f.name] + first[f.table]
     return Staged(columns, tables, entities, reading)
@@ -195,27 +195,26 @@ def _firsts(tables: dict[str, pl.Series | Ids]) -> dict[str, int]:
     return dict(zip(tables, np.cumsum([0, *sizes[:-1]]).tolist(), strict=True)) if sizes else {}
 
 
-def _codes(
-    frame: pl.DataFrame, plan: Plan, dictionaries: dict[str, Dictionary]
-) -> dict[str, NDArray[np.integer]]:
+def _codes(frame: pl.DataFrame, plan: Plan, dictionaries: dict[str, Dictionary]) -> dict[str, Ids]:
     """Return the codes of the columns of ids, each as its own table has them."""
-    codes: dict[str, NDArray[np.integer]] = {}
+    codes: dict[str, Ids] = {}
     others: list[Field] = []
     for f in plan.ids:
-        known = _codes_of_integers(frame, f, plan.missing, dictionaries[f.table])
         if f.transform == "quantile":  # written once edges are known
             codes[f.name] = np.zeros(len(frame), dtype=np.int32)
-        elif known is not None:
-            codes[f.name] = known
-        else:
+            continue
+        of_numbers = _codes_of_integers(frame, f, plan.missing, dictionaries[f.table])
+        if of_numbers is None:
             others.append(f)
+        else:
+            codes[f.name] = of_numbers
     physical = frame.select(
         _token(f, plan.missing).cast(dictionaries[f.table].dtype).to_physical().fill_null(0)
         .alias(f.name)
         for f in others
     )  # fmt: skip
     for f in others:
-        codes[f.name] = physical[f.name].to_numpy()
+        codes[f.name] = physical[f.name].to_numpy().view(np.int32)
         dictionaries[f.table].grow(int(codes[f.name].max()))
     return codes
 

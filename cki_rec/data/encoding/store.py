@@ -27,7 +27,7 @@ from cki_rec.config import Data, UserError
 from cki_rec.data.columns import blocks
 from cki_rec.data.dataset import FORMAT_VERSION, MANIFEST, EncodedDataset
 from cki_rec.data.encoding.encode import Encoded, encode
-from cki_rec.data.encoding.engines import MOST_THREADS, threads
+from cki_rec.data.encoding.engines import NUM_THREADS, threads
 from cki_rec.data.encoding.fields import Field, fields_to_json, resolve_fields
 from cki_rec.data.encoding.findings import unseen_line, warn_of_findings
 from cki_rec.data.encoding.split import SPLITS, check_split
@@ -193,7 +193,7 @@ def _make(
         with new_folder(folder) as temporary:
             with progress("encoding", num_bytes, "bytes") as advance:
                 reading.advance = advance
-                with threads(min(MOST_THREADS, pl.thread_pool_size())) as run:
+                with threads(NUM_THREADS) as run:
                     encoded = encode(
                         reader.chunks(data, reading),
                         reading,
@@ -247,7 +247,9 @@ def _write_manifest(
     source: list[dict[str, Any]],
     folder: Path,
 ) -> None:
-    files = {path.stem: file_facts(path) for path in sorted(folder.iterdir())}
+    paths = sorted(folder.iterdir())
+    with threads(NUM_THREADS) as run:
+        files = dict(zip((path.stem for path in paths), run(file_facts, paths), strict=True))
     schema = encoded.schema.to_json()
     hashes = {name: entry["sha256"] for name, entry in files.items()}
     manifest = {
