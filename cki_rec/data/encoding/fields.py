@@ -103,7 +103,7 @@ def resolve_fields(data: Data, kinds: Mapping[str, str]) -> tuple[Field, ...]:
     """
     if not data.fields and FORMATS[data.format].has_free_kinds:
         named = [n for n in kinds if n and n != data.time]  # pandas writes its index without name
-        data = replace(data, fields=[n for n in named if kinds[n] == "categorical"])
+        data = replace(data, fields=[n for n in named if kinds[n] in ("categorical", "multi")])
     names = [entry["name"] for entry in _entries(data)]
     if not names:
         raise UserError("data.fields: empty; name at least one field")

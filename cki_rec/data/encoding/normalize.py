@@ -33,11 +33,12 @@ def id_columns(fields: tuple[Field, ...], entities: Iterable[str | None]) -> dic
 
 def normalized(frame: pl.DataFrame, separators: Mapping[str, str | None]) -> pl.DataFrame:
     """Return rows in the common form with normalized ids in the columns of ``id_columns``."""
-    return frame.with_columns(
-        _each(pl.col(name), separator)
-        for name, separator in separators.items()
-        if frame.schema.get(name) == pl.String
-    )
+    texts = [
+        _each(pl.col(n), s) for n, s in separators.items() if frame.schema.get(n) == pl.String
+    ]
+    lists = [pl.col(n).list.eval(plain_form(pl.element())) for n in separators
+             if isinstance(frame.schema.get(n), pl.List)]  # fmt: skip
+    return frame.with_columns(*texts, *lists)
 
 
 def plain_form(token: pl.Expr) -> pl.Expr:

@@ -254,7 +254,9 @@ def _append_multi(
     Their number per row becomes a column.
     """
     assert column.separator is not None
-    split = pl.col(column.column).str.split(column.separator)
+    split = pl.col(column.column)
+    if not isinstance(frame.schema[column.column], pl.List):
+        split = split.str.split(column.separator)
     split = split.list.eval(pl.element().filter(pl.element() != ""))
     if column.kind == "multi":
         split = split.list.unique(maintain_order=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 
 import polars as pl
 
@@ -100,7 +101,7 @@ def row_chunks(
             )
     if rest:
         yield Chunk(_chunk_of(text, rest, layout, reading, is_end=True)[0], steps)
-    yield Check(partial(_require_rows, text, layout))
+    yield Check(partial(require_rows, text, layout))
 
 
 def read_rows(text: Text, layout: Layout, reading: Reading) -> Iterator[pl.DataFrame]:
@@ -112,7 +113,12 @@ def read_rows(text: Text, layout: Layout, reading: Reading) -> Iterator[pl.DataF
     yield from frames(row_chunks(text, layout, reading), reading)
 
 
-def _require_rows(text: Text, layout: Layout, reading: Reading) -> None:
+def require_rows(text: Text | Path, layout: Layout, reading: Reading) -> None:
+    """Check that a file had a good row, after its last chunk.
+
+    Raises:
+        UserError: It had none.
+    """
     if not reading.num_usable:
         fix = "correct the rows" if reading.counts else "fetch the file again"
         raise UserError(f"{text}: no usable row, expected rows of {_fields(layout)}; {fix}")
@@ -195,9 +201,13 @@ def _parse(block: bytes, layout: Layout) -> pl.DataFrame | None:
         return None
     if frame[last].null_count() and count_byte(block, b"\n") != frame.height:  # is a line blank?
         return None
+    return frame.select(wanted) if is_good(frame, layout) else None
+
+
+def is_good(frame: pl.DataFrame, layout: Layout) -> bool:
+    """Return whether all values of typed columns pass their tests."""
     tests = [good.all() for name in frame.columns for good in _tests(layout, name)]
-    is_good = frame.select(pl.all_horizontal(pl.lit(True), *tests)).item()
-    return frame.select(wanted) if is_good else None
+    return bool(frame.select(pl.all_horizontal(pl.lit(True), *tests)).item())
 
 
 def _needed(layout: Layout) -> list[str]:
@@ -234,19 +244,35 @@ def _good_rows(text: Text, rows: list[Row], layout: Layout, reading: Reading) ->
     frame = texts.select(
         converted(name, layout.columns[name], layout.forms) for name in texts.columns
     )
-    is_good = pl.Series([True] * len(whole), dtype=pl.Boolean)
-    for name, good in _checked(texts, frame, layout):
-        for index in (is_good & ~good).arg_true().to_list():
-            fault = _value_fault(name, texts[name][index], frame[name][index], layout)
-            faults[whole[index]] = fault
-        is_good &= good
+    of_values, is_good_row = value_faults(texts, frame, layout)
+    faults |= {whole[index]: fault for index, fault in of_values.items()}
     for position in sorted(faults):
         row, (reason, expected, fix) = rows[position], faults[position]
         num_lines = 1 if row.parts else row.num_lines
         reading.skip(reason, f"{text}, {row.place}", row.shown, expected, fix, num_lines)
     lines = pl.Series(LINE, [rows[position].line for position in whole], dtype=pl.Int64)
     frame = frame.select(list(layout.wanted or layout.columns)).with_columns(lines)
-    return frame.filter(is_good)
+    return frame.filter(is_good_row)
+
+
+def value_faults(
+    texts: pl.DataFrame, frame: pl.DataFrame, layout: Layout
+) -> tuple[dict[int, Fault], pl.Series]:
+    """Return the first fault of each bad row, and whether each row is good.
+
+    Args:
+        texts: The columns to test, as text; null where a cell is empty.
+        frame: The same columns, typed; null too where a text has not the form of its kind.
+        layout: Kinds of the columns, and their tests.
+    """
+    faults: dict[int, Fault] = {}
+    is_good_row = pl.Series([True] * len(frame), dtype=pl.Boolean)
+    for name, good in _checked(texts, frame, layout):
+        for index in (is_good_row & ~good).arg_true().to_list():
+            fault = _value_fault(name, texts[name][index], frame[name][index], layout)
+            faults[index] = fault
+        is_good_row &= good
+    return faults, is_good_row
 
 
 def _filled(name: str, layout: Layout) -> pl.Expr:

@@ -77,7 +77,14 @@ class Reading:
             examples += other.examples[reason][: EXAMPLES - len(examples)]
 
     def skip(
-        self, reason: str, where: str, text: str, expected: str, fix: str = "", rows: int = 1
+        self,
+        reason: str,
+        where: str,
+        text: str,
+        expected: str,
+        fix: str = "",
+        rows: int = 1,
+        thing: str = "line",
     ) -> None:
         """Record one bad row.
 
@@ -88,6 +95,7 @@ class Reading:
             expected: Description of a good row.
             fix: The option that reads such rows; empty: they can only be skipped.
             rows: Number of rows to count, more than 1 for lines after quotes that never close.
+            thing: The part of the file to correct.
 
         Raises:
             UserError: ``on_bad_row`` is ``error``.
@@ -96,7 +104,7 @@ class Reading:
         if self.on_bad_row == "error":
             fix = fix or "skip such rows with data.on_bad_row=skip"
             raise UserError(
-                f"{where}: {reason}: found {shown}, expected {expected}; correct the line, or "
+                f"{where}: {reason}: found {shown}, expected {expected}; correct the {thing}, or "
                 f"{fix}"
             )
         self.counts[reason] = self.counts.get(reason, 0) + rows

@@ -11,7 +11,15 @@ import polars as pl
 
 from cki_rec.config import Data
 from cki_rec.data.raw.chunks import Check, Chunk, frames
-from cki_rec.data.raw.formats import avazu, criteo, csv, movielens, sequences, synthetic
+from cki_rec.data.raw.formats import (
+    avazu,
+    criteo,
+    csv,
+    movielens,
+    parquet,
+    sequences,
+    synthetic,
+)
 from cki_rec.data.raw.forms import recorded_forms
 from cki_rec.data.raw.reading import Reading
 
@@ -49,6 +57,10 @@ class Format:
     """Options with values of the raw files in place of ``auto``."""
     recorded_forms: Callable[[Data], dict[str, Any]] = lambda data: {}
     """Options of the form of raw files that differ from the defaults, for manifests."""
+    write_frame: Callable[[pl.DataFrame, Path], None] = lambda frame, path: frame.write_csv(
+        path, null_value=""
+    )
+    """Write rows in memory as a file of this format, if kinds are free."""
     recorded_as: str | None = None
     """Name of the format in manifests and provenance, where it differs: renaming a format must not
     change the identity of encoded sets."""
@@ -79,6 +91,13 @@ FORMATS: dict[str, Format] = {
         resolve=csv.resolve,
         recorded_forms=recorded_forms,
         recorded_as="bars",
+    ),
+    "parquet": _format(
+        parquet,
+        has_free_kinds=True,
+        resolve=parquet.resolve,
+        recorded_forms=parquet.recorded_forms,
+        write_frame=pl.DataFrame.write_parquet,
     ),
     "sequences": _format(
         sequences,

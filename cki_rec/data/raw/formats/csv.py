@@ -25,6 +25,7 @@ from cki_rec.data.raw.forms import (
     first_row,
     fixes_of,
     forms_of,
+    option_of_missing,
     resolved,
     separator_of,
 )
@@ -57,14 +58,18 @@ def kinds(data: Data) -> dict[str, str]:
         UserError: The header lacks a column that an option names, or repeats a column.
     """
     (text, _), *_others = _texts(data)
-    names = _header(text, data)
-    kinds_of = dict.fromkeys((n for n in names if n != data.label), "categorical")
+    return kinds_of(_header(text, data), data)
+
+
+def kinds_of(names: list[str], data: Data) -> dict[str, str]:
+    """Return the default kinds of columns, and of the fields that follow from their roles."""
+    kinds = dict.fromkeys((n for n in names if n != data.label), "categorical")
     if data.time is not None:
         derived = [n for n in TIME_FIELDS if n not in names or n == data.time]
-        kinds_of.update(dict.fromkeys(derived, "time"))
+        kinds.update(dict.fromkeys(derived, "time"))
     if data.time is not None and data.user is not None and data.item is not None:
-        kinds_of.setdefault("history", "history")
-    return kinds_of
+        kinds.setdefault("history", "history")
+    return kinds
 
 
 def user(data: Data) -> str | None:
@@ -91,7 +96,7 @@ def chunks(data: Data, reading: Reading) -> Iterator[Chunk | Check]:
     (first, _), *_others = split_texts = _texts(data)
     data = resolved(data, first)
     expected, forms, fixes = _header(first, data), forms_of(data), fixes_of(data)
-    types = dict.fromkeys(expected, "text") | dict.fromkeys(_numeric_columns(data), "number")
+    types = dict.fromkeys(expected, "text") | dict.fromkeys(numeric_columns(data), "number")
     types[data.label] = "label" if data.labels else "click"
     if data.time is not None:
         types[data.time] = data.time_form
@@ -107,11 +112,11 @@ def chunks(data: Data, reading: Reading) -> Iterator[Chunk | Check]:
             forms=forms,
             fixes=fixes,
         )
-        step = partial(_common_form, data=data, columns=expected, forms=forms, split=split)
+        step = partial(common_form, data=data, columns=expected, forms=forms, split=split)
         yield from row_chunks(text, layout, reading, step)
 
 
-def _common_form(
+def common_form(
     frame: pl.DataFrame, data: Data, columns: list[str], forms: Forms, split: int | None
 ) -> pl.DataFrame:
     """Return the rows of a file in the common form.
@@ -130,7 +135,8 @@ def _common_form(
     return rows
 
 
-def _numeric_columns(data: Data) -> list[str]:
+def numeric_columns(data: Data) -> list[str]:
+    """Return the columns of numeric fields."""
     entries = [entry for entry in data.fields if isinstance(entry, dict)]
     return [str(e.get("column", e["name"])) for e in entries if e.get("kind") == "numeric"]
 
@@ -192,18 +198,13 @@ def _header(text: Text, data: Data) -> list[str]:
             f"{text}, line 1: column {reserved[0]!r}: the names '*' and '^...$' are reserved, "
             "expected another name; rename the column"
         )
-    for option, name in (
-        ("label", data.label),
-        ("user", data.user),
-        ("item", data.item),
-        ("time", data.time),
-    ):
-        if name is not None and name not in names:
-            raise UserError(
-                f"{text}, line 1: no column {name!r} in the header ({', '.join(names[:8])}), "
-                f"expected data.{option}; {nearest(name, names)}set data.{option}"
-                + _separator_hint(text, data, name)
-            )
+    if absent := option_of_missing(names, data):
+        option, name = absent
+        raise UserError(
+            f"{text}, line 1: no column {name!r} in the header ({', '.join(names[:8])}), "
+            f"expected data.{option}; {nearest(name, names)}set data.{option}"
+            + _separator_hint(text, data, name)
+        )
     return names
 
 
