@@ -20,6 +20,12 @@ RAGGED = ("values", "starts", "lengths")
 """Files of a column with several ids per row."""
 _HEADER_BYTES = 128
 
+PADDING_ID = 0
+"""Id that pads sequences; it is never counted and never pooled."""
+OOV_ID = 1
+"""Id of all tokens out of vocabulary: those in no training row, or in too few."""
+FIRST_ID = 2
+"""Id of the most frequent token; ids are ordered by (-count, token)."""
 Ints = NDArray[np.int64]
 Ids = NDArray[np.int32]
 

@@ -8,11 +8,9 @@ from dataclasses import asdict, dataclass, fields, replace
 from itertools import pairwise
 from typing import Any
 
-from torch import nn
-
 from cki_rec.config import Data, UserError, choices, nearest
+from cki_rec.data.columns import FIRST_ID
 from cki_rec.data.raw.formats import FORMATS
-from cki_rec.data.schema import FIRST_ID
 
 KINDS = ("categorical", "numeric", "multi", "history", "time")
 TRANSFORMS = choices(Data, "numeric")
@@ -167,6 +165,8 @@ def _entries(data: Data) -> list[dict[str, Any]]:
 
 def is_field_name(name: str) -> bool:
     """Return whether a name can be the name of a table of a model and of a file."""
+    from torch import nn  # slow, and worker processes do not need it
+
     is_plain = re.fullmatch(r"\w[\w -]*", name) is not None and not name.endswith("_first_order")
     return is_plain and not hasattr(nn.ModuleDict, name) and name != "training"
 

@@ -13,8 +13,7 @@ import numpy as np
 import polars as pl
 
 from cki_rec.config import UserError
-from cki_rec.data.columns import Ids, Ints
-from cki_rec.data.schema import FIRST_ID, OOV_ID
+from cki_rec.data.columns import FIRST_ID, OOV_ID, Ids, Ints
 from cki_rec.files import file_digest
 
 LARGEST_TABLE = 2**31 - 1

@@ -41,6 +41,10 @@ TIME_FIELDS = {
 """Fields of every format with times; Sunday is weekday 0, times are UTC."""
 
 
+def no_progress(_: int) -> None:
+    """Show nothing."""
+
+
 @dataclass(slots=True)
 class Reading:
     """State of one pass over raw files: options, and facts collected besides the rows."""
@@ -49,7 +53,7 @@ class Reading:
     """``error`` stops at a bad row; ``skip`` counts it and stores the first examples."""
     block_bytes: int = 1 << 24
     """Bytes of text to read at a time."""
-    advance: Callable[[int], None] = lambda amount: None
+    advance: Callable[[int], None] = no_progress
     """Callback for progress; receives the number of bytes read from disk."""
     counts: dict[str, int] = field(default_factory=dict)
     """Number of skipped rows by reason."""
