@@ -186,7 +186,7 @@ class _Worker:
         )
 
     def outcome(self, function: Callable[[T], R], task: T) -> tuple[bool, Any]:
-        """Return what ``worker.outcome`` returns there.
+        """Return the result of ``worker.outcome`` there.
 
         Raises:
             UserError: The process ended.

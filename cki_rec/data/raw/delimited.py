@@ -15,8 +15,8 @@ import polars as pl
 
 from cki_rec.config import UserError
 from cki_rec.data.raw.chunks import Check, Chunk, Step, frames
-from cki_rec.data.raw.reading import BOM, LINE, LONGEST_LINE, Reading, Text, count_byte
-from cki_rec.data.raw.rows import SEPARATOR, Row, form_fault, split_rows
+from cki_rec.data.raw.reading import BOM, LINE, LONGEST_LINE, Reading, Text
+from cki_rec.data.raw.rows import SEPARATOR, Row, count_byte, form_fault, split_rows
 from cki_rec.data.raw.values import (
     BLANKS,
     TYPES,

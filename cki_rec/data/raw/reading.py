@@ -1,8 +1,9 @@
 """Parts common to all readers of raw formats: files, bad rows and times.
 
-A reader yields chunks (``chunks``) whose rows have the common form. These are polars frames with
-``LABEL`` (UInt8), ``TIME`` (Int64 seconds, if rows have times), ``SPLIT`` (UInt8, if files define
-the split) and the columns of the fields: String (null: missing), or Int64 and Float64 for numbers.
+A reader yields chunks (``chunks``) whose rows have the common form. This is a polars frame with
+``LABEL`` (UInt8), ``TIME`` (Int64 seconds, if rows have times) and ``SPLIT`` (UInt8, if files
+define the split). The columns of the fields are String, or a list of it (null: missing), or Int64
+and Float64 for numbers.
 """
 
 from __future__ import annotations
@@ -19,7 +20,6 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
-import numpy as np
 import polars as pl
 
 from cki_rec.config import Data, Split, UserError
@@ -247,11 +247,6 @@ class Text:
             f"{self}: damaged or truncated after line {lines} ({error}); "
             "fetch it again or set data.raw"
         )
-
-
-def count_byte(block: bytes, byte: bytes) -> int:
-    """Return how often a byte occurs; ``bytes.count`` is slow for frequent ones."""
-    return int(np.count_nonzero(np.frombuffer(block, np.uint8) == byte[0]))
 
 
 def texts(data: Data) -> list[Text]:

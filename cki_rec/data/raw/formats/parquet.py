@@ -170,6 +170,6 @@ def _files(data: Data) -> list[tuple[Path, int | None]]:
         return [(path, code) for code, path in enumerate(listed)]
     raise UserError(
         f"data.raw={data.raw}: files {', '.join(sorted(by_name)[:5])}, expected train, valid and "
-        "test; set data.raw to their folder or to a list of three files in this order, or split "
-        "the rows with data.split.by=random"
+        "test; set data.raw to their folder or to a list in this order, or set "
+        "data.split.by=random"
     )
