@@ -18,7 +18,6 @@ from filelock import FileLock
 
 from cki_rec.config import Data, UserError
 from cki_rec.data.raw.chunks import Check, Chunk
-from cki_rec.data.raw.click_model import write_raw
 from cki_rec.data.raw.formats import avazu, criteo, movielens
 from cki_rec.data.raw.reading import Reading
 from cki_rec.files import new_folder
@@ -92,6 +91,8 @@ def true_logits(data: Data) -> Path:
 
 def _write(data: Data, folder: Path) -> None:
     """Write ``folder`` whole or not at all; the caller holds the lock."""
+    from cki_rec.data.raw.click_model import write_raw  # slow, and workers do not need it
+
     logger.info("writing %s synthetic rows to %s", f"{data.synthetic.rows:,}", folder)
     with new_folder(folder) as temporary:
         write_raw(data.synthetic, temporary)
