@@ -65,7 +65,7 @@ def ensure(config: Config, force: bool = False) -> Run:
     models = resolve(config, preflight.needs_base(config), needs_suite=False)
     dataset = None
     if reads_rows(config):
-        dataset = store.prepare(config.data, config.runtime.encoded, config.runtime.chunk_mb)
+        dataset = store.prepared(config)
     check_sources(config, models, dataset)
     reads = _reads(config, models, dataset)
     with open_run(Path(config.runtime.out), run_id("assess", reads), force) as run:

@@ -93,7 +93,7 @@ def ensure(config: Config, force: bool = False) -> Run:
     if reason := _refusal(config):
         raise UserError(f"merge.method={config.merge.method}: {reason}")
     models = merge.resolve(config, needs_suite=True)
-    dataset = store.prepare(config.data, config.runtime.encoded, config.runtime.chunk_mb)
+    dataset = store.prepared(config)
     options = config.evaluate
     everyone = [*models.suite, *models.merged, *([models.base] if models.base else [])]
     _check_unseen(options, dataset, everyone)  # before any merging

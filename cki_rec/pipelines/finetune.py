@@ -54,7 +54,7 @@ def ensure(config: Config, models: Sources | None = None, force: bool = False) -
         raise UserError(f"merge={config.merge.label} gives no single model to fine-tune")
     models = models or merge.resolve(config)
     start = merge.model_of(config, models)
-    dataset = store.prepare(config.data, config.runtime.encoded, config.runtime.chunk_mb)
+    dataset = store.prepared(config)
     reads = {
         "start": start.identity,
         "data": dataset.hash,

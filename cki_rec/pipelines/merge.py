@@ -92,7 +92,7 @@ def ensure(config: Config, models: Sources | None = None, force: bool = False) -
         return _refined(config, models, model_of(replace(config, merge=closed), models), force)
     dataset = None
     if preflight.needs_rows(options):
-        dataset = store.prepare(config.data, config.runtime.encoded, config.runtime.chunk_mb)
+        dataset = store.prepared(config)
     candidates, base = models.merged, models.base
     if options.method == AUTO:
         candidates = _recipes(config, models)
@@ -257,7 +257,7 @@ def _finished(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Write the refined model, or its start if that is better; return facts and result."""
     assert fitted.record is not None
-    dataset = store.prepare(config.data, config.runtime.encoded, config.runtime.chunk_mb)
+    dataset = store.prepared(config)
     before, after = valid_auc(config, dataset, start), fitted.record["result"]["valid_auc"]
     (saved,) = sharded.load([fitted.checkpoint if after > before else start.folder])
     params, calibration = saved.params, None

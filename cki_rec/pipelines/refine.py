@@ -47,7 +47,7 @@ def ensure(config: Config, models: Sources, start: Source, force: bool = False) 
         start: The model that is fitted.
         force: Refine again.
     """
-    dataset = store.prepare(config.data, config.runtime.encoded, config.runtime.chunk_mb)
+    dataset = store.prepared(config)
     options = config.merge
     reads = {
         "start": start.identity,
@@ -127,7 +127,7 @@ def _refine(
 
 def variants(config: Config, models: Sources) -> list[Config]:
     """Return the refinements that a search tries: to the mean logit, with maps and without."""
-    dataset = store.prepare(config.data, config.runtime.encoded, config.runtime.chunk_mb)
+    dataset = store.prepared(config)
     teacher = choose_teacher(config, dataset, models.merged)
     if teacher.field is not None or not _has_maps(config, dataset, models.merged):
         return [config]

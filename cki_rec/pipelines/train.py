@@ -92,7 +92,7 @@ def ensure(config: Config, force: bool = False) -> Run:
     Raises:
         UserError: The options exclude each other, or the start does not fit.
     """
-    dataset = store.prepare(config.data, config.runtime.encoded, config.runtime.chunk_mb)
+    dataset = store.prepared(config)
     reads = _reads(config, dataset)
     distributed.start(config.runtime)
     out, resume = Path(config.runtime.out), config.runtime.resume
@@ -112,7 +112,7 @@ def outline_of(config: Config) -> tuple[Checkpoint, bool]:
 
     Nothing is trained. Tensors are on ``meta``, as in ``checkpoints.outline``.
     """
-    dataset = store.prepare(config.data, config.runtime.encoded, config.runtime.chunk_mb)
+    dataset = store.prepared(config)
     run = run_of(config, dataset)
     if run.record is not None and not run.damage():
         return outline(run.checkpoint), True
