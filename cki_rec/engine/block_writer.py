@@ -1,9 +1,9 @@
 """A checkpoint that is written block by block, and that a killed program goes on with.
 
-Each process writes one file of tensors in the layout of torch.distributed.checkpoint (DCP). A block
-is a part of its tensor, and a line of a journal. Every block is read back and compared. A program
-that starts again checks the blocks of the journal and goes on after the last. When all are written,
-the first process writes the metadata.
+Each process writes one file of tensors in the layout of torch.distributed.checkpoint (DCP). A
+block is a part of its tensor, and a line of a journal. Every block is read back and compared. A
+program that starts again checks the blocks of the journal and goes on after the last. When all
+are written, the first process writes the metadata.
 """
 
 from __future__ import annotations
