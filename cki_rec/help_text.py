@@ -14,6 +14,7 @@ PIPELINES = {
     "finetune": "merge, then train briefly on all rows",
     "evaluate": "all of the above as configured, then metrics and intervals on test rows",
     "export": "write a trained or merged model as one file that serves without this package",
+    "predict": "score the raw rows of a csv or Parquet file with a model",
     "report": "tables, figures and an HTML page from the records of a name",
     "inspect": "describe the columns of your file, and draft its conf/data/NAME.yaml",
 }
@@ -25,6 +26,7 @@ EXAMPLES = {
     "finetune": "merge=evidence finetune=one_epoch",
     "evaluate": "-m suite=seeds,shards seed=1,2,3 merge=average,evidence",
     "export": "run=train-0123456789abcdef format=onnx",
+    "predict": "run=train-0123456789abcdef input=rows.csv output=scores.csv",
     "report": "name=quickstart",
     "inspect": "my.csv",
 }
@@ -37,6 +39,7 @@ READS = {
     "finetune": ["data", "model", "train", "suite", "merge", "finetune"],
     "evaluate": ["data", "model", "train", "suite", "merge", "finetune", "evaluate"],
     "export": [],
+    "predict": [],
     "report": [],
 }
 """The groups whose values a pipeline reads."""

@@ -386,8 +386,12 @@ class Config:
     check_only: bool
     """``merge`` reports whether the sources fit together, and does nothing else."""
     run: str | None
-    """Model that ``export`` reads: a run directory, a checkpoint folder or a run id under
-    ``runtime.out``."""
+    """Model that ``export`` and ``predict`` read: a run directory, a checkpoint folder or a run id
+    under ``runtime.out``."""
+    input: str | None
+    """Raw rows that ``predict`` scores: csv or Parquet."""
+    output: str | None
+    """Scores that ``predict`` writes: csv or Parquet."""
     format: Literal["pt2", "onnx"]
     """Format that ``export`` writes: ``pt2`` (torch.export) or ``onnx``."""
     data: Data

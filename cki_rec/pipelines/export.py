@@ -8,16 +8,15 @@ import os
 import platform
 import shutil
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from cki_rec import checkpoints
-from cki_rec.checkpoints import CHECKPOINT, DESCRIPTION, Checkpoint
-from cki_rec.config import Config, Model, UserError, nearest, section
+from cki_rec.checkpoints import DESCRIPTION, Checkpoint
+from cki_rec.config import Config, Model, UserError, section
 from cki_rec.data.schema import FIRST_ID, OOV_ID, PADDING_ID
 from cki_rec.engine import distributed
 from cki_rec.engine.export import (
@@ -32,10 +31,9 @@ from cki_rec.engine.export import (
     free_dims,
     largest_difference,
 )
-from cki_rec.engine.record import RECORD, Run
 from cki_rec.environment import installed_version
 from cki_rec.files import file_digest
-from cki_rec.models import build_model
+from cki_rec.pipelines.loading import data_set, find, restore
 
 FORMAT = 1
 """Format of the description."""
@@ -62,16 +60,6 @@ IDS_OF_TOKENS = (
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class ExportSource:
-    """The model that ``run`` names."""
-
-    checkpoint: Path
-    home: Path
-    """The run directory, or the checkpoint folder itself."""
-    run_id: str | None
-
-
 def run(config: Config) -> None:
     """Export the configured model; log the path, size and error of the file.
 
@@ -82,7 +70,7 @@ def run(config: Config) -> None:
     check_packages(config.format)
     if distributed.world_size() > 1:
         raise UserError("export runs in one process; start it without torchrun")
-    source = find(config)
+    source = find(config, "export")
     distributed.start(replace(config.runtime, device="cpu"))
     saved = checkpoints.load(source.checkpoint)
     network = restore(saved, source.checkpoint)
@@ -103,54 +91,6 @@ def run(config: Config) -> None:
     log.info("model: %s", target)
     log.info("  %.2f MB; inputs and ids are described in %s.json", megabytes, target.name)
     log.info("  largest difference from the model's own scores: %.1e", difference)
-
-
-def find(config: Config) -> ExportSource:
-    """Return the model that ``run`` names: a path, or a run id under ``runtime.out``.
-
-    Raises:
-        UserError: No model is named, or the run is missing, unfinished or without a model.
-    """
-    if config.run is None:
-        raise UserError(f"run=null: name a model, e.g. cki-rec export run={_example(config)}")
-    out = Path(config.runtime.out)
-    folder = next((f for f in (Path(config.run), out / config.run) if f.exists()), None)
-    if folder is None:
-        known = [path.parent.name for path in out.glob(f"*/{RECORD}")]
-        hint = nearest(config.run, known)
-        raise UserError(f"run={config.run}: {hint}no such folder, and no such run in {out}")
-    if (folder / DESCRIPTION).is_file():
-        is_of_run = folder.name == CHECKPOINT
-        home = folder.resolve().parent if is_of_run else folder
-        return ExportSource(folder, home, _run_id(home) if is_of_run else None)
-    if not (folder / RECORD).is_file():
-        if (folder / CHECKPOINT).is_dir():
-            raise UserError(
-                f"run={config.run}: unfinished, {RECORD} is missing; run its command again, or"
-                f" name its checkpoint as it is: run={folder / CHECKPOINT}"
-            )
-        raise UserError(f"run={config.run}: no run and no checkpoint in {folder}")
-    if not (folder / CHECKPOINT).is_dir():
-        record = Run(folder).record or {}
-        chosen = (record.get("result") or {}).get("chosen") or []
-        others = f"; its result is another run: run={', run='.join(chosen)}" if chosen else ""
-        raise UserError(f"run={config.run}: this run made no model{others}")
-    return ExportSource(folder / CHECKPOINT, folder, _run_id(folder))
-
-
-def restore(saved: Checkpoint, folder: Path) -> nn.Module:
-    """Return the network of a checkpoint on the CPU, with unsharded tables.
-
-    Raises:
-        UserError: The tensors do not match the network.
-    """
-    network = build_model(saved.schema, saved.model, torch.device("meta"))
-    try:
-        network.load_state_dict(saved.params, assign=True)
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"{folder}: its tensors do not fit its network ({reason})") from None
-    return network.eval()
 
 
 def write(
@@ -242,30 +182,6 @@ def describe_servable(servable: Servable, model: Model) -> dict[str, Any]:
         "first_id": FIRST_ID,
         "model": section(model),
     }
-
-
-def _run_id(home: Path) -> str | None:
-    """Return the run id in the record of a run; None without a record."""
-    record = Run(home).record
-    return None if record is None else str(record.get("run_id"))
-
-
-def _example(config: Config) -> str:
-    """Return the latest run with a model, for a message."""
-    runs = Path(config.runtime.out).glob(f"*/{CHECKPOINT}/{DESCRIPTION}")
-    latest = max(runs, key=lambda path: path.stat().st_mtime, default=None)
-    return latest.parent.parent.name if latest else "experiments/runs/train-0123456789abcdef"
-
-
-def data_set(encoded: Path, data_hash: str) -> str | None:
-    """Return the name of the encoded data set with this hash; None if it is not here."""
-    for path in sorted(encoded.glob("*/manifest.json")):
-        try:
-            if json.loads(path.read_text())["hash"] == data_hash:
-                return path.parent.name
-        except (OSError, ValueError, KeyError, TypeError):
-            continue  # damaged or incomplete
-    return None
 
 
 def _versions(name: str) -> dict[str, str]:

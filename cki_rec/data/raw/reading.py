@@ -56,6 +56,8 @@ class Reading:
     """First skipped rows by reason."""
     has_published: bool = True
     """Whether to compute the md5 of texts, which identifies published ones."""
+    fix: str = "skip such rows with data.on_bad_row=skip"
+    """The option to name for a bad row that has no other."""
     line: int = 1
     """Number of the next line in the current text."""
     md5: dict[str, str] = field(default_factory=dict)
@@ -79,10 +81,9 @@ class Reading:
         """
         shown = repr(text if len(text) <= 80 else text[:77] + "...")
         if self.on_bad_row == "error":
-            fix = fix or "skip such rows with data.on_bad_row=skip"
             raise UserError(
                 f"{where}: {reason}: found {shown}, expected {expected}; correct the line, or "
-                f"{fix}"
+                f"{fix or self.fix}"
             )
         self.counts[reason] = self.counts.get(reason, 0) + rows
         examples = self.examples.setdefault(reason, [])

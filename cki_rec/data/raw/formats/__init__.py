@@ -40,6 +40,11 @@ class Format:
     """Whether ``data.fields`` may make a numeric field of any column."""
     has_threshold: bool = False
     """Whether ``data.label_threshold`` defines the labels."""
+    time: tuple[str, str] | None = None
+    """The raw column of times and its form (``values.TIMES``); None: there is none, or
+    ``data.time`` names it."""
+    columns: tuple[str, ...] = ()
+    """Columns of files without a header, the label first; empty: files have a header."""
     true_logits: Callable[[Data], Path] | None = None
     """The file of the true logits of the rows; None: rows are not synthetic."""
     describes: frozenset[str] = frozenset()
@@ -58,10 +63,16 @@ def _format(module: Any, **traits: Any) -> Format:
 
 
 FORMATS: dict[str, Format] = {
-    "criteo": _format(criteo, is_chronological=lambda data: True),
-    "avazu": _format(avazu),
+    "criteo": _format(
+        criteo, is_chronological=lambda data: True, columns=tuple(criteo.LAYOUT.columns)
+    ),
+    "avazu": _format(avazu, time=("hour", "yymmddhh")),
     "movielens": _format(
-        movielens, has_published=True, has_threshold=True, describes=movielens.DESCRIBES
+        movielens,
+        has_published=True,
+        has_threshold=True,
+        time=("timestamp", "seconds"),
+        describes=movielens.DESCRIBES,
     ),
     "csv": _format(
         csv,
@@ -74,6 +85,7 @@ FORMATS: dict[str, Format] = {
     "sequences": _format(
         sequences,
         rows_per_step=sequences.rows_per_step,
+        time=("time", "seconds"),
         describes=frozenset({sequences.ATTRIBUTES}),
     ),
     "synthetic": _format(
