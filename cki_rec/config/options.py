@@ -394,6 +394,8 @@ class Config:
     """Scores that ``predict`` writes: csv or Parquet."""
     format: Literal["pt2", "onnx"]
     """Format that ``export`` writes: ``pt2`` (torch.export) or ``onnx``."""
+    int8: bool
+    """``export`` stores embeddings as int8, with one scale per row."""
     data: Data
     model: Model
     train: Train

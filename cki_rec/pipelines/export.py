@@ -21,19 +21,17 @@ from cki_rec.data.schema import FIRST_ID, OOV_ID, PADDING_ID
 from cki_rec.engine import distributed
 from cki_rec.engine.export import (
     FORMATS,
-    IDS,
-    NUMBERS,
-    OUTPUTS,
     TOLERANCE,
-    Servable,
     check_packages,
     example_inputs,
-    free_dims,
     largest_difference,
 )
+from cki_rec.engine.servable import IDS, NUMBERS, OUTPUTS, Servable, free_dims
 from cki_rec.environment import installed_version
 from cki_rec.files import file_digest
+from cki_rec.pipelines import serving_files
 from cki_rec.pipelines.loading import data_set, find, restore
+from cki_rec.pipelines.serving_files import ServingFiles
 
 FORMAT = 1
 """Format of the description."""
@@ -86,11 +84,20 @@ def run(config: Config) -> None:
         "loading": LOADING[config.format],
         "versions": _versions(config.format),
     }
-    difference = write(network, saved, target, config.format, about)
+    try:
+        files = serving_files.of_model(config, saved, source.home, network)
+    except UserError as error:
+        log.warning("  no encoder of raw rows: %s", error)
+        files = None
+    written = write(network, saved, target, config.format, about, files, config.int8)
     megabytes = sum(path.stat().st_size for path in target.parent.glob(f"{target.name}*")) / 1e6
     log.info("model: %s", target)
     log.info("  %.2f MB; inputs and ids are described in %s.json", megabytes, target.name)
-    log.info("  largest difference from the model's own scores: %.1e", difference)
+    log.info("  largest difference from the model's own scores: %.1e", written["difference"])
+    for rows, largest in written["int8"].items():
+        log.info("  int8 tables: largest error of a score on %s: %.1e", rows, largest)
+    if files is not None:
+        log.info("  raw rows: encoder.py, and examples.json with ten rows and their scores")
 
 
 def write(
@@ -99,8 +106,10 @@ def write(
     target: Path,
     name: str,
     about: dict[str, Any],
-) -> float:
-    """Write the file and its description whole or not at all; return the difference of scores.
+    files: ServingFiles | None = None,
+    is_int8: bool = False,
+) -> dict[str, Any]:
+    """Write the file and its description whole or not at all.
 
     Args:
         network: The network of ``saved``.
@@ -108,6 +117,12 @@ def write(
         target: The file; its description is written beside it.
         name: A row of ``FORMATS``.
         about: Further entries of the description.
+        files: The encoder of raw rows and examples; None: they are not at hand.
+        is_int8: Store embeddings as int8.
+
+    Returns:
+        ``difference`` of the file's scores from those of its network, and ``int8``: the largest
+        error of a score by rows, empty without int8.
 
     Raises:
         UserError: Scores of the written file differ from the network.
@@ -115,19 +130,25 @@ def write(
     temporary = target.with_name(f".{target.name}.tmp-{os.getpid()}")
     try:
         temporary.mkdir(parents=True)
-        path, servable = temporary / target.name, Servable(network, saved.schema)
+        path, servable = temporary / target.name, Servable(network, saved.schema, is_int8)
         FORMATS[name].write(servable, example_inputs(saved.schema), path)
-        difference = largest_difference(network, saved.schema, FORMATS[name].read(path))
+        scores = FORMATS[name].read(path)
+        exact = (lambda inputs: servable(inputs)["logit"]) if is_int8 else None
+        difference = largest_difference(network, saved.schema, scores, exact)
         if not difference <= TOLERANCE:
             raise UserError(
                 f"format={name}: exported scores differ from the model's own by {difference:.1e},"
                 f" more than {TOLERANCE:.0e}; nothing is kept"
             )
+        errors = serving_files.int8_errors(network, servable, files) if is_int8 else {}
+        if files is not None:
+            files.write(temporary, target.name, errors)
         parts = sorted(temporary.iterdir())
         description = {
             "format": FORMAT,
             "files": {part.name: file_digest(part) for part in parts},
             "largest_difference": difference,
+            **({"int8": {"largest_error": errors}} if is_int8 else {}),
             **about,
             **describe_servable(servable, saved.model),
         }
@@ -135,8 +156,9 @@ def write(
         beside.write_text(json.dumps(description, indent=1, allow_nan=False))
         for part in (*parts, beside):
             part.replace(target.with_name(part.name))
-        if len(parts) == 1:
-            target.with_name(f"{target.name}.data").unlink(missing_ok=True)
+        data = target.with_name(f"{target.name}.data")
+        if data.name not in {part.name for part in parts}:
+            data.unlink(missing_ok=True)
     except OSError as error:
         error.filename = error.filename or str(target)
         raise
@@ -144,7 +166,7 @@ def write(
         shutil.rmtree(temporary, ignore_errors=True)
         with suppress(OSError):
             target.parent.rmdir()  # if it is empty
-    return difference
+    return {"difference": difference, "int8": errors}
 
 
 def describe_servable(servable: Servable, model: Model) -> dict[str, Any]:

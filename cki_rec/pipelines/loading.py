@@ -66,6 +66,18 @@ def load(config: Config, name: str | None, pipeline: str = "predict") -> LoadedM
     distributed.start(replace(config.runtime, device="cpu"))
     saved = checkpoints.load(source.checkpoint)
     network = restore(saved, source.checkpoint)
+    dataset = data_set_of(config, saved, name)
+    known = tokens_of(saved, source.home, dataset)
+    encoder = encoder_of(dataset, saved.schema, known)
+    return LoadedModel(network, saved.schema, dataset, known, encoder, config)
+
+
+def data_set_of(config: Config, saved: Checkpoint, name: str | None) -> EncodedDataset:
+    """Return the data set of a model's training rows.
+
+    Raises:
+        UserError: It is not encoded here.
+    """
     encoded = Path(config.runtime.encoded)
     folder = data_set(encoded, saved.origin.data_hash)
     if folder is None:
@@ -73,10 +85,7 @@ def load(config: Config, name: str | None, pipeline: str = "predict") -> LoadedM
             f"{name}: its data set is not encoded in {encoded}; name the folder with"
             " runtime.encoded=FOLDER, or encode it again: cki-rec prepare data=..."
         )
-    dataset = EncodedDataset(encoded / folder)
-    known = tokens_of(saved, source.home, dataset)
-    encoder = encoder_of(dataset, saved.schema, known)
-    return LoadedModel(network, saved.schema, dataset, known, encoder, config)
+    return EncodedDataset(encoded / folder)
 
 
 def find(config: Config, pipeline: str) -> Named:

@@ -22,7 +22,8 @@ from cki_rec.data.loader import Loader
 from cki_rec.data.provenance import Provenance
 from cki_rec.data.schema import Feature, FeatureSchema
 from cki_rec.engine import checkpoint_io, export
-from cki_rec.engine.export import FORMATS, Servable, draw_batch, example_inputs, inputs_of
+from cki_rec.engine.export import FORMATS, example_inputs
+from cki_rec.engine.servable import Servable, draw_batch, inputs_of
 from cki_rec.files import file_digest
 from cki_rec.models import MODELS, build_model, model_schema
 from cki_rec.pipelines import export as pipeline
@@ -120,6 +121,21 @@ def test_pt2_equals_the_network(options, tmp_path, caplog, name):
 def test_onnx_equals_the_network(options, tmp_path, name):
     network = build(options(name))
     assert_equal_scores(network, MIXED, round_trip(network, MIXED, "onnx", tmp_path))
+
+
+@pytest.mark.parametrize("name", slow_but(["din"], MODELS))
+def test_int8_tables_are_a_fourth_and_score_nearly_the_same(options, name):
+    network = build(options(name, embedding_dim=16))
+    exact, small = (Servable(network, MIXED, is_int8) for is_int8 in (False, True))
+    wide = [table for table in small.tables if table.shape[1] > 1]
+    assert {table.dtype for table in wide} <= {torch.int8}
+    assert len(small.scales) == len(wide)
+    for batch in batches():
+        inputs = inputs_of(batch, MIXED)
+        difference = exact(inputs)["probability"] - small(inputs)["probability"]
+        assert difference.abs().max() < 0.02
+        padded = {key: torch.zeros_like(value) for key, value in inputs.items()}
+        torch.testing.assert_close(small(padded)["logit"], exact(padded)["logit"])
 
 
 @pytest.mark.parametrize("kinds", [["categorical"], ["numeric"], ["multi", "history"]])

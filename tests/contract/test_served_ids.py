@@ -7,7 +7,8 @@ import torch
 from networks import make_case, options
 
 from cki_rec.data.schema import OOV_ID
-from cki_rec.engine.export import FORMATS, Servable, draw_batch, example_inputs, inputs_of
+from cki_rec.engine.export import FORMATS, example_inputs
+from cki_rec.engine.servable import Servable, draw_batch, inputs_of
 from cki_rec.pipelines.export import describe_servable
 
 

@@ -7,53 +7,15 @@ import gzip
 import numpy as np
 import polars as pl
 import pytest
-import torch
-from conftest import SMALL
+from mixed import train_mixed
 
-from cki_rec import notebook
 from cki_rec.cli import main
-from cki_rec.engine import evaluator
 from cki_rec.pipelines import predict
-
-FIELDS = (
-    "[user,item,weekday,history,{name: price,kind: numeric},{name: age,kind: numeric,"
-    "transform: quantile},{name: tags,kind: multi},{name: past,kind: history,separator: '|',"
-    "max_length: 2,table: item},{name: hashed,column: user,hash_size: 7}]"
-)
-
-
-def write_rows(path, rows=400, seed=0):
-    """Write rows with empty values, empty lists, quotes and unknown tokens."""
-    draw = np.random.default_rng(seed)
-    lines = ["y,user,item,at,price,age,tags,past"]
-    for _ in range(rows):
-        past = "|".join(f"i{n}" for n in draw.integers(0, 12, draw.integers(0, 4)))
-        tags = "|".join(f"t{n}" for n in draw.integers(0, 5, draw.integers(0, 4)))
-        price, age = (f"{9 * draw.random():.3f}" if draw.random() < 0.9 else "" for _ in range(2))
-        cells = [draw.integers(0, 2), f'u{draw.integers(0, 30)},"i{draw.integers(0, 12)}"']
-        cells += [1_700_000_000 + draw.integers(0, 10**6), price, age, tags, past]
-        lines.append(",".join(map(str, cells)))
-    path.write_text("\n".join(lines) + "\n")
-    return path
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """Folder and options of a model with fields of every kind, its id, and its scores."""
-    folder = tmp_path_factory.mktemp("predict")
-    raw = write_rows(folder / "rows.csv")
-    words = [f"runtime.{name}={folder / name}" for name in ("out", "reports", "encoded")]
-    words += [*SMALL, "runtime.device=cpu"]
-    data = ["data=csv", f"data.raw={raw}", "data.label=y", "data.user=user", "data.item=item"]
-    data += ["data.time=at", f"data.fields={FIELDS}", "data.numeric=log1p", "data.buckets=4"]
-    assert main(["train", *data, "model.histories=true", *words]) == 0
-    (run,) = (path.parent.name for path in (folder / "out").glob("train-*/record.json"))
-    model = notebook.load_model(run, *words)
-    rows = np.arange(len(model.dataset))
-    logits = evaluator.predict(
-        model.network, model.dataset, model.schema, rows, torch.device("cpu")
-    )
-    return folder, words, run, 1 / (1 + np.exp(-logits.astype(np.float64)))
+    return train_mixed(tmp_path_factory.mktemp("predict"))
 
 
 def served(trained, source, output):
@@ -141,6 +103,7 @@ def test_bad_rows_are_named_and_leave_no_file(trained, tmp_path, capsys, change,
     assert (tmp_path / "scores.csv").read_text() == "as before"
 
 
+@pytest.mark.slow
 def test_mistakes_are_one_line(trained, tmp_path, capsys):
     folder, words, run, _ = trained
     rows = folder / "rows.csv"

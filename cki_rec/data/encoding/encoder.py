@@ -23,8 +23,7 @@ import polars as pl
 
 PADDING_ID, OOV_ID, FIRST_ID = 0, 1, 2
 RULES = "encoder.json"
-BLANKS = " \t"
-"""Characters that are removed from both ends of numbers and times."""
+BLANKS = " \t"  # removed from both ends of numbers and times
 LARGEST_FLOAT = 3.4028234663852886e38
 LARGEST_WHOLE = 2.0**53
 LATEST = 4_102_444_800
@@ -48,13 +47,12 @@ SIGNS = "[$\u20ac\u00a3\u00a5%\\s]"
 X = pl.col("x")
 
 Field = Mapping[str, Any]
-"""An entry of the rules."""
 Rows = pl.DataFrame | Sequence[Mapping[str, Any]]
 """Raw rows: a frame, or a mapping from column to value per row."""
 
 
 class RowError(ValueError):
-    """A value that is not readable: row from 0, and problem."""
+    """A value that is not readable."""
 
     def __init__(self, row: int, problem: str) -> None:
         super().__init__(f"row {row + 1}: {problem}")
@@ -118,7 +116,7 @@ class Encoder:
         Raises:
             ValueError: A column is missing, or a value is not readable.
         """
-        frame = rows if isinstance(rows, pl.DataFrame) else _as_frame(rows)
+        frame = rows if isinstance(rows, pl.DataFrame) else as_frame(rows)
         if missing := self.missing(frame.columns):
             listed = ", ".join(frame.columns)
             raise ValueError(f"no column {', '.join(missing)}; the rows have {listed}")
@@ -138,8 +136,8 @@ class Encoder:
         return lacking
 
     def _needs_time(self, columns: Sequence[str] = ()) -> bool:
-        names = {f["name"] for f in self.fields if f["kind"] == "time" or f["name"] in self.likes}
-        return any(f"@{name}" not in columns for name in names)
+        of_time = [f["name"] for f in self.fields if f["kind"] == "time"]
+        return any(f"@{name}" not in columns for name in [*of_time, *self.likes])
 
     def _time_column(self, columns: Sequence[str]) -> tuple[str, str] | None:
         column, form, takes_seconds = self.rules["time"]
@@ -191,7 +189,7 @@ class Encoder:
             numbers = column.cast(pl.Float64).fill_nan(None) if is_float else column
             typed = numbers.cast(kind, strict=False)
             is_bad = numbers.is_not_null() & (typed.is_null() | (typed != numbers))
-            return _checked(typed, is_bad | typed.is_infinite(), column, field["type"])
+            return _checked(typed, is_bad | typed.is_infinite(), column, f"finite {field['type']}")
         text = self._bare(column)
         number, pattern = X, PATTERNS["integer" if is_whole else "number"]
         if not is_whole and form in MARKS:
@@ -203,7 +201,7 @@ class Encoder:
         number = pl.when(number.str.contains(pattern)).then(number.str.strip_prefix("+"))
         typed = text.select(number.cast(kind, strict=False)).to_series()
         is_bad = text["x"].is_not_null() & typed.is_null()
-        return _checked(typed, is_bad | typed.is_infinite(), column, field["type"])
+        return _checked(typed, is_bad | typed.is_infinite(), column, f"finite {field['type']}")
 
     def _time(self, frame: pl.DataFrame) -> pl.Series:
         """Return the time of every row in seconds.
@@ -307,20 +305,21 @@ def _is_liked(field: Field) -> bool:
     return field["kind"] == "history" and field["separator"] is None
 
 
-def _as_frame(rows: Sequence[Mapping[str, Any]]) -> pl.DataFrame:
-    """Return rows as a frame: columns of numbers, of lists of text, or of text."""
+def as_frame(rows: Sequence[Mapping[str, Any]]) -> pl.DataFrame:
+    """Return rows as a frame: columns of floats, of lists of text, or of text."""
     names = dict.fromkeys(name for row in rows for name in row)
-    return pl.DataFrame({name: _as_column([row.get(name) for row in rows]) for name in names})
+    return pl.DataFrame({n: _as_column(n, [row.get(n) for row in rows]) for n in names})
 
 
-def _as_column(values: list[Any]) -> pl.Series:
+def _as_column(name: str, values: list[Any]) -> pl.Series:
     present = [value for value in values if value is not None]
-    if any(isinstance(value, list | tuple) for value in present):
+    if lists := sum(isinstance(value, list | tuple) for value in present):
+        if lists < len(present):
+            raise ValueError(f"column {name}: lists and texts; pass lists in every row")
         lists = [value if value is None else [str(v) for v in value] for value in values]
         return pl.Series(lists, dtype=pl.List(pl.String))
-    for kind, dtype in ((int, pl.Int64), (int | float, pl.Float64)):
-        if present and all(isinstance(v, kind) and not isinstance(v, bool) for v in present):
-            return pl.Series(values, dtype=dtype, strict=False)
+    if present and {type(value) for value in present} - {int} == {float}:
+        return pl.Series(values, dtype=pl.Float64, strict=False)
     texts = [str(v).lower() if isinstance(v, bool) else v for v in values]
     return pl.Series([v if v is None else str(v) for v in texts], dtype=pl.String)
 
@@ -333,10 +332,8 @@ def _checked(values: pl.Series, is_bad: pl.Series, raw: pl.Series, expected: str
     """
     if is_bad.any():
         row = int(is_bad.arg_true()[0])
-        shown = repr(raw[row])
-        shown = shown if len(shown) <= 60 else f"{shown[:57]}..."
-        problem = f"column {raw.name}: found {shown}, expected a finite {expected}"
-        raise RowError(row, problem.replace("finite time", "time"))
+        shown = repr(raw[row])[:60]
+        raise RowError(row, f"column {raw.name}: found {shown}, expected a {expected}")
     return values
 
 
