@@ -31,24 +31,29 @@ MOST_VALIDATION_ROWS = 100_000
 """Validation rows on which the error of int8 is measured."""
 CPU = torch.device("cpu")
 CODE = {
-    "pt2": """import json, torch
-from encoder import Encoder
-
-encoder = Encoder.load(".")
-model = torch.export.load("model.pt2").module()
-examples = json.load(open("examples.json"))
-inputs = {name: torch.tensor(v) for name, v in encoder.inputs(examples["rows"]).items()}
-print(model(inputs)["probability"], examples["scores"])""",
-    "onnx": """import json, numpy, onnxruntime
-from encoder import Encoder
-
-encoder = Encoder.load(".")
-model = onnxruntime.InferenceSession("model.onnx")
-examples = json.load(open("examples.json"))
-inputs = {name: numpy.array(v) for name, v in encoder.inputs(examples["rows"]).items()}
-if "numbers" in inputs:
-    inputs["numbers"] = inputs["numbers"].astype("float32")
-print(model.run(["probability"], inputs)[0], examples["scores"])""",
+    "pt2": (
+        "import json, torch",
+        "from encoder import Encoder",
+        "",
+        'encoder = Encoder.load(".")',
+        'model = torch.export.load("model.pt2").module()',
+        'examples = json.load(open("examples.json"))',
+        'inputs = encoder.inputs(examples["rows"])',
+        "tensors = {name: torch.tensor(values) for name, values in inputs.items()}",
+        'print(model(tensors)["probability"], examples["scores"])',
+    ),
+    "onnx": (
+        "import json, numpy, onnxruntime",
+        "from encoder import Encoder",
+        "",
+        'encoder = Encoder.load(".")',
+        'model = onnxruntime.InferenceSession("model.onnx")',
+        'examples = json.load(open("examples.json"))',
+        'inputs = encoder.inputs(examples["rows"])',
+        'types = {"numbers": "float32"}',
+        'arrays = {k: numpy.array(v, types.get(k, "int64")) for k, v in inputs.items()}',
+        'print(model.run(["probability"], arrays)[0], examples["scores"])',
+    ),
 }
 """Suffix of a model's file -> a program that scores the examples."""
 
@@ -91,7 +96,7 @@ class ServingFiles:
             "`encoder.py` makes the inputs of raw rows. It needs Python and polars.",
             "",
             "```python",
-            CODE[Path(model).suffix[1:]],
+            *CODE[Path(model).suffix[1:]],
             "```",
             "",
             f"- Raw columns: {columns}.",

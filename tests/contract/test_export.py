@@ -123,21 +123,6 @@ def test_onnx_equals_the_network(options, tmp_path, name):
     assert_equal_scores(network, MIXED, round_trip(network, MIXED, "onnx", tmp_path))
 
 
-@pytest.mark.parametrize("name", slow_but(["din"], MODELS))
-def test_int8_tables_are_a_fourth_and_score_nearly_the_same(options, name):
-    network = build(options(name, embedding_dim=16))
-    exact, small = (Servable(network, MIXED, is_int8) for is_int8 in (False, True))
-    wide = [table for table in small.tables if table.shape[1] > 1]
-    assert {table.dtype for table in wide} <= {torch.int8}
-    assert len(small.scales) == len(wide)
-    for batch in batches():
-        inputs = inputs_of(batch, MIXED)
-        difference = exact(inputs)["probability"] - small(inputs)["probability"]
-        assert difference.abs().max() < 0.02
-        padded = {key: torch.zeros_like(value) for key, value in inputs.items()}
-        torch.testing.assert_close(small(padded)["logit"], exact(padded)["logit"])
-
-
 @pytest.mark.parametrize("kinds", [["categorical"], ["numeric"], ["multi", "history"]])
 def test_schemas_of_few_kinds(options, kinds):
     schema = dataclasses.replace(

@@ -313,8 +313,8 @@ def as_frame(rows: Sequence[Mapping[str, Any]]) -> pl.DataFrame:
 
 def _as_column(name: str, values: list[Any]) -> pl.Series:
     present = [value for value in values if value is not None]
-    if lists := sum(isinstance(value, list | tuple) for value in present):
-        if lists < len(present):
+    if count := sum(isinstance(value, list | tuple) for value in present):
+        if count < len(present):
             raise ValueError(f"column {name}: lists and texts; pass lists in every row")
         lists = [value if value is None else [str(v) for v in value] for value in values]
         return pl.Series(lists, dtype=pl.List(pl.String))
