@@ -15,6 +15,8 @@ PIPELINES = {
     "evaluate": "all of the above as configured, then metrics and intervals on test rows",
     "export": "write a trained or merged model as one file that serves without this package",
     "predict": "score the raw rows of a csv or Parquet file with a model",
+    "runs": "list all runs: name, data, model, metric, size, age; --json prints JSON",
+    "clean": "list leftovers, caches and runs that nothing refers to; delete=all deletes them",
     "report": "tables, figures and an HTML page from the records of a name",
     "inspect": "describe the columns of your file, and draft its conf/data/NAME.yaml",
 }
@@ -27,6 +29,8 @@ EXAMPLES = {
     "evaluate": "-m suite=seeds,shards seed=1,2,3 merge=average,evidence",
     "export": "run=train-0123456789abcdef format=onnx",
     "predict": "run=train-0123456789abcdef input=rows.csv output=scores.csv",
+    "runs": "",
+    "clean": "delete=leftovers",
     "report": "name=quickstart",
     "inspect": "my.csv",
 }
@@ -40,6 +44,8 @@ READS = {
     "evaluate": ["data", "model", "train", "suite", "merge", "finetune", "evaluate"],
     "export": [],
     "predict": [],
+    "runs": [],
+    "clean": [],
     "report": [],
 }
 """The groups whose values a pipeline reads."""
@@ -52,7 +58,7 @@ def help_text(groups: Mapping[str, Sequence[str]]) -> str:
     lines += ["", "groups"]
     lines += [f"  {group:10} {', '.join(choices)}" for group, choices in groups.items()]
     lines += ["", "examples"]
-    lines += [f"  cki-rec {name} {EXAMPLES[name]}" for name in PIPELINES]
+    lines += [f"  cki-rec {name} {EXAMPLES[name]}".rstrip() for name in PIPELINES]
     lines += [
         "",
         "./conf and --config-dir DIR add folders like conf/, with more choices for its groups.",
@@ -67,7 +73,7 @@ def help_text(groups: Mapping[str, Sequence[str]]) -> str:
 def pipeline_help(pipeline: str, groups: Mapping[str, Sequence[str]]) -> str:
     """Return an example and the commented values of the groups that a pipeline reads."""
     lines = [f"cki-rec {pipeline}: {PIPELINES[pipeline]}", ""]
-    lines += [f"  cki-rec {pipeline} {EXAMPLES[pipeline]}", ""]
+    lines += [f"  cki-rec {pipeline} {EXAMPLES[pipeline]}".rstrip(), ""]
     for group in [*READS[pipeline], "runtime"]:
         choices = groups[group]
         shown = "default" if "default" in choices else config_groups()[group][-1]

@@ -27,7 +27,7 @@ from cki_rec.data.encoding.frames import raw_rows as rows_of
 from cki_rec.data.encoding.split import SPLITS
 from cki_rec.engine import evaluator
 from cki_rec.help_text import PIPELINES
-from cki_rec.pipelines import evaluate, loading, report
+from cki_rec.pipelines import evaluate, loading, names, report
 from cki_rec.pipelines.loading import LoadedModel
 from cki_rec.plugins import load, load_class
 from cki_rec.search_path import with_folders
@@ -79,7 +79,7 @@ def run(pipeline: str, *overrides: str) -> None:
     start_log()
     config = compose(*overrides)
     os.environ[COMMAND_VARIABLE] = shlex.join(["cki-rec", pipeline, *overrides])
-    importlib.import_module(f"cki_rec.pipelines.{pipeline}").run(config)
+    importlib.import_module(f"cki_rec.pipelines.{pipeline}").run(names.resolved(config))
 
 
 def records(name: str, *overrides: str) -> pd.DataFrame:

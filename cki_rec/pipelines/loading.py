@@ -20,6 +20,7 @@ from cki_rec.data.schema import FeatureSchema
 from cki_rec.engine import distributed
 from cki_rec.engine.record import RECORD, Run
 from cki_rec.models import build_model
+from cki_rec.pipelines import names
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +90,7 @@ def data_set_of(config: Config, saved: Checkpoint, name: str | None) -> EncodedD
 
 
 def find(config: Config, pipeline: str) -> Named:
-    """Return the model that ``run`` names: a path, or a run id under ``runtime.out``.
+    """Return the model that ``run`` names: a path, a name, or a run id under ``runtime.out``.
 
     Raises:
         UserError: No model is named, or the run is missing, unfinished or without a model.
@@ -97,10 +98,9 @@ def find(config: Config, pipeline: str) -> Named:
     if config.run is None:
         raise UserError(f"run=null: name a model, e.g. cki-rec {pipeline} run={_example(config)}")
     out = Path(config.runtime.out)
-    folder = next((f for f in (Path(config.run), out / config.run) if f.exists()), None)
+    folder = names.located(out, config.run)
     if folder is None:
-        known = [path.parent.name for path in out.glob(f"*/{RECORD}")]
-        hint = nearest(config.run, known)
+        hint = nearest(config.run, names.known(out))
         raise UserError(f"run={config.run}: {hint}no such folder, and no such run in {out}")
     if (folder / DESCRIPTION).is_file():
         is_of_run = folder.name == CHECKPOINT
@@ -165,7 +165,7 @@ def _evaluated(config: Config, name: str) -> str:
         UserError: The evaluation combines several models.
     """
     out = Path(config.runtime.out)
-    folder = next((f for f in (Path(name), out / name) if f.is_dir()), None)
+    folder = names.located(out, name)
     record = None if folder is None else Run(folder).record
     members = [] if record is None else record["config"].get("members", [])
     if len(members) > 1:
