@@ -1,6 +1,6 @@
 # cki_rec: every target sets up what it needs; nothing but Python 3.10 to 3.13 and pip is assumed.
 .DEFAULT_GOAL := help
-.PHONY: help setup reproduce test test-all lint format docs bench bench-peers bench-zoo clean
+.PHONY: help setup reproduce test test-all lint format docs bench bench-peers bench-fuxictr bench-zoo gpu-check clean
 
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -56,11 +56,14 @@ $(VENV)/docs-installed: pyproject.toml
 bench: setup ## measure our own parts (SELECT=name: one), write experiments/bench/bench.json
 	@$(BIN)/python experiments/bench/run.py $(SELECT)
 
+gpu-check: setup ## on a machine with GPUs: run their tests, train, merge, compare with the CPU
+	@$(BIN)/python experiments/gpu/run.py
+
 PEERS := experiments/peers
 EXPORTED := experiments/runs/peers
 ML_1M = $(or $(RAW),$(and $(CKI_REC_DATA),$(wildcard $(CKI_REC_DATA)/ml-1m.zip)))
 
-bench-peers: setup .venv-peers/installed ## compare with deepctr-torch, in an environment of its own (RAW=path/to/ml-1m.zip adds ML-1M)
+bench-peers: setup .venv-peers/installed bench-fuxictr ## compare with deepctr-torch and FuxiCTR, in environments of their own (RAW=path/to/ml-1m.zip adds ML-1M)
 	@$(MAKE) --no-print-directory peers-movielens_small RAW=
 	@$(if $(ML_1M),$(MAKE) --no-print-directory peers-movielens_1m RAW=$(ML_1M),\
 		echo "bench-peers: MovieLens 1M is left out; make bench-peers RAW=path/to/ml-1m.zip adds it")
@@ -78,18 +81,23 @@ peers-%: # both sides of one data set; finished runs are kept
 		$(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) --requirement $<
 	@touch $@
 
+bench-fuxictr: setup .venv-fuxictr/installed ## the speed part of bench-peers: training steps beside FuxiCTR's
+	@$(BIN)/python $(PEERS)/speed.py .venv-fuxictr/bin/python $(PEERS)/speed.md
+
 bench-zoo: setup .venv-zoo/installed ## merge model definitions of other packages, in an environment of its own (SELECT="NAME ...": some)
 	@PYTHONPATH=$(CURDIR) OMP_NUM_THREADS=1 .venv-zoo/bin/python experiments/zoo/run.py \
 		experiments/zoo/results.jsonl experiments/zoo/table.md $(SELECT)
 
-# It sees the packages of our environment, so that torch is installed once; ours sees none of its.
+# They see the packages of our environment, so that torch is installed once; ours sees none of theirs.
 .venv-zoo/installed: experiments/zoo/requirements.txt
-	@echo "bench-zoo: installing the packages of others in .venv-zoo"
-	@$(BIN)/python -m venv --clear .venv-zoo
+.venv-fuxictr/installed: experiments/peers/requirements-fuxictr.txt
+.venv-zoo/installed .venv-fuxictr/installed:
+	@echo "installing packages of others in $(@D)"
+	@$(BIN)/python -m venv --clear $(@D)
 	@$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
-		> $$(.venv-zoo/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/ours.pth
-	@.venv-zoo/bin/pip install --quiet --disable-pip-version-check --no-deps --requirement $<
+		> $$($(@D)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/ours.pth
+	@$(@D)/bin/pip install --quiet --disable-pip-version-check --no-deps --requirement $<
 	@touch $@
 
 clean: ## remove the environments, encoded data and runs
-	rm -rf $(VENV) .venv-peers .venv-zoo data/encoded experiments/runs .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) .venv-peers .venv-fuxictr .venv-zoo data/encoded experiments/runs .mypy_cache .ruff_cache .pytest_cache

@@ -264,6 +264,9 @@ class Merge:
     dtype: Literal["float32", "bfloat16", "float16"] | None
     """Type of the result; null: that of the first source. Sources of different types are merged
     in float32."""
+    memory_gb: PositiveFloat | None
+    """Memory of all processes of a machine together; tables are then read from disk, merged and
+    written in blocks of rows. null: models are held in memory."""
     biases: Literal["merge", "first"]
     """Rule for vectors: ``merge``, or ``first`` (source, as released)."""
     ablation: Literal["none", "permuted", "shuffled"]
@@ -345,6 +348,8 @@ class Runtime:
     sharding: Literal["table_wise", "row_wise", "column_wise", "planner"]
     """Of fused tables over processes: ``table_wise``, ``row_wise``, ``column_wise`` or ``planner``
     (torchrec chooses)."""
+    kernels: Literal["torch", "fbgemm"]
+    """Of lookups in fused tables on CPU: ``torch`` or ``fbgemm``. CUDA always has FBGEMM's."""
     resume: Literal["auto", "never"]
     """``auto`` (an unfinished training goes on from its last checkpoint) or ``never``."""
     checkpoint_steps: NonNegative
@@ -359,6 +364,11 @@ class Runtime:
     """Write TensorBoard events beside steps.jsonl."""
     chunk_mb: Positive
     """Raw text that is encoded at a time, in MiB; no result depends on it."""
+    workers: Positive
+    """Processes that encode; 1: this process, whose threads use all cores. No result depends on
+    it."""
+    engine: Literal["processes", "ray"]
+    """Where they run: ``processes`` (of this machine) or ``ray`` (tasks of a cluster)."""
     force: bool
     """Repeat a run that is already recorded."""
 

@@ -20,6 +20,8 @@ from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 from cki_rec.config import Model, Runtime, Train
 from cki_rec.data.schema import FeatureSchema
 from cki_rec.engine import distributed
+from cki_rec.engine.host_lookup import replace_host_kernels
+from cki_rec.engine.host_memory import keep_freed_memory
 from cki_rec.engine.plans import Sharder, describe_plan, make_plan
 from cki_rec.merging.params import generator
 from cki_rec.models import build_model
@@ -104,6 +106,10 @@ def build(schema: FeatureSchema, model: Model, train: Train, runtime: Runtime) -
             sharders=[Sharder()],
             init_data_parallel=distributed.world_size() > 1,
         )
+    if device.type == "cpu":
+        keep_freed_memory()
+        if runtime.kernels == "torch":
+            replace_host_kernels(module)
     built = ShardedModel(module, network, tables, is_fused, describe_plan(plan), device)
     if is_fused:
         owned = {n for n in tables if isinstance(module.state_dict()[n], ShardedTensor)}

@@ -7,7 +7,8 @@ tables with fewer rows than processes. A single process holds everything.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -30,6 +31,7 @@ from cki_rec.engine import checkpoint_io, distributed
 from cki_rec.engine.embeddings import table_of
 from cki_rec.merging.extras import Processes
 from cki_rec.merging.params import Params
+from cki_rec.merging.rows import COMBINE, How
 
 T = TypeVar("T")
 Groups = dict[str, dict[str, Any]]
@@ -94,6 +96,18 @@ class ShardProcesses(Processes):
         """Return per table the sum of ``products`` over all processes."""
         return total(products, self.schema)
 
+    def reduce(self, name: str, value: Tensor, how: How) -> Tensor:
+        """Return the sum, minimum or maximum of a fact over the rows of all processes."""
+        if not is_divided(_rows(table_of(name), self.schema.table_sizes)):
+            return value
+        combined: Tensor = functools.reduce(COMBINE[how], distributed.exchange(value))
+        return combined
+
+    def first_row(self, name: str) -> int:
+        """Return the number of the first row of a parameter that this process holds."""
+        first: int = rows_of(_rows(table_of(name), self.schema.table_sizes)).start
+        return first
+
     def agree(self, value: T) -> T:
         """Return the value of the first process."""
         return distributed.from_first(value)
@@ -103,12 +117,22 @@ class ShardProcesses(Processes):
         return mean_shares(shares, self.schema)
 
 
-def total(products: Mapping[str, Tensor], schema: FeatureSchema) -> dict[str, Tensor]:
-    """Return the sum over the rows of all processes per table, bit-identical on all of them."""
+def total(
+    products: Mapping[str, Tensor],
+    schema: FeatureSchema,
+    table: Callable[[str], str | None] = table_of,
+) -> dict[str, Tensor]:
+    """Return the sum over the rows of all processes per table, bit-identical on all of them.
+
+    Args:
+        products: Tensor per name; other parameters than tables stay as they are.
+        schema: Sizes of whole tables.
+        table: Function (name) -> table.
+    """
     gathered = distributed.exchange(dict(products))
     return {
         name: torch.stack([part[name] for part in gathered]).sum(0)
-        if is_divided(_rows(table_of(name), schema.table_sizes))
+        if is_divided(_rows(table(name), schema.table_sizes))
         else tensor
         for name, tensor in products.items()
     }

@@ -18,6 +18,7 @@ from torch import Tensor
 from cki_rec.merging.descent import Problem
 from cki_rec.merging.observed import Second
 from cki_rec.merging.params import BLOCK, Params, check_same, compute_dtype, generator
+from cki_rec.merging.rows import Block, Rows, in_memory
 from cki_rec.merging.symmetry import Symmetry, random_element
 
 
@@ -135,25 +136,30 @@ def table_products(
         ``(K, K, D, D)`` float64 per table.
     """
     return {
-        name: _products([m[name] for m in models], [c[name] for c in counts]) for name in tables
+        name: products_of(in_memory([m[name] for m in models], [c[name] for c in counts]))
+        for name in tables
     }
 
 
-def _products(tables: list[Tensor], counts: list[Tensor]) -> Tensor:
-    num_sources, columns = len(tables), tables[0].shape[1]
-    total = torch.zeros(num_sources, num_sources, columns, columns, dtype=torch.float64)
-    dtype = compute_dtype(tables[0])
-    size = BLOCK // 4  # so that sums in float32 stay exact to 1e-6
-    for start in range(0, len(tables[0]), size):
-        blocks = [table[start : start + size].to(dtype) for table in tables]
-        seen = [count[start : start + size] for count in counts]
-        for k in range(num_sources):
-            for j in range(k + 1):
-                left = blocks[k]
-                if seen:
-                    left = left * torch.minimum(seen[k], seen[j]).to(dtype)[:, None]
-                total[k, j] += (left.T @ blocks[j]).double().cpu()
-    for k in range(num_sources):
+def products_of(rows: Rows) -> Tensor:
+    """Return ``table_products`` of one table that is read in blocks, ``(K, K, D, D)``."""
+    total: Tensor = rows.in_pieces(BLOCK // 4).reduce(_products)  # float32 sums exact to 1e-6
+    for k in range(len(total)):
         for j in range(k):
             total[j, k] = total[k, j].T
+    return total
+
+
+def _products(block: Block) -> Tensor:
+    """Return the products of every source and those before it."""
+    num_sources, columns = len(block.models), block.models[0].shape[1]
+    total = torch.zeros(num_sources, num_sources, columns, columns, dtype=torch.float64)
+    tables = [table.to(compute_dtype(table)) for table in block.models]
+    for k in range(num_sources):
+        for j in range(k + 1):
+            left = tables[k]
+            if block.counts:
+                seen = torch.minimum(block.counts[k], block.counts[j])
+                left = left * seen.to(left.dtype)[:, None]
+            total[k, j] = (left.T @ tables[j]).double().cpu()
     return total

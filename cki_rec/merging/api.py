@@ -241,13 +241,21 @@ def run(recipe: Recipe, task: _Task) -> MergeResult:
         moments=activations(sources).second if activations and "moments" in rule.inputs else {},
     )
     params, weights, learned = mix_models(
-        rule, sources, inputs, recipe.options, fixed, extras.row_mask, extras.learn
+        rule,
+        sources,
+        inputs,
+        recipe.options,
+        fixed,
+        extras.row_mask,
+        extras.learn,
+        extras.processes,
     )
     task.progress("repair", 2, 3)
     if repair != "none" and is_several and weights is not None:
         seen, mixed = required(activations, repair), params
         params, weights, anchor = repair_model(
-            repair, params, sources, weights, network, row_weights, seen, task.score
+            *(repair, params, sources, weights, network, row_weights, seen, task.score),
+            extras.processes,
         )
         if all(params[name] is tensor for name, tensor in mixed.items()):
             warnings.append(f"repair={repair} changed nothing: no layer reads one input per row")

@@ -12,6 +12,7 @@ from typing import Any, Literal, Protocol, TypeVar
 from torch import Tensor
 
 from cki_rec.merging.params import MixingWeights, Params
+from cki_rec.merging.rows import Reduction
 from cki_rec.merging.symmetry import LogitScale
 
 T = TypeVar("T")
@@ -57,7 +58,7 @@ class Calibration:
     """Reason why the logits stay as they are."""
 
 
-class Processes:
+class Processes(Reduction):
     """The processes that hold the models; here one, which holds all rows."""
 
     def total(self, products: dict[str, Tensor]) -> dict[str, Tensor]:

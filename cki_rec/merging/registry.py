@@ -17,6 +17,7 @@ from torch import Tensor
 
 from cki_rec.merging.options import check_arguments
 from cki_rec.merging.params import MergeError, MixingWeights, Params
+from cki_rec.merging.rows import Rows
 from cki_rec.merging.symmetry import Symmetry
 
 Score = Callable[[Params], float]
@@ -47,7 +48,13 @@ class MergeInputs:
     gates: Mapping[str, Tensor | None] | None = None
     """Learned parameters of the method; None: those that it starts from."""
     statistics: Mapping[str, Tensor] | None = None
-    """Statistics of whole tensors (``Method.statistics``); None: computed from the models."""
+    """Facts about whole parameters (``Method.statistics``); None: computed from the models."""
+    first_rows: Mapping[str, int] = field(default_factory=dict)
+    """Number of the first row of parameters of which the models hold some rows."""
+
+
+COMPUTED = ("statistics", "first_rows")
+"""Inputs that every merge provides; a parameter of a method may have a default for them."""
 
 
 RESERVED = frozenset(
@@ -106,8 +113,8 @@ class Method:
     """The function returns mixing weights, not parameters."""
     always_needs: Needs
     row_wise: bool
-    """A row of a merged table depends on that row of its sources alone. So tables can be merged a
-    few rows at a time, or by several processes."""
+    """A row of a merged table depends on that row of its sources and on ``statistics`` alone. So
+    tables can be merged a few rows at a time, or by several processes."""
     reads_values: bool
     """The mixing weights depend on the values of parameters, not on their shapes alone."""
     averages_dense: bool
@@ -124,8 +131,9 @@ class Method:
     """Whether gates can be learned with these options."""
     while_learning: Mapping[str, Any]
     """Options that hold while gates are learned: those through which gradients pass."""
-    statistics: Callable[..., Mapping[str, Tensor] | None] | None
-    """``statistics(models, **options)``: facts about whole tensors that the function reads."""
+    statistics: Callable[..., Tensor | None] | None
+    """``statistics(rows, **options)``: facts about one whole parameter that the function reads, by
+    ``Rows.reduce``; None: it reads none of this parameter."""
     without_score: Mapping[str, Any]
     """Published values of options that a score would choose, for merges without a score."""
 
@@ -162,6 +170,20 @@ class Method:
         check_arguments(self.name, self.function, self.options, options, RESERVED)
         if self.max_models is not None and num_models is not None and num_models > self.max_models:
             raise MergeError(f"{self.name} takes {self.max_models} models, not {num_models}")
+
+    def collect(
+        self, rows: Mapping[str, Rows], options: Mapping[str, Any]
+    ) -> dict[str, Tensor] | None:
+        """Return the facts about whole parameters that the function reads; None: it reads none.
+
+        Args:
+            rows: Every parameter that it merges, in blocks of rows.
+            options: Options of the method.
+        """
+        if self.statistics is None:
+            return None
+        found = {name: self.statistics(each, **options) for name, each in rows.items()}
+        return {name: fact for name, fact in found.items() if fact is not None}
 
     def __call__(
         self, models: Sequence[Params], inputs: MergeInputs, **options: Any
@@ -225,7 +247,7 @@ def method(
     initial_gates: Callable[..., Tensor | None] | None = None,
     learnable: Callable[[Mapping[str, Any]], bool] | None = None,
     while_learning: Mapping[str, Any] = MappingProxyType({}),
-    statistics: Callable[..., Mapping[str, Tensor] | None] | None = None,
+    statistics: Callable[..., Tensor | None] | None = None,
     without_score: Mapping[str, Any] = MappingProxyType({}),
 ) -> Callable[[Function], Function]:
     """Register a function as the merge method of its name.
@@ -260,7 +282,7 @@ def method(
         if not parameters:
             raise ValueError(f"method {name}: its first parameter must be the models")
         parameters = parameters[1:]
-        inputs = tuple(p.name for p in parameters if p.default is p.empty)
+        inputs = tuple(p.name for p in parameters if p.default is p.empty or p.name in COMPUTED)
         known = {entry.name for entry in fields(MergeInputs)}
         if name in METHODS and METHODS[name].function.__module__ != function.__module__:
             raise ValueError(f"a method named {name} is registered already")
@@ -272,7 +294,7 @@ def method(
         listed = () if callable(needs) else (needs,) if isinstance(needs, str) else tuple(needs)
         if absent := [need for need in listed if need not in {p.name for p in parameters}]:
             raise ValueError(f"method {name}: needs {absent[0]}, which is no parameter of it")
-        options = {p.name: p.default for p in parameters if p.default is not p.empty}
+        options = {p.name: p.default for p in parameters if p.name not in inputs}
         if reserved := [option for option in options if option in RESERVED]:
             raise ValueError(
                 f"method {name}: option {reserved[0]} is an argument of merge; rename it"

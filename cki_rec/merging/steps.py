@@ -31,6 +31,7 @@ from cki_rec.merging.params import (
 from cki_rec.merging.projection import anchor_weights, project_tables
 from cki_rec.merging.registry import MergeInputs, Method, Score
 from cki_rec.merging.repair import fit_layers, recalibrate, rescale
+from cki_rec.merging.rows import in_blocks
 from cki_rec.merging.selection import constant_weights
 from cki_rec.merging.statistics import ActivationStatistics, untied_linears
 from cki_rec.merging.symmetry import LogitScale, Symmetry, check_scores, transform
@@ -136,6 +137,7 @@ def mix_models(
     fixed: Mapping[str, Rule],
     row_mask: Mapping[str, Tensor],
     learn: Learn | None,
+    processes: Processes,
 ) -> tuple[Params, MixingWeights | None, Learned | None]:
     """Return the mixed parameters, their mixing weights, and the result of learning.
 
@@ -149,7 +151,14 @@ def mix_models(
         fixed: Parameters whose mixing weights the method does not decide.
         row_mask: Per table of joined vocabularies ``(K, V)`` bool, the rows that a source has.
         learn: Training of gates; None: closed form.
+        processes: The processes that hold the models.
     """
+    if inputs.statistics is None:
+        compared = shared_rows(models, row_mask) if method.returns_weights else models
+        rows = in_blocks(compared, inputs.base, inputs.fisher, reduction=processes)
+        firsts = {name: processes.first_row(name) for name in models[0]}
+        statistics = method.collect(rows, options)
+        inputs = replace(inputs, statistics=statistics, first_rows=firsts)
     if not method.returns_weights:
         params = method(models, inputs, **options)
         try:
@@ -162,15 +171,11 @@ def mix_models(
         params = {**params, **mix(parts, weights)}
         return from_owners(params, models, row_mask), None, None
     gates = initial_gates(method, models[0], inputs.seed, options, fixed)
-    statistics = None
-    if method.statistics is not None:
-        statistics = method.statistics(shared_rows(models, row_mask), **options)
 
     def weigh(
         parts: Sequence[Params], counts: Sequence[Params], gates: Gates, **changes: Any
     ) -> MixingWeights:
-        known = None if statistics is None else {name: statistics[name] for name in parts[0]}
-        seen = replace(inputs, counts=counts, gates=gates, statistics=known)
+        seen = replace(inputs, counts=counts, gates=gates)
         weights = method(parts, seen, **{**options, **changes})
         rules = {name: rule for name, rule in fixed.items() if name in parts[0]}
         return {**weights, **fixed_weights(parts, rules, counts)}
@@ -231,6 +236,7 @@ def repair_model(
     row_weights: Sequence[Params],
     activations: ActivationStatistics,
     score: Score | None,
+    processes: Processes,
 ) -> tuple[Params, MixingWeights, dict[str, Any] | None]:
     """Return the merged model after a repair, its mixing weights, and the choice of an anchor.
 
@@ -247,6 +253,7 @@ def repair_model(
         row_weights: Per source and table ``(V,)``, the weight of a row in products of tables.
         activations: Activations on a sample of rows.
         score: Validation AUC of a model; read if an anchor must be chosen.
+        processes: The processes that hold the models.
 
     Raises:
         MergeError: An anchor must be chosen, and there is no score.
@@ -262,6 +269,7 @@ def repair_model(
         )
         return fitted, weights, None
     products = table_products(models, network.moved_tables("rotation"), row_weights)
+    products = processes.total(products)
     copied = elementwise_parameters(activations.network)
     readers = set(untied_linears(activations.network)) - copied
     projected = project_tables(merged, models, symmetries, products, weights, readers)

@@ -9,8 +9,10 @@ from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 
 class BatchNorm(nn.BatchNorm1d):
@@ -67,6 +69,41 @@ class Dice(nn.Module):
         return x_BH * (above_BH + (1 - above_BH) * self.alpha)
 
 
+LEVELS = 2**16
+"""Levels of the random numbers of dropout."""
+MASKS = "16 bits of SFC64"
+"""How dropout is drawn on CPU; part of the identity of a training."""
+
+
+class Dropout(nn.Dropout):
+    """Dropout with 16 random bits per entry on CPU, several times as fast as torch's.
+
+    The generator of a mask (SFC64) is seeded from torch's default generator, so masks follow from
+    ``torch.manual_seed``.
+
+    Differs:
+        The rate is rounded to a multiple of 1 / 65536, and the scale fits the rounded rate. On
+        other devices and in compiled networks the mask is torch's.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return ``x`` with entries set to 0 and the others scaled; ``x`` outside of training."""
+        return drop_entries(x, self.p) if self.training and self.p else x
+
+
+@torch.fx.wrap
+def drop_entries(x: Tensor, rate: float) -> Tensor:
+    """Return ``x`` with a share of ``rate`` of the entries set to 0 and the others scaled."""
+    if x.device.type != "cpu" or torch.compiler.is_compiling():
+        return functional.dropout(x, rate)
+    dropped = min(round(LEVELS * rate), LEVELS - 1)
+    seed = int(torch.randint(torch.iinfo(torch.int64).max, ()))
+    drawn = np.random.SFC64(seed).random_raw(-(-x.numel() // 4)).view(np.int16)
+    bits = torch.from_numpy(drawn)[: x.numel()].view(x.shape)
+    keep = torch.ge(bits, dropped - LEVELS // 2, out=torch.empty(x.shape, dtype=x.dtype))
+    return x * keep.mul_(LEVELS / (LEVELS - dropped))
+
+
 MLP_OPTIONS = ("hidden", "activation", "batch_norm")
 """Options that shape the MLP of a network; the default of the trait ``reads``."""
 ACTIVATIONS: dict[str, Callable[[int], nn.Module]] = {
@@ -110,7 +147,7 @@ class MLP(nn.Module):
         self.layers = nn.ModuleList(nn.Linear(before, after) for before, after in pairwise(widths))
         self.norms = nn.ModuleList(BatchNorm(width) for width in hidden if batch_norm)
         self.activations = nn.ModuleList(ACTIVATIONS[activation](width) for width in hidden)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def forward(self, x_BH: Tensor) -> Tensor:
         """Return ``(B,)`` for one score, else ``(B, scores)`` or ``(B, H)``."""

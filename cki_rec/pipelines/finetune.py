@@ -20,6 +20,7 @@ from cki_rec.engine import distributed
 from cki_rec.engine.record import Run, open_run
 from cki_rec.engine.restoration import restore
 from cki_rec.engine.trainer import LABELS, Objective
+from cki_rec.models.layers import MASKS
 from cki_rec.pipelines import merge, names, preflight, teacher, train, vocabularies
 from cki_rec.pipelines.sources import Source, Sources
 
@@ -53,12 +54,13 @@ def ensure(config: Config, models: Sources | None = None, force: bool = False) -
         raise UserError(f"merge={config.merge.label} gives no single model to fine-tune")
     models = models or merge.resolve(config)
     start = merge.model_of(config, models)
-    dataset = store.prepare(config.data, config.runtime.encoded, config.runtime.chunk_mb)
+    dataset = store.prepared(config)
     reads = {
         "start": start.identity,
         "data": dataset.hash,
         "schedule": train.schedule_section(_schedule(config)),
         "seed": config.seed,
+        "masks": MASKS,
     }
     if config.finetune.objective != "labels":
         reads["teacher"] = {
@@ -95,7 +97,9 @@ def _finetune(
     scratch, schedule = run.path / "start", _schedule(config)
     saved, folder = vocabularies.on_data_set(config, start.folder, start.name, dataset, scratch)
     model = restore(saved, folder, schedule, config.runtime, to_train=True)
-    shutil.rmtree(scratch, ignore_errors=True)
+    distributed.barrier()  # all have read it
+    if distributed.rank() == 0:
+        shutil.rmtree(scratch, ignore_errors=True)
     rows = [dataset.rows(split) for split in ("train", "valid")]
     counts = dataset.row_counts(saved.schema)  # as after training on these rows alone
     title = f"fine-tune {config.merge.label}, {config.suite.name}, seed {config.seed}"

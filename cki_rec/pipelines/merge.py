@@ -16,6 +16,7 @@ from cki_rec.data.encoding import store, tokens
 from cki_rec.data.encoding.store import EncodedDataset
 from cki_rec.data.provenance import Provenance
 from cki_rec.engine import distributed, sharded
+from cki_rec.engine.lookups import merging_module
 from cki_rec.engine.networks import merging_network
 from cki_rec.engine.record import Run, open_run
 from cki_rec.engine.sampling import sample_statistics
@@ -27,7 +28,7 @@ from cki_rec.merging.params import MergeError, NotPossible
 from cki_rec.merging.result import MergeResult
 from cki_rec.merging.search import AUTO
 from cki_rec.merging.steps import calibrate_model
-from cki_rec.models import build_model
+from cki_rec.models.layers import MASKS
 from cki_rec.pipelines import check_only, choice, preflight, refine, sources, train, vocabularies
 from cki_rec.pipelines.compatibility import compare, counts_of, finite, require, type_name
 from cki_rec.pipelines.merge_inputs import ablated, fisher, fixed_rules, learning
@@ -36,6 +37,8 @@ from cki_rec.pipelines.predictions import calibrator, scorer, valid_auc
 from cki_rec.pipelines.provenance import data_facts
 from cki_rec.pipelines.references import REFERENCES
 from cki_rec.pipelines.sources import Source, Sources, are_disjoint, shard_of
+from cki_rec.pipelines.stream_plan import check_options
+from cki_rec.pipelines.streamed import merge as merge_streamed
 from cki_rec.pipelines.vocabularies import Joined
 
 LARGE = 10_000_000
@@ -46,13 +49,10 @@ log = logging.getLogger(__name__)
 
 def run(config: Config) -> None:
     """Merge as configured; log the folder of the model and the shares of its sources."""
-    if distributed.world_size() > 1:
-        distributed.start(replace(config.runtime, device="cpu"))
-    with distributed.propagate_errors():
-        if config.check_only:
-            check_only.report(config)
-            return
-        done = ensure(config, force=config.runtime.force)
+    if config.check_only:
+        check_only.report(config)
+        return
+    done = ensure(config, force=config.runtime.force)
     assert done.record is not None
     result = done.record["result"]
     out, chosen = Path(config.runtime.out), result["chosen"]
@@ -70,8 +70,7 @@ def run(config: Config) -> None:
         log.info("chosen: %s", scores.get("titles", {}).get(chosen[0], chosen[0]))
     for folder in [done.checkpoint] if chosen is None else choice.folders(out, chosen):
         log.info("model: %s", folder)
-    if chosen is None or len(chosen) == 1:
-        give(config, done if chosen is None else Run(out / chosen[0]))
+    give(config, done, chosen)
 
 
 def ensure(config: Config, models: Sources | None = None, force: bool = False) -> Run:
@@ -86,7 +85,7 @@ def ensure(config: Config, models: Sources | None = None, force: bool = False) -
         UserError: Options, sources or data that do not fit together.
     """
     config = preflight.without_unused(config)
-    preflight.check_options(config)
+    check_options(config)
     models = models or resolve(config)
     preflight.check_logit_scale(config, models)
     options = config.merge
@@ -95,7 +94,7 @@ def ensure(config: Config, models: Sources | None = None, force: bool = False) -
         return _refined(config, models, model_of(replace(config, merge=closed), models), force)
     dataset = None
     if preflight.needs_rows(options):
-        dataset = store.prepare(config.data, config.runtime.encoded, config.runtime.chunk_mb)
+        dataset = store.prepared(config)
     candidates, base = models.merged, models.base
     if options.method == AUTO:
         candidates = _recipes(config, models)
@@ -183,6 +182,7 @@ def _reads(
     if not rule["margin"]:
         del rule["margin"]
     rule.pop("plugins", None)
+    del rule["memory_gb"]
     if rule["dtype"] is None:
         del rule["dtype"]
     of_refinement = ("effort", "refine", "refinement", "rows")  # held by the refined candidate
@@ -203,6 +203,8 @@ def _reads(
         reads["vocabularies"] = "joined"
     if is_disjoint:
         reads["counts"] = "sum"
+    if config.merge.learn.what != "none":
+        reads["masks"] = MASKS
     return reads
 
 
@@ -257,7 +259,7 @@ def _finished(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Write the refined model, or its start if that is better; return facts and result."""
     assert fitted.record is not None
-    dataset = store.prepare(config.data, config.runtime.encoded, config.runtime.chunk_mb)
+    dataset = store.prepared(config)
     before, after = valid_auc(config, dataset, start), fitted.record["result"]["valid_auc"]
     (saved,) = sharded.load([fitted.checkpoint if after > before else start.folder])
     params, calibration = saved.params, None
@@ -288,6 +290,8 @@ def _merge(
     is_disjoint: bool,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Merge into a checkpoint of ``run``; return facts about the data, and the result."""
+    if config.merge.memory_gb is not None:
+        return merge_streamed(config, models, run, is_disjoint)
     preflight.check_sources(config, models, dataset)
     everyone = [*models.merged]
     if models.base is not None:
@@ -344,7 +348,8 @@ def _merge(
         result["types"] = sorted({type_name(tensor) for tensor in merged.params.values()})
         log.info("  sources of %s; result in %s", ", ".join(sorted(types)), *result["types"])
     if folders:
-        vocabularies.write(run.path / tokens.FOLDER, joined, folders)
+        if distributed.rank() == 0:
+            vocabularies.write(run.path / tokens.FOLDER, joined, folders)
         result["vocabularies"] = joined.rows
     return _data_facts(dataset, first), result
 
@@ -362,7 +367,7 @@ def _merge_params(
     activations = None
     if preflight.needs_activations(options):
         assert dataset is not None
-        module = build_model(first.schema, first.model, torch.device("cpu"))
+        module = merging_module(first.schema, first.model)
         size, seed = options.sample, config.seed
         activations = sample_statistics(module, dataset, first.schema, size, seed)
     network = merging_network(first, config.seed, options.align.by != "none")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,13 +26,21 @@ UNNAMED = "adhoc"
 log = logging.getLogger(__name__)
 
 
-def give(config: Config, run: Run) -> Run:
-    """Let ``name`` name a finished run, whichever run had it before; return the run."""
-    if config.name == UNNAMED or distributed.rank() > 0:
+def give(config: Config, run: Run, chosen: Sequence[str] | None = None) -> Run:
+    """Let ``name`` name a finished run, whichever run had it before; return the run.
+
+    Args:
+        config: Name and folders.
+        run: The run.
+        chosen: Run ids of the models that are its result; None: it has its own. Several models
+            get no name.
+    """
+    if config.name == UNNAMED or distributed.rank() > 0 or (chosen and len(chosen) > 1):
         return run
-    link = Path(config.runtime.out) / NAMES / config.name
+    out, run_id = Path(config.runtime.out), chosen[0] if chosen else run.path.name
+    link = out / NAMES / config.name
     before = os.readlink(link) if link.is_symlink() else ""
-    target = str(Path("..") / run.path.name)
+    target = str(Path("..") / run_id)
     if target == before:
         return run
     link.parent.mkdir(parents=True, exist_ok=True)
@@ -41,7 +49,7 @@ def give(config: Config, run: Run) -> Run:
     temporary.symlink_to(target)
     temporary.replace(link)
     was = f", before it was that of {Path(before).name}" if before else ""
-    log.info("  %s is the name of %s%s", config.name, run.path.name, was)
+    log.info("  %s is the name of %s%s", config.name, run_id, was)
     return run
 
 

@@ -19,7 +19,7 @@ from cki_rec.data.encoding.frames import FrameRows, encode_frame
 from cki_rec.data.encoding.rules import reader_of
 from cki_rec.data.raw.served import PARQUET, served_rows
 from cki_rec.data.schema import OOV_ID
-from cki_rec.engine import distributed, evaluator
+from cki_rec.engine import evaluator
 from cki_rec.pipelines import loading
 from cki_rec.pipelines.loading import LoadedModel
 from cki_rec.progress import progress
@@ -77,8 +77,6 @@ def _paths(config: Config) -> tuple[Path, Path]:
     Raises:
         UserError: One is not named, or the second one cannot be written.
     """
-    if distributed.world_size() > 1:
-        raise UserError("predict runs in one process; start it without torchrun")
     if config.input is None or config.output is None:
         missing = "input" if config.input is None else "output"
         example = "cki-rec predict run=RUN input=rows.csv output=scores.csv"

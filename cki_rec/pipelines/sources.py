@@ -63,11 +63,8 @@ class Sources:
 def resolve(config: Config, needs_base: bool, needs_suite: bool) -> Sources:
     """Return the sources that the configuration names, each resolved once; train missing ones.
 
-    Several processes train nothing.
-
     Raises:
-        UserError: A source is no checkpoint, or cannot be trained; on several processes also one
-            that is not trained yet, with the command that trains it.
+        UserError: A source is no checkpoint, or cannot be trained.
     """
     resolved: dict[str, Source] = {}
 
@@ -84,8 +81,7 @@ def resolve(config: Config, needs_base: bool, needs_suite: bool) -> Sources:
     for option, deltas in lists.items():
         contents = [_content(config, delta, option) for delta in deltas]
         check_distinct(contents, [title(delta) for delta in deltas], option)
-    if distributed.world_size() == 1:
-        _check_before_training(config, base)
+    _check_before_training(config, base)
     found = {option: [one(d, option) for d in deltas] for option, deltas in lists.items()}
     for option, sources in found.items():
         digests = [content_digest(source.folder) for source in sources]
@@ -167,9 +163,6 @@ def _resolve(config: Config, delta: Mapping[str, Any], option: str) -> Source:
     if "path" in delta:
         folder = named_folder(delta, option)
         return Source(title(delta), external_identity(folder), folder)
-    if distributed.world_size() > 1:
-        folder = find(config, delta, option)
-        return Source(title(delta), folder.parent.name, folder)
     run = train.ensure(with_delta(config, dict(delta), option))
     return Source(title(delta), run.path.name, run.checkpoint)
 

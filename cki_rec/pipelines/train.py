@@ -49,6 +49,7 @@ from cki_rec.engine.trainer import LABELS, Metrics, Objective, fit
 from cki_rec.evaluation.metrics import METRICS, PRIMARY
 from cki_rec.models import build_model, model_schema
 from cki_rec.models.comparison import decides, differences
+from cki_rec.models.layers import MASKS
 from cki_rec.pipelines.field_notes import warn_of_fields
 from cki_rec.pipelines.names import give
 from cki_rec.pipelines.provenance import check_data, data_facts
@@ -92,7 +93,7 @@ def ensure(config: Config, force: bool = False) -> Run:
     Raises:
         UserError: The options exclude each other, or the start does not fit.
     """
-    dataset = store.prepare(config.data, config.runtime.encoded, config.runtime.chunk_mb)
+    dataset = store.prepared(config)
     reads = _reads(config, dataset)
     distributed.start(config.runtime)
     out, resume = Path(config.runtime.out), config.runtime.resume
@@ -112,7 +113,7 @@ def outline_of(config: Config) -> tuple[Checkpoint, bool]:
 
     Nothing is trained. Tensors are on ``meta``, as in ``checkpoints.outline``.
     """
-    dataset = store.prepare(config.data, config.runtime.encoded, config.runtime.chunk_mb)
+    dataset = store.prepared(config)
     run = run_of(config, dataset)
     if run.record is not None and not run.damage():
         return outline(run.checkpoint), True
@@ -134,6 +135,7 @@ def _reads(config: Config, dataset: EncodedDataset) -> dict[str, Any]:
         "model": model_identity(config.model),
         "train": schedule_section(config.train),
         "seed": config.seed,
+        "masks": MASKS,
     }
     if config.train.start is not None:
         reads["start"] = _start_identity(config, dataset)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import fields
 
 import pytest
@@ -302,39 +301,6 @@ def test_same_options_give_same_bits(case):
     for name, tensor in first.items():
         assert equal_bits(tensor, second[name])
         assert equal_bits(tensor, reordered[name])
-
-
-ROW_WISE = [
-    c
-    for c, (name, *_) in BOTH.items()
-    if METHODS[name].row_wise and c != "weighted_average"  # shares chosen by a score of models
-]
-
-
-def test_row_wise_methods():
-    assert {BOTH[case][0] for case in ROW_WISE} >= {
-        *("first", "average", "weighted_average", "task_arithmetic", "evidence")
-    }
-
-
-@pytest.mark.parametrize("case", ROW_WISE)
-@pytest.mark.parametrize("num_sources", [1, 2, 3, 5])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_rows_merged_apart_are_those_of_the_whole_bit_for_bit(case, num_sources, dtype):
-    noise = torch.Generator().manual_seed(num_sources)
-    models, base = draw_models(num_sources, dtype=dtype), draw_models(4, dtype=dtype)[3]
-    for params in (*models, base):
-        params["table"] = torch.randn(203, 5, generator=noise).to(dtype)
-    counts = [{"table": torch.randint(0, 9, (203,), generator=noise)} for _ in models]
-    whole, bounds = merge(case, models, counts=counts, base=base), [0, 1, 2, 19, 120, 203]
-    parts = []
-    for rows in itertools.starmap(slice, itertools.pairwise(bounds)):
-        *cut, first = [{**m, "table": m["table"][rows]} for m in (*models, base)]
-        seen = [{"table": count["table"][rows]} for count in counts]
-        parts.append(merge(case, cut, counts=seen, base=first))
-    assert equal_bits(torch.cat([part["table"] for part in parts]), whole["table"])
-    for name in SHAPES.keys() - {"table"}:
-        assert all(equal_bits(part[name], whole[name]) for part in parts)
 
 
 @pytest.mark.parametrize(

@@ -173,8 +173,10 @@ def test_tables_by_evidence_whatever_makes_the_rest(options, folder):
     first = params_of(folder, based["config"]["sources"][0])
     based = params_of(folder, based["run_id"])
     for name, tensor in merged.items():
-        is_same = "embedding_bags" in name or tensor.numel() == 1  # one entry: the mean in both
-        assert tensor.equal(evidence[name]) == is_same, name
+        if tensor.numel() == 1:  # the mean in both, rounded otherwise
+            torch.testing.assert_close(tensor, evidence[name], msg=name)
+        else:
+            assert tensor.equal(evidence[name]) == ("embedding_bags" in name), name
         assert based[name].equal(first[name]) == (tensor.ndim == 1), name
 
 

@@ -13,6 +13,7 @@ from cki_rec.cli import main
 from cki_rec.config import UserError, parse, run_id, section, with_delta
 from cki_rec.data.encoding import store
 from cki_rec.engine import checkpoint_io
+from cki_rec.models.layers import MASKS
 from cki_rec.pipelines import finetune, train
 
 TINY = [
@@ -104,6 +105,7 @@ def test_only_a_start_changes_the_identity(options, compose):
         "model": section(config.model),
         "train": schedule,
         "seed": config.seed,
+        "masks": MASKS,
     }
     assert train.run_of(config, dataset).path.name == run_id("train", reads)
     changed = [{"seed": 2}, {"seed": 3}, {"seed": 3, "train.start": {"seed": 2}}]

@@ -1,7 +1,8 @@
 """Merged tensors of every method are those of commit 01e8936, the last of version 0.1.0.
 
 ``golden/merges_01e8936.json`` holds digests and sums, written by that commit from the same
-sources. Left out: ``cki_language_v3``, whose scope that commit applied to the wrong layers.
+sources. Gates that learn have torch's dropout here, as in that commit.
+Left out: ``cki_language_v3``, whose scope that commit applied to the wrong layers.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import pytest
 import torch
 from conftest import SMALL, compose_tree
 from samples import GOLDEN, ROOT
+from torch.nn import functional
 
 from cki_rec import checkpoints
 from cki_rec.config import parse
@@ -24,7 +26,7 @@ from cki_rec.engine import checkpoint_io
 from cki_rec.engine.embeddings import table_of
 from cki_rec.engine.record import hardware
 from cki_rec.merging.params import generator
-from cki_rec.models import build_model, model_schema
+from cki_rec.models import build_model, layers, model_schema
 from cki_rec.pipelines import merge
 
 EXPECTED = json.loads((GOLDEN / "merges_01e8936.json").read_text())
@@ -148,6 +150,11 @@ def test_every_method_is_in_the_file():
     assert {used.get(case, case.split(", ")[0]) for case in QUICK} | newer == {*METHODS, "auto"}
     assert set(QUICK) <= set(CASES)
     assert all(set(by_model) == set(MODELS) for by_model in CASES.values())
+
+
+@pytest.fixture(autouse=True)
+def dropout_of_torch(monkeypatch):
+    monkeypatch.setattr(layers, "drop_entries", functional.dropout)
 
 
 @pytest.mark.parametrize("model", FAST)

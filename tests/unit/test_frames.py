@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from datetime import datetime
 
 import numpy as np
 import polars as pl
@@ -156,3 +157,30 @@ def test_every_transform_and_form_of_text_is_that_of_the_data_set(tmp_path):
         dataset = store.prepare(replace(data, **forms), tmp_path / "encoded")
         frame = pl.read_csv(path, separator=";", infer_schema_length=0)
         check_equal(encoded(frame, dataset), dataset, np.arange(len(dataset)))
+
+
+def test_typed_rows_of_parquet_are_encoded_as_in_the_data_set(tmp_path):
+    """Whole numbers, floats, dates and lists keep their types; csv text of them means the same."""
+    draw, num = np.random.default_rng(2), 90
+    days = [datetime(2024, 3, 1 + n % 28, n % 24) for n in range(num)]
+    frame = pl.DataFrame(
+        {"y": [n % 2 for n in range(num)], "user": draw.integers(0, 9, num), "at": days}
+    ).with_columns(
+        whole=pl.Series(draw.integers(0, 5, num)),
+        steps=pl.Series(draw.integers(0, 5, num) / 2),
+        flag=pl.Series(draw.integers(0, 2, num) == 1),
+        tags=pl.Series([[f"t{m}" for m in range(n % 3)] for n in range(num)]),
+    )
+    path = tmp_path / "mine.parquet"
+    frame.write_parquet(path)
+    token = {"kind": "numeric", "transform": "token"}
+    entries = [*("user", "hour", "flag"), {"name": "tags", "kind": "multi"}]
+    entries += [{"name": "whole", **token}, {"name": "steps", **token}]
+    data = replace(prepared_options(path), format="parquet", item=None, fields=entries)
+    dataset = store.prepare(data, tmp_path / "encoded")
+    every = np.arange(num)
+    check_equal(encoded(frame.drop("y"), dataset), dataset, every)
+    text = frame.with_columns(pl.col("tags").list.join("|"), pl.col("at").dt.epoch("s"))
+    text.write_csv(tmp_path / "mine.csv")
+    text = pl.read_csv(tmp_path / "mine.csv", infer_schema_length=0)
+    check_equal(encoded(text, dataset), dataset, every)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from cki_rec import environment, project_root
 from cki_rec.config import UserError
@@ -181,4 +182,19 @@ def test_peers_use_our_torch_and_ours_uses_no_peer():
     assert "deepctr" not in (project_root() / "pyproject.toml").read_text()
     assert ".venv-peers/" in (project_root() / ".gitignore").read_text().splitlines()
     text = (PEERS / "peer.py").read_text()
+    assert not re.search(r"^\s*(from|import) cki_rec", text, flags=re.M)
+
+
+def test_the_speed_table_follows_from_rounds():
+    speed = load("speed")
+    text = speed.table({500_000: ([0.1, 0.2, 0.1], [0.17, 0.2, 0.18])})
+    assert "| 500,000 | 100.0 | 180.0 | 1.80 | 1.00 to 1.80 | 1.6 | reached |" in text
+    assert torch.backends.cpu.get_cpu_capability() in text
+
+
+def test_fuxictr_is_in_no_environment_of_ours():
+    assert "fuxictr==2.3.10\n" in (PEERS / "requirements-fuxictr.txt").read_text()
+    assert "fuxictr" not in (project_root() / "pyproject.toml").read_text()
+    assert ".venv-fuxictr/" in (project_root() / ".gitignore").read_text().splitlines()
+    text = (PEERS / "fuxictr_step.py").read_text()
     assert not re.search(r"^\s*(from|import) cki_rec", text, flags=re.M)

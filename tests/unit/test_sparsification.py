@@ -7,14 +7,22 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cki_rec.merging.rows import in_blocks
 from cki_rec.merging.sparsification import (
-    keep_largest,
+    keep_magnitudes,
     keep_random,
     keep_random_by_rank,
-    kth_largest,
+    kept_magnitudes,
     num_kept,
+    order_statistics,
     uniform,
 )
+
+
+def ranked(tensor: torch.Tensor, *ranks: int, size: int | None = None) -> list[float]:
+    """Return entries by rank, smallest first, of a parameter read in blocks of ``size`` rows."""
+    (rows,) = in_blocks([{"x": tensor}], size=size).values()
+    return order_statistics(rows, lambda block: block.models, lambda _: ranks)[0].tolist()
 
 
 @settings(max_examples=60, deadline=None)
@@ -23,19 +31,28 @@ from cki_rec.merging.sparsification import (
     dtype=st.sampled_from([torch.float32, torch.float64]),
     data=st.data(),
 )
-def test_kth_largest_is_the_sorted_one(values, dtype, data):
+def test_order_statistics_are_those_of_a_sort(values, dtype, data):
     tensor = torch.tensor(values, dtype=dtype)
-    k = data.draw(st.integers(1, len(values)))
-    assert kth_largest(tensor, k) == tensor.abs().sort(descending=True).values[k - 1]
+    places = st.lists(st.integers(1, len(values)), min_size=1, max_size=3)
+    ranks, size = data.draw(places), data.draw(st.integers(1, 9))
+    ordered = tensor.sort().values
+    assert ranked(tensor, *ranks, size=size) == [float(ordered[rank - 1]) for rank in ranks]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_kth_largest_in_blocks(monkeypatch, dtype):
+@pytest.mark.parametrize("size", [1, 7, None])
+def test_order_statistics_in_blocks(monkeypatch, dtype, size):
     monkeypatch.setattr("cki_rec.merging.sparsification.BLOCK", 1000)
     tensor = torch.randn(123, 57, dtype=dtype, generator=torch.Generator().manual_seed(0))
-    ordered = tensor.abs().flatten().sort(descending=True).values
-    for k in (1, 2, 700, 3505, 7010, 7011):
-        assert kth_largest(tensor, k) == ordered[k - 1]
+    ordered, ranks = tensor.flatten().sort().values, (1, 2, 700, 3505, 7010, 7011)
+    assert ranked(tensor, *ranks, size=size) == [float(ordered[rank - 1]) for rank in ranks]
+
+
+def keep_largest(tensor: torch.Tensor, density: float, skipped: float = 0.0) -> torch.Tensor:
+    """Return a mask of the entries that stay."""
+    (rows,) = in_blocks([{"x": tensor}]).values()
+    ends = kept_magnitudes(rows, lambda block: block.models, density, skipped)
+    return keep_magnitudes(torch.where(tensor == 0, 1e-45, tensor), ends[0]) != 0
 
 
 @pytest.mark.parametrize("density", [0.0, 0.01, 0.2, 0.5, 0.99, 1.0])
@@ -59,6 +76,9 @@ def test_draws_depend_on_the_row_only(monkeypatch):
     monkeypatch.setattr("cki_rec.merging.sparsification.ROWS", 16)
     whole = uniform(torch.empty(40, 6), 3, "table")
     assert torch.equal(uniform(torch.empty(23, 6), 3, "table"), whole[:23])
+    for first, last in ((0, 1), (5, 20), (16, 32), (31, 40)):
+        rows = uniform(torch.empty(last - first, 6), 3, "table", first)
+        assert torch.equal(rows, whole[first:last])
     assert not torch.equal(whole[:16], whole[16:32])
     assert not torch.equal(whole, uniform(torch.empty(40, 6), 3, "other"))
     assert not torch.equal(whole, uniform(torch.empty(40, 6), 4, "table"))

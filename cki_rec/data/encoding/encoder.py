@@ -213,7 +213,7 @@ class Encoder:
         assert place is not None
         column, form = frame[place[0]], place[1]
         if column.dtype in (pl.Date, pl.Datetime):
-            seconds = column.cast(pl.Datetime("us")).dt.epoch("s")
+            seconds = column.dt.epoch("s")
         else:
             text = self._bare(column)
             if form in ("seconds", "milliseconds"):

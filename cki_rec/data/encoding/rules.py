@@ -125,7 +125,7 @@ def _numeric_rules(field: Field, dataset: EncodedDataset, reader: Format) -> dic
     """Return the type of a numeric field, and the facts that training rows gave."""
     if field.kind != "numeric":
         return {}
-    rules: dict[str, Any] = {"type": "number" if reader.has_free_kinds else "integer"}
+    rules: dict[str, Any] = {"type": _type(field, dataset, reader)}
     if field.transform == "quantile":
         rules["bounds"] = dataset.manifest["quantile_edges"][field.name]
     if field.is_number:
@@ -136,6 +136,16 @@ def _numeric_rules(field: Field, dataset: EncodedDataset, reader: Format) -> dic
             column = dataset.numbers[dataset.rows("train"), names.index(field.name)]
             rules["mean"] = float(column.astype(np.float64).mean())
     return rules
+
+
+def _type(field: Field, dataset: EncodedDataset, reader: Format) -> str:
+    """Return the type of the raw numbers, on which their tokens depend."""
+    if not reader.has_free_kinds:
+        return "integer"
+    if reader.has_types and field.transform == "token":
+        of_floats = any("." in token or "e" in token for token in dataset.vocabulary(field.table))
+        return "number" if of_floats else "integer"
+    return "number"
 
 
 def _likes(

@@ -5,7 +5,7 @@ Shapes: weights are ``(K, *s)`` per parameter.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -16,10 +16,10 @@ from cki_rec.merging.params import (
     Params,
     check_same,
     compute_dtype,
-    generator,
 )
 from cki_rec.merging.registry import method
 from cki_rec.merging.selection import constant_weights
+from cki_rec.merging.sparsification import uniform
 
 
 @method(row_wise=True, is_ordered=True, reference="ours")
@@ -36,15 +36,27 @@ def first(models: Sequence[Params]) -> MixingWeights:
     return constant_weights(models, [float(k == 0) for k in range(len(models))])
 
 
-@method(is_ordered=True, full_weights=True, reference="ours")
+@method(row_wise=True, is_ordered=True, full_weights=True, reference="ours")
 def random(
-    models: Sequence[Params], seed: int, low: float = 0.41, high: float = 0.59
+    models: Sequence[Params],
+    seed: int,
+    low: float = 0.41,
+    high: float = 0.59,
+    *,
+    first_rows: Mapping[str, int] | None = None,
 ) -> MixingWeights:
     """Mix with a random share per entry, in the range of soft splicing: an ablation of CKI.
 
     For two sources the first has a uniform number in ``[low, high]`` and the second the rest. For
     more, each has such a number, divided by their sum. The draws depend on the seed, the name of
-    the parameter and K only, never on the device or the order of parameters.
+    the parameter, the row and K only, never on the device or the order of parameters.
+
+    Args:
+        models: One per source.
+        seed: Of the draws.
+        low: Smallest share.
+        high: Largest share.
+        first_rows: Number of the first row of parameters that are not whole.
 
     Returns:
         ``(K, *shape)`` per parameter.
@@ -59,18 +71,18 @@ def random(
     if not 0 < low <= high < 1:
         raise MergeError(f"random weights need 0 < low <= high < 1, not {low} and {high}")
     return {
-        name: _draw(name, tensor, len(models), seed, low, high)
+        name: _draw(name, tensor, len(models), seed, low, high, (first_rows or {}).get(name, 0))
         for name, tensor in models[0].items()
     }
 
 
 def _draw(
-    name: str, tensor: Tensor, num_sources: int, seed: int, low: float, high: float
+    name: str, tensor: Tensor, num_sources: int, seed: int, low: float, high: float, first: int
 ) -> Tensor:
     num_draws = 1 if num_sources == 2 else num_sources
-    dtype = compute_dtype(tensor)
-    uniform = torch.rand(num_draws, *tensor.shape, dtype=dtype, generator=generator(seed, name))
-    share = (low + (high - low) * uniform).to(tensor.device)
+    names = [f"{name}/{k}" for k in range(num_draws)]
+    draws = torch.stack([uniform(tensor, seed, each, first) for each in names])
+    share = low + (high - low) * draws.to(compute_dtype(tensor))
     if num_sources == 2:
         return torch.cat([share, 1 - share])
     return share / share.sum(dim=0)

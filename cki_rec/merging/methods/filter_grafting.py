@@ -6,14 +6,19 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
-from cki_rec.merging.methods.cki.assessment import Histogram, compute_global_terms
+from cki_rec.merging.methods.cki.assessment import (
+    Histogram,
+    compute_global_terms,
+    global_terms_of,
+)
 from cki_rec.merging.params import MixingWeights, Params, check_same, compute_dtype
 from cki_rec.merging.registry import method
 
 
 @method(
     reference="Filter Grafting (Meng et al., CVPR 2020)",
-    statistics=lambda models, **options: compute_global_terms(models, **options),
+    statistics=lambda rows, **options: global_terms_of(rows, **options),
+    row_wise=True,
 )
 def filter_grafting(
     models: Sequence[Params],

@@ -5,7 +5,8 @@ Shapes: weights are ``(K, *shape)`` per parameter.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,10 +20,24 @@ from cki_rec.merging.params import (
     equal_weights,
 )
 from cki_rec.merging.registry import method
+from cki_rec.merging.rows import Rows
+
+
+def _squares(rows: Rows, **_: Any) -> Tensor | None:
+    """Return ``(K,)``: the sum of squares of each F; None for parameters without one."""
+    if not next(iter(rows.read())).fisher:
+        return None
+    return rows.reduce(lambda block: _sums_of_squares(block.fisher))
+
+
+def _sums_of_squares(fisher: Sequence[Tensor]) -> Tensor:
+    return torch.stack([score.double().square().sum() for score in fisher])
 
 
 @method(
     needs=("fisher",),
+    row_wise=True,
+    statistics=_squares,
     reference="Fisher merging (Matena and Raffel, NeurIPS 2022)",
     cost="gradients of each sampled row",
 )
@@ -31,6 +46,8 @@ def fisher(
     fisher: Sequence[Params],
     floor: float = 1e-6,
     normalize: bool = True,
+    *,
+    statistics: Mapping[str, Tensor] | None = None,
 ) -> MixingWeights:
     r"""Weigh entries by how much the scores of each source depend on them.
 
@@ -45,6 +62,8 @@ def fisher(
         floor: Least F, after normalization: entries that matter to nobody are averaged.
         normalize: Divide each source's F by its L2 norm over all parameters. Otherwise less
             certain sources, whose gradients are larger, would weigh more.
+        statistics: Per parameter, of all parameters of the sources, the sum of squares of each F;
+            None: those of ``fisher``.
 
     Raises:
         MergeError: Models differ; an F is missing, does not fit, or has entries that are negative,
@@ -66,7 +85,13 @@ def fisher(
         for name, value in source.items():
             if not bool((value.isfinite() & (value >= 0)).all()):
                 raise MergeError(f"{name}: the F of source {k} must be finite and not negative")
-    scales = [1 / _norm(source) if normalize else 1.0 for source in fisher]
+    if statistics is None:
+        statistics = {
+            name: _sums_of_squares([source[name] for source in fisher])
+            for name in fisher[0]
+            if all(name in source for source in fisher)
+        }
+    scales = [1 / _norm(statistics, k) if normalize else 1.0 for k in range(len(models))]
     weights = {}
     for name, tensor in models[0].items():
         if not any(name in source for source in fisher):
@@ -90,6 +115,6 @@ def _shares(fisher_K: Tensor) -> Tensor:
     return torch.where(known, fisher_K / torch.where(known, total, 1), 1 / len(fisher_K))
 
 
-def _norm(fisher: Params) -> float:
-    total = sum(float(fisher[name].double().square().sum()) for name in sorted(fisher))
+def _norm(squares: Mapping[str, Tensor], source: int) -> float:
+    total = sum(float(squares[name][source]) for name in sorted(squares))
     return total**0.5 or 1.0

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from cki_rec.merging.methods.slerp import SMALLEST_SINE, TOLERANCE, combine, cosines, gram
+from cki_rec.merging.methods.slerp import SMALLEST_SINE, TOLERANCE, combine, cosines, gram_of
 from cki_rec.merging.params import STATISTICS, Params, check_finite, check_same
 from cki_rec.merging.registry import method
+from cki_rec.merging.rows import in_blocks
 
 MOST_STEPS = 100
 
 
-@method(reference="Karcher, 1977; Buss and Fillmore, ACM TOG 2001")
-def karcher(models: Sequence[Params]) -> Params:
+@method(
+    row_wise=True,
+    reference="Karcher, 1977; Buss and Fillmore, ACM TOG 2001",
+    statistics=gram_of,
+)
+def karcher(models: Sequence[Params], *, statistics: Mapping[str, Tensor] | None = None) -> Params:
     r"""Take the Karcher mean of the directions, times the mean norm, per parameter.
 
     With :math:`u_k = W_k / |W_k|`, it is the point :math:`\mu` of the sphere with the least sum of
@@ -26,6 +31,10 @@ def karcher(models: Sequence[Params]) -> Params:
 
     The plain mean is taken where that is not defined: a zero vector, opposite ones (parameters of
     one entry), and for statistics of batch norms.
+
+    Args:
+        models: One per source.
+        statistics: Per parameter ``gram`` of the models; None: computed here.
 
     Raises:
         MergeError: Models differ, or have NaN or infinite entries.
@@ -39,11 +48,11 @@ def karcher(models: Sequence[Params]) -> Params:
     """
     check_same(models)
     check_finite(models)
-    result = {}
+    result, rows = {}, in_blocks(models)
     for name in models[0]:
         tensors = [model[name] for model in models]
         coefficients = [1 / len(models)] * len(models)
-        products = gram(tensors)
+        products = gram_of(rows[name]) if statistics is None else statistics[name]
         norms = products.diagonal().sqrt()
         on_sphere = _mean_direction(cosines(products))
         if on_sphere is not None and not name.endswith(STATISTICS):

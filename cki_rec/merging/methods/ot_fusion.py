@@ -20,6 +20,7 @@ from cki_rec.merging.symmetry import Symmetry, units_of
 
 @method(
     is_ordered=True,
+    row_wise=True,
     reference="OTFusion (Singh and Jaggi, NeurIPS 2020)",
     cost="a transport plan a layer",
 )

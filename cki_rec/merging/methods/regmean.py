@@ -23,6 +23,7 @@ LEAST = 1e-10
 
 @method(
     needs=("moments", "counts"),
+    row_wise=True,
     reference="RegMean (Jin et al., ICLR 2023)",
     cost="one pass over sampled rows; a matrix inverse a layer",
 )

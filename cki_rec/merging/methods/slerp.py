@@ -9,7 +9,7 @@ Shape legend: K sources.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ from cki_rec.merging.params import (
     compute_dtype,
 )
 from cki_rec.merging.registry import method
+from cki_rec.merging.rows import Rows, in_blocks
 from cki_rec.merging.selection import check_fraction
 
 BLOCK = 1 << 20
@@ -32,8 +33,19 @@ SMALLEST_SINE = 1e-6
 TOLERANCE = 1e-12
 
 
-@method(is_ordered=True, max_models=2, reference="Shoemake, SIGGRAPH 1985")
-def slerp(models: Sequence[Params], t: float = 0.5) -> Params:
+@method(
+    is_ordered=True,
+    max_models=2,
+    row_wise=True,
+    reference="Shoemake, SIGGRAPH 1985",
+    statistics=lambda rows, t=0.5: None if t in (0, 1) else gram_of(rows),
+)
+def slerp(
+    models: Sequence[Params],
+    t: float = 0.5,
+    *,
+    statistics: Mapping[str, Tensor] | None = None,
+) -> Params:
     r"""Interpolate between two models along the great circle, per parameter.
 
     .. math:: W = \frac{\sin((1-t)\Omega)}{\sin\Omega} W_0 + \frac{\sin(t\Omega)}{\sin\Omega} W_1
@@ -44,6 +56,7 @@ def slerp(models: Sequence[Params], t: float = 0.5) -> Params:
     Args:
         models: Two; one comes back as it is.
         t: 0 is the first model, bit for bit, 1 the second.
+        statistics: Per parameter ``gram`` of the models; None: computed here.
 
     Raises:
         MergeError: Models differ, are more than two, or have NaN or infinite entries; t is not in
@@ -61,11 +74,12 @@ def slerp(models: Sequence[Params], t: float = 0.5) -> Params:
     if t == 1:
         return {name: tensor.clone() for name, tensor in models[1].items()}
     check_finite(models)
-    result = {}
+    result, rows = {}, in_blocks(models)
     for name, tensor in models[0].items():
         pair = [tensor, models[1][name]]
         coefficients = [1 - t, t]
-        cosine = cosines(gram(pair))[0, 1]
+        products = gram_of(rows[name]) if statistics is None else statistics[name]
+        cosine = cosines(products)[0, 1]
         angle = math.acos(max(-1.0, min(1.0, float(cosine)))) if cosine.isfinite() else 0.0
         if math.sin(angle) > SMALLEST_SINE and not name.endswith(STATISTICS):
             coefficients = [math.sin(x * angle) / math.sin(angle) for x in (1 - t, t)]
@@ -81,6 +95,11 @@ def gram(tensors: Sequence[Tensor]) -> Tensor:
         rows = torch.stack([block.double() for block in blocks])
         total += rows @ rows.T
     return total.cpu()
+
+
+def gram_of(rows: Rows) -> Tensor:
+    """Return ``gram`` of the sources of a parameter that is read in blocks."""
+    return rows.reduce(lambda block: gram(block.models))
 
 
 def combine(tensors: Sequence[Tensor], coefficients: Sequence[float]) -> Tensor:

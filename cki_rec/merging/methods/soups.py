@@ -15,6 +15,7 @@ from cki_rec.merging.selection import Score, constant_weights, require_score
 
 @method(
     needs=("score",),
+    row_wise=True,
     reference="Model soups (Wortsman et al., ICML 2022)",
     cost="scores of 2K - 1 models",
 )

@@ -9,13 +9,13 @@ that agree in sign. Statistics of batch norms are no directions, and a sum may m
 negative: they move from the base to the mean of the sources, and no further.
 
 Thresholds and ranks are per parameter, exact, and found in blocks; random draws depend on (seed,
-name, source, block of rows).
+name, source, row).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import reduce
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache, reduce
 from typing import TypeAlias
 
 import torch
@@ -30,14 +30,54 @@ from cki_rec.merging.params import (
     compute_dtype,
 )
 from cki_rec.merging.registry import method
+from cki_rec.merging.rows import Block, Rows, in_blocks
 from cki_rec.merging.selection import Score, check_fraction, select_best
-from cki_rec.merging.sparsification import keep_largest, keep_random, keep_random_by_rank
+from cki_rec.merging.sparsification import (
+    keep_magnitudes,
+    keep_random,
+    keep_random_by_rank,
+    kept_magnitudes,
+)
 
 SCALED = "one pass; scores of 10 scales"
 SCALES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0, 1.25, 1.5)
 """Values that ``scale: null`` chooses from, by validation AUC."""
-Sparsify: TypeAlias = Callable[[Tensor, str], Tensor]
-"""(task vector of one parameter, name of its draws) -> the same with entries left out."""
+Sparsify: TypeAlias = Callable[[Tensor, str, int], Tensor]
+"""(task vector, name of the parameter, index of its source) -> the same with entries left out."""
+
+
+def _ends(rows: Rows, density: float, skipped: float = 0.0) -> Tensor | None:
+    """Return ``(K, 2)``: the magnitudes of changes that stay; None for statistics."""
+    check_fraction("density", density)
+    check_fraction("skipped", skipped)
+    if rows.name.endswith(STATISTICS):
+        return None
+
+    def changes(block: Block) -> list[Tensor]:
+        assert block.base is not None
+        dtype = compute_dtype(block.base)
+        return [tensor.to(dtype) - block.base.to(dtype) for tensor in block.models]
+
+    return kept_magnitudes(rows, changes, density, skipped)
+
+
+def _keep(
+    models: Sequence[Params],
+    base: Params,
+    statistics: Mapping[str, Tensor] | None,
+    density: float,
+    skipped: float = 0.0,
+) -> Sparsify:
+    """Return the function that keeps magnitudes in a range."""
+    rows = in_blocks(models, base)
+
+    @cache
+    def ends_of(name: str) -> Tensor:
+        ends = _ends(rows[name], density, skipped) if statistics is None else statistics[name]
+        assert ends is not None
+        return ends
+
+    return lambda tau, name, source: keep_magnitudes(tau, ends_of(name)[source])
 
 
 @method(
@@ -66,11 +106,13 @@ def task_arithmetic(
     Reference:
         Ilharco et al., Editing models with task arithmetic, ICLR 2023, section 2.
     """
-    return _merge(models, base, score, scale, lambda tau, _: tau, elect=False)
+    return _merge(models, base, score, scale, lambda tau, *_: tau, elect=False)
 
 
 @method(
     needs=("base",),
+    row_wise=True,
+    statistics=lambda rows, density=0.2, scale=None: _ends(rows, density),
     reference="TIES-Merging (Yadav et al., NeurIPS 2023)",
     cost=SCALED,
     without_score={"scale": 1.0},  # there, section 4
@@ -81,6 +123,8 @@ def ties(
     score: Score | None,
     density: float = 0.2,
     scale: float | None = None,
+    *,
+    statistics: Mapping[str, Tensor] | None = None,
 ) -> Params:
     r"""Keep the largest changes since the base, and average those that agree in sign.
 
@@ -90,6 +134,7 @@ def ties(
         score: Validation AUC of a model; needed if ``scale`` is None.
         density: Share of the entries of every task vector and parameter that is kept.
         scale: :math:`\lambda`, as in ``task_arithmetic``.
+        statistics: Per parameter the magnitudes that stay; None: computed here.
 
     Raises:
         MergeError: As ``task_arithmetic``.
@@ -104,12 +149,18 @@ def ties(
     check_fraction("density", density)
     return _merge(
         *(models, base, score, scale),
-        lambda tau, _: torch.where(keep_largest(tau, density), tau, 0),
+        _keep(models, base, statistics, density),
         elect=True,
     )
 
 
-@method(needs=("base",), is_ordered=True, reference="DARE (Yu et al., ICML 2024)", cost=SCALED)
+@method(
+    needs=("base",),
+    is_ordered=True,
+    row_wise=True,
+    reference="DARE (Yu et al., ICML 2024)",
+    cost=SCALED,
+)
 def dare(
     models: Sequence[Params],
     base: Params,
@@ -118,6 +169,8 @@ def dare(
     density: float = 0.5,
     elect: bool = False,
     scale: float | None = None,
+    *,
+    first_rows: Mapping[str, int] | None = None,
 ) -> Params:
     r"""Drop changes since the base at random, divide the others by ``density``, and add them.
 
@@ -129,6 +182,7 @@ def dare(
         density: Chance of an entry to stay: 1 minus the paper's drop rate p.
         elect: Join by sign election as TIES does, instead of the sum.
         scale: :math:`\lambda`, as in ``task_arithmetic``.
+        first_rows: Number of the first row of parameters that are not whole.
 
     Raises:
         MergeError: As ``task_arithmetic``.
@@ -139,7 +193,9 @@ def dare(
     check_fraction("density", density)
     return _merge(
         *(models, base, score, scale),
-        lambda tau, name: keep_random(tau, density, seed, name),
+        lambda tau, name, k: keep_random(
+            tau, density, seed, f"{name}/{k}", (first_rows or {}).get(name, 0)
+        ),
         elect,
     )
 
@@ -147,6 +203,7 @@ def dare(
 @method(
     needs=("base",),
     is_ordered=True,
+    row_wise=True,
     reference="DELLA-Merging (Deep et al., arXiv 2406.11617)",
     cost=SCALED,
 )
@@ -158,6 +215,8 @@ def della(
     density: float = 0.5,
     window: float = 0.4,
     scale: float | None = None,
+    *,
+    first_rows: Mapping[str, int] | None = None,
 ) -> Params:
     r"""Drop changes since the base at random, small ones more often, and elect signs.
 
@@ -170,6 +229,7 @@ def della(
         window: Chance of the largest entry of a row minus that of the smallest (the paper's
             epsilon); narrowed where chances would leave [0, 1].
         scale: :math:`\lambda`, as in ``task_arithmetic``.
+        first_rows: Number of the first row of parameters that are not whole.
 
     Raises:
         MergeError: As ``task_arithmetic``.
@@ -184,13 +244,19 @@ def della(
     check_fraction("window", window)
     return _merge(
         *(models, base, score, scale),
-        lambda tau, name: keep_random_by_rank(tau, density, window, seed, name),
+        lambda tau, name, k: keep_random_by_rank(
+            tau, density, window, seed, f"{name}/{k}", (first_rows or {}).get(name, 0)
+        ),
         elect=True,
     )
 
 
 @method(
-    needs=("base",), reference="Model Breadcrumbs (Davari and Belilovsky, ECCV 2024)", cost=SCALED
+    needs=("base",),
+    row_wise=True,
+    statistics=lambda rows, density=0.85, skipped=0.01, scale=None: _ends(rows, density, skipped),
+    reference="Model Breadcrumbs (Davari and Belilovsky, ECCV 2024)",
+    cost=SCALED,
 )
 def breadcrumbs(
     models: Sequence[Params],
@@ -199,6 +265,8 @@ def breadcrumbs(
     density: float = 0.85,
     skipped: float = 0.01,
     scale: float | None = None,
+    *,
+    statistics: Mapping[str, Tensor] | None = None,
 ) -> Params:
     r"""Drop the smallest and the very largest changes since the base, and add the others.
 
@@ -209,6 +277,7 @@ def breadcrumbs(
         density: Share of the entries of every task vector and parameter that is kept.
         skipped: Share of the largest entries that is dropped, rounded down.
         scale: :math:`\lambda`, as in ``task_arithmetic``.
+        statistics: Per parameter the magnitudes that stay; None: computed here.
 
     Raises:
         MergeError: As ``task_arithmetic``.
@@ -220,7 +289,7 @@ def breadcrumbs(
     check_fraction("skipped", skipped)
     return _merge(
         *(models, base, score, scale),
-        lambda tau, _: torch.where(keep_largest(tau, density, skipped), tau, 0),
+        _keep(models, base, statistics, density, skipped),
         elect=False,
     )
 
@@ -245,7 +314,7 @@ def _merge(
         if name.endswith(STATISTICS):
             moves[name] = torch.stack(taus).mean(0)
             continue
-        taus = [sparsify(tau, f"{name}/{k}") for k, tau in enumerate(taus)]
+        taus = [sparsify(tau, name, k) for k, tau in enumerate(taus)]
         moves[name] = _elect(taus) if elect else reduce(torch.add, taus)  # in order, of any shape
     num_added = 1 if elect else len(models)
     if scale is None:

@@ -22,6 +22,7 @@ DIGITS = 6
 
 @method(
     needs=("moments",),
+    row_wise=True,
     is_ordered=True,
     reference="ZipIt! (Stoica et al., ICLR 2024)",
     cost="one pass over sampled rows",

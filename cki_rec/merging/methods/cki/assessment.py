@@ -9,19 +9,24 @@ import math
 from collections.abc import Sequence
 from typing import Literal, TypeAlias, get_args
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from cki_rec.merging.methods.cki.gate import apply_gate
 from cki_rec.merging.params import MergeError, Params, check_same, compute_dtype
+from cki_rec.merging.rows import Block, Rows, in_blocks, in_memory
+from cki_rec.merging.sparsification import order_statistics
 
 Histogram: TypeAlias = Literal["own", "shared", "quantile"]
 """Range of a histogram: that of its own tensor (as released), that of all sources, or from the
 smallest of their 0.1 % quantiles to the largest of their 99.9 % quantiles."""
 TAIL = 0.001
 
-_CHUNK = 1 << 22
+_CHUNK, _COMPARED = 1 << 22, 1 << 18
 """Entries of a table binned at once: bounds the temporaries."""
+MOST_COMPARED = 64
+"""Bins below which entries are compared with every edge."""
 
 
 def entropy(weight: Tensor, bins: int = 10, bounds: tuple[Tensor, Tensor] | None = None) -> float:
@@ -46,24 +51,8 @@ def entropy(weight: Tensor, bins: int = 10, bounds: tuple[Tensor, Tensor] | None
         CKI (arXiv 2501.07596), global assessment, as in the released recommendation code, which
         has it from Filter Grafting (CVPR 2020).
     """
-    if bins < 1:
-        raise MergeError(f"bins must be positive, not {bins}")
-    if weight.numel() == 0:
-        return 0.0
-    flat = weight.detach().reshape(-1)
-    dtype = compute_dtype(flat)
-    ends = torch.aminmax(flat) if bounds is None else bounds
-    low, high = (bound.cpu().to(dtype) for bound in ends)
-    if not bool(torch.isfinite(high - low)):
-        raise MergeError("entropy of NaN or infinite entries")
-    step = (high - low) / bins  # on the CPU: a GPU multiplies by the rounded reciprocal
-    edges = (low + torch.arange(bins + 1) * step).to(flat.device)
-    counts = torch.zeros(bins + 2, dtype=torch.int64, device=flat.device)
-    for start in range(0, flat.numel(), _CHUNK):
-        chunk = flat[start : start + _CHUNK].to(dtype)
-        counts += torch.bincount(torch.bucketize(chunk, edges, right=True), minlength=bins + 2)
-    shares = [count / flat.numel() for count in counts[1:-1].tolist()]
-    return math.fsum(-share * math.log(share) for share in shares if share > 0)
+    rows = in_memory([weight])
+    return _entropies(rows, bins, bounds_of(rows) if bounds is None else [bounds])[0]
 
 
 def histogram_bounds(
@@ -74,21 +63,92 @@ def histogram_bounds(
     Raises:
         MergeError: ``histogram`` is unknown, or an entry is NaN or infinite.
     """
+    return bounds_of(in_memory(tensors), histogram)
+
+
+def bounds_of(rows: Rows, histogram: Histogram = "own") -> list[tuple[Tensor, Tensor]]:
+    """Return ``histogram_bounds`` of a parameter; ``quantile`` takes passes over its rows.
+
+    Raises:
+        MergeError: As there.
+    """
     if histogram not in get_args(Histogram):
         raise MergeError(f"histogram: {histogram!r} is none of {', '.join(get_args(Histogram))}")
-    if tensors[0].numel() == 0:
-        return [(torch.zeros(()), torch.zeros(()))] * len(tensors)
-    ends = [torch.aminmax(tensor.detach()) for tensor in tensors]
-    bounds = [(low, high) for low, high in ends]
+    highest_2K = rows.reduce(_extremes, "max").cpu()
+    low_K, high_K = -highest_2K[0], highest_2K[1]
+    if bool((low_K > high_K).any()):  # no entries
+        return [(torch.zeros(()), torch.zeros(()))] * len(low_K)
     if histogram == "own":
-        return bounds
-    if not all(bool(torch.isfinite(high - low)) for low, high in bounds):
+        return list(zip(low_K, high_K, strict=True))
+    if not bool(torch.isfinite(high_K - low_K).all()):
         raise MergeError("entropy of NaN or infinite entries")
     if histogram == "quantile":
-        bounds = [_tails(tensor.detach()) for tensor in tensors]
-    low = torch.stack([low for low, _ in bounds]).amin()
-    high = torch.stack([high for _, high in bounds]).amax()
-    return [(low, high)] * len(tensors)
+        low_K, high_K = order_statistics(rows, _wide, _tails).T
+    return [(low_K.amin(), high_K.amax())] * len(low_K)
+
+
+def _entropies(rows: Rows, bins: int, bounds: Sequence[tuple[Tensor, Tensor]]) -> list[float]:
+    """Return the entropy of each source of a parameter, in one pass over its rows."""
+    if bins < 1:
+        raise MergeError(f"bins must be positive, not {bins}")
+    edges = []
+    for ends in bounds:
+        low, high = (bound.cpu().to(compute_dtype(bound)) for bound in ends)
+        if not bool(torch.isfinite(high - low)):
+            raise MergeError("entropy of NaN or infinite entries")
+        step = (high - low) / bins  # on the CPU: a GPU multiplies by the rounded reciprocal
+        edges.append(low + torch.arange(bins + 1) * step)
+
+    def count(block: Block) -> Tensor:
+        pairs = zip(block.models, edges, strict=True)
+        return torch.stack([_bin_counts(tensor, each) for tensor, each in pairs])
+
+    entropies = []
+    for counts in rows.reduce(count).tolist():
+        shares = [count / max(1, sum(counts)) for count in counts[1:-1]]
+        entropies.append(math.fsum(-share * math.log(share) for share in shares if share > 0))
+    return entropies
+
+
+def _bin_counts(tensor: Tensor, edges: Tensor) -> Tensor:
+    """Return how many entries lie below, between and above edges.
+
+    On a CPU a comparison with each edge is several times as fast as a search among them.
+    """
+    flat, size = tensor.reshape(-1), len(edges) + 1
+    if flat.device.type == "cpu" and size < MOST_COMPARED and bool((edges.diff() >= 0).all()):
+        at_least = [flat.numel(), *[0] * len(edges), 0]
+        for chunk in flat.split(_COMPARED):
+            entries = chunk.to(edges.dtype).numpy()
+            for place, edge in enumerate(edges.numpy()):
+                at_least[place + 1] += int(np.count_nonzero(entries >= edge))
+        return -torch.tensor(at_least).diff()
+    edges = edges.to(flat.device)
+    counts = torch.zeros(size, dtype=torch.int64, device=flat.device)
+    for chunk in flat.split(_CHUNK):
+        places = torch.bucketize(chunk.to(edges.dtype), edges, right=True)
+        counts += torch.bincount(places, minlength=size)
+    return counts
+
+
+def _extremes(block: Block) -> Tensor:
+    """Return ``(2, K)``: the negated smallest and the largest entry of each source."""
+    if block.models[0].numel() == 0:
+        return block.models[0].new_full((2, len(block.models)), -math.inf)
+    ends = [torch.aminmax(tensor) for tensor in block.models]
+    return torch.stack(
+        [torch.stack([-low for low, _ in ends]), torch.stack([high for _, high in ends])]
+    )
+
+
+def _wide(block: Block) -> list[Tensor]:
+    return [tensor.to(compute_dtype(tensor)) for tensor in block.models]
+
+
+def _tails(num_entries: int) -> tuple[int, int]:
+    """Return the ranks below and above which a share of ``TAIL`` lies."""
+    place = round(TAIL * (num_entries - 1))
+    return place + 1, num_entries - place
 
 
 def compare_entropies(entropies: Sequence[float]) -> list[float]:
@@ -130,8 +190,26 @@ def global_compatibility(
         The form for more than two sources is ours; the paper only names the case. So are ranges
         other than ``own``: the released histogram mostly measures the two extreme entries.
     """
-    terms = global_terms(entropies(tensors, bins, histogram), a, c)
-    return torch.tensor(terms, dtype=torch.float64, device=tensors[0].device)
+    return global_terms_of(in_memory(tensors), a, c, bins, histogram).to(tensors[0].device)
+
+
+def global_terms_of(
+    rows: Rows,
+    a: float = 0.4,
+    c: float = 500.0,
+    bins: int = 10,
+    histogram: Histogram = "own",
+) -> Tensor:
+    """Return ``global_compatibility`` of a parameter that is read in blocks, on the CPU.
+
+    Raises:
+        MergeError: As there, with the name of the parameter.
+    """
+    try:
+        terms = global_terms(_entropies(rows, bins, bounds_of(rows, histogram)), a, c)
+    except MergeError as error:
+        raise MergeError(f"{rows.name}: {error}" if rows.name else str(error)) from None
+    return torch.tensor(terms, dtype=torch.float64)
 
 
 def entropies(
@@ -142,8 +220,16 @@ def entropies(
     Raises:
         MergeError: As ``entropy`` and ``histogram_bounds``.
     """
-    bounds = histogram_bounds(tensors, histogram)
-    return [entropy(w, bins, ends) for w, ends in zip(tensors, bounds, strict=True)]
+    return entropies_of(in_memory(tensors), bins, histogram)
+
+
+def entropies_of(rows: Rows, bins: int = 10, histogram: Histogram = "own") -> list[float]:
+    """Return the entropy of each source of a parameter that is read in blocks.
+
+    Raises:
+        MergeError: As ``entropy`` and ``histogram_bounds``.
+    """
+    return _entropies(rows, bins, bounds_of(rows, histogram))
 
 
 def global_terms(entropies_K: Sequence[float], a: float = 0.4, c: float = 500.0) -> list[float]:
@@ -173,14 +259,10 @@ def compute_global_terms(
         MergeError: Models differ, or a tensor has NaN or infinite entries, by name.
     """
     check_same(models)
-    terms = {}
-    for name in models[0]:
-        try:
-            tensors = [model[name] for model in models]
-            terms[name] = global_compatibility(tensors, a, c, bins, histogram)
-        except MergeError as error:
-            raise MergeError(f"{name}: {error}") from None
-    return terms
+    return {
+        name: global_terms_of(rows, a, c, bins, histogram)
+        for name, rows in in_blocks(models).items()
+    }
 
 
 def local_compatibility(
@@ -303,13 +385,6 @@ def language_shares(global_K: Tensor, local_K: Tensor) -> Tensor:
         return torch.stack([first, 1 - first])
     others = (1 - terms[1:]) * local_K[1:] / (len(terms) - 1)
     return torch.cat([1 - others.sum(dim=0, keepdim=True), others])
-
-
-def _tails(tensor: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the entries below and above which a share of ``TAIL`` lies."""
-    flat = tensor.reshape(-1).to(compute_dtype(tensor))
-    place = round(TAIL * (len(flat) - 1))
-    return flat.kthvalue(place + 1).values, flat.kthvalue(len(flat) - place).values
 
 
 def _global_term(difference: float, a: float, c: float) -> float:

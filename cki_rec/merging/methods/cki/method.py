@@ -7,11 +7,12 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from cki_rec.merging.methods.cki.assessment import Histogram, compute_global_terms
+from cki_rec.merging.methods.cki.assessment import Histogram, global_terms_of
 from cki_rec.merging.methods.cki.gate import initialize_gate
 from cki_rec.merging.methods.cki.weights import cki_weights
 from cki_rec.merging.params import STATISTICS, MixingWeights, Params, check_same
 from cki_rec.merging.registry import method
+from cki_rec.merging.rows import Rows
 
 Gate = Literal["full", "affine", "diagonal", "low_rank", "scalar", "identity", "none"]
 NOT_LEARNED = ("identity", "none")
@@ -25,8 +26,8 @@ def _initial_gate(
     return initialize_gate(shape, kind, seed, name, rank)
 
 
-def _global_terms(
-    models: Sequence[Params],
+def _global_term(
+    rows: Rows,
     *,
     perspective: str = "dual",
     a: float = 0.4,
@@ -34,11 +35,11 @@ def _global_terms(
     bins: int = 10,
     histogram: Histogram = "own",
     **_: Any,
-) -> Mapping[str, Tensor] | None:
-    """Return the global term of every parameter; None where the local one decides alone."""
+) -> Tensor | None:
+    """Return the global term of a parameter; None where the local one decides alone."""
     if perspective == "local":
         return None
-    return compute_global_terms(models, a, c, bins, histogram)
+    return global_terms_of(rows, a, c, bins, histogram)
 
 
 @method(
@@ -49,7 +50,8 @@ def _global_terms(
     initial_gates=_initial_gate,
     learnable=lambda options: options["gate"] not in NOT_LEARNED,
     while_learning={"splice": "soft"},  # hard weights pass no gradient
-    statistics=_global_terms,
+    statistics=_global_term,
+    row_wise=True,
 )
 def cki(
     models: Sequence[Params],
@@ -111,7 +113,7 @@ def cki(
         perspective=perspective,
         splice=splice,
         gates=gates,
-        global_terms=statistics,
+        global_terms=None if statistics is None else _of(statistics, models[0]),
         counts=counts if local == "evidence" else None,
         dual=dual,
         scale=scale,
@@ -120,3 +122,8 @@ def cki(
         bins=bins,
         histogram=histogram,
     )
+
+
+def _of(statistics: Mapping[str, Tensor], params: Params) -> Mapping[str, Tensor] | None:
+    """Return the global terms of some parameters; None where the local one decides alone."""
+    return {name: statistics[name] for name in params if name in statistics} or None

@@ -1,0 +1,172 @@
+"""Rows of the tensors of a checkpoint, read from their place in the files."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+from cki_rec.checkpoints.checkpoint import TENSORS
+from cki_rec.checkpoints.reader import Reader
+from cki_rec.checkpoints.tensors import untrusted
+from cki_rec.config import UserError
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """Some rows, and some of their columns, that lie in one piece in a file."""
+
+    file: int
+    start: int
+    """Byte of the first entry."""
+    first: int
+    """Number of the first row."""
+    size: torch.Size
+    columns: slice
+
+
+class RowReader:
+    """The tensors of an undamaged checkpoint, any of their rows at a time.
+
+    Memory is needed for the rows alone. Tensors may be stored in parts, by rows or columns, as
+    any sharding plan writes them.
+
+    Args:
+        folder: The checkpoint.
+        name: Name of the source, for messages.
+
+    Raises:
+        UserError: The folder is not readable, or tensors are compressed.
+    """
+
+    def __init__(self, folder: Path, name: str) -> None:
+        self.folder, self.name = folder, name
+        self._open = ExitStack()
+        self._files: dict[str, int] = {}
+        self._states: dict[int, tuple[int, int]] = {}
+        with untrusted(folder):
+            reader = Reader(folder / TENSORS)
+            metadata = reader.read_metadata()
+            self.entries = {
+                key: entry
+                for key, entry in metadata.state_dict_metadata.items()
+                if isinstance(entry, TensorStorageMetadata)
+            }
+            parts: dict[str, list[_Part]] = {key: [] for key in self.entries}
+            mode = FakeTensorMode()
+            for index, place in metadata.storage_data.items():
+                if index.fqn in self.entries:
+                    entry = self.entries[index.fqn]
+                    chunks = [c for c in entry.chunks if c.offsets == index.offset]
+                    part = self._part(reader, place, chunks[0].offsets, mode)
+                    parts[index.fqn].append(part)
+            self._parts = {k: sorted(v, key=lambda part: part.first) for k, v in parts.items()}
+
+    def __enter__(self) -> RowReader:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._open.close()
+
+    def read(self, key: str, first: int = 0, stop: int | None = None) -> Tensor:
+        """Return rows of a tensor; all of it without ``stop``.
+
+        Raises:
+            UserError: A file is shorter than before, or cannot be read.
+        """
+        entry = self.entries[key]
+        shape = list(entry.size)
+        if shape:
+            stop = shape[0] if stop is None else min(stop, shape[0])
+            shape[0] = stop - first
+        target = torch.empty(shape, dtype=entry.properties.dtype)
+        for part in self._parts[key]:
+            if not shape:
+                self._fill(target, part, 0)
+                continue
+            assert stop is not None
+            begin, end = max(first, part.first), min(stop, part.first + part.size[0])
+            if begin >= end:
+                continue
+            rows = target[begin - first : end - first]
+            skipped = (begin - part.first) * part.size[1:].numel() * target.element_size()
+            if rows.ndim < 2 or part.size[1:] == rows.shape[1:]:
+                self._fill(rows, part, skipped)
+            else:
+                columns = torch.empty((end - begin, *part.size[1:]), dtype=target.dtype)
+                self._fill(columns, part, skipped)
+                rows[:, part.columns] = columns
+        return target
+
+    def keys(self, prefix: str) -> list[str]:
+        """Return the names of the tensors that begin with ``prefix``."""
+        return [key for key in self.entries if key.startswith(prefix)]
+
+    def row_bytes(self, keys: Iterable[str]) -> int:
+        """Return the bytes of one row of each of some tensors."""
+        return sum(
+            self.entries[key].size[1:].numel() * self.entries[key].properties.dtype.itemsize
+            for key in keys
+        )
+
+    def check_unchanged(self) -> None:
+        """Check that the files are those that were opened.
+
+        Raises:
+            UserError: One has changed.
+        """
+        for path, file in self._files.items():
+            if _state(os.stat(path)) != self._states[file]:
+                raise UserError(
+                    f"{path}: has changed while {self.name} was merged; the result would mix two"
+                    " models. Start again when nothing writes there"
+                )
+
+    def _part(self, reader: Any, place: Any, offsets: Any, mode: FakeTensorMode) -> _Part:
+        path = self.folder / TENSORS / place.relative_path
+        if place.transform_descriptors:
+            raise ValueError("its tensors are compressed")
+        with path.open("rb") as file, mode:  # without values
+            stored: Tensor = torch.load(reader._slice_file(file, place), weights_only=True)
+        begin = stored.untyped_storage()._checkpoint_offset
+        if begin is None or not stored.is_contiguous():
+            raise ValueError("a tensor is not stored in one piece")
+        start = place.offset + begin + stored.storage_offset() * stored.element_size()
+        if str(path) not in self._files:
+            number = os.open(path, os.O_RDONLY)
+            self._open.callback(os.close, number)
+            self._files[str(path)] = number
+            self._states[number] = _state(os.fstat(number))
+        width = stored.shape[1] if stored.ndim > 1 else 1
+        column = offsets[1] if len(offsets) > 1 else 0
+        columns = slice(column, column + width)
+        first = offsets[0] if len(offsets) else 0
+        return _Part(self._files[str(path)], start, first, stored.shape, columns)
+
+    def _fill(self, target: Tensor, part: _Part, skipped: int) -> None:
+        remaining = memoryview(target.reshape(-1).view(torch.uint8).numpy().data)
+        place = part.start + skipped
+        while len(remaining):
+            count = os.preadv(part.file, [remaining], place)
+            if not count:
+                path = next(p for p, number in self._files.items() if number == part.file)
+                raise UserError(f"{path}: ends too early; has it changed while it was read?")
+            remaining, place = remaining[count:], place + count
+
+
+def _state(status: os.stat_result) -> tuple[int, int]:
+    return status.st_size, status.st_mtime_ns

@@ -1,0 +1,141 @@
+"""Sources of a merge from disk to disk, read in blocks of rows.
+
+Shape legend: K sources.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from cki_rec.checkpoints import Checkpoint
+from cki_rec.checkpoints.rows import RowReader
+from cki_rec.config import UserError
+from cki_rec.data.prefetch import prefetch
+from cki_rec.engine import distributed, sharded
+from cki_rec.engine.embeddings import table_of
+from cki_rec.merging.params import Params, is_finite
+from cki_rec.merging.rows import Block, Rows
+from cki_rec.pipelines.stream_plan import Plan
+from cki_rec.progress import Advance
+
+
+@dataclass(slots=True)
+class Stream:
+    """Sources that are open, and the part of their rows that this process merges."""
+
+    readers: Sequence[RowReader]
+    """One per source, then that of the base, if there is one."""
+    outlines: Sequence[Checkpoint]
+    """Of the sources."""
+    num: int
+    """K."""
+    plan: Plan
+    has_counts: bool
+    processes: sharded.ShardProcesses
+    checked: set[tuple[str, int]]
+    """Blocks that are known to be finite."""
+
+    @property
+    def first(self) -> Checkpoint:
+        """Return the outline of the first source."""
+        return self.outlines[0]
+
+    def tables(self) -> list[str]:
+        """Return the names of the parameters that are tables."""
+        return [name for name in self.first.params if table_of(name)]
+
+    def spans(self, name: str) -> list[slice]:
+        """Return the blocks of rows of a table that this process merges."""
+        size = len(self.first.params[name])
+        mine = sharded.rows_of(size)
+        if not sharded.is_divided(size) and distributed.rank() > 0:
+            mine = slice(0, size)
+        starts = range(mine.start, mine.stop, self.plan.rows) or [0]
+        return [slice(start, min(start + self.plan.rows, mine.stop)) for start in starts]
+
+    def block(self, name: str, span: slice) -> Block:
+        """Return rows of a table in all sources.
+
+        Raises:
+            UserError: A row is not finite.
+        """
+        key = f"model.{name}"
+        tensors = [reader.read(key, span.start, span.stop) for reader in self.readers]
+        if (name, span.start) not in self.checked:
+            for reader, tensor in zip(self.readers, tensors, strict=True):
+                check_rows(tensor, span.start, name, reader.name)
+            self.checked.add((name, span.start))
+        counts = []
+        if self.has_counts:
+            table = f"counts.{table_of(name)}"
+            sources = self.readers[: self.num]
+            counts = [reader.read(table, span.start, span.stop) for reader in sources]
+        base = tensors[self.num] if len(tensors) > self.num else None
+        return Block(span.start, tensors[: self.num], base, counts=counts)
+
+    def rows(self, name: str, advance: Advance) -> Rows:
+        """Return the rows of a table; each pass over them counts as progress."""
+
+        def read() -> Iterator[Block]:
+            spans = self.spans(name)
+            for block in prefetch(self.block(name, span) for span in spans):
+                yield block
+                advance(len(block.models[0]))
+
+        return Rows(name, read, self.processes)
+
+    def dense(self, reader: RowReader) -> Params:
+        """Return the parameters that are not tables.
+
+        Raises:
+            UserError: An entry is not finite.
+        """
+        names = [
+            n for n, x in self.first.params.items() if not table_of(n) and x.is_floating_point()
+        ]
+        params = {name: reader.read(f"model.{name}") for name in names}
+        for name, tensor in params.items():
+            if not is_finite(tensor):
+                raise UserError(f"{name} of {reader.name}: entries are NaN or infinite")
+        return params
+
+    def integers(self) -> Params:
+        """Return the integer tensors, which come from the first source."""
+        names = [n for n, x in self.first.params.items() if not x.is_floating_point()]
+        return {name: self.readers[0].read(f"model.{name}") for name in names}
+
+    def groups(self, name: str) -> list[str]:
+        """Return the tensors with a row per row of a table that all sources have; last it."""
+        sources, table = self.readers[: self.num], table_of(name)
+        keys = [f"accumulator.{name}"]
+        if name == next(each for each in self.tables() if table_of(each) == table):
+            keys.append(f"counts.{table}")
+        return [key for key in keys if all(key in r.entries for r in sources)] + [f"model.{name}"]
+
+    def with_state(
+        self, name: str, span: slice, keys: Sequence[str]
+    ) -> tuple[Block, dict[str, list[Tensor]]]:
+        """Return rows of a table, and those of its accumulators and counts, in all sources."""
+        sources = self.readers[: self.num]
+        state = {key: [r.read(key, span.start, span.stop) for r in sources] for key in keys}
+        return self.block(name, span), state
+
+
+def check_rows(tensor: Tensor, first: int, name: str, source: str) -> None:
+    """Check that rows of a table are finite.
+
+    Raises:
+        UserError: Some are not; names the first of them.
+    """
+    if is_finite(tensor):
+        return
+    bad = (~tensor.isfinite()).reshape(len(tensor), -1).any(1).nonzero()[:, 0] + first
+    more = f" and {len(bad) - 3:,} more" if len(bad) > 3 else ""
+    rows = ", ".join(f"{row:,}" for row in bad[:3].tolist())
+    raise UserError(
+        f"{name} of {source}: rows {rows}{more} have NaN or infinite entries; train that source"
+        " again, or leave it out"
+    )
