@@ -29,7 +29,7 @@ EXAMPLES = {
     "evaluate": "-m suite=seeds,shards seed=1,2,3 merge=average,evidence",
     "export": "run=train-0123456789abcdef format=onnx",
     "predict": "run=train-0123456789abcdef input=rows.csv output=scores.csv",
-    "runs": "",
+    "runs": "--json",
     "clean": "delete=leftovers",
     "report": "name=quickstart",
     "inspect": "my.csv",
@@ -58,7 +58,7 @@ def help_text(groups: Mapping[str, Sequence[str]]) -> str:
     lines += ["", "groups"]
     lines += [f"  {group:10} {', '.join(choices)}" for group, choices in groups.items()]
     lines += ["", "examples"]
-    lines += [f"  cki-rec {name} {EXAMPLES[name]}".rstrip() for name in PIPELINES]
+    lines += [f"  cki-rec {name} {EXAMPLES[name]}" for name in PIPELINES]
     lines += [
         "",
         "./conf and --config-dir DIR add folders like conf/, with more choices for its groups.",
@@ -73,7 +73,7 @@ def help_text(groups: Mapping[str, Sequence[str]]) -> str:
 def pipeline_help(pipeline: str, groups: Mapping[str, Sequence[str]]) -> str:
     """Return an example and the commented values of the groups that a pipeline reads."""
     lines = [f"cki-rec {pipeline}: {PIPELINES[pipeline]}", ""]
-    lines += [f"  cki-rec {pipeline} {EXAMPLES[pipeline]}".rstrip(), ""]
+    lines += [f"  cki-rec {pipeline} {EXAMPLES[pipeline]}", ""]
     for group in [*READS[pipeline], "runtime"]:
         choices = groups[group]
         shown = "default" if "default" in choices else config_groups()[group][-1]

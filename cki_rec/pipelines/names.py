@@ -11,12 +11,13 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cki_rec.config import Config, UserError, nearest
 from cki_rec.config.texts import is_name
-from cki_rec.engine import distributed
-from cki_rec.engine.record import RECORD, Run
+
+if TYPE_CHECKING:
+    from cki_rec.engine.record import Run
 
 NAMES = "names"
 """Folder of names, under ``runtime.out``."""
@@ -35,7 +36,8 @@ def give(config: Config, run: Run, chosen: Sequence[str] | None = None) -> Run:
         chosen: Run ids of the models that are its result; None: it has its own. Several models
             get no name.
     """
-    if config.name == UNNAMED or distributed.rank() > 0 or (chosen and len(chosen) > 1):
+    is_first = os.environ.get("RANK", "0") == "0"
+    if config.name == UNNAMED or not is_first or (chosen and len(chosen) > 1):
         return run
     out, run_id = Path(config.runtime.out), chosen[0] if chosen else run.path.name
     link = out / NAMES / config.name
@@ -71,7 +73,7 @@ def located(out: Path, word: str) -> Path | None:
 
 def known(out: Path) -> list[str]:
     """Return all names and run ids, for messages."""
-    return [*names_of(out), *(path.parent.name for path in out.glob(f"*/{RECORD}"))]
+    return [*names_of(out), *(path.parent.name for path in out.glob("*/record.json"))]
 
 
 def resolved(config: Config) -> Config:

@@ -26,6 +26,8 @@ from cki_rec.progress import progress
 
 SUFFIXES = (".csv", PARQUET)
 """Forms of the written scores."""
+MOST_MB = 4
+"""Text of a block, in MiB; narrow rows take a hundred times as much while they are scored."""
 CPU = torch.device("cpu")
 
 log = logging.getLogger(__name__)
@@ -44,7 +46,7 @@ def run(config: Config) -> None:
     model = loading.load(config, config.run)
     num_rows, total, unseen = 0, 0.0, np.zeros(0, np.int64)
     with _writer(target) as write, progress("score", 0) as advance:
-        for frame in _frames(source, model, config.runtime.chunk_mb << 20):
+        for frame in _frames(source, model, min(config.runtime.chunk_mb, MOST_MB) << 20):
             rows = encode_frame(frame, model.encoder, model.schema, str(source), num_rows + 1)
             scores = score(model, rows)
             write(num_rows, scores)
