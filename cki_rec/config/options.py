@@ -389,17 +389,26 @@ class Config:
     """The whole configuration."""
 
     name: Name
-    """Experiment the run is reported under."""
+    """Experiment the run is reported under; of ``train``, ``merge`` and ``finetune`` the name of
+    the model."""
     suite: Suite
     seed: NonNegative
     """Of everything random but the split."""
     check_only: bool
     """``merge`` reports whether the sources fit together, and does nothing else."""
     run: str | None
-    """Model that ``export`` reads: a run directory, a checkpoint folder or a run id under
-    ``runtime.out``."""
+    """Model that ``export`` and ``predict`` read: a name, a run directory, a checkpoint folder or
+    a run id under ``runtime.out``."""
+    input: str | None
+    """Raw rows that ``predict`` scores: csv or Parquet."""
+    output: str | None
+    """Scores that ``predict`` writes: csv or Parquet."""
     format: Literal["pt2", "onnx"]
     """Format that ``export`` writes: ``pt2`` (torch.export) or ``onnx``."""
+    int8: bool
+    """``export`` stores embeddings as int8, with one scale per row."""
+    delete: Literal["none", "leftovers", "all"]
+    """``clean`` deletes ``none`` of its list, ``leftovers`` and caches, or ``all``."""
     data: Data
     model: Model
     train: Train

@@ -32,6 +32,7 @@ from cki_rec.models.layers import MASKS
 from cki_rec.pipelines import check_only, choice, preflight, refine, sources, train, vocabularies
 from cki_rec.pipelines.compatibility import compare, counts_of, finite, require, type_name
 from cki_rec.pipelines.merge_inputs import ablated, fisher, fixed_rules, learning
+from cki_rec.pipelines.names import give
 from cki_rec.pipelines.predictions import calibrator, scorer, valid_auc
 from cki_rec.pipelines.provenance import data_facts
 from cki_rec.pipelines.references import REFERENCES
@@ -69,6 +70,7 @@ def run(config: Config) -> None:
         log.info("chosen: %s", scores.get("titles", {}).get(chosen[0], chosen[0]))
     for folder in [done.checkpoint] if chosen is None else choice.folders(out, chosen):
         log.info("model: %s", folder)
+    give(config, done, chosen)
 
 
 def ensure(config: Config, models: Sources | None = None, force: bool = False) -> Run:
