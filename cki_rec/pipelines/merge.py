@@ -32,6 +32,7 @@ from cki_rec.models.layers import MASKS
 from cki_rec.pipelines import (
     check_only,
     choice,
+    foreign,
     preflight,
     refine,
     sources,
@@ -40,6 +41,7 @@ from cki_rec.pipelines import (
     vocabularies,
 )
 from cki_rec.pipelines.compatibility import compare, counts_of, finite, require, type_name
+from cki_rec.pipelines.foreign_sources import is_foreign
 from cki_rec.pipelines.merge_inputs import ablated, fisher, fixed_rules, learning
 from cki_rec.pipelines.predictions import calibrator, scorer, valid_auc
 from cki_rec.pipelines.provenance import data_facts
@@ -55,6 +57,9 @@ log = logging.getLogger(__name__)
 
 def run(config: Config) -> None:
     """Merge as configured; log the folder of the model and the shares of its sources."""
+    if is_foreign(config):
+        foreign.run(config)
+        return
     if distributed.world_size() > 1:
         distributed.start(replace(config.runtime, device="cpu"))
     with distributed.propagate_errors():

@@ -110,8 +110,10 @@ def layout(
         result.notes.append("several tensors have one name after the changes of names")
     held = set(full)
     rest = [(stored, name, name) for name in stored.entries if name not in held]
-    rest += [(optimizer, f"optimizer.{n}", n) for n in (optimizer.entries if optimizer else ())]
-    rest += [(counts, f"{n}.counts", n) for n in (counts.entries if counts else ())]
+    if optimizer is not None:
+        rest += [(optimizer, f"optimizer.{name}", name) for name in optimizer.entries]
+    if counts is not None:
+        rest += [(counts, f"{name}.counts", name) for name in counts.entries]
     rest += [(stored, long, long) for name, long in names.items() if _kind(name)]
     result.groups = [*stored.groups, *(optimizer.groups if optimizer else [])]
     old_names = {name: naming.name(name) for name in cleaned}
@@ -180,8 +182,10 @@ def _add_evidence(
                 held = result.counts if kind == "counts" else result.scores
                 held[names[found]] = (holder, key)
             continue
-        if (found := next(_parts_in(parts, names), None)) is not None:
-            result.state.setdefault(names[found], {})[parts[-1]] = (holder, key)
+        if parameter := next(_parts_in(parts, names), ""):
+            is_whole = ".".join(parts).endswith(f".{parameter}")  # of the accumulators of cki_rec
+            entry = parts[0] if is_whole else parts[-1]
+            result.state.setdefault(names[parameter], {})[entry] = (holder, key)
 
 
 def _parts_in(parts: Sequence[str], names: Collection[str]) -> Iterator[str]:
@@ -210,9 +214,9 @@ def _add_numbered(result: Layout, rest: Sequence[tuple[Stored, str, str]], namin
         result.notes.append(f"optimizer state left out: {names}")
         return
     for number, state in states.items():
-        name = names.get(number)
+        name = names.get(number, "")
         shapes = {h.entries[k].shape for key, (h, k) in state.items() if key != "step"}
-        if name is None or not all(_fits(s, result.entries[name].shape) for s in shapes):
+        if not name or not all(_fits(s, result.entries[name].shape) for s in shapes):
             result.state.clear()
             result.notes.append(
                 f"optimizer state left out: parameter {number} has another shape than"
