@@ -193,9 +193,7 @@ def _merge(
             **options.options,
         )
     except MergeError as error:
-        hint = (
-            "" if module is not None else " (merge.module gives the network, merge.batches rows)"
-        )
+        hint = _hint(options, tables, kind, module)
         raise UserError(f"merge.method={options.method}: {error}{hint}") from error
     floats = {x.dtype for x in result.params.values() if x.is_floating_point()}
     return result, {
@@ -205,6 +203,15 @@ def _merge(
         "rows": 0 if rows is None or rows.labels is None else len(rows.labels),
         "seed": config.seed,
     }
+
+
+def _hint(options: Merge, tables: Sequence[str], kind: str, module: nn.Module | None) -> str:
+    """Return the option that a failed merge may lack."""
+    if preflight.needs_counts(options) and kind == "none":
+        if not tables:
+            return " (no table is known: set merge.table_names, or merge.module)"
+        return " (merge.evidence: not all sources hold counts or optimizer state of a table)"
+    return "" if module is not None else " (merge.module gives the network, merge.batches rows)"
 
 
 def _write(options: Merge, first: Foreign, params: Params, folder: Path) -> Path:

@@ -13,6 +13,7 @@ import polars as pl
 import torch
 from torch import Tensor, nn
 
+from cki_rec.checkpoints.formats.stored import bytes_of
 from cki_rec.config import Config, UserError
 from cki_rec.evaluation.metrics import auc
 from cki_rec.merging.calling import arguments_of, evaluating, logits_of, reason_of
@@ -192,7 +193,7 @@ def _bytes(value: Any) -> bytes:
 def _parts(value: Any) -> Iterator[bytes]:
     if isinstance(value, Tensor):
         yield f"{value.dtype}{tuple(value.shape)}".encode()
-        yield value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+        yield bytes_of(value).tobytes()
     elif isinstance(value, Mapping):
         for key, inner in value.items():
             yield str(key).encode()

@@ -139,7 +139,8 @@ def tables_of(config: Config, first: Foreign, module: nn.Module | None) -> list[
         lookups = (nn.Embedding, nn.EmbeddingBag)
         held = {f"{n}.weight" for n, m in module.named_modules() if isinstance(m, lookups)}
         return [name for name in matrices if name in held]
-    return [name for name in matrices if TABLE.search(name)]
+    held = {*first.parts.counts, *first.parts.scores}
+    return [name for name in matrices if TABLE.search(name) or name in held]
 
 
 def differences(sources: Sequence[Foreign], tables: Sequence[str]) -> list[str]:

@@ -136,7 +136,8 @@ def test_other_programs_read_the_written_files(form, trained, tmp_path):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64, torch.bool])
 def test_safetensors_of_every_type(dtype, tmp_path):
     state = {"a": torch.arange(6).reshape(3, 2).to(dtype), "b": torch.zeros(0, 3, dtype=dtype)}
-    state["scalar"] = torch.tensor(1).to(dtype)
+    state |= {"scalar": torch.tensor(1).to(dtype), "turned": state["a"].t()}
+    state["single"] = torch.as_strided(state["a"], (1,), (9,))  # counts as contiguous
     out = WRITERS["safetensors"](state, tmp_path)
     for loaded in (safetensors.torch.load_file(out), open_stored(out)):
         for name, tensor in state.items():

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from cki_rec.checkpoints.formats.stored import (
     Entry,
+    bytes_of,
     check_range,
     damaged,
     digest_of,
@@ -176,8 +177,7 @@ def _write(params: Params, path: Path) -> None:
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for tensor in params.values():
-            values = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-            file.write(values.numpy().data)
+            file.write(bytes_of(tensor))
 
 
 def _header(file: Path) -> dict[str, _Place]:

@@ -71,6 +71,14 @@ def digest_of(files: Iterable[Path]) -> str:
     return hashlib.sha256("\n".join(digests).encode()).hexdigest()
 
 
+def bytes_of(tensor: Tensor) -> memoryview:
+    """Return the values of a tensor in order, as bytes."""
+    flat = tensor.detach().cpu().reshape(-1)
+    if flat.numel() and flat.stride(0) != 1:  # of one entry too, which counts as contiguous
+        flat = torch.empty(len(flat), dtype=flat.dtype).copy_(flat)
+    return memoryview(flat.view(torch.uint8).numpy().data)
+
+
 def damaged(path: Path, reason: str) -> UserError:
     """Return the error about a file that is no whole checkpoint."""
     return UserError(f"{path}: unreadable checkpoint, {reason}")
