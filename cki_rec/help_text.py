@@ -15,7 +15,7 @@ PIPELINES = {
     "evaluate": "all of the above as configured, then metrics and intervals on test rows",
     "export": "write a trained or merged model as one file that serves without this package",
     "report": "tables, figures and an HTML page from the records of a name",
-    "inspect": "describe the columns of your file, and draft its conf/data/NAME.yaml",
+    "inspect": "describe your file of rows, or checkpoints of any program, and draft their YAML",
 }
 EXAMPLES = {
     "prepare": "data=movielens_1m data.raw=ml-1m.zip",

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -175,22 +175,56 @@ def differences(sources: Sequence[Foreign], tables: Sequence[str]) -> list[str]:
 
 def _prefix_hint(first: Foreign, other: Foreign) -> str:
     """Return the change of names that makes two sources alike, if they differ by a prefix."""
-    names, others = set(first.parts.entries), set(other.parts.entries)
-    for here, there, short, long in (
-        (first, other, names, others),
-        (other, first, others, names),
-    ):
-        heads = {
-            name.removesuffix(n) for n in list(short)[:1] for name in long if name.endswith(n)
-        }
-        for head in heads - {""}:
-            if {head + name for name in short} == long:
-                escaped = head.replace(".", "[.]")
-                return (
-                    f"{there.path}: names begin with '{head}', those of {here.path} do not; name"
-                    f" it as {{path: {there.path}, names: ['^{escaped}{ARROW}']}}"
-                )
+    for here, there in ((first, other), (other, first)):
+        if head := _extra_prefix(here.parts.entries, there.parts.entries):
+            return (
+                f"{there.path}: names begin with '{head}', those of {here.path} do not; name it as"
+                f" {{path: {there.path}, names: ['{_without(head)}']}}"
+            )
     return ""
+
+
+def _extra_prefix(short: Collection[str], long: Collection[str]) -> str:
+    """Return the prefix that names have more than others; "": they differ otherwise."""
+    some = next(iter(short), "")
+    heads = {name.removesuffix(some) for name in long if some and name.endswith(some)} - {""}
+    return next((h for h in heads if {h + name for name in short} == set(long)), "")
+
+
+def _without(head: str) -> str:
+    return f"^{head.replace('.', '[.]')}{ARROW}"
+
+
+def name_changes(first: Foreign, other: Foreign) -> Naming:
+    """Return the names of a source with the changes that make it like the first, if they are sure.
+
+    A common prefix is taken off. Other names are matched where one tensor of both has the shape.
+    Matrices of reversed shape are transposed.
+    """
+    names, others = first.parts.entries, other.parts.entries
+    renames = list(other.naming.renames)
+    if head := _extra_prefix(names, others):
+        renames.append((_without(head).removesuffix(ARROW), ""))
+    else:
+        one, two = [n for n in names if n not in others], [n for n in others if n not in names]
+        for name in two:
+            alike = [n for n in one if _is_alike(names[n].shape, others[name].shape)]
+            back = [n for n in two if alike and _is_alike(names[alike[0]].shape, others[n].shape)]
+            if len(alike) == 1 and len(back) == 1:
+                renames.append((f"^{re.escape(name)}$", alike[0]))
+    naming = replace(other.naming, renames=tuple(renames))
+    turned = [
+        naming.name(name)
+        for name, entry in others.items()
+        if (like := names.get(naming.name(name))) is not None
+        and like.shape != entry.shape
+        and like.shape == entry.shape[::-1]
+    ]
+    return replace(naming, transposed=(*naming.transposed, *map(re.escape, turned)))
+
+
+def _is_alike(one: tuple[int, ...], two: tuple[int, ...]) -> bool:
+    return one in (two, two[::-1])
 
 
 def check_module(sources: Sequence[Foreign], module: nn.Module) -> None:
