@@ -71,9 +71,8 @@ def _print(source: Foreign, tables: Sequence[str], module: nn.Module | None) -> 
     entries = source.parts.entries
     total = sum(entry.bytes for entry in entries.values())
     rest = sum(entry.bytes for entry in source.stored.entries.values()) - total
-    print(
-        f"{source.path}: {source.stored.title}, model of {_size(total)}, {_size(rest)} beside it"
-    )
+    beside = f", {_size(rest)} beside it" if rest else ""
+    print(f"{source.path}: {source.stored.title}, model of {_size(total)}{beside}")
     if source.parts.prefix:
         print(f"  names without the prefix {source.parts.prefix}")
     table = Table(box=SIMPLE_HEAD)
