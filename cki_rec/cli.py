@@ -98,7 +98,7 @@ def _run(pipeline: str, options: list[str]) -> int:
     """Compose and run one pipeline, or a sweep of it; turn known errors into one line."""
     from cki_rec.config import RankLost, ReportedElsewhere, Stopped, UserError
     from cki_rec.environment import EnvironmentMismatchError, check_versions
-    from cki_rec.flags import SWEEP, print_configuration, split_flags, with_raw_file
+    from cki_rec.flags import SWEEP, inspected, print_configuration, split_flags
 
     start_log()
     try:
@@ -115,7 +115,8 @@ def _run(pipeline: str, options: list[str]) -> int:
             words = [o for o in with_folders(options) if o != "--json"]
             print(json.dumps(listed(Path(compose_config(words).runtime.out)), indent=1))
             return 0
-        options = with_raw_file(options) if pipeline == "inspect" else options
+        if pipeline == "inspect":
+            pipeline, options = inspected(options)
         printing, options = split_flags(with_folders(options))
         _check_folders(folders(options))
         if printing:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from cki_rec.config import UserError, nearest
 from cki_rec.search_path import CONF
@@ -22,6 +23,8 @@ SWEEP = ("-m", "--multirun")
 IGNORED = ("-r", "--run")
 """Flags that ask for the usual behavior."""
 FIXED = "the primary configuration is conf/config.yaml; choose a file of its groups (GROUP=NAME)"
+OF_TENSORS = (".safetensors", ".safetensors.index.json", ".pt", ".pth", ".ckpt", ".bin")
+"""Endings of checkpoints."""
 ABSENT = {
     **dict.fromkeys(("-cn", "--config-name", "-cp", "--config-path"), FIXED),
     **dict.fromkeys(("-sc", "--shell-completion"), "there is no completion"),
@@ -58,20 +61,27 @@ def split_flags(options: Sequence[str]) -> tuple[list[str], list[str]]:
     return printing, rest
 
 
-def with_raw_file(options: Sequence[str]) -> list[str]:
-    """Return the options of ``inspect``, whose file is written without ``data.raw=``.
+def inspected(options: Sequence[str]) -> tuple[str, list[str]]:
+    """Return the pipeline that ``inspect`` means, and its options with the named files.
+
+    Folders and files of tensors are checkpoints. Another file holds data.
 
     Raises:
-        UserError: No file is named, or several are.
+        UserError: No file is named, or several of data are.
     """
     files = [word for word in options if "=" not in word and not word.startswith("-")]
     rest = [word for word in options if word not in files]
+    quoted = ["'" + file.replace("'", "\\'") + "'" for file in files]
+    are_checkpoints = [Path(f).is_dir() or f.lower().endswith(OF_TENSORS) for f in files]
+    if files and all(are_checkpoints):
+        return "inspect_checkpoints", [*rest, f"merge.sources=[{','.join(quoted)}]"]
+    if any(are_checkpoints):
+        raise UserError(f"inspect reads checkpoints or data, not both: {', '.join(files)}")
     if len(files) > 1:
         raise UserError(f"inspect reads one file, not {len(files)}: {', '.join(files)}")
     if not files and not any(word.startswith("data.raw=") for word in rest):
         raise UserError("inspect needs a file: cki-rec inspect my.csv")
-    quoted = ["data.raw='" + file.replace("'", "\\'") + "'" for file in files]
-    return ["data=csv", *rest, *quoted]
+    return "inspect", ["data=csv", *rest, *(f"data.raw={file}" for file in quoted)]
 
 
 def print_configuration(printing: Sequence[str], overrides: Sequence[str]) -> None:

@@ -18,7 +18,7 @@ PIPELINES = {
     "runs": "list all runs: name, data, model, metric, size, age; --json prints JSON",
     "clean": "list leftovers, caches and runs that nothing refers to; delete=all deletes them",
     "report": "tables, figures and an HTML page from the records of a name",
-    "inspect": "describe the columns of your file, and draft its conf/data/NAME.yaml",
+    "inspect": "describe your file of rows, or checkpoints of any program, and draft their YAML",
 }
 EXAMPLES = {
     "prepare": "data=movielens_1m data.raw=ml-1m.zip",

@@ -14,6 +14,7 @@ import marshal
 import os
 import sys
 import traceback
+from collections.abc import Callable
 from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from types import ModuleType
@@ -67,20 +68,35 @@ def load_class(name: str, option: str = "model.module") -> Any:
     Raises:
         UserError: There is none of that name, or see ``load``.
     """
+    value = _classes[name] = _attribute(name, option, "Class", inspect.isclass)
+    return value
+
+
+def load_function(name: str, option: str) -> Any:
+    """Return the function or class that ``package.module:function`` or ``file.py:function`` names.
+
+    Raises:
+        UserError: There is none of that name, or see ``load``.
+    """
+    return _attribute(name, option, "function", callable)
+
+
+def _attribute(name: str, option: str, kind: str, is_kind: Callable[[Any], bool]) -> Any:
+    """Return the callable of a name; ``is_kind`` selects those that a message lists."""
     source, colon, attribute = name.rpartition(":")
     if not colon or not source or not attribute:
         raise UserError(
-            f"{option}={name}: expected package.module:Class, or path/to/file.py:Class"
+            f"{option}={name}: expected package.module:{kind}, or path/to/file.py:{kind}"
         )
     module = load(source, option)
     if not callable(value := getattr(module, attribute, None)):
-        known = [n for n, v in vars(module).items() if inspect.isclass(v)]
+        known = [n for n, v in vars(module).items() if is_kind(v)]
         listed = ", ".join(n for n in known if vars(module)[n].__module__ == module.__name__)
+        plural = "classes" if kind == "Class" else "functions"
         raise UserError(
-            f"{option}={name}: {nearest(attribute, known)}{source} has no class {attribute}; its"
-            f" classes are {listed or 'none'}"
+            f"{option}={name}: {nearest(attribute, known)}{source} has no {kind.lower()}"
+            f" {attribute}; its {plural} are {listed or 'none'}"
         )
-    _classes[name] = value
     return value
 
 

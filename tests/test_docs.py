@@ -22,6 +22,7 @@ from cki_rec.pipelines.references import REFERENCES
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.rglob("*.md"))
 RUN = [page for page in PAGES if page.parent.name in ("tutorial", "how_to")]
+MODULE = re.compile(r"# (\S+\.py)$")
 FILE_NAME = re.compile(r"# (\S+\.yaml)$")
 
 
@@ -104,6 +105,8 @@ def test_every_block_of_a_page_runs(page, raw_zip, places, tmp_path, monkeypatch
         if info == "python":
             torch.manual_seed(0)
             exec(text, names)
+            if named := MODULE.match(lines[0]):
+                Path(named[1]).write_text(text)
         elif info == "yaml" and (named := FILE_NAME.match(lines[0])):
             Path(named[1]).parent.mkdir(parents=True, exist_ok=True)
             Path(named[1]).write_text(text)

@@ -23,10 +23,11 @@ def file_digests(folder: Path, share: tuple[int, int] = (0, 1)) -> dict[str, str
         share: ``(first, step)``: every ``step``-th file, so that processes can share the work.
     """
     first, step = share
-    return {name: _digest(folder / name) for name in file_names(folder)[first::step]}
+    return {name: one_digest(folder / name) for name in file_names(folder)[first::step]}
 
 
-def _digest(path: Path) -> str:
+def one_digest(path: Path) -> str:
+    """Return the sha256 digest of a file; it is read again only after a change."""
     status = path.stat()
     return _cached_digest(path.absolute(), status.st_size, status.st_mtime_ns)
 

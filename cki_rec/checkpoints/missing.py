@@ -11,6 +11,12 @@ FORMATS = {
     ".pt2": "a file of torch.export",
 }
 """Suffix of a file -> its usual content."""
+READ_BY = (
+    "this command reads run folders of cki-rec alone. cki-rec merge and cki-rec inspect read such"
+    " files too (docs/how_to/checkpoints.md)"
+)
+UNREAD = (".onnx", ".pt2")
+"""Suffixes of files that no command reads."""
 METADATA = ".metadata"
 """File of every torch.distributed.checkpoint folder."""
 
@@ -23,13 +29,13 @@ def no_checkpoint(path: Path, description: str) -> str:
         description: Name of the file that every checkpoint has.
     """
     files = [path] if path.is_file() else sorted(path.glob("*")) if path.is_dir() else []
-    content = next((FORMATS[f.suffix] for f in files if f.suffix in FORMATS), "")
+    suffix = next((f.suffix for f in files if f.suffix in FORMATS), "")
+    content = FORMATS.get(suffix, "")
     if (path / METADATA).is_file():
         content = "a torch.distributed.checkpoint folder"
+    if suffix in UNREAD:
+        return f"{path}: holds {content}, which has no state dict; name its checkpoint"
     if content:
-        return (
-            f"{path}: holds {content}; the commands read run folders of cki-rec alone. Merge other"
-            " models in Python with cki_rec.merge (docs/python.md)"
-        )
+        return f"{path}: holds {content}; {READ_BY}"
     hint = "" if files else ": an empty folder" if path.is_dir() else ": no such file or folder"
     return f"{path}: no checkpoint here ({description} is missing){hint}"

@@ -43,18 +43,19 @@ class RowReader:
     Args:
         folder: The checkpoint.
         name: Name of the source, for messages.
+        tensors: Folder of the tensors in it; "": the folder itself.
 
     Raises:
         UserError: The folder is not readable, or tensors are compressed.
     """
 
-    def __init__(self, folder: Path, name: str) -> None:
-        self.folder, self.name = folder, name
+    def __init__(self, folder: Path, name: str, tensors: str = TENSORS) -> None:
+        self.folder, self.name = folder / tensors, name
         self._open = ExitStack()
         self._files: dict[str, int] = {}
         self._states: dict[int, tuple[int, int]] = {}
         with untrusted(folder):
-            reader = Reader(folder / TENSORS)
+            reader = Reader(self.folder)
             metadata = reader.read_metadata()
             self.entries = {
                 key: entry
@@ -68,6 +69,8 @@ class RowReader:
                     entry = self.entries[index.fqn]
                     chunks = [c for c in entry.chunks if c.offsets == index.offset]
                     part = self._part(reader, place, chunks[0].offsets, mode)
+                    if part.size != chunks[0].sizes:
+                        raise ValueError(f"{place.relative_path} is of another checkpoint")
                     parts[index.fqn].append(part)
             self._parts = {k: sorted(v, key=lambda part: part.first) for k, v in parts.items()}
 
@@ -137,7 +140,7 @@ class RowReader:
                 )
 
     def _part(self, reader: Any, place: Any, offsets: Any, mode: FakeTensorMode) -> _Part:
-        path = self.folder / TENSORS / place.relative_path
+        path = self.folder / place.relative_path
         if place.transform_descriptors:
             raise ValueError("its tensors are compressed")
         with path.open("rb") as file, mode:  # without values

@@ -267,6 +267,22 @@ class Merge:
     memory_gb: PositiveFloat | None
     """Memory of all processes of a machine together; tables are then read from disk, merged and
     written in blocks of rows. null: models are held in memory."""
+    module: str | None
+    """Of checkpoints of other programs: their network, as ``package.module:function`` or
+    ``path/to/file.py:function``. The function or class takes no argument. null: unknown."""
+    batches: str | None
+    """Likewise a function that returns batches of the network's inputs, with labels or without;
+    null: none."""
+    data: str | None
+    """Instead of ``batches`` a csv or Parquet file: columns are named as the arguments of the
+    network, and ``label`` if it has labels."""
+    format: Literal["safetensors", "torch", "dcp"] | None
+    """Of the result of checkpoints of other programs; null: that of the first source."""
+    evidence: Literal["auto", "counts", "optimizer", "scores", "none"]
+    """Of checkpoints of other programs: the measure of how often each table row was trained."""
+    table_names: list[str]
+    """Likewise regular expressions of the names of embedding tables; empty: those of lookups in
+    the network, or names with ``emb``, ``table`` or ``factor``."""
     biases: Literal["merge", "first"]
     """Rule for vectors: ``merge``, or ``first`` (source, as released)."""
     ablation: Literal["none", "permuted", "shuffled"]

@@ -24,7 +24,10 @@ WHOLE = ("base", "start")
 OF_SOURCES = ("data", "model", "train", "seed")
 """Options by which a source is named: those that its training reads."""
 
-LATER: dict[str, Any] = {"module": None, "plugins": []}
+LATER: dict[str, Any] = {
+    **{"module": None, "plugins": []},
+    **{"batches": None, "data": None, "format": None, "evidence": "auto", "table_names": []},
+}
 """Later options -> the value at which ``section`` leaves them out: identities stay the same."""
 
 

@@ -145,7 +145,7 @@ class BlockWriter:
     ) -> None:
         stream = io.BytesIO()
         torch.save(block.contiguous().clone() if _is_view(block) else block, stream)
-        content = stream.getbuffer()
+        content = stream.getvalue()
         start = sum(each.length for each in self.written[-1:]) + (
             self.written[-1].start if self.written else 0
         )
@@ -156,14 +156,13 @@ class BlockWriter:
             if self._unsynced > SYNCED:  # else the disk begins at the end
                 os.fdatasync(self._file.fileno())
                 self._unsynced = 0
-            checksum = zlib.crc32(content)
             read = os.pread(self._file.fileno(), len(content), start)
-            if zlib.crc32(read) != checksum:
+            if read != content:
                 raise OSError(errno.EIO, "a block is not read as it was written")
             self._digest.update(read)
             entry = Written(
                 *(key, offsets, list(block.shape), start, len(content)),
-                *(checksum, self.name, shares),
+                *(zlib.crc32(content), self.name, shares),
             )
             self._lines.write(_line(entry))
             self._lines.flush()

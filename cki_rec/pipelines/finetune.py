@@ -22,6 +22,7 @@ from cki_rec.engine.restoration import restore
 from cki_rec.engine.trainer import LABELS, Objective
 from cki_rec.models.layers import MASKS
 from cki_rec.pipelines import merge, names, preflight, teacher, train, vocabularies
+from cki_rec.pipelines.history import log_done, valid_auc
 from cki_rec.pipelines.sources import Source, Sources
 
 log = logging.getLogger(__name__)
@@ -33,8 +34,8 @@ def run(config: Config) -> float:
         raise UserError("finetune.epochs=0: nothing to do; choose finetune=one_epoch")
     start = time.time()
     done = names.give(config, ensure(config, force=config.runtime.force))
-    train.log_done(done, start)
-    return train.valid_auc(done)
+    log_done(done, start)
+    return valid_auc(done)
 
 
 def ensure(config: Config, models: Sources | None = None, force: bool = False) -> Run:

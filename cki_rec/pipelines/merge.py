@@ -29,8 +29,18 @@ from cki_rec.merging.result import MergeResult
 from cki_rec.merging.search import AUTO
 from cki_rec.merging.steps import calibrate_model
 from cki_rec.models.layers import MASKS
-from cki_rec.pipelines import check_only, choice, preflight, refine, sources, train, vocabularies
+from cki_rec.pipelines import (
+    check_only,
+    choice,
+    foreign,
+    preflight,
+    refine,
+    sources,
+    train,
+    vocabularies,
+)
 from cki_rec.pipelines.compatibility import compare, counts_of, finite, require, type_name
+from cki_rec.pipelines.foreign_sources import is_foreign
 from cki_rec.pipelines.merge_inputs import ablated, fisher, fixed_rules, learning
 from cki_rec.pipelines.names import give
 from cki_rec.pipelines.predictions import calibrator, scorer, valid_auc
@@ -49,6 +59,9 @@ log = logging.getLogger(__name__)
 
 def run(config: Config) -> None:
     """Merge as configured; log the folder of the model and the shares of its sources."""
+    if is_foreign(config):
+        foreign.run(config)
+        return
     if config.check_only:
         check_only.report(config)
         return

@@ -128,6 +128,7 @@ def _begin(folder: Path, plan: Plan, reads: dict[str, Any]) -> tuple[Plan, bool]
         except (OSError, ValueError):
             known = None
         is_resumed = known is not None and known["reads"] == json.loads(json.dumps(reads))
+        is_resumed = is_resumed and known["rows"] <= plan.rows  # else blocks exceed the budget
         if not is_resumed:
             shutil.rmtree(folder, ignore_errors=True)
             (folder / CHECKPOINT / TENSORS).mkdir(parents=True)

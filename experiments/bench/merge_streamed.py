@@ -47,7 +47,8 @@ def merge_streamed_memory(config: Config, gigabytes: int = 1) -> Figure:
 
 def _detail(measured: list[dict[str, float | str]]) -> str:
     return "; ".join(
-        f"{m['method']}, sources of {m['bytes'] / 1e9:.1f} GB: {m['seconds']:.1f} s, plain reading and"
+        f"{m['method']}, sources of {m['bytes'] / 1e9:.1f} GB: {m['seconds']:.1f} s"
+        f" ({m['processor']:.1f} s of processor time), plain reading and"
         f" writing {m['plain']:.1f} s, peak {m['peak'] / 1e9:.2f} GB"
         for m in measured
     )
@@ -71,13 +72,13 @@ def measure(gigabytes: float, folder: Path) -> list[dict]:
         paths = ",".join(f"{{path: {source}}}" for source in sources)
         words = [method, f"merge.sources=[{paths}]", f"merge.memory_gb={MEMORY_GB}"]
         words += [f"runtime.out={folder}/out"]
-        start = time.perf_counter()
+        start, used = time.perf_counter(), _processor_seconds()
         subprocess.run(
             [sys.executable, "-m", "cki_rec", "merge", *words],
             check=True,
             stdout=subprocess.DEVNULL,
         )
-        seconds = time.perf_counter() - start
+        seconds, used = time.perf_counter() - start, _processor_seconds() - used
         after = plain_seconds(sources, folder)
         size = sum(path.stat().st_size for path in (sources[0] / TENSORS).iterdir())
         peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
@@ -86,6 +87,7 @@ def measure(gigabytes: float, folder: Path) -> list[dict]:
             {
                 "method": method,
                 "seconds": seconds,
+                "processor": used,
                 "plain": plain,
                 "ratio": seconds / plain,
                 "peak": peak,
@@ -95,6 +97,12 @@ def measure(gigabytes: float, folder: Path) -> list[dict]:
         print(results[-1], file=sys.stderr, flush=True)
         subprocess.run(["rm", "-r", str(folder / "out")], check=True)
     return results
+
+
+def _processor_seconds() -> float:
+    """Return the processor time of all processes that were started and have ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def plain_seconds(sources: list[Path], folder: Path) -> float:

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import errno
 import json
+import multiprocessing
 import os
 import shutil
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -258,42 +256,34 @@ def test_tables_stored_in_parts_are_read(sources, tmp_path, small_blocks, split)
 
 
 @pytest.mark.slow
-@pytest.mark.dist
-def test_kills_of_processes(sources, tmp_path):
+def test_kills_of_processes(sources, tmp_path, small_blocks):
     """Thirty processes are killed at random moments; each time the next one goes on."""
-    noise = torch.Generator().manual_seed(0)
-    code = (
-        "import sys, os; sys.path[:0] = sys.argv[1].split(os.pathsep);"
-        "from merging_cases import merge_sources; from pathlib import Path;"
-        "from cki_rec.pipelines import stream_plan; stream_plan.BLOCK = 2;"
-        "stream_plan.SMALLEST = 1; print('begin', flush=True);"
-        "sys.exit(merge_sources(Path(sys.argv[2]), 'disk', *sys.argv[3:])[0])"
-    )
-    paths = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[1])])
+    noise, fork = torch.Generator().manual_seed(0), multiprocessing.get_context("fork")
     how = words(sources, "merge=aligned_weights", "merge.memory_gb=2")
 
     def start(folder):
-        command = [sys.executable, "-W", "ignore", "-c", code, paths, str(folder), *how]
-        return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        process = fork.Process(target=merge_sources, args=(folder, "disk", *how))
+        process.start()
+        return process
 
-    process = start(tmp_path / "whole")
-    process.stdout.readline()
-    begun = time.monotonic()
-    assert process.wait() == 0
-    seconds, expected, kills = time.monotonic() - begun, digests(tmp_path / "whole"), 0
+    begun, process = time.monotonic(), start(tmp_path / "whole")
+    process.join()
+    seconds, kills, resumed = time.monotonic() - begun, 0, 0
+    expected = digests(tmp_path / "whole")
     while kills < 30:
         process = start(tmp_path / "killed")
-        process.stdout.readline()
         time.sleep(float(torch.rand((), generator=noise)) * seconds)
         process.kill()
-        killed = process.wait() != 0
-        process.stdout.close()
-        kills += killed
+        process.join()
+        kills += process.exitcode != 0
+        resumed += (tmp_path / "killed" / "disk" / "partial").exists()
         for run in (tmp_path / "killed" / "disk").glob("merge-*"):
             if (run / "checkpoint").exists():  # never half-written
                 assert digests(tmp_path / "killed") == expected
                 checkpoint.load(run / "checkpoint")
-        if not killed:
+        if process.exitcode == 0:
             shutil.rmtree(tmp_path / "killed")
-    assert start(tmp_path / "killed").wait() == 0
+    process = start(tmp_path / "killed")
+    process.join()
     assert digests(tmp_path / "killed") == expected
+    assert resumed >= 5

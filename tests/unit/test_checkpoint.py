@@ -126,13 +126,13 @@ def error_of(folder) -> str:
 
 
 @pytest.mark.parametrize("name", ["model.pt", "model.safetensors", "dcp/.metadata"])
-def test_files_of_other_programs_name_the_library(tmp_path, name):
+def test_files_of_other_programs_name_the_commands_that_read_them(tmp_path, name):
     path = tmp_path / name
     path.parent.mkdir(exist_ok=True)
     path.write_bytes(b"x")
     shown = error_of(path.parent if path.parent != tmp_path else path)
-    assert "the commands read run folders of cki-rec alone" in shown
-    assert "Merge other models in Python with cki_rec.merge" in shown
+    assert "this command reads run folders of cki-rec alone" in shown
+    assert "cki-rec merge and cki-rec inspect read such files too" in shown
 
 
 def test_nothing_there(tmp_path):

@@ -1,0 +1,257 @@
+"""``cki-rec merge`` of checkpoints that other programs have written."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from cki_rec import COMMAND_VARIABLE
+from cki_rec.checkpoints.formats import WRITERS
+from cki_rec.config import Config, Merge, UserError, run_id, section
+from cki_rec.engine import distributed
+from cki_rec.engine.record import open_run
+from cki_rec.merging.api import merge
+from cki_rec.merging.extras import Extras
+from cki_rec.merging.params import MergeError, Params
+from cki_rec.merging.result import MergeResult
+from cki_rec.merging.search import AUTO
+from cki_rec.pipelines import card, preflight
+from cki_rec.pipelines.foreign_inputs import SampleRows, network_of, rows_of
+from cki_rec.pipelines.foreign_sources import (
+    Foreign,
+    check_module,
+    differences,
+    evidence,
+    load,
+    open_source,
+    tables_of,
+)
+from cki_rec.pipelines.references import Reference
+from cki_rec.pipelines.sources import check_distinct
+from cki_rec.plugins import load_function, source_digest
+
+DEFAULTS: dict[str, Any] = {
+    **{"scope": "all", "tables": "same", "biases": "merge", "ablation": "none", "memory_gb": None},
+    **{"vocabularies": [], "rows": "training", "learn.what": "none"},
+}
+"""Options that merges of other programs' checkpoints do not have -> their only value."""
+
+log = logging.getLogger(__name__)
+
+
+def run(config: Config) -> None:
+    """Merge as configured, and log a report with the place of the model.
+
+    Raises:
+        UserError: Options, sources or rows that do not fit together.
+    """
+    options = config.merge
+    _check_options(options)
+    with ExitStack() as stack:
+        module = network_of(config)
+        sources = [open_source(s, "merge.sources", module, stack) for s in options.sources]
+        everyone = list(sources)
+        if options.base is not None and "base" in preflight.needs_of(options):
+            everyone.append(open_source(options.base, "merge.base", module, stack))
+        tables = tables_of(config, sources[0], module)
+        _check(everyone, sources, tables, module, options)
+        if config.check_only:
+            log.info("the sources fit together: %d tensors each", len(sources[0].parts.names))
+            return
+        rows = rows_of(config, module)
+        if options.method == AUTO and (rows is None or rows.labels is None):
+            raise UserError(
+                "merge=auto compares recipes on rows with labels: merge.batches=file.py:function"
+                " that returns [(inputs, labels), ...], or merge.data with a column label; or"
+                " choose a method, as merge=average"
+            )
+        digests = [source.stored.digest() for source in everyone]
+        check_distinct(digests[: len(sources)], [s.path for s in sources], "merge.sources")
+        reads = _reads(config, digests, tables, rows)
+        out = Path(config.runtime.out)
+        with open_run(out, run_id("merge", reads), config.runtime.force) as done:
+            if done.record is None:
+                with done.phase("merge"):
+                    result, facts = _merge(config, everyone, tables, module, rows)
+                with done.phase("write"):
+                    target = _write(options, sources[0], result.params, done.path)
+                facts["sources"] = [
+                    {**card.describe(s), "digest": digest}
+                    for s, digest in zip(everyone, digests, strict=True)
+                ]
+                facts["model"] = target.name
+                facts["command"] = os.environ.get(COMMAND_VARIABLE, "")
+                card.write(done.path, result, facts)
+                log.info("%s", result.report())
+                done.finish(reads, {"hash": ""}, _recorded(result, facts))
+    assert done.record is not None
+    log.info("model: %s", out / done.path.name / done.record["result"]["model"])
+    log.info("card: %s", out / done.path.name / card.README)
+
+
+def _check_options(options: Merge) -> None:
+    """Check that options are those of a merge by the library.
+
+    Raises:
+        UserError: One is for models that were trained here.
+    """
+    if distributed.world_size() > 1:
+        raise UserError("checkpoints of other programs are merged in one process, not by torchrun")
+    if any("path" not in source for source in options.sources):
+        raise UserError(
+            "merge.sources: name every source by its path; checkpoints of other programs and"
+            " trainings of this one cannot be mixed"
+        )
+    for key, only in DEFAULTS.items():
+        value: Any = options
+        for part in key.split("."):
+            value = getattr(value, part)
+        if value != only:
+            raise UserError(
+                f"merge.{key}={value}: is for models that cki-rec has trained; leave it at {only}"
+            )
+    if options.recalibrate and options.method != AUTO:
+        raise UserError(
+            "merge.recalibrate=true: is for models that cki-rec has trained; set it to false"
+        )
+    if isinstance(preflight.entry_of(options), Reference):
+        raise UserError(
+            f"merge={options.method}: is for models that cki-rec has trained; choose a method of"
+            " cki-rec merge --list"
+        )
+
+
+def _check(
+    everyone: Sequence[Foreign],
+    sources: Sequence[Foreign],
+    tables: Sequence[str],
+    module: nn.Module | None,
+    options: Merge,
+) -> None:
+    """Check that sources fit together, before any tensor is read.
+
+    Raises:
+        UserError: They do not; names the first difference.
+    """
+    for source in everyone:
+        if not source.parts.names:
+            raise UserError(f"{source.path}: holds no tensor of a model")
+    if found := differences(everyone, tables):
+        more = f" (and {len(found) - 1} more differences: cki-rec inspect)" if found[1:] else ""
+        raise UserError(f"{found[0]}{more}")
+    if module is not None:
+        check_module(sources, module)
+    if sources[0].stored.form not in WRITERS and options.format is None:
+        raise UserError(
+            f"{sources[0].path}: is of cki-rec, with features that the other sources lack; set"
+            f" merge.format to {', '.join(WRITERS)}"
+        )
+
+
+def _merge(
+    config: Config,
+    everyone: Sequence[Foreign],
+    tables: Sequence[str],
+    module: nn.Module | None,
+    rows: SampleRows | None,
+) -> tuple[MergeResult, dict[str, Any]]:
+    """Return the merge by the library, and facts for its card."""
+    options, number = config.merge, len(config.merge.sources)
+    kind, counts = evidence(everyone[:number], tables, options.evidence)
+    models = load(everyone, module)
+    refine = options.refine
+    if refine == "auto" or options.method == AUTO:
+        refine = "none"
+    types = sorted({str(x.dtype) for m in models for x in m.values() if x.is_floating_point()})
+    if len(types) > 1:
+        log.info("  sources are of %s; they are merged in float32", ", ".join(types))
+    dtype = None if options.dtype is None else getattr(torch, options.dtype)
+    try:
+        result = merge(
+            models[:number],
+            options.method,
+            base=models[number] if len(models) > number else None,
+            counts=counts,
+            module=module,
+            batches=rows.batches if rows else None,
+            align=options.align.by,
+            repair=options.repair,
+            refine=refine,
+            effort=options.effort,
+            starts=options.align.starts,
+            score=rows.score(module) if rows and module is not None else None,
+            dtype=dtype,
+            seed=config.seed,
+            extras=None if module is not None else Extras(tables=tables),
+            **options.options,
+        )
+    except MergeError as error:
+        hint = _hint(options, tables, kind, module)
+        raise UserError(f"merge.method={options.method}: {error}{hint}") from error
+    floats = {x.dtype for x in result.params.values() if x.is_floating_point()}
+    return result, {
+        "evidence": {"kind": kind, "tables": list(counts[0]) if counts else []},
+        "tables": list(tables),
+        "types": {"sources": types, "result": sorted(map(str, floats))},
+        "rows": 0 if rows is None or rows.labels is None else len(rows.labels),
+        "seed": config.seed,
+    }
+
+
+def _hint(options: Merge, tables: Sequence[str], kind: str, module: nn.Module | None) -> str:
+    """Return the option that a failed merge may lack."""
+    if preflight.needs_counts(options) and kind == "none":
+        if not tables:
+            return " (no table is known: set merge.table_names, or merge.module)"
+        return " (merge.evidence: not all sources hold counts or optimizer state of a table)"
+    return "" if module is not None else " (merge.module gives the network, merge.batches rows)"
+
+
+def _write(options: Merge, first: Foreign, params: Params, folder: Path) -> Path:
+    """Write the merged model into a folder; return its file or folder."""
+    kept = {name: params[name] for name in first.parts.names}
+    if options.format is not None and options.format != first.stored.form:
+        return WRITERS[options.format](kept, folder)
+    stored = {
+        first.parts.names[name]: first.naming.restored(name, tensor)
+        for name, tensor in kept.items()
+    }
+    return first.stored.written(stored, folder)
+
+
+def _reads(
+    config: Config, digests: Sequence[str], tables: Sequence[str], rows: SampleRows | None
+) -> dict[str, Any]:
+    """Return everything that the result depends on."""
+    options = section(config.merge)
+    for name in ("label", "plugins", "batches", "data", "module", "memory_gb"):
+        options.pop(name, None)
+    network = config.merge.module
+    return {
+        "foreign": list(digests),
+        "merge": options,
+        "tables": list(tables),
+        "module": network and source_digest(load_function(network, "merge.module")),
+        "rows": rows.digest() if rows else None,
+        "source": preflight.source_of(config.merge),
+        "seed": config.seed,
+    }
+
+
+def _recorded(result: MergeResult, facts: dict[str, Any]) -> dict[str, Any]:
+    """Return the result for the record of the run."""
+    return {
+        "chosen": None,
+        "shares": result.shares,
+        "alignment": result.alignment,
+        "recipe": result.recipe,
+        "scores": result.scores,
+        **{name: facts[name] for name in ("model", "evidence", "types")},
+    }

@@ -1,0 +1,353 @@
+"""Sources of a merge that other programs have written: opened, compared, read."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cki_rec.checkpoints.formats import Layout, Stored, is_own, layout, open_stored
+from cki_rec.checkpoints.formats.layout import Naming
+from cki_rec.config import Config, UserError
+from cki_rec.merging.optimizer_state import squared_gradients
+from cki_rec.merging.params import Params, is_finite
+
+KEYS = ("path", "names", "transposed", "counts", "optimizer")
+"""Entries of a source."""
+ARROW = " -> "
+"""Between a regular expression and its replacement."""
+TABLE = re.compile(r"emb|table|factor|lookup", re.IGNORECASE)
+"""Names of matrices that are taken for tables if the network is unknown."""
+EVIDENCE = ("counts", "optimizer", "scores")
+"""Measures of how often rows were trained, the best one first."""
+SHOWN = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Foreign:
+    """One opened checkpoint."""
+
+    path: str
+    stored: Stored
+    parts: Layout
+    naming: Naming
+
+    def tensor(self, name: str) -> Tensor:
+        """Return one tensor of the model.
+
+        Raises:
+            UserError: It has NaN or infinite entries; names the rows.
+        """
+        tensor = self.naming.restored(name, self.stored.rows(self.parts.names[name]))
+        if tensor.is_floating_point() and not is_finite(tensor):
+            bad = ~tensor.isfinite()
+            rows = bad.reshape(len(bad), -1).any(1).nonzero().flatten() if bad.ndim else bad[None]
+            listed = ", ".join(map(str, rows[:SHOWN].tolist()))
+            more = f" and {len(rows) - SHOWN:,} more" if len(rows) > SHOWN else ""
+            raise UserError(
+                f"{self.path}: {name} has NaN or infinite entries in row {listed}{more}; train or"
+                " repair it before a merge"
+            )
+        return tensor
+
+
+def is_foreign(config: Config) -> bool:
+    """Return whether a merge has sources of other programs, or a network of its own."""
+    paths = [source["path"] for source in config.merge.sources if "path" in source]
+    is_other = any(isinstance(path, str) and not is_own(Path(path)) for path in paths)
+    return config.merge.module is not None or is_other
+
+
+def open_source(
+    source: Mapping[str, Any], option: str, module: nn.Module | None, stack: ExitStack
+) -> Foreign:
+    """Return a source, opened; no value is read.
+
+    Args:
+        source: As configured, with ``KEYS``.
+        option: The option that holds it, for messages.
+        module: The network, if it is known.
+        stack: Closes the files.
+
+    Raises:
+        UserError: It has other keys, or its files are damaged.
+    """
+    if not isinstance(path := source.get("path"), str) or (wrong := set(source) - set(KEYS)):
+        odd = f"{sorted(wrong)[0]}: no such key" if isinstance(path, str) else "no path"
+        raise UserError(
+            f"{option}: {dict(source)}, {odd}; checkpoints of other programs are named by"
+            f" {', '.join(KEYS)}, all of them in one merge"
+        )
+    renames = [tuple(str(text).split(ARROW, 1)) for text in _texts(source, "names", option)]
+    if any(len(pair) != 2 for pair in renames):
+        raise UserError(f"{option}, names: write each as 'EXPRESSION{ARROW}REPLACEMENT'")
+    naming = Naming(
+        tuple((old, new) for old, new in renames),
+        tuple(_texts(source, "transposed", option)),
+        () if module is None else tuple(module.state_dict()),
+        () if module is None else tuple(name for name, _ in module.named_parameters()),
+    )
+    try:
+        for pattern in (*(old for old, _ in naming.renames), *naming.transposed):
+            re.compile(pattern)
+    except re.error as error:
+        raise UserError(f"{option}: {pattern}: no regular expression ({error})") from None
+    stored = _opened(path, stack)
+    others = {key: _opened(str(source[key]), stack) for key in KEYS[-2:] if source.get(key)}
+    return Foreign(path, stored, layout(stored, naming, **others), naming)
+
+
+def _opened(path: str, stack: ExitStack) -> Stored:
+    stored = open_stored(Path(path))
+    stack.callback(stored.close)
+    return stored
+
+
+def _texts(source: Mapping[str, Any], key: str, option: str) -> list[str]:
+    texts = source.get(key) or []
+    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+        raise UserError(f"{option}, {key}: must be a list of texts")
+    return texts
+
+
+def tables_of(config: Config, first: Foreign, module: nn.Module | None) -> list[str]:
+    """Return the names of the embedding tables.
+
+    Raises:
+        UserError: An expression of ``merge.table_names`` matches no matrix.
+    """
+    matrices = [
+        name
+        for name, entry in first.parts.entries.items()
+        if len(entry.shape) == 2 and entry.dtype.is_floating_point
+    ]
+    if patterns := config.merge.table_names:
+        for pattern in patterns:
+            if not any(re.fullmatch(pattern, name) for name in matrices):
+                raise UserError(
+                    f"merge.table_names: {pattern} matches no matrix; there are"
+                    f" {', '.join(matrices[:12])}"
+                )
+        return [n for n in matrices if any(re.fullmatch(pattern, n) for pattern in patterns)]
+    if module is not None:
+        lookups = (nn.Embedding, nn.EmbeddingBag)
+        held = {f"{n}.weight" for n, m in module.named_modules() if isinstance(m, lookups)}
+        return [name for name in matrices if name in held]
+    held = {*first.parts.counts, *first.parts.scores}
+    return [name for name in matrices if TABLE.search(name) or name in held]
+
+
+def differences(sources: Sequence[Foreign], tables: Sequence[str]) -> list[str]:
+    """Return how the tensors of sources differ from those of the first, one text each."""
+    first, found = sources[0], list[str]()
+    for other in sources[1:]:
+        names, others = first.parts.entries, other.parts.entries
+        if names.keys() != others.keys() and (hint := _prefix_hint(first, other)):
+            found.append(hint)
+            continue
+        for here, there, has in ((first, other, others), (other, first, names)):
+            for name in [n for n in here.parts.entries if n not in has]:
+                kind = "table" if name in tables else "tensor"
+                found.append(f"{there.path}: {kind} {name} is missing; {here.path} has it")
+        for name in [n for n in names if n in others]:
+            one, two = names[name], others[name]
+            if one.shape != two.shape:
+                kind = "rows of tables differ" if name in tables else "shapes differ"
+                is_turned = one.shape == two.shape[::-1]
+                hint = f"; it is transposed: add {{transposed: ['{name}']}}" if is_turned else ""
+                found.append(
+                    f"{name}: {kind}, {one.shape} in {first.path}, {two.shape} in {other.path}"
+                    f"{hint}"
+                )
+            elif one.dtype.is_floating_point != two.dtype.is_floating_point:
+                found.append(
+                    f"{name}: {one.dtype} in {first.path}, {two.dtype} in {other.path}; both must"
+                    " be floating, or neither"
+                )
+    return found
+
+
+def _prefix_hint(first: Foreign, other: Foreign) -> str:
+    """Return the change of names that makes two sources alike, if they differ by a prefix."""
+    for here, there in ((first, other), (other, first)):
+        if head := _extra_prefix(here.parts.entries, there.parts.entries):
+            return (
+                f"{there.path}: names begin with '{head}', those of {here.path} do not; name it as"
+                f" {{path: {there.path}, names: ['{_without(head)}']}}"
+            )
+    return ""
+
+
+def _extra_prefix(short: Collection[str], long: Collection[str]) -> str:
+    """Return the prefix that names have more than others; "": they differ otherwise."""
+    some = next(iter(short), "")
+    heads = {name.removesuffix(some) for name in long if some and name.endswith(some)} - {""}
+    return next((h for h in heads if {h + name for name in short} == set(long)), "")
+
+
+def _without(head: str) -> str:
+    return f"^{head.replace('.', '[.]')}{ARROW}"
+
+
+def name_changes(first: Foreign, other: Foreign) -> Naming:
+    """Return the names of a source with the changes that make it like the first, if they are sure.
+
+    A common prefix is taken off. Other names are matched where one tensor of both has the shape.
+    Matrices of reversed shape are transposed.
+    """
+    names, others = first.parts.entries, other.parts.entries
+    renames = list(other.naming.renames)
+    if head := _extra_prefix(names, others):
+        renames.append((_without(head).removesuffix(ARROW), ""))
+    else:
+        one, two = [n for n in names if n not in others], [n for n in others if n not in names]
+        for name in two:
+            alike = [n for n in one if _is_alike(names[n].shape, others[name].shape)]
+            back = [n for n in two if alike and _is_alike(names[alike[0]].shape, others[n].shape)]
+            if len(alike) == 1 and len(back) == 1:
+                renames.append((f"^{re.escape(name)}$", alike[0]))
+    naming = replace(other.naming, renames=tuple(renames))
+    turned = [
+        naming.name(name)
+        for name, entry in others.items()
+        if (like := names.get(naming.name(name))) is not None
+        and like.shape != entry.shape
+        and like.shape == entry.shape[::-1]
+    ]
+    return replace(naming, transposed=(*naming.transposed, *map(re.escape, turned)))
+
+
+def _is_alike(one: tuple[int, ...], two: tuple[int, ...]) -> bool:
+    return one in (two, two[::-1])
+
+
+def check_module(sources: Sequence[Foreign], module: nn.Module) -> None:
+    """Check that the network has the tensors of the first source.
+
+    Raises:
+        UserError: Names or shapes differ; names the first.
+    """
+    state, first = module.state_dict(), sources[0]
+    absent = [n for n in state if n not in first.parts.entries and n not in ties_of(module, first)]
+    unknown = [name for name in first.parts.entries if name not in state]
+    if absent or unknown:
+        parts = [f"{first.path} lacks {absent[0]}"] if absent else []
+        parts += [f"the network has no {unknown[0]}"] if unknown else []
+        number = len(absent) + len(unknown)
+        more = f" ({number} names differ)" if number > len(parts) else ""
+        raise UserError(
+            f"merge.module: {' and '.join(parts)}{more}; change names by {{path: ..., names:"
+            f" ['EXPRESSION{ARROW}REPLACEMENT']}}"
+        )
+    for name, entry in first.parts.entries.items():
+        if tuple(state[name].shape) != entry.shape:
+            raise UserError(
+                f"merge.module: {name} is {tuple(state[name].shape)} in the network, {entry.shape}"
+                f" in {first.path}"
+            )
+
+
+def ties_of(module: nn.Module, source: Foreign) -> dict[str, str]:
+    """Return tied names that a source lacks -> the name of their tensor in it."""
+    first: dict[int, str] = {}
+    names = list(module.named_parameters(remove_duplicate=False))
+    for name, parameter in names:
+        if name in source.parts.entries:
+            first.setdefault(id(parameter), name)
+    return {
+        name: first[id(parameter)]
+        for name, parameter in names
+        if name not in source.parts.entries and id(parameter) in first
+    }
+
+
+def load(sources: Sequence[Foreign], module: nn.Module | None) -> list[Params]:
+    """Return the tensors of all sources.
+
+    Raises:
+        UserError: One has NaN; names tensor and rows. Or two have equal tensors.
+    """
+    models = []
+    for source in sources:
+        params = {name: source.tensor(name) for name in source.parts.names}
+        ties = {} if module is None else ties_of(module, source)
+        models.append({**params, **{name: params[held] for name, held in ties.items()}})
+    for k, one in enumerate(models):
+        for j in range(k):
+            if all(torch.equal(models[j][name], tensor) for name, tensor in one.items()):
+                raise UserError(
+                    f"merge.sources: {sources[j].path} and {sources[k].path} are the same model,"
+                    " tensor by tensor; name every model once"
+                )
+    return models
+
+
+def evidence(
+    sources: Sequence[Foreign], tables: Sequence[str], kind: str
+) -> tuple[str, list[Params]]:
+    """Return the measure of how often rows were trained, and per source table -> ``(rows,)``.
+
+    Args:
+        sources: The sources.
+        tables: Names of the tables.
+        kind: ``merge.evidence``.
+
+    Raises:
+        UserError: The configured measure is in no table of all sources.
+    """
+    if kind == "none":
+        return "none", []
+    for word in EVIDENCE if kind == "auto" else (kind,):
+        held = [name for name in tables if all(has_evidence(s, name, word) for s in sources)]
+        if held:
+            return word, [{name: _evidence(s, name, word) for name in held} for s in sources]
+    if kind == "auto":
+        return "none", []
+    lacking = next(
+        (
+            f"{s.path}: {name}"
+            for name in tables
+            for s in sources
+            if not has_evidence(s, name, kind)
+        ),
+        "there is no table",
+    )
+    hint = "; ".join(note for source in sources for note in source.parts.notes)
+    fix = {"counts": "{path: ..., counts: FILE}", "optimizer": "{path: ..., optimizer: FILE}"}
+    more = f", add {fix[kind]}," if kind in fix else ""
+    raise UserError(
+        f"merge.evidence={kind}: {lacking} has none{f' ({hint})' if hint else ''};{more} or use"
+        " merge.evidence=auto"
+    )
+
+
+def has_evidence(source: Foreign, table: str, kind: str) -> bool:
+    """Return whether a source holds a measure of how often the rows of a table were trained."""
+    if kind == "optimizer":
+        state = source.parts.state.get(table, {})
+        shapes = {name: torch.ones(1, 1) for name in state}
+        return squared_gradients(shapes) is not None
+    return table in (source.parts.counts if kind == "counts" else source.parts.scores)
+
+
+def _evidence(source: Foreign, table: str, kind: str) -> Tensor:
+    if kind == "optimizer":
+        options: dict[str, Any] = source.parts.groups[0] if source.parts.groups else {}
+        held = source.parts.state[table]
+        state = {name: holder.rows(key) for name, (holder, key) in held.items()}
+        initial = float(options.get("initial_accumulator_value", 0.0))
+        beta = float(options.get("betas", (0.9, 0.999))[1])
+        values = squared_gradients(state, initial, beta)
+        assert values is not None
+    else:
+        holder, key = (source.parts.counts if kind == "counts" else source.parts.scores)[table]
+        values = holder.rows(key).double()
+    if not bool((values.isfinite() & (values >= 0)).all()):
+        raise UserError(f"{source.path}: evidence ({kind}) of {table} is negative or not finite")
+    return values
