@@ -401,9 +401,12 @@ def test_missing_packages_are_named(command, trained, monkeypatch):
     assert error.endswith("pip install onnx onnxscript onnxruntime\n")
 
 
-def test_one_process_exports(command, trained, monkeypatch):
-    monkeypatch.setattr(pipeline.distributed, "world_size", lambda: 2)
-    assert "start it without torchrun" in command("run=train-1")[2]
+def test_of_several_processes_the_first_exports(command, trained, quick, monkeypatch):
+    for rank, written in (("1", []), ("0", ["model.pt2", "model.pt2.json"])):
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        monkeypatch.setenv("RANK", rank)
+        assert command("run=train-1")[0] == 0
+        assert files(trained) == written
 
 
 def test_rows_of_the_data_set_score_as_in_the_evaluation(run_config, tmp_path):
