@@ -402,11 +402,10 @@ def test_missing_packages_are_named(command, trained, monkeypatch):
 
 
 def test_of_several_processes_the_first_exports(command, trained, quick, monkeypatch):
-    for rank, written in (("1", []), ("0", ["model.pt2", "model.pt2.json"])):
+    for rank, count in (("1", 0), ("0", 2)):
         monkeypatch.setenv("WORLD_SIZE", "2")
         monkeypatch.setenv("RANK", rank)
-        assert command("run=train-1")[0] == 0
-        assert files(trained) == written
+        assert (command("run=train-1")[0], len(files(trained))) == (0, count)
 
 
 def test_rows_of_the_data_set_score_as_in_the_evaluation(run_config, tmp_path):
