@@ -5,16 +5,13 @@
 
 from cki_rec.config.data_options import Data, Download, Partition, Split, Synthetic
 from cki_rec.config.errors import RankLost, ReportedElsewhere, Stopped, UserError, nearest
+from cki_rec.config.merge_options import Align, Assess, Learn, Merge
 from cki_rec.config.options import (
-    Align,
-    Assess,
     Attention,
     Config,
     Cross,
     Evaluate,
     Finetune,
-    Learn,
-    Merge,
     Model,
     Monitor,
     Runtime,
