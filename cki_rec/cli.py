@@ -9,7 +9,6 @@ import math
 import os
 import re
 import shlex
-import signal
 import sys
 import time
 import warnings
@@ -19,7 +18,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from cki_rec import COMMAND_VARIABLE, JOB_VARIABLE, sweep_jobs
+from cki_rec import COMMAND_VARIABLE, JOB_VARIABLE, processes, sweep_jobs
 from cki_rec.help_text import PIPELINES, help_text, pipeline_help
 from cki_rec.overrides import (
     check_method_options,
@@ -42,7 +41,6 @@ if TYPE_CHECKING:
 
 RENAMED = {"integrate": ["merge"]}
 """Present names of commands of earlier releases."""
-ON_SEVERAL_PROCESSES = ("train", "merge")
 CHECKED = ("merge", "finetune", "evaluate")
 """Pipelines that check_only=true checks the merge of."""
 SWEEP_VARIABLE = "CKI_REC_SWEEP"
@@ -55,9 +53,6 @@ UNWRITABLE = (
 
 SHARE_BEFORE_ESTIMATE = 0.05
 """Share of a sweep's jobs: the first ones train all sources, so they take longer."""
-
-SECONDS_FOR_FIRST = 5.0
-"""Time in which the first of several processes prints a mistake that all have."""
 
 log = logging.getLogger(__name__)
 
@@ -132,7 +127,8 @@ def _run(pipeline: str, options: list[str]) -> int:
         print(f"cki-rec: {stop}", file=sys.stderr)
         return 0
     except RankLost as loss:
-        print(f"cki-rec: {loss}", file=sys.stderr)
+        if processes.reports_loss():
+            print(f"cki-rec: {loss}", file=sys.stderr, flush=True)
         return 1
     except KeyboardInterrupt:
         print("cki-rec: interrupted; finished runs are kept, run again to go on", file=sys.stderr)
@@ -214,15 +210,11 @@ def _run_job(pipeline: str, composed: DictConfig) -> float | None:
     config = parse(composed)
     if config.model.module is not None:  # checkpoints may hold models of this class
         load_class(config.model.module)
-    if pipeline not in ON_SEVERAL_PROCESSES and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UserError(
-            f"{pipeline} runs in one process; start it without torchrun"
-            f" ({', '.join(ON_SEVERAL_PROCESSES)} alone: several)"
-        )
     if config.check_only and pipeline not in CHECKED:
         raise UserError(f"check_only=true: {pipeline} has no check; {', '.join(CHECKED)} have it")
     pipeline = "merge" if config.check_only else pipeline  # the check is that of their merge
-    value: float | None = importlib.import_module(f"cki_rec.pipelines.{pipeline}").run(config)
+    run = importlib.import_module(f"cki_rec.pipelines.{pipeline}").run
+    value: float | None = processes.run_pipeline(pipeline, run, config)
     return value
 
 
@@ -231,7 +223,13 @@ def _sweep(pipeline: str, overrides: list[str]) -> None:
     import hydra
     from hydra.errors import HydraException
 
-    from cki_rec.config import RankLost, UserError, register_resolvers, texts_as_typed
+    from cki_rec.config import (
+        RankLost,
+        ReportedElsewhere,
+        UserError,
+        register_resolvers,
+        texts_as_typed,
+    )
 
     overrides = texts_as_typed(overrides)
     first = compose_config(overrides, is_sweep=True)  # for a short error before Hydra starts
@@ -253,6 +251,8 @@ def _sweep(pipeline: str, overrides: list[str]) -> None:
         with sweep_jobs.running(folder, sweep_id, int(state.job.num), title):
             try:
                 return _run_job(pipeline, composed)
+            except ReportedElsewhere:
+                return None
             except UserError as error:
                 is_new = sweep_jobs.add_failure(folder, sweep_id, title, str(error))
                 log.info("  failed: %s", error if is_new else "the same mistake")
@@ -288,7 +288,7 @@ class SweepProgress:
         total = num_jobs(config)
         os.environ[SWEEP_VARIABLE] = f"{total} {time.time()}"
         sweep_jobs.begin(sweep_jobs.folder_of(config), _sweep_id())
-        if shlex.split(os.environ[COMMAND_VARIABLE])[1] == "evaluate":
+        if shlex.split(os.environ[COMMAND_VARIABLE])[1] == "evaluate" and processes.is_first():
             from cki_rec.engine.sweeps import start_sweep
 
             os.environ[JOB_VARIABLE] = start_sweep(Path(config.runtime.out), config.name, total)
@@ -336,7 +336,7 @@ def start_log() -> None:
     handler.setFormatter(logging.Formatter("%(message)s"))
     ours = logging.getLogger("cki_rec")
     ours.handlers = [handler]
-    is_first = os.environ.get("RANK", "0") == "0"  # of several processes the first one speaks
+    is_first = processes.is_first()
     ours.setLevel(logging.INFO if is_first else logging.ERROR)
     ours.propagate = False
     if not is_first:
@@ -394,8 +394,6 @@ def _check_choices(overrides: list[str], is_sweep: bool) -> list[str]:
 
 def _fail(message: str) -> int:
     """Print a mistake, once for all processes of a machine, and return the exit code."""
-    if os.environ.get("RANK", "0") != "0":  # the first process has failed too, if it is like most
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # of torchrun, when the first has ended
-        time.sleep(SECONDS_FOR_FIRST)
+    processes.wait_for_first()  # it has failed too, if it is like most
     print(f"cki-rec: {message}", file=sys.stderr)
     return 2

@@ -194,7 +194,7 @@ def raw_rows(config: Config, split: str | None = None) -> pl.DataFrame:
     """
     if split not in (*SPLITS, None):
         raise UserError(f"split={split}: pass one of {', '.join(SPLITS)}, or None for all rows")
-    dataset = store.prepare(config.data, config.runtime.encoded, config.runtime.chunk_mb)
+    dataset = store.prepared(config)
     rows = rows_of(config.data)
     return rows if split is None else rows[np.asarray(dataset.rows(split))]
 

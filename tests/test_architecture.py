@@ -52,9 +52,10 @@ MAY_IMPORT = {
     "overrides": {"config"},
     "sweep_jobs": set(),
     "help_text": {"search_path"},
+    "processes": {"config", "engine"},
     "cli": {
         *("config", "environment", "flags", "help_text", "overrides", "search_path"),
-        *("sweep_jobs", "pipelines", "engine", "plugins"),
+        *("sweep_jobs", "pipelines", "engine", "plugins", "processes"),
     },
     "__main__": {"cli"},
     "notebook": {

@@ -21,8 +21,11 @@ class UserError(Exception):
     """A mistake of the user: shown as one line without a traceback, exit code 2."""
 
 
-class ReportedElsewhere(UserError):
-    """A mistake of the user that another process reports: exit code 2, no output."""
+class ReportedElsewhere(BaseException):
+    """A mistake of the user that another process reports: exit code 2, no output.
+
+    It is no ``Exception``: no handler of this process's own errors may take it for one.
+    """
 
 
 def nearest(word: object, choices: Iterable[str]) -> str:

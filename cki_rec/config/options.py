@@ -380,6 +380,11 @@ class Runtime:
     """Write TensorBoard events beside steps.jsonl."""
     chunk_mb: Positive
     """Raw text that is encoded at a time, in MiB; no result depends on it."""
+    workers: Positive
+    """Processes that encode; 1: this process, whose threads use all cores. No result depends on
+    it."""
+    engine: Literal["processes", "ray"]
+    """Where they run: ``processes`` (of this machine) or ``ray`` (tasks of a cluster)."""
     force: bool
     """Repeat a run that is already recorded."""
 

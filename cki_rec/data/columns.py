@@ -5,6 +5,7 @@ Shape legend: N rows, M ids of all rows.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,12 +20,21 @@ RAGGED = ("values", "starts", "lengths")
 """Files of a column with several ids per row."""
 _HEADER_BYTES = 128
 
+PADDING_ID = 0
+"""Id that pads sequences; it is never counted and never pooled."""
+OOV_ID = 1
+"""Id of all tokens out of vocabulary: those in no training row, or in too few."""
+FIRST_ID = 2
+"""Id of the most frequent token; ids are ordered by (-count, token)."""
 Ints = NDArray[np.int64]
 Ids = NDArray[np.int32]
 
 
 class ColumnFile:
     """A ``.npy`` file of rows that is appended to, read and rewritten in blocks.
+
+    Threads may read and write it at once. A pickled copy, in another process, opens the same file
+    when it is used.
 
     Args:
         path: Path of the file; an existing file is replaced.
@@ -35,14 +45,19 @@ class ColumnFile:
     def __init__(self, path: Path, dtype: type[np.generic], width: int | None = None) -> None:
         self.path, self._dtype, self._width = path, np.dtype(dtype), width
         self._row_bytes = self._dtype.itemsize * (1 if width is None else width)
-        self._file = path.open("w+b")
-        self._file.write(bytes(_HEADER_BYTES))
         self.rows = 0
+        self._fd: int | None = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
+        self._write_at(0, bytes(_HEADER_BYTES))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_fd": None}
+
+    def __del__(self) -> None:
+        self._release()
 
     def append(self, array: NDArray[Any]) -> None:
         """Append rows."""
-        self._file.seek(_HEADER_BYTES + self.rows * self._row_bytes)
-        self._file.write(np.ascontiguousarray(array, dtype=self._dtype).data)
+        self.write(self.rows, array)
         self.rows += len(array)
 
     def read(self, start: int, stop: int) -> NDArray[Any]:
@@ -50,15 +65,18 @@ class ColumnFile:
         stop = max(start, min(stop, self.rows))
         shape = (stop - start,) if self._width is None else (stop - start, self._width)
         array = np.empty(shape, dtype=self._dtype)
-        if array.size:
-            self._file.seek(_HEADER_BYTES + start * self._row_bytes)
-            self._file.readinto(array.data.cast("B"))
+        if not array.size:
+            return array
+        view, position = array.data.cast("B"), self._position(start)
+        while len(view) and (count := os.preadv(self._open(), [view], position)):
+            view, position = view[count:], position + count
         return array
 
     def write(self, start: int, array: NDArray[Any]) -> None:
         """Overwrite the rows from ``start`` on."""
-        self._file.seek(_HEADER_BYTES + start * self._row_bytes)
-        self._file.write(np.ascontiguousarray(array, dtype=self._dtype).data)
+        content = np.ascontiguousarray(array, dtype=self._dtype)
+        if content.size:
+            self._write_at(self._position(start), content.data.cast("B"))
 
     def mapped(self) -> NDArray[Any]:
         """Return the rows so far, memory-mapped."""
@@ -68,16 +86,35 @@ class ColumnFile:
 
     def close(self) -> None:
         """Write the header and close the file; do nothing if it is closed."""
-        if not self._file.closed:
+        if self._fd is not None:
             try:
                 self._finish()
             finally:
-                self._file.close()
+                self._release()
 
     def delete(self) -> None:
         """Close and delete the file."""
-        self._file.close()
+        self._release()
         self.path.unlink()
+
+    def _position(self, row: int) -> int:
+        return _HEADER_BYTES + row * self._row_bytes
+
+    def _open(self) -> int:
+        if self._fd is None:
+            self._fd = os.open(self.path, os.O_RDWR)
+        return self._fd
+
+    def _release(self) -> None:
+        fd, self._fd = self.__dict__.get("_fd"), None
+        if fd is not None:
+            os.close(fd)
+
+    def _write_at(self, position: int, content: bytes | memoryview) -> None:
+        view = memoryview(content)
+        while len(view):
+            count = os.pwrite(self._open(), view, position)
+            view, position = view[count:], position + count
 
     def _finish(self) -> None:
         """Write the header of a ``.npy`` file."""
@@ -85,9 +122,7 @@ class ColumnFile:
         header = repr({"descr": self._dtype.str, "fortran_order": False, "shape": shape})
         text = f"{header:<{_HEADER_BYTES - 11}}\n".encode("latin-1")
         length = (_HEADER_BYTES - 10).to_bytes(2, "little")
-        self._file.seek(0)
-        self._file.write(b"\x93NUMPY\x01\x00" + length + text)
-        self._file.flush()
+        self._write_at(0, b"\x93NUMPY\x01\x00" + length + text)
 
 
 def allocate(path: Path, dtype: type[np.generic], num_rows: int) -> NDArray[Any]:

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from cki_rec.config import Partition
 from cki_rec.data.columns import ColumnFile, Ids, Ints, Ragged, add_counts, blocks
+from cki_rec.data.encoding.engines import NUM_THREADS, threads
 from cki_rec.data.encoding.partition import MOST_PARTS, part_of_rows
 from cki_rec.data.encoding.split import Blocks, sort_rows
 from cki_rec.data.schema import FeatureSchema
@@ -138,18 +139,30 @@ def _counts(dataset: Columns, part: NDArray[np.uint16], parts: int) -> dict[str,
     sizes = {f.name: dataset.schema.table_sizes[f.table] for f in dataset.schema.lookups}
     counts = {name: np.zeros(parts * size, np.int64) for name, size in sizes.items()}
     columns = {name: dataset.column(name) for name in sizes}
-    fixed = [name for name, column in columns.items() if not isinstance(column, Ragged)]
-    places = [dataset.id_columns.index(name) for name in fixed]
-    for start, stop in blocks(len(dataset)):
-        rows = start + np.flatnonzero(dataset.split[start:stop] == 0)
-        offset = part[rows].astype(np.int64)
-        block = np.asarray(dataset.ids[start:stop])[rows - start]
-        for name, place in zip(fixed, places, strict=True):
-            add_counts(counts[name], block[:, place] + offset * sizes[name])
-        for name, column in columns.items():
-            if isinstance(column, Ragged):
-                ids, lengths = column.ids(rows)
-                add_counts(counts[name], ids + np.repeat(offset, lengths) * sizes[name])
+
+    fixed = [name for name in dataset.id_columns if name in sizes]
+
+    def count(names: list[str]) -> None:
+        """Count ids of neighbouring columns."""
+        places = [dataset.id_columns.index(name) for name in names if name in fixed]
+        for start, stop in blocks(len(dataset)):
+            rows = start + np.flatnonzero(dataset.split[start:stop] == 0)
+            offset = part[rows].astype(np.int64)
+            block = dataset.ids[start:stop, min(places, default=0) : max(places, default=-1) + 1]
+            block = np.asarray(block)[rows - start]
+            for name in names:
+                column = columns[name]
+                if isinstance(column, Ragged):
+                    ids, lengths = column.ids(rows)
+                    add_counts(counts[name], ids + np.repeat(offset, lengths) * sizes[name])
+                else:
+                    ids = block[:, dataset.id_columns.index(name) - places[0]]
+                    add_counts(counts[name], ids + offset * sizes[name])
+
+    every = [*fixed, *(name for name in sizes if name not in fixed)]
+    groups = [names.tolist() for names in np.array_split(every, NUM_THREADS) if len(names)]
+    with threads(NUM_THREADS) as run:
+        list(run(count, groups))
     return {name: flat.reshape(parts, -1) for name, flat in counts.items()}
 
 

@@ -12,12 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-PADDING_ID = 0
-"""Id that pads sequences; it is never counted and never pooled."""
-OOV_ID = 1
-"""Id of all tokens out of vocabulary: those in no training row, or in too few."""
-FIRST_ID = 2
-"""Id of the most frequent token; ids are ordered by (-count, token)."""
+from cki_rec.data.columns import FIRST_ID as FIRST_ID
+from cki_rec.data.columns import OOV_ID as OOV_ID
+from cki_rec.data.columns import PADDING_ID as PADDING_ID
 
 
 @dataclass(frozen=True, slots=True)

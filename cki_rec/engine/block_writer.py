@@ -1,13 +1,14 @@
 """A checkpoint that is written block by block, and that a killed program goes on with.
 
-Each process writes one file of tensors in the layout of torch.distributed.checkpoint (DCP), every
-block as a part of its tensor, and a journal with a line per block. A program that starts again
-checks the blocks of the journal and goes on after the last. When all are written, the file is read
-once and compared with the journal, and the first process writes the metadata.
+Each process writes one file of tensors in the layout of torch.distributed.checkpoint (DCP). A
+block is a part of its tensor, and a line of a journal. Every block is read back and compared. A
+program that starts again checks the blocks of the journal and goes on after the last. When all
+are written, the first process writes the metadata.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import json
@@ -36,7 +37,8 @@ from cki_rec.files import write_atomically
 
 AHEAD = 2
 """Blocks that wait to be written."""
-_READ = 1 << 22
+SYNCED = 1 << 27
+"""Bytes after which the disk is waited for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,15 +71,16 @@ class BlockWriter:
         self.name = f"__{number}_0.distcp"
         self.path = folder / self.name
         self._journal = folder.parents[1] / f"journal-{number}.jsonl"
-        self.written: list[Written] = _journal_of(self._journal, self.path) if resume else []
+        self._digest = hashlib.sha256(usedforsecurity=False)
+        self.written = _verified(self._journal, self.path, self._digest) if resume else []
         size = sum(block.length for block in self.written)
         self._file = self.path.open("r+b" if self.path.exists() else "w+b")
         self._file.truncate(size)
         self._file.seek(size)
         lines = "".join(_line(block) for block in self.written)
         write_atomically(self._journal, lines.encode())
-        self._lines = self._journal.open("a")
-        self._thread = ThreadPoolExecutor(1)
+        self._lines, self._unsynced = self._journal.open("a"), 0
+        self._thread, self._is_broken = ThreadPoolExecutor(1), False
         self._waiting: list[Future[None]] = []
         self._done = {
             (block.key, block.offsets[0] if block.offsets else 0) for block in self.written
@@ -113,10 +116,10 @@ class BlockWriter:
         offsets = [first, *[0] * (block.ndim - 1)] if block.ndim else []
         while len(self._waiting) >= AHEAD:
             self._waiting.pop(0).result()
-        self._waiting.append(self._thread.submit(self._append, key, offsets, block, shares))
+        self._waiting.append(self._thread.submit(self._append_next, key, offsets, block, shares))
 
     def finish(self) -> str:
-        """Write the rest, read the whole file, and return its digest.
+        """Write the rest, and return the digest of the file as it was read back.
 
         Raises:
             OSError: Blocks could not be written, or are not read as they were written.
@@ -126,23 +129,37 @@ class BlockWriter:
         self._waiting = []
         self._file.flush()
         os.fsync(self._file.fileno())
-        digest, bad = _verify(self.path, self.written)
-        if bad or self.path.stat().st_size != sum(block.length for block in self.written):
-            raise OSError(5, "blocks are not read as they were written", str(self.path))
-        return digest
+        if self.path.stat().st_size != sum(block.length for block in self.written):
+            raise OSError(errno.EIO, "the file has another size than its blocks", str(self.path))
+        return self._digest.hexdigest()
+
+    def _append_next(self, *block: Any) -> None:
+        """Append a block, unless one before it failed: their order is that of the file."""
+        if not self._is_broken:
+            self._is_broken = True
+            self._append(*block)
+            self._is_broken = False
 
     def _append(
         self, key: str, offsets: list[int], block: Tensor, shares: list[float] | None
     ) -> None:
         stream = io.BytesIO()
         torch.save(block.contiguous().clone() if _is_view(block) else block, stream)
-        content = stream.getbuffer()
+        content = stream.getvalue()
         start = sum(each.length for each in self.written[-1:]) + (
             self.written[-1].start if self.written else 0
         )
         try:
             self._file.write(content)
             self._file.flush()
+            self._unsynced += len(content)
+            if self._unsynced > SYNCED:  # else the disk begins at the end
+                os.fdatasync(self._file.fileno())
+                self._unsynced = 0
+            read = os.pread(self._file.fileno(), len(content), start)
+            if read != content:
+                raise OSError(errno.EIO, "a block is not read as it was written")
+            self._digest.update(read)
             entry = Written(
                 *(key, offsets, list(block.shape), start, len(content)),
                 *(zlib.crc32(content), self.name, shares),
@@ -179,36 +196,29 @@ def write_metadata(folder: Path, blocks: Sequence[Written], shapes: dict[str, An
     write_atomically(folder / ".metadata", pickle.dumps(metadata))
 
 
-def _journal_of(journal: Path, file: Path) -> list[Written]:
-    """Return the blocks of a journal that lie undamaged in their file, up to the first other."""
+def _verified(journal: Path, file: Path, digest: Any) -> list[Written]:
+    """Return the blocks of a journal that lie undamaged in their file, up to the first other.
+
+    Args:
+        journal: The journal.
+        file: The file of its blocks.
+        digest: Updated with these blocks.
+    """
     blocks: list[Written] = []
     if not journal.exists() or not file.exists():
         return blocks
-    for line in journal.read_text().splitlines():
-        try:
-            blocks.append(Written(**json.loads(line)))
-        except (ValueError, TypeError):  # the last line, cut
-            break
-    _, bad = _verify(file, blocks)
-    return blocks[: len(blocks) - bad]
-
-
-def _verify(file: Path, blocks: Sequence[Written]) -> tuple[str, int]:
-    """Return the digest of a file, and the number of blocks from the first bad one on."""
-    digest = hashlib.sha256(usedforsecurity=False)
     with file.open("rb") as content:
-        for place, block in enumerate(blocks):
-            checksum, remaining = 0, block.length
-            while remaining:
-                piece = content.read(min(_READ, remaining))
-                if not piece:
-                    return "", len(blocks) - place
-                digest.update(piece)
-                checksum = zlib.crc32(piece, checksum)
-                remaining -= len(piece)
-            if checksum != block.checksum:
-                return "", len(blocks) - place
-    return digest.hexdigest(), 0
+        for line in journal.read_text().splitlines():
+            try:
+                block = Written(**json.loads(line))
+            except (ValueError, TypeError):  # the last line, cut
+                break
+            read = content.read(block.length)
+            if len(read) != block.length or zlib.crc32(read) != block.checksum:
+                break
+            digest.update(read)
+            blocks.append(block)
+    return blocks
 
 
 def _line(block: Written) -> str:

@@ -34,6 +34,12 @@ SINGLE = "single"
 PATIENCE = timedelta(minutes=10)
 """Longest wait for another process, apart from encoding a data set."""
 
+REPORTS = "cki_rec/reports"
+"""Key of the number of reports about lost processes."""
+LOST = (
+    "another process has ended; run the same command again: it resumes from the last"
+    " checkpoint, if there is one"
+)
 LOST_MESSAGES = (
     *("Connection closed by peer", "Connection reset by peer", "Connection refused"),
     *("Broken pipe", "Timed out waiting", "Socket Timeout"),
@@ -46,7 +52,8 @@ def start(runtime: Runtime) -> torch.device:
 
     A single process opens no port and reads no environment variable: its store is in memory and
     its process group moves no data. (Gloo would listen on a port of the loopback interface.)
-    Several processes are started by torchrun and communicate by gloo on CPU and nccl on CUDA.
+    Several processes are started by torchrun. Tensors on CPU are exchanged by gloo, those on CUDA
+    by nccl, if there is a device for each process.
 
     Raises:
         UserError: There is no CUDA device although one is required, or fewer than processes.
@@ -70,14 +77,15 @@ def start(runtime: Runtime) -> torch.device:
     deterministic: Any = torch.utils.deterministic
     deterministic.fill_uninitialized_memory = False  # we always write before reading
     if not dist.is_initialized():
-        _start_group(device)
+        _start_group()
         atexit.register(_stop)
     return device
 
 
-def _start_group(device: torch.device) -> None:
+def _start_group() -> None:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        backend = "nccl" if device.type == "cuda" else "gloo"
+        has_each = torch.cuda.device_count() >= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and has_each else "gloo"
         dist.init_process_group(backend, timeout=PATIENCE)
         return
     if SINGLE not in dist.Backend.backend_list:
@@ -185,6 +193,19 @@ def from_first(value: Value) -> Value:
     return values[0]
 
 
+def is_first_report() -> bool:
+    """Return whether no other process has called this function; true if that is unknown.
+
+    It reads the store of the launcher, so it works after another process has ended.
+    """
+    if not dist.is_initialized() or world_size() == 1:
+        return True
+    try:
+        return int(dist.distributed_c10d._get_default_store().add(REPORTS, 1)) == 1
+    except RuntimeError:  # of DistStoreError: the launcher has ended too
+        return True
+
+
 class _Failed:
     """Sent by a failed process instead of a value."""
 
@@ -210,10 +231,7 @@ def detect_lost_ranks() -> Iterator[None]:
         )
         if world_size() == 1 or not is_loss:
             raise
-        raise RankLost(
-            "another process has ended; run the same command again: it resumes from the last"
-            " checkpoint, if there is one"
-        ) from None
+        raise RankLost(LOST) from None
 
 
 def gather(values: NDArray[np.float32], places: list[NDArray[np.int64]]) -> NDArray[np.float32]:
@@ -229,12 +247,11 @@ def gather(values: NDArray[np.float32], places: list[NDArray[np.int64]]) -> NDAr
     padded = np.zeros(largest, dtype=np.float32)
     padded[: len(values)] = values
     local = torch.from_numpy(padded)
-    local = local.cuda() if dist.get_backend() == "nccl" else local
     parts = [torch.empty_like(local) for _ in places]
     dist.all_gather(parts, local)
     result = np.empty(sum(len(of_process) for of_process in places), dtype=np.float32)
     for of_process, part in zip(places, parts, strict=True):
-        result[of_process] = part[: len(of_process)].cpu().numpy()
+        result[of_process] = part[: len(of_process)].numpy()
     return result
 
 

@@ -14,6 +14,7 @@ from torch.func import functional_call, grad_and_value, vmap
 
 from cki_rec.data.schema import Batch
 from cki_rec.engine.embeddings import table_of
+from cki_rec.engine.lookups import rows_held
 from cki_rec.merging.params import Params
 from cki_rec.models.embeddings import FIRST_ORDER, NUMBERS, Embedded, FieldEmbeddings
 
@@ -59,9 +60,9 @@ def fisher_diagonal(
     before it is squared. Batch norms use their running statistics.
 
     Args:
-        network: A network with unsharded tables; its own parameters are not used.
-        params: Parameters to run the network with.
-        batches: Rows x; their labels are not used.
+        network: The network (``lookups.merging_module``); its own parameters are not used.
+        params: Parameters to run the network with; of several processes, the rows of this one.
+        batches: Rows x, the same on all processes; their labels are not used.
         dtype: Type of the gradients. Sums are float64; sums of tables have the type of the
             table, at least float32.
 
@@ -144,7 +145,9 @@ def _add_lookups(
         read.setdefault(name, []).append((row, ids, by_id))
     for name, lookups in read.items():
         row, ids, by_id = (torch.cat(column) for column in zip(*lookups, strict=True))
-        table = total[f"sparse.{name}"]
+        table, held = total[f"sparse.{name}"], rows_held(sparse, name)
+        is_held = (ids >= held.start) & (ids < held.stop)
+        row, ids, by_id = row[is_held], ids[is_held] - held.start, by_id[is_held]
         place, where = (row * len(table) + ids).unique(return_inverse=True)
         summed = by_id.new_zeros(len(place), by_id.shape[1]).index_add_(0, where, by_id)
         row, ids = place // len(table), place % len(table)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 
 import numpy as np
 import torch
@@ -18,6 +17,7 @@ from cki_rec.data.loader import Loader
 from cki_rec.data.schema import Batch, FeatureSchema
 from cki_rec.engine.embeddings import table_of
 from cki_rec.engine.evaluator import predict
+from cki_rec.engine.lookups import at_rows, rows_read
 from cki_rec.merging.extras import Gates, Learned, Weigh
 from cki_rec.merging.mixing import mix
 from cki_rec.merging.params import Params
@@ -32,16 +32,17 @@ class MergedAtLookup(nn.Module):
 
     The rows of a batch are gathered from all sources, merged, and looked up like a table. Methods
     are row-wise, so the logits equal those of the merged table, which is never built. Time and
-    memory of a step do not depend on the size of tables.
+    memory of a step do not depend on the size of tables. Several processes collect the rows from
+    each other (``lookups``).
 
     Args:
-        network: A network with unsharded tables; its own parameters are not used.
-        models: The sources.
+        network: The network; its own parameters are not used, so its tables may be on ``meta``.
+        models: The sources; of several processes, the rows of this one.
         counts: ``(V,)`` per source and table; may be empty.
         gates: Gate per parameter; None: no gate.
         weigh: Function that returns the mixing weights.
         moving: Parameters that are used unmerged.
-        schema: The features that ``network`` reads.
+        schema: The features that ``network`` reads, with the sizes of whole tables.
         row_mask: The rows of a table that each source has (``merging.vocabulary``).
     """
 
@@ -76,18 +77,21 @@ class MergedAtLookup(nn.Module):
 
     def params(self, rows: Mapping[str, Tensor]) -> Params:
         """Return the merged parameters, with only the given ``rows`` of tables."""
-        parts = [{n: at_rows(n, model[n], rows) for n in self.changing} for model in self.models]
-        counts = [
-            {n: at_rows(n, count, rows) for n, count in source.items() if n in self.changing}
-            for source in self.counts
+        num, chosen = len(self.models), set(self.changing)
+        held: list[Params] = [
+            *({n: model[n] for n in self.changing} for model in self.models),
+            *({n: c for n, c in source.items() if n in chosen} for source in self.counts),
+            dict(self.moving),
+            {n: has.T for n, has in self.row_mask.items()},
         ]
+        *read, moving, row_mask = at_rows(held, self.schema, rows)
+        row_mask = {n: has.T for n, has in row_mask.items()}
         constant = {  # copies of buffers, since batch norm in training changes its statistics
             name: tensor.clone() if name in self.buffers_of_network else tensor
             for name, tensor in self.constant.items()
         }
-        moving = {name: at_rows(name, tensor, rows) for name, tensor in self.moving.items()}
-        row_mask = {n: has[:, rows[table_of(n) or n]] for n, has in self.row_mask.items()}
-        return {**self._mix(parts, counts, row_mask), **constant, **moving}
+        merged = self._mix(read[:num], read[num:], row_mask)
+        return {**merged, **constant, **moving}
 
     def _mix(
         self, parts: Sequence[Params], counts: Sequence[Params], row_mask: Mapping[str, Tensor]
@@ -96,36 +100,6 @@ class MergedAtLookup(nn.Module):
             return {}
         weights = self.weigh(parts, counts, {n: self.gates[n] for n in parts[0]})
         return mix(parts, restrict_weights(weights, row_mask))
-
-
-def at_rows(name: str, tensor: Tensor, rows: Mapping[str, Tensor]) -> Tensor:
-    """Return the rows of a tensor of a table (embeddings, counts); other tensors unchanged."""
-    table = table_of(name)
-    return tensor if table is None else tensor[rows[table]]
-
-
-def rows_read(batch: Batch, schema: FeatureSchema) -> tuple[Batch, dict[str, Tensor]]:
-    """Return the batch with renumbered ids, and the rows of each table that it reads.
-
-    The first row stands for the rows of a table without ids, because a lookup needs a row.
-    """
-    features = schema.lookups
-    if not features:
-        return batch, {}
-    sizes = [len(batch)] * len(features)
-    if batch.lengths is not None:
-        sizes = batch.lengths.view(len(features), -1).sum(1).tolist()
-    pieces, rows = list(batch.values.split(sizes)), {}
-    for table in dict.fromkeys(feature.table for feature in features):
-        places = [place for place, feature in enumerate(features) if feature.table == table]
-        ids = torch.cat([pieces[place] for place in places])
-        unique, renumbered = ids.unique(return_inverse=True)
-        rows[table] = unique if len(unique) else ids.new_zeros(1)
-        for place, piece in zip(
-            places, renumbered.split([sizes[place] for place in places]), strict=True
-        ):
-            pieces[place] = piece
-    return replace(batch, values=torch.cat(pieces)), rows
 
 
 def train_gates(
@@ -149,15 +123,18 @@ def train_gates(
 ) -> Learned:
     """Train the gates on training rows, with frozen weights of the sources.
 
+    Several processes take the same steps on the same batches, so that gates stay equal; they share
+    the work of scoring. All processes call this.
+
     Args:
-        network: A network with unsharded tables; its own parameters are not used.
-        models: The sources.
+        network: The network; its own parameters are not used, so its tables may be on ``meta``.
+        models: The sources; of several processes, the rows of this one.
         gates: Initial gate per parameter; None: no gate.
         weigh: Function of sources, counts and gates that returns mixing weights.
         trunk: Parameters that are trained too, from the values of the first source. Statistics of
             batch norms among them follow the training rows.
         dataset: The encoded data set.
-        schema: The features that ``network`` reads.
+        schema: The features that ``network`` reads, with the sizes of whole tables.
         train_rows: Rows to train on.
         valid_rows: Rows that select the epoch.
         epochs: Number of epochs.

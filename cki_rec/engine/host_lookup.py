@@ -1,16 +1,17 @@
 """Lookups in fused tables on CPU by operations of torch, in place of FBGEMM's CPU kernels.
 
 TorchRec's modules stay as they are, and weights and accumulators stay FBGEMM's tensors, so plans,
-checkpoints and learning rates are not affected. A lookup gathers rows. Its backward pass sums the
-gradients of every row that was read, then updates each of these rows once.
+checkpoints and learning rates are not affected. A lookup gathers rows, with ``embedding_bag`` even
+if bags have one id, because it fetches ahead. Its backward pass sums the gradients of every row
+that was read, then updates each of these rows once.
 
-Shape legend: B bags per feature, F features, D columns, N ids, R rows of several tables,
-U different rows that were read.
+Shape legend: B bags per feature, C columns of all features, D columns of one, F features, N ids,
+R rows of several tables, U different rows that were read.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, groupby
@@ -35,7 +36,10 @@ def replace_host_kernels(module: nn.Module) -> None:
         if isinstance(collection, ShardedEmbeddingBagCollection):
             for lookup in collection._lookups:
                 for kernel in lookup._emb_modules:
-                    features = [table.feature_names for table in kernel._config.embedding_tables]
+                    features = [  # shards of tables of other sizes may have other ids
+                        [(name, table.num_embeddings) for name in table.feature_names]
+                        for table in kernel._config.embedding_tables
+                    ]
                     kernel.emb_module.forward = HostLookup(kernel.emb_module, features)
 
 
@@ -44,13 +48,13 @@ class HostLookup:
 
     Args:
         module: FBGEMM's module: shapes, weights, accumulators and options of the tables.
-        features: Names of the features of each table.
+        features: Keys of the features of each table; features of equal keys have equal ids.
 
     Differs:
         FBGEMM's gradients of means of weighted ids leave out the number of ids of a bag.
     """
 
-    def __init__(self, module: Any, features: Sequence[Sequence[str]]) -> None:
+    def __init__(self, module: Any, features: Sequence[Sequence[Hashable]]) -> None:
         assert module.optimizer in OPTIMIZERS, module.optimizer
         assert module.pooling_mode in POOLINGS, module.pooling_mode
         self._module, self._num_features = module, sum(map(len, features))
@@ -85,23 +89,20 @@ class HostLookup:
             factors_N = shares_N if factors_N is None else factors_N * shares_N
         is_full = factors_N is None and longest == 1 and len(indices) == lengths_FB.numel()
         known: dict[Any, Reads] = {}
-        parts = []
+        num_bags, reads = lengths_FB.shape[1], []
         for group in self._groups:
-            reads = known.get(group.key) if per_sample_weights is None else None
-            if reads is None:
+            if group.key not in known or per_sample_weights is not None:
                 first, last = group.features.start, group.features.stop
-                num_bags = lengths_FB.shape[1]
                 ids = slice(*offsets[[first * num_bags, last * num_bags]].tolist())
-                reads = group.reads(
+                known[group.key] = group.reads(
                     indices[ids],
                     None if is_full else lengths_FB[first:last],
                     None if factors_N is None else factors_N[ids],
                 )
-                known[group.key] = reads
-            anchor = self._module.placeholder_autograd_tensor
-            pooled: Tensor = _Lookup.apply(anchor, reads.factors_N, group, reads)  # type: ignore[no-untyped-call]
-            parts.append(pooled)
-        return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+            reads.append(known[group.key])
+        factors = [read.factors_N for read in reads]
+        anchor = self._module.placeholder_autograd_tensor
+        return _Lookup.apply(anchor, self._groups, reads, *factors)  # type: ignore[no-any-return, no-untyped-call]
 
 
 class Group:
@@ -110,7 +111,7 @@ class Group:
     Args:
         module: FBGEMM's module.
         tables: Positions of the tables in it.
-        features: Names of the features of each table of the module.
+        features: Keys of the features of each table of the module.
 
     Attributes:
         features: Places of their features among those of the module.
@@ -118,7 +119,7 @@ class Group:
     """
 
     def __init__(
-        self, module: Any, tables: Sequence[int], features: Sequence[Sequence[str]]
+        self, module: Any, tables: Sequence[int], features: Sequence[Sequence[Hashable]]
     ) -> None:
         sizes = [module.embedding_specs[table][0] for table in tables]
         self.module, self.width = module, module.embedding_specs[tables[0]][1]
@@ -144,13 +145,13 @@ class Group:
         feature_F = torch.arange(num_features)
         if lengths_FB is None:
             rows_FB = self._rows(ids_N.view(num_features, -1), feature_F.unsqueeze(1))
-            return Reads(rows_FB.t().flatten(), num_features, self.num_rows)
+            return Reads(rows_FB.t().flatten(), self.num_rows, torch.arange(len(ids_N) + 1))
         lengths, num_bags = lengths_FB.flatten(), lengths_FB.shape[1]
         rows_N = self._rows(ids_N, feature_F.repeat_interleave(lengths_FB.sum(1)))
         places_BF = torch.arange(num_bags * num_features).view(num_bags, num_features)
         sources_N = places_BF.t().flatten().repeat_interleave(lengths)
         starts = nn.functional.pad(lengths.cumsum(0), (1, 0))
-        return Reads(rows_N, num_features, self.num_rows, starts, sources_N, factors_N)
+        return Reads(rows_N, self.num_rows, starts, sources_N, factors_N)
 
     def _rows(self, ids: Tensor, features: Tensor) -> Tensor:
         """Return the rows of ``ids`` of ``features`` (of a shape that broadcasts)."""
@@ -178,21 +179,47 @@ class Group:
         moments: Tensor = self.module.momentum1_host.detach()
         return moments[self.first_moment : stop].view(-1, width)
 
-    def update(self, rows_U: Tensor, gradient_UD: Tensor) -> None:
-        r"""Update rows with Adagrad.
+    def pool(self, reads: Reads) -> Tensor:
+        """Return ``(B, C)``: the pooled embeddings of all features side by side."""
+        bags_SD = embedding_bag(
+            reads.rows_N, self.weight_RD, reads.starts, mode="sum",
+            per_sample_weights=reads.factors_N, include_last_offset=True,
+        )  # fmt: skip
+        num_features = len(self.names)
+        if reads.sources_N is None:
+            return bags_SD.view(-1, num_features * self.width)
+        return bags_SD.view(num_features, -1, self.width).transpose(0, 1).flatten(1)
+
+    def train(self, reads: Reads, gradient_BC: Tensor) -> None:
+        r"""Update the rows that were read with Adagrad.
 
         .. math:: m \leftarrow m + g^2, \quad w \leftarrow w - \eta\, g / (\sqrt m + \epsilon)
 
-        With row-wise Adagrad the mean of the squares over columns takes the place of each.
+        The gradient :math:`g` of a row is the sum over all its ids. With row-wise Adagrad the mean
+        of its squares over columns takes the place of each.
         """
+        order_N, rows_U, starts_U = reads.order
+        factors_N = None if reads.factors_N is None else reads.factors_N.detach()[order_N]
+        gradient_UD = embedding_bag(
+            order_N if reads.sources_N is None else reads.sources_N[order_N],
+            gradient_BC.reshape(-1, self.width), starts_U, mode="sum",
+            per_sample_weights=factors_N,
+        )  # fmt: skip
         moment_RD, squares = self.moment_RD, gradient_UD.square()
         if moment_RD.shape[1] < self.width:
             squares = squares.mean(1, keepdim=True)
         moment = embedding(rows_U, moment_RD).add_(squares)
         moment_RD.index_copy_(0, rows_U, moment)
-        rate = self.module.learning_rate_tensor.item()
-        factor = moment.sqrt_().add_(self.module.optimizer_args.eps).reciprocal_().mul_(-rate)
-        self.weight_RD.index_add_(0, rows_U, gradient_UD * factor)
+        factor = moment.sqrt_().add_(self.module.optimizer_args.eps).reciprocal_()
+        factor.mul_(-self.module.learning_rate_tensor.item())
+        rows_UD = embedding(rows_U, self.weight_RD).addcmul_(gradient_UD, factor)
+        self.weight_RD.index_copy_(0, rows_U, rows_UD)
+
+    def gradient_of_factors(self, reads: Reads, gradient_BC: Tensor) -> Tensor:
+        """Return ``(N,)``, the gradient of the factors of ids."""
+        assert reads.sources_N is not None
+        gradient_ND = embedding(reads.sources_N, gradient_BC.reshape(-1, self.width))
+        return (gradient_ND * embedding(reads.rows_N, self.weight_RD)).sum(1)
 
 
 @dataclass
@@ -201,11 +228,10 @@ class Reads:
 
     rows_N: Tensor
     """By bag, then feature if every bag has one id; else by feature, then bag."""
-    num_features: int
     num_rows: int
     """R."""
-    starts: Tensor | None = None
-    """``(F B + 1,)`` first id of each bag, and N; None: every bag has one id."""
+    starts: Tensor
+    """``(F B + 1,)`` first id of each bag, and N."""
     sources_N: Tensor | None = None
     """Bag of each id, counted by bag, then feature; None: the ids are in this order."""
     factors_N: Tensor | None = None
@@ -226,34 +252,21 @@ class _Lookup(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, anchor: Tensor, factors_N: Tensor | None, group: Group, reads: Reads
+        ctx: Any, _: Tensor, groups: Sequence[Group], reads: Sequence[Reads], *__: Tensor | None
     ) -> Tensor:
-        ctx.group, ctx.reads = group, reads
-        num_features = reads.num_features
-        if reads.starts is None:
-            rows = embedding(reads.rows_N, group.weight_RD)
-            return rows.view(-1, num_features * group.width)
-        bags = embedding_bag(
-            reads.rows_N, group.weight_RD, reads.starts, mode="sum",
-            per_sample_weights=factors_N, include_last_offset=True,
-        )  # fmt: skip
-        return bags.view(num_features, -1, group.width).transpose(0, 1).flatten(1)
+        ctx.groups, ctx.reads = groups, reads
+        pooled = [group.pool(read) for group, read in zip(groups, reads, strict=True)]
+        ctx.columns = [part.shape[1] for part in pooled]
+        return pooled[0] if len(pooled) == 1 else torch.cat(pooled, 1)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        group, reads = ctx.group, ctx.reads
-        if not len(reads.rows_N):
-            return None, None, None, None
-        factors_N, for_factors = reads.factors_N, None
-        gradient_SD = gradient.reshape(-1, group.width)
-        if ctx.needs_input_grad[1]:
-            rows = embedding(reads.rows_N, group.weight_RD)
-            for_factors = (embedding(reads.sources_N, gradient_SD) * rows).sum(1)
-        order_N, rows_U, starts_U = reads.order
-        summed_UD = embedding_bag(
-            order_N if reads.sources_N is None else reads.sources_N[order_N],
-            gradient_SD, starts_U, mode="sum",
-            per_sample_weights=None if factors_N is None else factors_N.detach()[order_N],
-        )  # fmt: skip
-        group.update(rows_U, summed_UD)
-        return None, for_factors, None, None
+    def backward(ctx: Any, gradient_BC: Tensor) -> tuple[Tensor | None, ...]:
+        of_factors: list[Tensor | None] = []
+        parts = gradient_BC.split(ctx.columns, 1)
+        for group, read, part, is_needed in zip(
+            ctx.groups, ctx.reads, parts, ctx.needs_input_grad[3:], strict=True
+        ):
+            of_factors.append(group.gradient_of_factors(read, part) if is_needed else None)
+            if len(read.rows_N):
+                group.train(read, part)
+        return None, None, None, *of_factors

@@ -12,10 +12,11 @@ from cki_rec.config import UserError
 from cki_rec.data.columns import Ints
 from cki_rec.data.loader import LoadedRows, Loader, Targets
 from cki_rec.data.schema import Batch
+from cki_rec.engine import distributed
+from cki_rec.engine.lookups import merging_module
 from cki_rec.merging.inputs import sources_of
 from cki_rec.merging.params import MergeError, Params
 from cki_rec.merging.refinement import Plan, fit
-from cki_rec.models import build_model
 from cki_rec.progress import progress
 
 
@@ -34,10 +35,11 @@ def fit_maps(
 ) -> Params:
     """Return one source with linear maps of all sources' tables, fitted to a teacher.
 
-    Parameters that are not tables are fitted too. The sources are held whole by this process.
+    Parameters that are not tables are fitted too. Several processes take the same steps on the
+    same batches, with their rows of the tables, on CPU. All processes call this.
 
     Args:
-        sources: The sources, of equal vocabularies.
+        sources: The sources, of equal vocabularies; of several processes, the rows of this one.
         lead: The source that the maps begin as.
         data: The holder of the rows.
         rows: Row numbers.
@@ -53,8 +55,11 @@ def fit_maps(
         UserError: The loss is not finite.
     """
     schema, model = sources[0].schema, sources[0].model
-    with device:
-        network = build_model(schema, model, device).eval()
+    network = merging_module(schema, model)
+    if distributed.world_size() == 1:
+        network.to(device)
+    else:
+        device = torch.device("cpu")
     held = sources_of([{n: t.to(device) for n, t in s.params.items()} for s in sources])
     loader = Loader(data, schema, rows, batch_size, seed=seed, device=device, targets=targets)
     plan = Plan(stages=("maps",), steps=steps, learning_rate=learning_rate)

@@ -9,8 +9,8 @@ import torch
 
 from cki_rec.checkpoints import Checkpoint
 from cki_rec.data.schema import random_batch
-from cki_rec.engine import sharded
 from cki_rec.engine.embeddings import table_of
+from cki_rec.engine.lookups import merging_module
 from cki_rec.merging.steps import Network
 from cki_rec.merging.symmetry import LogitScale, Symmetry
 from cki_rec.merging.traits import elementwise_parameters, logit_scale_of, symmetries_of
@@ -54,7 +54,6 @@ def merging_network(saved: Checkpoint, seed: int, is_aligned: bool) -> Network:
     facts = declared(saved)
     module, probe = None, None
     if is_aligned:
-        schema = sharded.local_schema(saved.schema)
-        module = build_model(schema, saved.model, torch.device("cpu")).eval()
-        probe = random_batch(schema, PROBE_ROWS, seed)
+        module = merging_module(saved.schema, saved.model)
+        probe = random_batch(saved.schema, PROBE_ROWS, seed)
     return Network(facts.symmetries, tables_of(saved), module, probe, facts.logit_scale)

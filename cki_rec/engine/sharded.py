@@ -8,7 +8,7 @@ tables with fewer rows than processes. A single process holds everything.
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -117,12 +117,22 @@ class ShardProcesses(Processes):
         return mean_shares(shares, self.schema)
 
 
-def total(products: Mapping[str, Tensor], schema: FeatureSchema) -> dict[str, Tensor]:
-    """Return the sum over the rows of all processes per table, bit-identical on all of them."""
+def total(
+    products: Mapping[str, Tensor],
+    schema: FeatureSchema,
+    table: Callable[[str], str | None] = table_of,
+) -> dict[str, Tensor]:
+    """Return the sum over the rows of all processes per table, bit-identical on all of them.
+
+    Args:
+        products: Tensor per name; other parameters than tables stay as they are.
+        schema: Sizes of whole tables.
+        table: Function (name) -> table.
+    """
     gathered = distributed.exchange(dict(products))
     return {
         name: torch.stack([part[name] for part in gathered]).sum(0)
-        if is_divided(_rows(table_of(name), schema.table_sizes))
+        if is_divided(_rows(table(name), schema.table_sizes))
         else tensor
         for name, tensor in products.items()
     }

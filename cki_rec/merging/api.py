@@ -254,7 +254,8 @@ def run(recipe: Recipe, task: _Task) -> MergeResult:
     if repair != "none" and is_several and weights is not None:
         seen, mixed = required(activations, repair), params
         params, weights, anchor = repair_model(
-            repair, params, sources, weights, network, row_weights, seen, task.score
+            *(repair, params, sources, weights, network, row_weights, seen, task.score),
+            extras.processes,
         )
         if all(params[name] is tensor for name, tensor in mixed.items()):
             warnings.append(f"repair={repair} changed nothing: no layer reads one input per row")

@@ -12,6 +12,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from cki_rec.merging.api import network_symmetries
@@ -29,13 +30,14 @@ from cki_rec.merging.inputs import (
     sources_of,
     tables_of,
 )
-from cki_rec.merging.measures import pair_sums, paper_sums
-from cki_rec.merging.methods.cki.assessment import Histogram, entropies, global_terms
+from cki_rec.merging.measures import Sums, pair_sums, paper_sums
+from cki_rec.merging.methods.cki.assessment import Histogram, entropies_of, global_terms
 from cki_rec.merging.methods.cki.gate import check_gate, initialize_gate
 from cki_rec.merging.methods.cki.method import Gate
 from cki_rec.merging.methods.evidence import evidence_shares
 from cki_rec.merging.params import MergeError, Params, check_finite
 from cki_rec.merging.registry import Score
+from cki_rec.merging.rows import in_blocks
 from cki_rec.merging.states import Model
 from cki_rec.merging.statistics import ActivationStatistics
 from cki_rec.merging.steps import Network, align_models, row_weights_of
@@ -112,6 +114,7 @@ def assess(
     bins: int = 10,
     histogram: Histogram = "own",
     seed: int = 0,
+    processes: Processes | None = None,
 ) -> Assessment:
     r"""Compare models parameter by parameter, before they are merged.
 
@@ -160,6 +163,7 @@ def assess(
         bins: Number of bins of the histogram.
         histogram: Range of the histogram.
         seed: Seed of the alignment and of random gates.
+        processes: The processes that hold the models; None: this one.
 
     Raises:
         MergeError: Models that differ or have NaN or infinite entries, by name; inputs that do
@@ -173,7 +177,7 @@ def assess(
         Compatibility as a ratio, distances, rows and the barrier are ours. So is the form for
         more than two sources.
     """
-    sample = batches_of(batches) or []
+    sample, processes = batches_of(batches) or [], processes or Processes()
     network = None if module is None else network_of(module)
     if sample and network is None:
         raise MergeError("batches: module, the network that reads them, is missing")
@@ -202,9 +206,11 @@ def assess(
     )
     with evaluating(network):
         aligned = _aligned(
-            sources, seen_by, symmetries, is_table, network, sample, align, starts, seed
+            *(sources, seen_by, symmetries, is_table, network, sample, align, starts, seed),
+            processes,
         )
-    measured = {}
+    measured, shapes = {}, {}
+    compared = in_blocks(sources if aligned is None else aligned, reduction=processes)
     for name, tensor in sources[0].items():
         tensors = [source[name] for source in sources]
         moved = tensors if aligned is None else [source[name] for source in aligned]
@@ -213,7 +219,7 @@ def assess(
             check_gate(name, tensor.shape, used)
             used = used.to(tensor.device)
         try:
-            entropies_K = entropies(moved, bins, histogram)
+            entropies_K = entropies_of(compared[name], bins, histogram)
             terms = global_terms(entropies_K, a, c)
         except MergeError as error:
             raise MergeError(f"{name}: {error}") from None
@@ -222,10 +228,13 @@ def assess(
         if aligned is not None:
             parts = pair_sums(moved) if _is_moved(tensors, moved) else sums
             sums |= {f"aligned_{key}": parts[key] for key in ("products", "squares")}
-        measured[name] = (sums, entropies_K)
+        shapes[name] = _whole_shape(name, tensor, processes)
+        measured[name] = (_total(name, sums, processes), entropies_K)
     checked = None if score is None else checked_score(score, known)
     barrier = _barrier(sources, aligned, network, sample, checked, loss, points)
-    rows = assessment_rows(sources[0], measured, is_table, seen_rows(seen_by), seen)
+    shares = {n: s.flatten(1).mean(1, dtype=torch.float64).tolist() for n, s in seen.items()}
+    shares = processes.mean_shares(shares)
+    rows = assessment_rows(shapes, measured, is_table, seen_rows(seen_by, processes), shares)
     facts = facts_of(rows, barrier, aligned is not None)
     return Assessment(rows, barrier, suggest(facts), len(sources))
 
@@ -240,6 +249,7 @@ def _aligned(
     align: str | None,
     starts: int,
     seed: int,
+    processes: Processes,
 ) -> list[Params] | None:
     """Return the sources in a shared basis; None if they are not to be aligned."""
     if align not in (None, "none", "weights", "activations"):
@@ -256,10 +266,26 @@ def _aligned(
     activations = ActivationStatistics(module, sample) if module and sample else None
     row_weights = row_weights_of(sources, counts, {}, counted)
     seen = activations if align == "activations" else None
-    aligned, _ = align_models(
-        sources, network, row_weights, seen, starts, seed, Processes(), False
-    )
+    aligned, _ = align_models(sources, network, row_weights, seen, starts, seed, processes, False)
     return aligned
+
+
+def _whole_shape(name: str, tensor: Tensor, processes: Processes) -> list[int]:
+    """Return the shape of a parameter with the rows of all processes."""
+    if not tensor.ndim:
+        return []
+    num_rows = processes.reduce(name, torch.tensor(len(tensor)), "sum")
+    return [int(num_rows), *tensor.shape[1:]]
+
+
+def _total(name: str, sums: Sums, processes: Processes) -> Sums:
+    """Return sums over the entries of a parameter on all processes."""
+    joined = torch.cat([value.reshape(-1) for value in sums.values()])
+    parts = processes.reduce(name, joined, "sum").split([v.numel() for v in sums.values()])
+    return {
+        key: part.reshape(value.shape)
+        for (key, value), part in zip(sums.items(), parts, strict=True)
+    }
 
 
 def _is_moved(tensors: Sequence[Tensor], moved: Sequence[Tensor]) -> bool:

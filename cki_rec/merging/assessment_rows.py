@@ -5,19 +5,21 @@ Shape legend: K sources, V rows of a table.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 from itertools import chain
 from typing import Any
 
 import torch
 
+from cki_rec.merging.extras import Processes
 from cki_rec.merging.measures import Sums, added, mean_cosine, mean_distance
-from cki_rec.merging.params import BLOCK, MixingWeights, Params
+from cki_rec.merging.params import BLOCK, Params
 
 
-def seen_rows(counts: Sequence[Params]) -> dict[str, dict[str, Any]]:
+def seen_rows(counts: Sequence[Params], processes: Processes) -> dict[str, dict[str, Any]]:
     """Return per table how many rows all sources have seen, several, one alone, or none."""
-    result = {}
+    result, num_sources = {}, len(counts)
     for name in counts[0] if counts else ():
         by_number = torch.zeros(len(counts) + 1, dtype=torch.int64)
         alone = torch.zeros(len(counts), dtype=torch.int64)
@@ -26,6 +28,8 @@ def seen_rows(counts: Sequence[Params]) -> dict[str, dict[str, Any]]:
             number_V = seen_KV.sum(0)
             by_number += torch.bincount(number_V, minlength=len(counts) + 1).cpu()
             alone += (seen_KV & (number_V == 1)).sum(1).cpu()
+        both = processes.reduce(name, torch.cat([by_number, alone]), "sum")
+        by_number, alone = both.split([num_sources + 1, num_sources])
         result[name] = {
             "rows": int(by_number.sum()),
             "rows_all": int(by_number[-1]),
@@ -37,30 +41,30 @@ def seen_rows(counts: Sequence[Params]) -> dict[str, dict[str, Any]]:
 
 
 def assessment_rows(
-    first: Params,
+    shapes: Mapping[str, Sequence[int]],
     measured: Mapping[str, tuple[Sums, list[float]]],
     tables: Collection[str],
     rows_of: Mapping[str, dict[str, Any]],
-    shares: MixingWeights,
+    shares: Mapping[str, Sequence[float]],
 ) -> list[dict[str, Any]]:
     """Return the rows of parameters, layers, modules and the model, each sorted.
 
     Args:
-        first: The first source.
+        shapes: Shapes of all parameters.
         measured: Per parameter its sums, and the entropy of each source.
         tables: Names of tables.
         rows_of: Result of ``seen_rows``.
-        shares: Mixing weights by counts, of the tables that have counts.
+        shares: Mean mixing weights by counts, of the tables that have counts.
     """
     parameters, layers, modules = [], dict[str, list[str]](), dict[str, list[str]]()
-    for name, tensor in first.items():
+    for name, shape in shapes.items():
         sums, entropies_K = measured[name]
         kind = "table" if name in tables else "tensor"
-        row = _row(kind, name, [name], first, sums)
-        row |= {"shape": list(tensor.shape), "entropy": entropies_K}
+        row = _row(kind, name, [name], shapes, sums)
+        row |= {"shape": list(shape), "entropy": entropies_K}
         row |= rows_of.get(name, {})
         if name in shares:
-            row["evidence"] = shares[name].flatten(1).mean(1, dtype=torch.float64).tolist()
+            row["evidence"] = list(shares[name])
         parameters.append(row)
         layers.setdefault(name.rpartition(".")[0], []).append(name)
         modules.setdefault(name.partition(".")[0], []).append(name)
@@ -71,12 +75,12 @@ def assessment_rows(
             for title, names in modules.items()
             if len(names) > 1 and names not in layers.values()
         ],
-        [("model", "all parameters", list(first))],
+        [("model", "all parameters", list(shapes))],
     ]
     summaries = [
         sorted(
             (
-                _row(kind, title, names, first, added(measured[n][0] for n in names))
+                _row(kind, title, names, shapes, added(measured[n][0] for n in names))
                 for kind, title, names in group
             ),
             key=_order,
@@ -93,10 +97,14 @@ def _order(row: Mapping[str, Any]) -> tuple[float, float, str]:
 
 
 def _row(
-    kind: str, name: str, parameters: Sequence[str], first: Params, sums: Sums
+    kind: str,
+    name: str,
+    parameters: Sequence[str],
+    shapes: Mapping[str, Sequence[int]],
+    sums: Sums,
 ) -> dict[str, Any]:
     """Return the row of one or several parameters, all entries present."""
-    entries = sum(first[parameter].numel() for parameter in parameters)
+    entries = sum(math.prod(shapes[parameter]) for parameter in parameters)
     is_aligned, divisor = "aligned_products" in sums, max(entries, 1)
     row: dict[str, Any] = {"kind": kind, "name": name, "shape": None, "entries": entries}
     row["entropy"] = None

@@ -84,8 +84,7 @@ class Rows:
 
         def read() -> Iterator[Block]:
             for block in self.read():
-                for start in range(0, len(block.models[0]), size) or [0]:
-                    yield _cut(block, slice(start, start + size))
+                yield from pieces(block, size)
 
         return replace(self, read=read)
 
@@ -120,7 +119,7 @@ def in_blocks(
             yield whole
             return
         for start in range(0, num_rows, size):
-            yield _cut(whole, slice(start, start + size))
+            yield cut(whole, slice(start, start + size))
 
     return {
         name: Rows(name, partial(blocks, name), reduction)
@@ -133,7 +132,13 @@ def in_memory(tensors: Sequence[Tensor], counts: Sequence[Tensor] = ()) -> Rows:
     return Rows("", lambda: [Block(0, [t.detach() for t in tensors], counts=counts)])
 
 
-def _cut(block: Block, rows: slice) -> Block:
+def pieces(block: Block, size: int) -> Iterator[Block]:
+    """Yield the rows of a block, ``size`` at a time; an empty block once."""
+    for start in range(0, len(block.models[0]), size) or [0]:
+        yield cut(block, slice(start, start + size))
+
+
+def cut(block: Block, rows: slice) -> Block:
     """Return some rows of a block."""
     return Block(
         block.first + rows.start,

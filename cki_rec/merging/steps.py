@@ -236,6 +236,7 @@ def repair_model(
     row_weights: Sequence[Params],
     activations: ActivationStatistics,
     score: Score | None,
+    processes: Processes,
 ) -> tuple[Params, MixingWeights, dict[str, Any] | None]:
     """Return the merged model after a repair, its mixing weights, and the choice of an anchor.
 
@@ -252,6 +253,7 @@ def repair_model(
         row_weights: Per source and table ``(V,)``, the weight of a row in products of tables.
         activations: Activations on a sample of rows.
         score: Validation AUC of a model; read if an anchor must be chosen.
+        processes: The processes that hold the models.
 
     Raises:
         MergeError: An anchor must be chosen, and there is no score.
@@ -267,6 +269,7 @@ def repair_model(
         )
         return fitted, weights, None
     products = table_products(models, network.moved_tables("rotation"), row_weights)
+    products = processes.total(products)
     copied = elementwise_parameters(activations.network)
     readers = set(untied_linears(activations.network)) - copied
     projected = project_tables(merged, models, symmetries, products, weights, readers)

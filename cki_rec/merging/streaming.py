@@ -10,19 +10,23 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from cki_rec.merging.extras import Processes, Rule
 from cki_rec.merging.params import Params
 from cki_rec.merging.registry import MergeInputs, Method
-from cki_rec.merging.rows import Block, Rows
+from cki_rec.merging.rows import Block, Rows, pieces
 from cki_rec.merging.steps import mix_models
 from cki_rec.merging.symmetry import Symmetry, transform
+
+ENTRIES = 1 << 18
+"""Entries of a table that are merged at a time."""
 
 
 @dataclass(frozen=True, slots=True)
 class Mixer:
-    """A method with all that it needs to know of whole tables."""
+    """A method with its inputs and its facts about whole tables."""
 
     method: Method
     options: Mapping[str, Any]
@@ -36,7 +40,23 @@ class Mixer:
         return self._mix(models, self.inputs, fixed)
 
     def mix_block(self, name: str, block: Block) -> tuple[Tensor, list[float] | None]:
-        """Return merged rows of a table, and the mean share of each source in them."""
+        """Return merged rows of a table, and the mean share of each source in them.
+
+        They are merged in pieces that fit the caches of a processor.
+        """
+        first = block.models[0]
+        merged, means = torch.empty_like(first), list[Tensor]()
+        for piece in pieces(block, max(1, ENTRIES // max(1, first[:1].numel()))):
+            rows, shares = self._mix_piece(name, piece)
+            start = piece.first - block.first
+            merged[start : start + len(rows)] = rows
+            if shares is not None:
+                means.append(len(rows) * torch.tensor(shares, dtype=torch.float64))
+        if not means:
+            return merged, None
+        return merged, (torch.stack(means).sum(0) / max(1, len(first))).tolist()
+
+    def _mix_piece(self, name: str, block: Block) -> tuple[Tensor, list[float] | None]:
         inputs = replace(
             self.inputs,
             counts=[{name: counts} for counts in block.counts] or [{} for _ in block.models],

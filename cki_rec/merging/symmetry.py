@@ -31,6 +31,8 @@ from cki_rec.merging.params import BLOCK, MergeError, Params
 
 TOLERANCE = 1e-5
 """Largest change of a logit, relative to the largest logit or to 1, that is rounding."""
+PIECE = 1 << 12
+"""Rows of units that are moved at a time, in float64: they fit the caches of a processor."""
 Kind = Literal["rotation", "signed_permutation", "permutation", "signs"]
 """The matrices Q that may act: orthogonal ones (reflections too), permutations of which some rows
 are negated, permutations, diagonal ones of 1 and -1."""
@@ -269,8 +271,7 @@ def apply_element(units: Tensor, element: Tensor, kind: str) -> None:
     order, signs = element.abs().argmax(0), element.sum(0)  # of a permutation
     is_signed = kind != "rotation" and bool((signs < 0).any())
     views = units if units.ndim > 1 else units[None]
-    for start in range(0, len(views), BLOCK):
-        block = views[start : start + BLOCK]
+    for block in views.split(PIECE):
         if kind == "rotation":
             block.copy_((block.double() @ element).to(block.dtype))
         elif kind == "signs":

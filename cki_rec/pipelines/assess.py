@@ -9,12 +9,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from cki_rec.checkpoints import Checkpoint, load, outline
+from cki_rec.checkpoints import Checkpoint, outline
 from cki_rec.config import Config, UserError, run_id, section
 from cki_rec.data.encoding import store
 from cki_rec.data.encoding.store import EncodedDataset
+from cki_rec.engine import distributed, sharded
+from cki_rec.engine.lookups import merging_module
 from cki_rec.engine.networks import merging_network
 from cki_rec.engine.record import Run, open_run
 from cki_rec.engine.sampling import sample_statistics
@@ -24,7 +24,6 @@ from cki_rec.files import write_atomically
 from cki_rec.merging.assessment import Assessment, assess
 from cki_rec.merging.params import MergeError, Params
 from cki_rec.merging.registry import Score
-from cki_rec.models import build_model
 from cki_rec.pipelines import preflight, vocabularies
 from cki_rec.pipelines.compatibility import compare, counts_of, finite, require
 from cki_rec.pipelines.predictions import scorer
@@ -66,7 +65,7 @@ def ensure(config: Config, force: bool = False) -> Run:
     models = resolve(config, preflight.needs_base(config), needs_suite=False)
     dataset = None
     if reads_rows(config):
-        dataset = store.prepare(config.data, config.runtime.encoded, config.runtime.chunk_mb)
+        dataset = store.prepared(config)
     check_sources(config, models, dataset)
     reads = _reads(config, models, dataset)
     with open_run(Path(config.runtime.out), run_id("assess", reads), force) as run:
@@ -74,11 +73,12 @@ def ensure(config: Config, force: bool = False) -> Run:
             with run.phase("assess"):
                 joined = load_sources(config, models, dataset)
                 result = _assess(config, joined, dataset, models.base is not None)
-            write_atomically(run.path / TABLE, csv_bytes(result.frame()))
-            figure = assessment_plot(result.rows, result.barrier)
-            write_atomically(run.path / FIGURE, figure.encode())
-            data = {"hash": joined.checkpoints[0].origin.data_hash}
-            run.finish(reads, data_facts(dataset) if dataset else data, asdict(result))
+            if distributed.rank() == 0:
+                write_atomically(run.path / TABLE, csv_bytes(result.frame()))
+                figure = assessment_plot(result.rows, result.barrier)
+                write_atomically(run.path / FIGURE, figure.encode())
+                data = {"hash": joined.checkpoints[0].origin.data_hash}
+                run.finish(reads, data_facts(dataset) if dataset else data, asdict(result))
     return run
 
 
@@ -122,7 +122,7 @@ def check_sources(config: Config, models: Sources, dataset: EncodedDataset | Non
     preflight.check_sources(config, models, None)
     if dataset is not None and not config.merge.vocabularies:
         for source in models.merged:
-            check_data(outline(source.folder), dataset, source.name)
+            check_data(outline(source.folder, distributed.share()), dataset, source.name)
 
 
 def load_sources(config: Config, models: Sources, dataset: EncodedDataset | None) -> Joined:
@@ -133,7 +133,7 @@ def load_sources(config: Config, models: Sources, dataset: EncodedDataset | None
             tables do not fit the rows.
     """
     everyone = [*models.merged, *([models.base] if models.base else [])]
-    loaded = [load(source.folder) for source in everyone]
+    loaded = sharded.load([source.folder for source in everyone])
     names = [source.name for source in everyone]
     require(finite(loaded, names, is_required=True))
     if not config.merge.vocabularies:
@@ -177,7 +177,7 @@ def _assess(
     batches: Sequence[Any] = [network.probe] if is_aligned else []
     if is_aligned and options.align == "activations":
         assert dataset is not None
-        module = build_model(first.schema, first.model, torch.device("cpu"))
+        module = merging_module(first.schema, first.model)
         size, seed = config.merge.sample, config.seed
         batches = sample_statistics(module, dataset, first.schema, size, seed).batches
     score = None if dataset is None else scorer(config, dataset, first)
@@ -199,6 +199,7 @@ def _assess(
             align=options.align if is_aligned else "none",
             starts=config.merge.align.starts,
             seed=config.seed,
+            processes=sharded.ShardProcesses(first.schema),
         )
 
 

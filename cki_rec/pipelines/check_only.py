@@ -4,29 +4,27 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from cki_rec.checkpoints import Checkpoint, content_digest, load
+from cki_rec.checkpoints import Checkpoint, content_digest, outline
 from cki_rec.config import Config, Merge, UserError
 from cki_rec.data.encoding import store
 from cki_rec.data.encoding.store import EncodedDataset
-from cki_rec.engine import distributed
+from cki_rec.engine import distributed, sharded
+from cki_rec.engine.lookups import merging_module
 from cki_rec.engine.sampling import sample_statistics
 from cki_rec.merging.api import FITTED
 from cki_rec.merging.registry import Method
 from cki_rec.merging.search import AUTO
 from cki_rec.merging.steps import ScarceSample, check_sample
-from cki_rec.models import build_model
-from cki_rec.pipelines import compatibility, preflight, vocabularies
+from cki_rec.pipelines import compatibility, preflight, stream_plan, vocabularies
 from cki_rec.pipelines.compatibility import Finding, State
 from cki_rec.pipelines.preflight import entry_of
 from cki_rec.pipelines.references import Reference
-from cki_rec.pipelines.sources import base_warning, check_distinct, find, title
+from cki_rec.pipelines.sources import Source, Sources, base_warning, check_distinct, find, title
 from cki_rec.pipelines.vocabularies import Joined
 
 BASE = "base "
@@ -45,12 +43,10 @@ def report(config: Config) -> None:
     Raises:
         UserError: A merge would not run; the first reason.
     """
-    if distributed.world_size() > 1:
-        raise UserError(
-            "check_only=true runs in one process; start it without torchrun (on several, merge"
-            " compares its sources before it reads them)"
-        )
     config = preflight.without_unused(config)
+    if config.merge.memory_gb is not None:
+        _report_streamed(config)
+        return
     is_search = config.merge.method == AUTO
     if is_search:
         preflight.check_options(config)
@@ -77,6 +73,29 @@ def report(config: Config) -> None:
     log.info("it would run")
 
 
+def _report_streamed(config: Config) -> None:
+    """Log the plan of a merge from disk to disk; no table is read.
+
+    Raises:
+        UserError: It would not run.
+    """
+    stream_plan.check_options(config)
+    deltas = [(delta, "merge.sources") for delta in config.merge.sources]
+    if preflight.needs_base(config):
+        assert config.merge.base is not None
+        deltas.append((config.merge.base, "merge.base"))
+    found = [Source(title(d), "", find(config, d, option)) for d, option in deltas]
+    num = len(config.merge.sources)
+    sources = Sources(found[:num], [], found[num] if len(found) > num else None)
+    preflight.check_sources(config, sources, None)
+    outlines = [outline(source.folder) for source in found]
+    plan = stream_plan.plan_of(config, outlines, num)
+    log.info("merge %s (%s):", config.merge.label, config.merge.method)
+    for line in stream_plan.described(plan, found[0].folder, Path(config.runtime.out)):
+        log.info("  %s", line)
+    log.info("it would run")
+
+
 def _findings(config: Config, reads_rows: bool) -> list[Finding]:
     """Return all findings that are possible; some need the absence of earlier ones."""
     options, findings = config.merge, list[Finding]()
@@ -90,18 +109,32 @@ def _findings(config: Config, reads_rows: bool) -> list[Finding]:
         deltas.append((f"{BASE}{title(options.base)}", options.base, "merge.base"))
     loaded: list[tuple[str, Path, Checkpoint]] = []
     for name, delta, option in deltas:
-        try:
-            folder = find(config, delta, option)
-            loaded.append((name, folder, load(folder)))
-            findings.append(Finding("checkpoint", "ok", f"{name}: {folder}"))
-        except UserError as error:
-            findings.append(Finding("checkpoint", "impossible", f"{name}: {error}"))
+        folder, problem = _found(config, delta, option)
+        if folder is None or problem:
+            findings.append(Finding("checkpoint", "impossible", f"{name}: {problem}"))
+            continue
+        (saved,) = sharded.load([folder])
+        loaded.append((name, folder, saved))
+        findings.append(Finding("checkpoint", "ok", f"{name}: {folder}"))
     findings += _repeated(loaded)
     if loaded:
         compared, joined = _compare(config, loaded, len(deltas))
         names = [name for name, _, _ in loaded]
         findings += [*compared, *_rows(config, joined, names, reads_rows)]
     return findings
+
+
+def _found(
+    config: Config, delta: Mapping[str, Any], option: str
+) -> tuple[Path | None, str | None]:
+    """Return the folder of a source, and the problem with it; every process checks a share."""
+    folder, problem = None, None
+    try:
+        folder = find(config, delta, option)
+        outline(folder, distributed.share())
+    except UserError as error:
+        problem = str(error)
+    return folder, next(filter(None, distributed.exchange(problem)), None)
 
 
 def _repeated(loaded: Sequence[tuple[str, Path, Checkpoint]]) -> list[Finding]:
@@ -136,7 +169,8 @@ def _compare(
         except UserError as error:
             state: State = "impossible" if is_joined else "differs"
             notes.append(Finding("token lists", state, str(error)))
-    findings = compatibility.compare(saved, names, is_joined, joined.rows)
+    outlines = [outline(folder, distributed.share()) for _, folder, _ in loaded]
+    findings = compatibility.compare(outlines, names, is_joined, joined.rows)
     findings[2:2] = [*notes, *(Finding("overlap", "differs", line) for line in joined.warnings)]
     if is_joined:
         saved = joined.checkpoints
@@ -152,7 +186,7 @@ def _compare(
         findings += compatibility.alignment(
             sources, names[: len(sources)], is_aligned, config.seed, joined.owners
         )
-    return [*findings, _memory(saved, options)], sources
+    return [*findings, _memory(outlines, options)], sources
 
 
 def _rows(
@@ -179,7 +213,7 @@ def _sample(config: Config, first: Checkpoint, dataset: EncodedDataset) -> list[
     options = config.merge
     if options.repair not in FITTED or len(options.sources) == 1:
         return []
-    network = build_model(first.schema, first.model, torch.device("cpu"))
+    network = merging_module(first.schema, first.model)
     rows = sample_statistics(network, dataset, first.schema, options.sample, config.seed)
     try:
         warnings = check_sample(options.repair, first.params, rows)

@@ -13,6 +13,7 @@ from torch import Tensor
 from cki_rec.checkpoints import Checkpoint
 from cki_rec.config import UserError
 from cki_rec.data.encoding import tokens
+from cki_rec.engine import sharded
 from cki_rec.engine.embeddings import table_of
 from cki_rec.engine.networks import merging_network
 from cki_rec.merging.alignment import agreement, table_products
@@ -187,18 +188,25 @@ def _accumulators(checkpoints: Sequence[Checkpoint], names: Sequence[str]) -> Fi
 def finite(
     checkpoints: Sequence[Checkpoint], names: Sequence[str], is_required: bool
 ) -> list[Finding]:
-    """Return the tensors that have NaN or infinite entries."""
-    findings = [
-        Finding(
-            "finite",
-            "impossible" if is_required else "differs",
-            f"{key} of {name}: {bad:,} of {tensor.numel():,} entries are NaN or infinite",
-        )
-        for saved, name in zip(checkpoints, names, strict=True)
-        for key, tensor in saved.params.items()
-        if not tensor.sum().isfinite() and (bad := int((~tensor.isfinite()).sum()))
-    ]
+    """Return the tensors that have NaN or infinite entries, in the rows of any process."""
+    findings = []
+    for saved, name in zip(checkpoints, names, strict=True):
+        bad_of = sharded.total({n: _bad(t) for n, t in saved.params.items()}, saved.schema)
+        for key, bad in bad_of.items():
+            if bad:
+                tensor, table = saved.params[key], table_of(key)
+                size = tensor.numel()
+                if table is not None:
+                    size = saved.schema.table_sizes[table] * tensor[:1].numel()
+                state: State = "impossible" if is_required else "differs"
+                what = f"{int(bad):,} of {size:,} entries are NaN or infinite"
+                findings.append(Finding("finite", state, f"{key} of {name}: {what}"))
     return findings or [Finding("finite", "ok", "no NaN, no infinity")]
+
+
+def _bad(tensor: Tensor) -> Tensor:
+    """Return how many entries are NaN or infinite."""
+    return torch.tensor(0) if tensor.sum().isfinite() else (~tensor.isfinite()).sum()
 
 
 def row_counts(
@@ -210,7 +218,11 @@ def row_counts(
         state: State = "impossible" if is_needed else "differs"
         why = f"merge.method={method} needs them" if is_needed else "not needed"
         return [Finding("row counts", state, f"none in {_listed(missing)}; {why}")]
-    lookups = [sum(int(c.sum()) for c in saved.counts.values()) for saved in checkpoints]
+    sums = [
+        sharded.total({t: c.sum() for t, c in saved.counts.items()}, saved.schema, str)
+        for saved in checkpoints
+    ]
+    lookups = [sum(int(count) for count in each.values()) for each in sums]
     each = " and ".join(f"{count:,}" for count in lookups)
     return [
         Finding("row counts", "ok", f"of {len(checkpoints[0].counts)} tables; lookups: {each}")
@@ -254,6 +266,7 @@ def alignment(
         counts = counts_of(checkpoints, is_needed=False)
         row_weights = row_weights_of(models, counts, row_mask, network.tables)
         products = table_products(models, network.moved_tables(), row_weights)
+        products = sharded.total(products, checkpoints[0].schema)
         cosine = agreement(models, network.symmetries, products)
         yield Finding("agreement", "ok", f"mean cosine {cosine:.3f} before alignment")
 

@@ -17,6 +17,7 @@ from cki_rec.config import Config, Evaluate, UserError, run_id, section
 from cki_rec.data.encoding import store
 from cki_rec.data.encoding.store import EncodedDataset
 from cki_rec.data.test_labels import all_labels
+from cki_rec.engine import distributed
 from cki_rec.engine.record import Run, open_run, save_arrays
 from cki_rec.engine.sweeps import add_to_sweep
 from cki_rec.evaluation.bootstrap import Resamples, resampling_weights
@@ -42,13 +43,16 @@ def run(config: Config) -> float | None:
     """Make the configured model, measure it on test rows, and return its validation AUC."""
     preflight.check_label(config)
     label, is_tuned = config.merge.label, config.finetune.epochs > 0
+    is_first = distributed.rank() == 0
     if reason := _refusal(config):
-        add_to_sweep(Path(config.runtime.out), config.name, None)
+        if is_first:
+            add_to_sweep(Path(config.runtime.out), config.name, None)
         log.info("  skipped: %s %s", label, reason)
         return None
     done = ensure(config, force=config.runtime.force)
     assert done.record is not None
-    add_to_sweep(Path(config.runtime.out), config.name, done)
+    if is_first:
+        add_to_sweep(Path(config.runtime.out), config.name, done)
     test = done.record["result"]["test"]
     shown = ", ".join(f"{metric.title} {_shown(test[metric.name])}" for metric in PRIMARY)
     log.info("  test %s: %s%s", shown, label, ", fine-tuned" if is_tuned else "")
@@ -89,7 +93,7 @@ def ensure(config: Config, force: bool = False) -> Run:
     if reason := _refusal(config):
         raise UserError(f"merge.method={config.merge.method}: {reason}")
     models = merge.resolve(config, needs_suite=True)
-    dataset = store.prepare(config.data, config.runtime.encoded, config.runtime.chunk_mb)
+    dataset = store.prepared(config)
     options = config.evaluate
     everyone = [*models.suite, *models.merged, *([models.base] if models.base else [])]
     _check_unseen(options, dataset, everyone)  # before any merging
@@ -117,10 +121,12 @@ def ensure(config: Config, force: bool = False) -> Run:
     with open_run(Path(config.runtime.out), run_id("evaluate", reads), force) as run:
         if run.record is None:
             with run.phase("evaluate"):
-                result, replicates = _evaluate(config, options, dataset, members, models)
-            save_arrays(run.path / REPLICATES, replicates)
-            settings = {"settings": _settings(config, models)}  # they follow from the identities
-            run.finish(reads | settings, data_facts(dataset), result)
+                measured = _evaluate(config, options, dataset, members, models)
+            if measured is not None:
+                result, replicates = measured
+                save_arrays(run.path / REPLICATES, replicates)
+                settings = {"settings": _settings(config, models)}  # follow from the identities
+                run.finish(reads | settings, data_facts(dataset), result)
     return run
 
 
@@ -181,8 +187,11 @@ def _evaluate(
     dataset: EncodedDataset,
     members: list[Source],
     models: Sources,
-) -> tuple[dict[str, Any], dict[str, Floats]]:
-    """Return the result for the record, and the bootstrap replicates of its differences."""
+) -> tuple[dict[str, Any], dict[str, Floats]] | None:
+    """Return the result for the record, and the bootstrap replicates of its differences.
+
+    All processes score rows. The first one measures; others return None.
+    """
     for name in _check_unseen(options, dataset, [*models.suite, *members]):
         log.info("  %s: evaluate.disjoint_files covers its other raw files", name)
     is_tuned = config.finetune.epochs > 0
@@ -194,8 +203,11 @@ def _evaluate(
     is_unchanged = config.merge.refine == "none" and models.merged == models.suite
     if config.merge.method in baselines and is_unchanged and not is_tuned:
         baselines[config.merge.method] = None  # the baseline itself
+    logits, shares = _logits(config, dataset, members), _shares(config, models)
+    if distributed.rank() > 0:
+        return None
     model, difference, replicates = compare(
-        _logits(config, dataset, members),
+        logits,
         baselines,
         {split: _rows(config, dataset, split) for split in SPLITS},
         _resamples(options, dataset),
@@ -212,7 +224,7 @@ def _evaluate(
         "test": model.test,
         "recalibration": asdict(model.recalibration),
         "difference": difference,
-        "shares": _shares(config, models),
+        "shares": shares,
     }
     if any(is_external(source.identity) for source in models.suite):
         result["sources"] = [source.name for source in models.suite]

@@ -80,8 +80,6 @@ def run(config: Config) -> None:
             differ from the model; then no file is written.
     """
     check_packages(config.format)
-    if distributed.world_size() > 1:
-        raise UserError("export runs in one process; start it without torchrun")
     source = find(config)
     distributed.start(replace(config.runtime, device="cpu"))
     saved = checkpoints.load(source.checkpoint)

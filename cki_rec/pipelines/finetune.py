@@ -22,6 +22,7 @@ from cki_rec.engine.restoration import restore
 from cki_rec.engine.trainer import LABELS, Objective
 from cki_rec.models.layers import MASKS
 from cki_rec.pipelines import merge, preflight, teacher, train, vocabularies
+from cki_rec.pipelines.history import log_done, valid_auc
 from cki_rec.pipelines.sources import Source, Sources
 
 log = logging.getLogger(__name__)
@@ -33,8 +34,8 @@ def run(config: Config) -> float:
         raise UserError("finetune.epochs=0: nothing to do; choose finetune=one_epoch")
     start = time.time()
     done = ensure(config, force=config.runtime.force)
-    train.log_done(done, start)
-    return train.valid_auc(done)
+    log_done(done, start)
+    return valid_auc(done)
 
 
 def ensure(config: Config, models: Sources | None = None, force: bool = False) -> Run:
@@ -54,7 +55,7 @@ def ensure(config: Config, models: Sources | None = None, force: bool = False) -
         raise UserError(f"merge={config.merge.label} gives no single model to fine-tune")
     models = models or merge.resolve(config)
     start = merge.model_of(config, models)
-    dataset = store.prepare(config.data, config.runtime.encoded, config.runtime.chunk_mb)
+    dataset = store.prepared(config)
     reads = {
         "start": start.identity,
         "data": dataset.hash,
@@ -97,7 +98,9 @@ def _finetune(
     scratch, schedule = run.path / "start", _schedule(config)
     saved, folder = vocabularies.on_data_set(config, start.folder, start.name, dataset, scratch)
     model = restore(saved, folder, schedule, config.runtime, to_train=True)
-    shutil.rmtree(scratch, ignore_errors=True)
+    distributed.barrier()  # all have read it
+    if distributed.rank() == 0:
+        shutil.rmtree(scratch, ignore_errors=True)
     rows = [dataset.rows(split) for split in ("train", "valid")]
     counts = dataset.row_counts(saved.schema)  # as after training on these rows alone
     title = f"fine-tune {config.merge.label}, {config.suite.name}, seed {config.seed}"

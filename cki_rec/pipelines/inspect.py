@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import polars as pl
@@ -15,6 +14,7 @@ from rich.table import Table
 
 from cki_rec.config import Config, Data, UserError
 from cki_rec.data.encoding.fields import is_field_name
+from cki_rec.data.raw.columnar import first_rows, is_columnar
 from cki_rec.data.raw.forms import SEPARATORS, separator_of
 from cki_rec.data.raw.guesses import FORMS, MOST_CATEGORIES, Column, describe
 from cki_rec.data.raw.reading import Reading, paths, texts
@@ -23,7 +23,9 @@ from cki_rec.files import write_atomically
 from cki_rec.search_path import CONF, WORKING_CONF
 
 MOST_BYTES = 1 << 28
-"""Bytes of a file that are looked at, from its start."""
+"""Bytes of a text that are looked at, from its start."""
+MOST_ROWS = 1 << 20
+"""Rows of a Parquet or Arrow file that are looked at."""
 
 
 def run(config: Config) -> None:
@@ -32,12 +34,21 @@ def run(config: Config) -> None:
     Raises:
         UserError: The file is not readable, or it has no columns.
     """
-    data = _as_csv(config.data)
-    frame, separator, is_whole = read_text(data)
+    data, path = config.data, paths(config.data)[0]
+    if path.is_file() and is_columnar(path):
+        frame, is_whole = _read_columnar(path)
+        form = ["format: parquet  # Parquet or Arrow"]
+    else:
+        frame, separator, is_whole = read_text(data)
+        form = [
+            "format: csv  # text with a header",
+            f"separator: {separator}  # between columns",
+            f"encoding: {data.encoding}  # of the text",
+        ]
     columns = [describe(frame[name]) for name in frame.columns]
     _print(columns, len(frame), is_whole)
     name = config.data.name if config.data.name != "csv" else file_name(config.data)
-    text = draft(name, data, separator, columns, len(frame))
+    text = draft(name, data, form, columns, len(frame))
     target = WORKING_CONF / "data" / f"{name}.yaml"
     if target.exists() and not config.runtime.force:
         print(f"{target} exists and is kept; runtime.force=true replaces it. The draft:\n\n{text}")
@@ -57,25 +68,17 @@ def file_name(data: Data) -> str:
     return f"{name}_own" if (CONF / "data" / f"{name}.yaml").exists() else name
 
 
-def _as_csv(data: Data) -> Data:
-    """Return the options with a Parquet file written as csv, which the training reads."""
-    path = paths(data)[0]
-    with path.open("rb") as file:
-        if file.read(4) != b"PAR1":
-            return data
-    try:
-        frame = pl.read_parquet(path)
-    except pl.exceptions.PolarsError as error:
-        raise UserError(f"{path}: damaged: {str(error).splitlines()[0]}; set data.raw") from None
+def _read_columnar(path: Path) -> tuple[pl.DataFrame, bool]:
+    """Return the first rows of a Parquet or Arrow file as text, and whether they are all.
+
+    The items of a list are joined by ``|``.
+    """
+    frame = first_rows(path, MOST_ROWS + 1)
     lists = [n for n, dtype in frame.schema.items() if isinstance(dtype, pl.List)]
     joined = (pl.col(n).cast(pl.List(pl.String)).list.join("|") for n in lists)
-    target = Path("data/raw") / f"{path.stem}.csv"
-    if not target.exists() or data.raw == str(target):
-        write_atomically(target, frame.with_columns(*joined).write_csv().encode())
-        print(f"wrote {target}: cki-rec trains on text, not on Parquet")
-    else:
-        print(f"{target} exists and is used as it is; delete it to convert {path} again")
-    return replace(data, raw=str(target))
+    texts = frame.with_columns(*joined).head(MOST_ROWS)
+    texts = texts.select(pl.col(n).cast(pl.String) for n in texts.columns)
+    return texts, len(frame) <= MOST_ROWS
 
 
 def read_text(data: Data) -> tuple[pl.DataFrame, str, bool]:
@@ -116,7 +119,7 @@ def read_text(data: Data) -> tuple[pl.DataFrame, str, bool]:
 
 def _print(columns: Sequence[Column], num_rows: int, is_whole: bool) -> None:
     """Print one row per column."""
-    part = "" if is_whole else f" (the first {MOST_BYTES >> 20} MiB)"
+    part = "" if is_whole else " (the start of the file)"
     table = Table(title=f"{num_rows:,} rows{part}", title_justify="left", box=SIMPLE_HEAD)
     for title in ("column", "kind", "empty", "distinct", "examples"):
         table.add_column(title, justify="right" if title in ("empty", "distinct") else "left")
@@ -130,7 +133,9 @@ def _print(columns: Sequence[Column], num_rows: int, is_whole: bool) -> None:
     print("\n".join(line.rstrip() for line in captured.get().splitlines()))
 
 
-def draft(name: str, data: Data, separator: str, columns: Sequence[Column], num_rows: int) -> str:
+def draft(
+    name: str, data: Data, form: Sequence[str], columns: Sequence[Column], num_rows: int
+) -> str:
     """Return the YAML of the data set, with a comment in every line."""
     labels = sorted(
         (c for c in columns if c.labels),
@@ -148,10 +153,9 @@ def draft(name: str, data: Data, separator: str, columns: Sequence[Column], num_
         "  - _self_",
         "",
         f"name: {name}  # of the encoded data set and of this file",
-        "format: csv  # text with a header",
+        form[0],
         f"raw: {_yaml(data.raw)}  # a path, a pattern (day_*.csv) or a list",
-        f"separator: {separator}  # between columns",
-        f"encoding: {data.encoding}  # of the text",
+        *form[1:],
     ]
     others = ", ".join(c.name for c in labels[1:])
     hint = f"; other candidates: {others}" if others else ""
@@ -165,8 +169,8 @@ def draft(name: str, data: Data, separator: str, columns: Sequence[Column], num_
     for role, column in (("user", user), ("item", item), ("time", time)):
         value = _yaml(column.name) if column else "null"
         lines.append(f"{role}: {value}  # the column of {role}s; null: there is none")
-    form = time.form if time else "auto"
-    lines.append(f"time_form: {form}  # {', '.join(TIMES)}, or auto")
+    time_form = time.form if time else "auto"
+    lines.append(f"time_form: {time_form}  # {', '.join(TIMES)}, or auto")
     words_for_missing = dict.fromkeys(word for c in columns for word in c.missing)
     shown = ", ".join(json.dumps(word) for word in words_for_missing)
     lines.append(f"missing: [{shown}]  # words that count as empty, in every column")

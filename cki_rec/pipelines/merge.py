@@ -16,6 +16,7 @@ from cki_rec.data.encoding import store, tokens
 from cki_rec.data.encoding.store import EncodedDataset
 from cki_rec.data.provenance import Provenance
 from cki_rec.engine import distributed, sharded
+from cki_rec.engine.lookups import merging_module
 from cki_rec.engine.networks import merging_network
 from cki_rec.engine.record import Run, open_run
 from cki_rec.engine.sampling import sample_statistics
@@ -27,7 +28,6 @@ from cki_rec.merging.params import MergeError, NotPossible
 from cki_rec.merging.result import MergeResult
 from cki_rec.merging.search import AUTO
 from cki_rec.merging.steps import calibrate_model
-from cki_rec.models import build_model
 from cki_rec.models.layers import MASKS
 from cki_rec.pipelines import (
     check_only,
@@ -36,7 +36,6 @@ from cki_rec.pipelines import (
     preflight,
     refine,
     sources,
-    streamed,
     train,
     vocabularies,
 )
@@ -47,6 +46,8 @@ from cki_rec.pipelines.predictions import calibrator, scorer, valid_auc
 from cki_rec.pipelines.provenance import data_facts
 from cki_rec.pipelines.references import REFERENCES
 from cki_rec.pipelines.sources import Source, Sources, are_disjoint, shard_of
+from cki_rec.pipelines.stream_plan import check_options
+from cki_rec.pipelines.streamed import merge as merge_streamed
 from cki_rec.pipelines.vocabularies import Joined
 
 LARGE = 10_000_000
@@ -60,13 +61,10 @@ def run(config: Config) -> None:
     if is_foreign(config):
         foreign.run(config)
         return
-    if distributed.world_size() > 1:
-        distributed.start(replace(config.runtime, device="cpu"))
-    with distributed.propagate_errors():
-        if config.check_only:
-            check_only.report(config)
-            return
-        done = ensure(config, force=config.runtime.force)
+    if config.check_only:
+        check_only.report(config)
+        return
+    done = ensure(config, force=config.runtime.force)
     assert done.record is not None
     result = done.record["result"]
     out, chosen = Path(config.runtime.out), result["chosen"]
@@ -98,7 +96,7 @@ def ensure(config: Config, models: Sources | None = None, force: bool = False) -
         UserError: Options, sources or data that do not fit together.
     """
     config = preflight.without_unused(config)
-    preflight.check_options(config)
+    check_options(config)
     models = models or resolve(config)
     preflight.check_logit_scale(config, models)
     options = config.merge
@@ -107,7 +105,7 @@ def ensure(config: Config, models: Sources | None = None, force: bool = False) -
         return _refined(config, models, model_of(replace(config, merge=closed), models), force)
     dataset = None
     if preflight.needs_rows(options):
-        dataset = store.prepare(config.data, config.runtime.encoded, config.runtime.chunk_mb)
+        dataset = store.prepared(config)
     candidates, base = models.merged, models.base
     if options.method == AUTO:
         candidates = _recipes(config, models)
@@ -272,7 +270,7 @@ def _finished(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Write the refined model, or its start if that is better; return facts and result."""
     assert fitted.record is not None
-    dataset = store.prepare(config.data, config.runtime.encoded, config.runtime.chunk_mb)
+    dataset = store.prepared(config)
     before, after = valid_auc(config, dataset, start), fitted.record["result"]["valid_auc"]
     (saved,) = sharded.load([fitted.checkpoint if after > before else start.folder])
     params, calibration = saved.params, None
@@ -304,7 +302,7 @@ def _merge(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Merge into a checkpoint of ``run``; return facts about the data, and the result."""
     if config.merge.memory_gb is not None:
-        return streamed.merge(config, models, run, is_disjoint)
+        return merge_streamed(config, models, run, is_disjoint)
     preflight.check_sources(config, models, dataset)
     everyone = [*models.merged]
     if models.base is not None:
@@ -361,7 +359,8 @@ def _merge(
         result["types"] = sorted({type_name(tensor) for tensor in merged.params.values()})
         log.info("  sources of %s; result in %s", ", ".join(sorted(types)), *result["types"])
     if folders:
-        vocabularies.write(run.path / tokens.FOLDER, joined, folders)
+        if distributed.rank() == 0:
+            vocabularies.write(run.path / tokens.FOLDER, joined, folders)
         result["vocabularies"] = joined.rows
     return _data_facts(dataset, first), result
 
@@ -379,7 +378,7 @@ def _merge_params(
     activations = None
     if preflight.needs_activations(options):
         assert dataset is not None
-        module = build_model(first.schema, first.model, torch.device("cpu"))
+        module = merging_module(first.schema, first.model)
         size, seed = options.sample, config.seed
         activations = sample_statistics(module, dataset, first.schema, size, seed)
     network = merging_network(first, config.seed, options.align.by != "none")

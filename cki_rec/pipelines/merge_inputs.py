@@ -16,12 +16,13 @@ from cki_rec.engine import distributed
 from cki_rec.engine.embeddings import table_of
 from cki_rec.engine.fisher import fisher_diagonal
 from cki_rec.engine.gating import train_gates
+from cki_rec.engine.lookups import shuffle_divided
 from cki_rec.engine.networks import declared
 from cki_rec.engine.sampling import sample_statistics
 from cki_rec.evaluation.metrics import auc
 from cki_rec.merging.extras import Gates, Learn, Learned, Rule, Weigh
 from cki_rec.merging.params import Params
-from cki_rec.merging.perturbation import permute, shuffle
+from cki_rec.merging.perturbation import permute
 from cki_rec.merging.statistics import ActivationStatistics
 from cki_rec.models import build_model
 from cki_rec.pipelines.compatibility import counts_of
@@ -71,7 +72,7 @@ def ablated(config: Config, source: Checkpoint) -> Params:
     if config.merge.ablation == "none":
         return source.params
     if config.merge.ablation == "shuffled":
-        return shuffle(source.params, config.seed)
+        return shuffle_divided(source.params, source.schema, config.seed)
     return permute(source.params, declared(source).symmetries, config.seed)
 
 
@@ -123,7 +124,7 @@ def learning(
         distributed.start(config.runtime)
         trunk = out_of_scope(options, first.params) if options.learn.what == "trunk" else []
         return train_gates(
-            build_model(first.schema, first.model, torch.device("cpu")),
+            build_model(first.schema, first.model, torch.device("meta")),
             models,
             gates,
             weigh,

@@ -18,6 +18,7 @@ from cki_rec.data.encoding.store import EncodedDataset
 from cki_rec.data.schema import FeatureSchema
 from cki_rec.engine import distributed
 from cki_rec.engine.evaluator import predict
+from cki_rec.engine.lookups import WithParams, merging_module
 from cki_rec.engine.record import load_arrays, save_arrays
 from cki_rec.engine.restoration import restore
 from cki_rec.evaluation.metrics import auc
@@ -47,8 +48,7 @@ def predictions(
     name = source.identity
     home = Path(config.runtime.out) / (f"logits/{name}" if is_external(name) else name)
     path = home / f"logits-{dataset.hash[:16]}.npz"
-    logits = load_arrays(path)
-    if logits is None or logits.keys() != set(SPLITS):
+    if not distributed.from_first((load_arrays(path) or {}).keys() == set(SPLITS)):
         module, schema, device = scoring_model(config, dataset, source)
         logits = {
             split: predict(module, dataset, schema, dataset.rows(split), device)
@@ -60,8 +60,12 @@ def predictions(
                     f"{source.folder}: the model gives NaN or infinite logits on {split} rows;"
                     f" {_remedy(config)}"
                 )
-        save_arrays(path, logits)
-    return logits
+        if distributed.rank() == 0:
+            save_arrays(path, logits)
+        return logits
+    known = load_arrays(path)
+    assert known is not None
+    return known
 
 
 def scoring_model(
@@ -79,6 +83,9 @@ def scoring_model(
     device = distributed.start(config.runtime)
     if other_tables(saved, dataset):
         moved = vocabularies.on_rows_of(config, source.folder, dataset)
+        if distributed.world_size() > 1:
+            module = WithParams(merging_module(moved.schema, moved.model), moved.params)
+            return module, moved.schema, torch.device("cpu")
         with device:
             network = build_model(moved.schema, moved.model, device)
         network.load_state_dict(moved.params)
@@ -121,22 +128,31 @@ def _runner(
 ) -> Callable[[Params], NDArray[np.float32]]:
     """Return a function (parameters) -> validation logits of the network of a checkpoint.
 
-    From the first call on it holds one unsharded network, into which parameters are copied.
+    A single process holds one network from the first call on, into which parameters are copied.
+    Several have their rows of the tables, on CPU, and score a share of the rows each.
     """
     rows = dataset.rows("valid")
+    is_alone = distributed.world_size() == 1
 
     @functools.cache
     def network() -> nn.Module:
+        if not is_alone:
+            return merging_module(like.schema, like.model)
         with distributed.start(config.runtime) as device:
             return build_model(like.schema, like.model, device)
 
-    @torch.no_grad()
-    def run(params: Params) -> NDArray[np.float32]:
-        device = distributed.start(config.runtime)
+    def with_params(params: Params) -> nn.Module:
+        if not is_alone:
+            return WithParams(network(), params)
         state = network().state_dict()
         for name, tensor in params.items():
             state[name].copy_(tensor)
-        logits = predict(network(), dataset, like.schema, rows, device)
+        return network()
+
+    @torch.no_grad()
+    def run(params: Params) -> NDArray[np.float32]:
+        device = distributed.start(config.runtime) if is_alone else torch.device("cpu")
+        logits = predict(with_params(params), dataset, like.schema, rows, device)
         if not np.isfinite(logits).all():
             raise UserError(
                 f"merge={config.merge.label}: the merged model gives NaN or infinite logits on"

@@ -315,27 +315,11 @@ def _check_processes(options: Merge, entry: Method | Reference | None) -> None:
     """Check that a merge can run on the present number of processes."""
     if distributed.world_size() == 1:
         return
-    if not isinstance(entry, Method):
-        raise UserError(
-            f"merge.method={options.method} needs whole models in one process; {INSTEAD}"
-        )
-    if not entry.row_wise:
+    if isinstance(entry, Method) and not entry.row_wise:
         raise UserError(
             f"merge.method={options.method} is not registered with row_wise=True, so it needs"
             f" whole models in one process; {INSTEAD}"
         )
-    is_chosen = "score" in needs_of(options)
-    for name, is_set in {
-        f"align.by={options.align.by}": options.align.by == "activations",
-        f"repair={options.repair}": options.repair != "none",
-        "recalibrate=true": options.recalibrate,
-        f"learn.what={options.learn.what}": options.learn.what != "none",
-        f"ablation={options.ablation}": options.ablation != "none",
-        "vocabularies": bool(options.vocabularies),
-        f"options of {options.method} that validation rows choose (null)": is_chosen,
-    }.items():
-        if is_set:
-            raise UserError(f"merge.{name} needs whole models in one process; {INSTEAD}")
 
 
 def check_rows_fit(

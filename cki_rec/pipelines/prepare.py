@@ -9,5 +9,5 @@ from cki_rec.data.encoding.summary import summary_lines
 
 def run(config: Config) -> None:
     """Encode the data set, unless it is encoded already, and print its summary."""
-    dataset = store.prepare(config.data, config.runtime.encoded, config.runtime.chunk_mb)
+    dataset = store.prepared(config)
     print("\n".join(summary_lines(dataset)))

@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cki_rec.checkpoints import describe, load, row_counts
+from cki_rec.checkpoints import describe, row_counts
 from cki_rec.config import Config, Train, run_id, section, with_delta
 from cki_rec.data.columns import Ints
 from cki_rec.data.encoding import store
 from cki_rec.data.encoding.store import EncodedDataset
-from cki_rec.engine import checkpoint_io, distributed
+from cki_rec.engine import distributed, sharded
 from cki_rec.engine.mapping import fit_maps
 from cki_rec.engine.record import Run, open_run
 from cki_rec.engine.restoration import restore
@@ -47,7 +47,7 @@ def ensure(config: Config, models: Sources, start: Source, force: bool = False) 
         start: The model that is fitted.
         force: Refine again.
     """
-    dataset = store.prepare(config.data, config.runtime.encoded, config.runtime.chunk_mb)
+    dataset = store.prepared(config)
     options = config.merge
     reads = {
         "start": start.identity,
@@ -94,36 +94,40 @@ def _refine(
 
     mapped = run.path / "mapped"
     if teacher.field is None and _has_maps(config, dataset, sources):
-        if not mapped.exists():  # of a run that was interrupted later
+        if not distributed.from_first(mapped.exists()):  # of a run that was interrupted later
             with run.phase("maps"):
                 lead = max(sources, key=lambda source: valid_auc(config, dataset, source))
                 pass_steps = -(-len(rows.numbers) // options.batch_size)
                 params = fit_maps(
-                    [load(source.folder) for source in sources],
+                    sharded.load([source.folder for source in sources]),
                     *(sources.index(lead), rows.data, rows.numbers, targets),
                     min(options.map_steps, options.passes * pass_steps),
                     *(options.batch_size, options.learning_rate, config.seed),
                     f"refine {config.merge.label}, maps of tables, seed {config.seed}",
                     distributed.start(config.runtime),
                 )
-                tensors = {"model": params, "accumulator": load(folder).accumulators}
-                checkpoint_io.save(mapped, tensors, saved.model, saved.schema, saved.origin)
+                (begun,) = sharded.load([folder])
+                tensors = {"model": params, "accumulator": begun.accumulators}
+                sharded.save(mapped, tensors, begun, saved.origin)
         folder = mapped
     model = restore(saved, folder, schedule, config.runtime, to_train=True)
     objective = Objective("teacher", targets, rows.data, refines=True)
-    shutil.rmtree(scratch, ignore_errors=True)
+    distributed.barrier()  # all have read it
+    if distributed.rank() == 0:
+        shutil.rmtree(scratch, ignore_errors=True)
     routed = "the mean logit" if teacher.field is None else f"sources routed by {teacher.field}"
     train.run_training(
         *(config, dataset, run, reads, model, saved.model, saved.schema),
         *([rows.numbers, dataset.rows("valid")], counts, schedule),
         *(f"refine {config.merge.label} to {routed}, seed {config.seed}", saved.origin, objective),
     )
-    shutil.rmtree(mapped, ignore_errors=True)
+    if distributed.rank() == 0:
+        shutil.rmtree(mapped, ignore_errors=True)
 
 
 def variants(config: Config, models: Sources) -> list[Config]:
     """Return the refinements that a search tries: to the mean logit, with maps and without."""
-    dataset = store.prepare(config.data, config.runtime.encoded, config.runtime.chunk_mb)
+    dataset = store.prepared(config)
     teacher = choose_teacher(config, dataset, models.merged)
     if teacher.field is not None or not _has_maps(config, dataset, models.merged):
         return [config]
@@ -131,8 +135,8 @@ def variants(config: Config, models: Sources) -> list[Config]:
 
 
 def _has_maps(config: Config, dataset: EncodedDataset, sources: Sequence[Source]) -> bool:
-    """Return whether tables are mapped first: on one process, with equal vocabularies."""
-    if not config.merge.refinement.map_steps or distributed.world_size() > 1:
+    """Return whether tables are mapped first: if vocabularies are equal."""
+    if not config.merge.refinement.map_steps:
         return False
     return not any(other_tables(describe(source.folder), dataset) for source in sources)
 

@@ -62,11 +62,8 @@ class Sources:
 def resolve(config: Config, needs_base: bool, needs_suite: bool) -> Sources:
     """Return the sources that the configuration names, each resolved once; train missing ones.
 
-    Several processes train nothing.
-
     Raises:
-        UserError: A source is no checkpoint, or cannot be trained; on several processes also one
-            that is not trained yet, with the command that trains it.
+        UserError: A source is no checkpoint, or cannot be trained.
     """
     resolved: dict[str, Source] = {}
 
@@ -82,8 +79,7 @@ def resolve(config: Config, needs_base: bool, needs_suite: bool) -> Sources:
         lists["suite.sources"] = config.suite.sources
     for option, deltas in lists.items():
         check_distinct([_content(config, delta, option) for delta in deltas], deltas, option)
-    if distributed.world_size() == 1:
-        _check_before_training(config, base)
+    _check_before_training(config, base)
     found = {option: [one(d, option) for d in deltas] for option, deltas in lists.items()}
     for option, sources in found.items():
         digests = [content_digest(source.folder) for source in sources]
@@ -165,9 +161,6 @@ def _resolve(config: Config, delta: Mapping[str, Any], option: str) -> Source:
     if "path" in delta:
         folder = named_folder(delta, option)
         return Source(title(delta), external_identity(folder), folder)
-    if distributed.world_size() > 1:
-        folder = find(config, delta, option)
-        return Source(title(delta), folder.parent.name, folder)
     run = train.ensure(with_delta(config, dict(delta), option))
     return Source(title(delta), run.path.name, run.checkpoint)
 

@@ -1,4 +1,4 @@
-"""The plan of a merge from disk to disk: what it reads and writes, and the size of its blocks."""
+"""The plan of a merge from disk to disk: size of blocks, bytes read and written, memory."""
 
 from __future__ import annotations
 
@@ -43,6 +43,17 @@ class Plan:
     read: int
     """Bytes that all processes read."""
     written: int
+
+
+def check_options(config: Config) -> None:
+    """Check all options of a merge that can be checked without files.
+
+    Raises:
+        UserError: As ``preflight.check_options`` and ``check_streamed``.
+    """
+    if config.merge.memory_gb is not None:
+        check_streamed(config.merge)
+    preflight.check_options(config)
 
 
 def check_streamed(options: Merge) -> None:

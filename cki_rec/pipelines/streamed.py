@@ -14,6 +14,7 @@ import json
 import logging
 import shutil
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -52,7 +53,7 @@ from cki_rec.pipelines import preflight
 from cki_rec.pipelines.compatibility import counts_of
 from cki_rec.pipelines.merge_inputs import fixed_rules
 from cki_rec.pipelines.sources import Sources
-from cki_rec.pipelines.stream_plan import Plan, check_streamed, plan_of
+from cki_rec.pipelines.stream_plan import Plan, plan_of
 from cki_rec.pipelines.stream_sources import Stream
 from cki_rec.progress import progress
 
@@ -74,10 +75,13 @@ def merge(
         OSError: The checkpoint cannot be written.
     """
     options = config.merge
-    check_streamed(options)
+    torch.set_num_threads(config.runtime.threads or 1)  # blocks are small; two more threads copy
+    share = distributed.share()
     everyone = [*models.merged, *([models.base] if models.base else [])]
+    with ThreadPoolExecutor(len(everyone)) as pool:  # remembered, so checks do not read again
+        list(pool.map(lambda source: file_digests(source.folder / TENSORS, share), everyone))
     preflight.check_sources(config, models, None)
-    outlines = [outline(source.folder, distributed.share()) for source in everyone]
+    outlines = [outline(source.folder, share) for source in everyone]
     plan = plan_of(config, outlines, len(models.merged))
     partial_folder = run.path.parent / PARTIAL / run.path.name
     reads = {
@@ -124,6 +128,7 @@ def _begin(folder: Path, plan: Plan, reads: dict[str, Any]) -> tuple[Plan, bool]
         except (OSError, ValueError):
             known = None
         is_resumed = known is not None and known["reads"] == json.loads(json.dumps(reads))
+        is_resumed = is_resumed and known["rows"] <= plan.rows  # else blocks exceed the budget
         if not is_resumed:
             shutil.rmtree(folder, ignore_errors=True)
             (folder / CHECKPOINT / TENSORS).mkdir(parents=True)
@@ -330,7 +335,7 @@ def _description(stream: Stream, files: dict[str, str]) -> dict[str, Any]:
 
 
 def _forget(folder: Path) -> None:
-    """Remove what an unfinished merge has written."""
+    """Remove the files of an unfinished merge."""
     if distributed.rank() == 0:
         shutil.rmtree(folder, ignore_errors=True)
         with suppress(OSError):  # other merges are not finished

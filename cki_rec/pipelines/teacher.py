@@ -249,7 +249,7 @@ def _routing_field(
 def _counts(config: Config, dataset: EncodedDataset, source: Source) -> Params:
     """Return the row counts of a source, under the tables of the data set."""
     if other_tables(describe(source.folder), dataset):
-        return vocabularies.on_rows_of(config, source.folder, dataset).counts
+        return vocabularies.counts_on_rows_of(config, source.folder, dataset)
     return row_counts(source.folder)
 
 

@@ -41,7 +41,7 @@ from cki_rec.data.schema import FeatureSchema
 from cki_rec.engine import checkpoint_io, distributed, plans
 from cki_rec.engine.embeddings import ShardedModel, build, initialize, table_of
 from cki_rec.engine.evaluator import predict
-from cki_rec.engine.record import RECORD, Run, open_run
+from cki_rec.engine.record import Run, open_run
 from cki_rec.engine.restoration import restore
 from cki_rec.engine.resume import RESUME, Checkpointer
 from cki_rec.engine.steps import StepLog
@@ -51,6 +51,7 @@ from cki_rec.models import build_model, model_schema
 from cki_rec.models.comparison import decides, differences
 from cki_rec.models.layers import MASKS
 from cki_rec.pipelines.field_notes import warn_of_fields
+from cki_rec.pipelines.history import best_epoch, history_summary, log_done, valid_auc
 from cki_rec.pipelines.provenance import check_data, data_facts
 from cki_rec.plugins import load_class, source_digest
 
@@ -65,34 +66,13 @@ def run(config: Config) -> float:
     return valid_auc(done)
 
 
-def log_done(done: Run, start: float) -> None:
-    """Log the validation metrics and the folder of a training, and its date if it is older."""
-    assert done.record is not None
-    finished = (done.path / RECORD).stat().st_mtime
-    if finished < start:
-        date = time.strftime("%Y-%m-%d %H:%M", time.localtime(finished))
-        log.info("already trained on %s; runtime.force=true trains again", date)
-    best = best_epoch(done.record["result"]["history"])
-    names = {f"valid_{metric.name}": metric.title for metric in PRIMARY}
-    known = {title: best.get(name) for name, title in names.items()}
-    shown = [f"{title} {value:.4f}" for title, value in known.items() if value is not None]
-    log.info("validation: %s", ", ".join(shown))
-    if (auc := best.get("valid_auc")) is not None and auc < 0.5:
-        log.warning(
-            "  validation AUC %.4f is below 0.5: the model ranks the wrong way round; check the"
-            " labels (data.labels) and the learning rate",
-            auc,
-        )
-    log.info("model: %s", done.checkpoint)
-
-
 def ensure(config: Config, force: bool = False) -> Run:
     """Return the finished training run of ``config``; train first if it is not there.
 
     Raises:
         UserError: The options exclude each other, or the start does not fit.
     """
-    dataset = store.prepare(config.data, config.runtime.encoded, config.runtime.chunk_mb)
+    dataset = store.prepared(config)
     reads = _reads(config, dataset)
     distributed.start(config.runtime)
     out, resume = Path(config.runtime.out), config.runtime.resume
@@ -112,7 +92,7 @@ def outline_of(config: Config) -> tuple[Checkpoint, bool]:
 
     Nothing is trained. Tensors are on ``meta``, as in ``checkpoints.outline``.
     """
-    dataset = store.prepare(config.data, config.runtime.encoded, config.runtime.chunk_mb)
+    dataset = store.prepared(config)
     run = run_of(config, dataset)
     if run.record is not None and not run.damage():
         return outline(run.checkpoint), True
@@ -185,13 +165,6 @@ def _start_identity(config: Config, dataset: EncodedDataset) -> str:
             f" than {dataset.folder.name}"
         )
     return run_of(begun, dataset).path.name
-
-
-def valid_auc(run: Run) -> float:
-    """Return the validation AUC of a finished training."""
-    assert run.record is not None
-    value: float = run.record["result"]["valid_auc"]
-    return value
 
 
 def _train(config: Config, dataset: EncodedDataset, run: Run, reads: dict[str, Any]) -> None:
@@ -393,22 +366,6 @@ def finish(
     }
     run.finish(reads, data_facts(dataset), result)
     shutil.rmtree(run.path / RESUME, ignore_errors=True)
-
-
-def best_epoch(history: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return the last epoch whose model was saved."""
-    return [epoch for epoch in history if epoch["is_best"]][-1]
-
-
-def history_summary(history: list[dict[str, Any]]) -> str:
-    """Return the number of epochs and the validation AUC of the best one."""
-    best, epochs = best_epoch(history), history[-1]["epoch"]
-    if epochs == 0:
-        return "initial weights"
-    auc = f"validation AUC {best['valid_auc']:.4f}"
-    if best["epoch"] == 0:
-        return f"no epoch is better than the initial weights, {auc}"
-    return f"best of {epochs} epochs is {best['epoch']}, {auc}"
 
 
 def data_identity(config: Config, dataset: EncodedDataset) -> dict[str, Any]:

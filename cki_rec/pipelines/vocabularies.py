@@ -10,13 +10,14 @@ from typing import Any
 
 from torch import Tensor
 
-from cki_rec.checkpoints import Checkpoint, Description, describe, load
+from cki_rec.checkpoints import Checkpoint, Description, describe, row_counts
 from cki_rec.config import Config, UserError
 from cki_rec.data.encoding import tokens
 from cki_rec.data.encoding.store import EncodedDataset
-from cki_rec.data.schema import FIRST_ID, OOV_ID
-from cki_rec.engine import checkpoint_io
+from cki_rec.data.schema import FIRST_ID, OOV_ID, FeatureSchema
+from cki_rec.engine import sharded
 from cki_rec.engine.embeddings import table_of
+from cki_rec.engine.joining import on_union
 from cki_rec.merging.params import Params
 from cki_rec.merging.vocabulary import join_tokens, owned, to_union
 from cki_rec.pipelines.overlap import low_overlap
@@ -31,7 +32,8 @@ class Joined:
 
     checkpoints: list[Checkpoint]
     owners: dict[str, Tensor] = field(default_factory=dict)
-    """Per table parameter whose vocabularies differed, ``(K, U)``: which rows a source has."""
+    """Per table parameter whose vocabularies differed, ``(K, U)``: which rows a source has; of
+    several processes, the rows of this one."""
     tokens: dict[str, list[str]] = field(default_factory=dict)
     """Of tables whose vocabularies differed."""
     rows: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -75,7 +77,7 @@ def check_folders(named: Sequence[str | None], num_models: int) -> None:
             raise UserError(f"merge.vocabularies[{k}]={name}: no such folder; null: search")
 
 
-def _find_folder(config: Config, home: Path, saved: Checkpoint, where: str) -> Path:
+def _find_folder(config: Config, home: Path, saved: Checkpoint | Description, where: str) -> Path:
     """Return the folder that has the token lists of a checkpoint.
 
     Raises:
@@ -102,7 +104,7 @@ def joined(checkpoints: Sequence[Checkpoint], folders: Sequence[Path], num_sourc
     Nothing is joined where fields or tables differ too; ``compatibility.compare`` lists them.
 
     Args:
-        checkpoints: Sources, then the base if there is one.
+        checkpoints: Sources, then the base if there is one; of several processes, their rows.
         folders: Where the tokens of each are.
         num_sources: Number of sources; only they count as owners of rows.
 
@@ -125,7 +127,8 @@ def joined(checkpoints: Sequence[Checkpoint], folders: Sequence[Path], num_sourc
         for source_maps, moved in zip(maps, rows, strict=True):
             source_maps[table] = moved
         has = owned(rows[:num_sources], sizes[table])
-        result.owners |= {n: has for n in checkpoints[0].params if table_of(n) == table}
+        held = has[:, sharded.rows_of(sizes[table])]
+        result.owners |= {n: held for n in checkpoints[0].params if table_of(n) == table}
         result.rows[table] = {
             "tokens": len(union),
             "of_each": [len(listed) for listed in lists[:num_sources]],
@@ -160,7 +163,28 @@ def on_rows_of(config: Config, home: Path, dataset: EncodedDataset) -> Checkpoin
     Raises:
         UserError: The data set lacks tokens, or the model's token lists are missing.
     """
-    saved = load(home)
+    (saved,) = sharded.load([home])
+    schema, maps = _on_rows(config, home, saved, dataset)
+    return replace(_moved(saved, maps, schema.table_sizes), schema=schema)
+
+
+def counts_on_rows_of(config: Config, home: Path, dataset: EncodedDataset) -> Params:
+    """Return the row counts of a checkpoint on the vocabularies of a data set, of all rows.
+
+    Raises:
+        UserError: As ``on_rows_of``.
+    """
+    saved = describe(home)
+    schema, maps = _on_rows(config, home, saved, dataset)
+    counts = row_counts(home)
+    known = {table: rows for table, rows in maps.items() if table in counts}
+    return to_union(counts, known, schema.table_sizes, None)
+
+
+def _on_rows(
+    config: Config, home: Path, saved: Checkpoint | Description, dataset: EncodedDataset
+) -> tuple[FeatureSchema, dict[str, Tensor]]:
+    """Return the schema of a model on the vocabularies of a data set, and where its rows go."""
     model_schema, data_schema = saved.schema, dataset.schema
     maps, hashes = {}, data_schema.vocabulary_hashes
     differing = [
@@ -182,7 +206,7 @@ def on_rows_of(config: Config, home: Path, dataset: EncodedDataset) -> Checkpoin
         table_sizes=sizes,
         vocabulary_hashes={t: hashes[t] for t in model_schema.vocabulary_hashes},
     )
-    return replace(_moved(saved, maps, sizes), schema=schema)
+    return schema, maps
 
 
 def write(folder: Path, joined: Joined, known: Sequence[Path]) -> None:
@@ -198,7 +222,7 @@ def write(folder: Path, joined: Joined, known: Sequence[Path]) -> None:
             path.write_bytes(tokens.path_of(home, table).read_bytes())
 
 
-def _listed(saved: Checkpoint) -> dict[str, str]:
+def _listed(saved: Checkpoint | Description) -> dict[str, str]:
     """Return the hashes of those tables that have tokens."""
     hashes = saved.schema.vocabulary_hashes
     return {
@@ -206,7 +230,7 @@ def _listed(saved: Checkpoint) -> dict[str, str]:
     }
 
 
-def _tokens(saved: Checkpoint, folder: Path, table: str) -> list[str]:
+def _tokens(saved: Checkpoint | Description, folder: Path, table: str) -> list[str]:
     if table not in saved.schema.table_sizes:
         raise UserError(
             f"{folder}: the numbers of field '{table}' were scaled otherwise in the other data"
@@ -222,17 +246,16 @@ def _tokens(saved: Checkpoint, folder: Path, table: str) -> list[str]:
 
 
 def _moved(saved: Checkpoint, maps: Mapping[str, Tensor], sizes: Mapping[str, int]) -> Checkpoint:
-    def on_union(tensors: Params, lacking: int | None) -> Params:
+    def moved(tensors: Params, lacking: int | None) -> Params:
         tables = {name: table_of(name) or name for name in tensors}
-        of = {name: maps[table] for name, table in tables.items() if table in maps}
-        return to_union(tensors, of, {name: sizes[tables[name]] for name in of}, lacking)
+        return on_union(tensors, tables, maps, saved.schema.table_sizes, sizes, lacking)
 
     try:
         return replace(
             saved,
-            params=on_union(saved.params, OOV_ID),
-            accumulators=on_union(saved.accumulators, None),
-            counts=on_union(saved.counts, None),
+            params=moved(saved.params, OOV_ID),
+            accumulators=moved(saved.accumulators, None),
+            counts=moved(saved.counts, None),
         )
     except ValueError as error:
         raise UserError(f"checkpoint: {error}; its tensors and its schema disagree") from None
@@ -254,5 +277,5 @@ def on_data_set(
         return saved, folder
     moved = on_rows_of(config, folder, dataset)
     tensors = {"model": moved.params, "accumulator": moved.accumulators, "counts": moved.counts}
-    checkpoint_io.save(scratch, tensors, moved.model, moved.schema, moved.origin)
+    sharded.save(scratch, tensors, moved, moved.origin)
     return describe(scratch), scratch

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -36,6 +36,7 @@ from cki_rec.engine.trainer import Stepper
 
 ROWS = 1_000_000
 BATCH_SIZE = 4096
+ROOT = Path(__file__).resolve().parents[2]
 OPTIONS = [
     "data=synthetic_criteo", "data.synthetic.vocabulary=1.0", "data.synthetic.skew=1.1",
     "data.min_count=1",
@@ -76,6 +77,45 @@ def encode_vs_scan(_: Config) -> Figure:
         f" {np.median(encodings):.2f} s"
     )
     return ratio(detail, scans, encodings)
+
+
+def encode_vs_0_1(_: Config) -> Figure:
+    """Return the time of encoding at commit 01e8936 as a multiple of ours, same file and machine.
+
+    The commit is checked out beside the scratch files. Both run in new processes, in turn.
+    """
+    attempts, old_attempts = iter(range(100, 200)), iter(range(200, 300))
+    _encoded(ROWS)  # writes the raw file
+    tree = Path(_scratch().name) / "01e8936"
+    git = ["git", "-C", str(ROOT)]
+    subprocess.run([*git, "worktree", "add", "--detach", str(tree), "01e8936"], check=True,
+                   capture_output=True)  # fmt: skip
+    try:
+        olds, ours = take_turns(
+            lambda: float(_encode(ROWS, next(old_attempts), tree=tree)["seconds"]),
+            lambda: float(_encode(ROWS, next(attempts))["seconds"]),
+            rounds=5,
+        )
+    finally:
+        subprocess.run([*git, "worktree", "remove", "--force", str(tree)], check=True)
+    detail = f"{ROWS:,} rows/s: then {ROWS / np.median(olds):,.0f}, now {ROWS / np.median(ours):,.0f}"
+    return ratio(detail, olds, ours)
+
+
+def encode_second_core(_: Config) -> Figure:
+    """Return the time of one process on one core as a multiple of two workers on two cores."""
+    attempts = iter(range(300, 400))
+    cores = sorted(os.sched_getaffinity(0))[:2]
+    rows = 4 * ROWS
+
+    def seconds(number: int) -> float:
+        words = [f"runtime.workers={number}"]
+        facts = _encode(rows, next(attempts), words, cores=set(cores[:number]))
+        return float(facts["seconds"])
+
+    ones, twos = take_turns(lambda: seconds(1), lambda: seconds(2))
+    detail = f"{rows:,} rows: one core {np.median(ones):.1f} s, two {np.median(twos):.1f} s"
+    return ratio(detail, ones, twos)
 
 
 def encode_peak_gb_10m(_: Config) -> Figure:
@@ -169,12 +209,31 @@ def _scratch() -> Any:
 @functools.lru_cache(maxsize=8)
 def _encoded(rows: int, attempt: int = 0) -> dict[str, Any]:
     """Return folder, raw file, seconds and peak memory of encoding ``rows`` in a new process."""
+    return _encode(rows, attempt)
+
+
+def _encode(
+    rows: int,
+    attempt: int,
+    more: Sequence[str] = (),
+    tree: Path | None = None,
+    cores: set[int] | None = None,
+) -> dict[str, Any]:
+    """Encode as ``_encoded`` does, with more options, code of another folder or on some cores."""
     scratch = Path(_scratch().name)
-    words = [*OPTIONS, f"data.synthetic.rows={rows}", f"data.raw={scratch / 'raw'}"]
+    words = [*OPTIONS, f"data.synthetic.rows={rows}", f"data.raw={scratch / 'raw'}", *more]
     encoded = scratch / f"encoded-{rows}-{attempt}"
     command = [sys.executable, "-m", "cki_rec", "prepare", *words, f"runtime.encoded={encoded}"]
     os.sync()  # what was written before is no part of what is measured now
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    code = str(tree or ROOT)
+    subprocess.run(
+        command,
+        check=True,
+        stdout=subprocess.DEVNULL,
+        cwd=code,
+        env={**os.environ, "PYTHONPATH": code},
+        preexec_fn=functools.partial(os.sched_setaffinity, 0, cores) if cores else None,
+    )
     (manifest,) = encoded.glob("*/manifest.json")
     facts = json.loads((manifest.parent / PREPARATION).read_text())
     size = json.loads(manifest.read_text())["source"][0]["size"]

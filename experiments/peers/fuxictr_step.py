@@ -1,7 +1,7 @@
 """Measure training steps of DeepFM by FuxiCTR 2.3.10, one round per line of standard input.
 
 Run in FuxiCTR's environment by ``speed.py``: ``python fuxictr_step.py BATCHES.npz OPTIONS``. Every
-line of the output is the median seconds of a step in a round. DeepFM is not in FuxiCTR's wheel, so
+line of the output is the median seconds of a step in a round, and its processor time. DeepFM is not in FuxiCTR's wheel, so
 it is put together from FuxiCTR's parts here.
 """
 
@@ -58,7 +58,7 @@ def feature_map_of(sizes: list[int]) -> FeatureMap:
 
 
 def main(path: str, text: str) -> None:
-    """Answer each line with the seconds of a step."""
+    """Answer each line with the seconds of a step, and of the processor."""
     options = json.loads(text)
     torch.set_num_threads(options["threads"])
     model = DeepFM(feature_map_of(options["sizes"]), options)
@@ -72,13 +72,13 @@ def main(path: str, text: str) -> None:
         for ids_FB, label_B in zip(stored["ids"], stored["labels"], strict=True)
     ]
     for _line in sys.stdin:
-        seconds = []
-        for number, batch in enumerate(batches):
-            start = time.perf_counter()
+        clocks, times = (time.perf_counter, time.process_time), []
+        for batch in batches:
+            start = [clock() for clock in clocks]
             model.train_step(batch)
-            if number >= options["warm"]:
-                seconds.append(time.perf_counter() - start)
-        print(statistics.median(seconds), flush=True)
+            times.append([clock() - begun for clock, begun in zip(clocks, start, strict=True)])
+        columns = zip(*times[options["warm"] :], strict=True)
+        print(*(statistics.median(column) for column in columns), flush=True)
 
 
 if __name__ == "__main__":

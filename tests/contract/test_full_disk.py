@@ -16,7 +16,7 @@ split = Split(by={by!r}, fractions=[0.8, 0.1, 0.1], seed=0)
 partition = Partition(by="user", parts=2, seed=0)
 data = make_data(raw=str(EMBEDDED), fields=FIELDS, split=split, partition=partition)
 try:
-    print(len(prepare(data, {disk!r})))
+    print(len(prepare(data, {disk!r}, workers={workers})))
 except UserError as error:
     print(error)
 """
@@ -51,11 +51,15 @@ def disk(tmp_path) -> str:
 
 @pytest.mark.dist
 @pytest.mark.parametrize(
-    ("by", "size"),
-    [("leave_last_out", "5m"), pytest.param("random", "9m", marks=pytest.mark.slow)],
+    ("by", "size", "workers"),
+    [
+        ("leave_last_out", "5m", 1),
+        pytest.param("random", "9m", 1, marks=pytest.mark.slow),
+        pytest.param("random", "3m", 2, marks=pytest.mark.slow),
+    ],
 )
-def test_full_disk_is_one_line_and_leaves_nothing(disk, by, size):
-    child = CHILD.format(tests=str(ROOT / "tests"), by=by, disk=disk)
+def test_full_disk_is_one_line_and_leaves_nothing(disk, by, size, workers):
+    child = CHILD.format(tests=str(ROOT / "tests"), by=by, disk=disk, workers=workers)
     done = on_disk_of(size, disk, [sys.executable, "-c", child])
     assert (done.returncode, done.stderr) == (0, "")
     message, *left = done.stdout.splitlines()

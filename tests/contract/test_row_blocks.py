@@ -73,7 +73,13 @@ def merge_apart(declared, models, inputs, options, size):
 
 
 @pytest.mark.parametrize("case", [case for case in BOTH if case != "greedy_soup"])
-@pytest.mark.parametrize("kind", ["normal", "constant", "ties", "one row", "empty"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        *("normal", "ties"),
+        *(pytest.param(k, marks=pytest.mark.slow) for k in ("constant", "one row", "empty")),
+    ],
+)
 @pytest.mark.parametrize(
     ("num_sources", "dtype"),
     [

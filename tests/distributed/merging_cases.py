@@ -41,22 +41,21 @@ EXACT = {
     "random": ("merge=random_splice",),
 }
 """Integrations that are the same, bit for bit, on any number of processes."""
+STREAMED = {
+    "streamed evidence": ("merge=evidence", "merge.memory_gb=3"),
+    "streamed ties": ("merge=ties", "merge.options={scale: 0.7}", "merge.memory_gb=3"),
+    "streamed cki": ("merge=cki_dual_soft", "merge.memory_gb=3"),
+    "streamed aligned": ("merge=aligned_weights", "merge.memory_gb=3"),
+}
+"""Merges from disk to disk; the word after gives the merge in memory."""
 ALIGNED = {"aligned": ("merge=aligned_weights",)}
 SUMS = {"cki": ("merge=cki_dual_soft", "merge.learn.what=none")}
 """The same up to rounding."""
 MISTAKES = {
-    "auto": ("cki-rec: merge.method=auto needs whole models", ()),
-    "activations": ("merge.align.by=activations needs", ("merge=aligned_activations",)),
-    "repair": (
-        "merge.repair=rescale needs whole models in one process; use merge=evidence or",
-        ("merge=evidence", "merge.repair=rescale"),
-    ),
-    "labels": ("that validation rows choose (null) needs", ("merge=weighted_average",)),
     "tokens": (
-        "merge.vocabularies needs whole",
-        ("merge=evidence", "merge.vocabularies=[null,null]"),
+        "merge.vocabularies: 1 folders for 2 models",
+        ("merge=evidence", "merge.vocabularies=[null]"),
     ),
-    "check": ("check_only=true runs in one process", ("merge=evidence", "check_only=true")),
 }
 """What is refused, and with which words."""
 
@@ -95,14 +94,19 @@ def write_all(folder: Path) -> None:
 
 
 def merge_sources(folder: Path, case: str, *words: str) -> tuple[int, str]:
-    """Return exit code and what is said of an integration whose result goes to ``case``."""
+    """Return exit code and message of a merge whose result goes to ``case``."""
+    return run_command(folder, case, "merge", *words)
+
+
+def run_command(folder: Path, case: str, pipeline: str, *words: str) -> tuple[int, str]:
+    """Return exit code and message of a command whose result goes to ``case``."""
     said = io.StringIO()
     words = (f"runtime.out={folder / case}", *words)
     config = options(*words)  # composes choices once: that takes longer than the rest
     compose, parse = (patch(f"cki_rec.{name}") for name in ("cli.compose_config", "config.parse"))
     with contextlib.redirect_stderr(said), compose, parse as parsed:
         parsed.return_value = config
-        code = main(["merge", *words])
+        code = main([pipeline, *words])
     return code, said.getvalue()
 
 
@@ -135,14 +139,15 @@ def run(folder: Path, sources: Path) -> None:
         found[case] = merge_sources(folder, case, of(a, b), begun, *words)
     again = str(merged(folder, "evidence"))
     found["again"] = merge_sources(folder, "again", of(again, b), "merge=evidence")
+    if distributed.world_size() > 1:
+        for case, words in STREAMED.items():
+            found[case] = merge_sources(folder, case, of(a, b), begun, *words)
     if distributed.world_size() == 2:
         for case, (_, words) in MISTAKES.items():
             found[case] = merge_sources(folder, case, of(a, b), begun, *words)
         for other in ("larger", "bad", "damaged", "missing"):
             names = of(a, str(sources / other))
             found[other] = merge_sources(folder, other, names, "merge=evidence")
-        deltas = "merge.sources=[{seed: 1},{seed: 2}]"
-        found["untrained"] = merge_sources(folder, "untrained", deltas, "merge=evidence")
         with full_disk():
             found["full"] = merge_sources(folder, "full", of(a, b), "merge=evidence")
         found["after"] = merge_sources(folder, "after", of(b, a), "merge=evidence")

@@ -20,6 +20,7 @@ if __name__ == "__main__":
     sys.path.insert(0, str(TESTS))
 
 import merging_cases  # noqa: E402
+import row_cases  # noqa: E402
 from networks import SCHEMAS, draw_batch, select  # noqa: E402
 from training import options  # noqa: E402
 
@@ -253,6 +254,9 @@ def main(folder: Path, raw: str, encoded: Path, sources: Path, found: Path | Non
         for case, plan in MOVED:
             move(found / case / plan, folder / "moved" / case, case, "planner")
     merging_cases.run(folder / "merged", sources)
+    (folder / "rows").mkdir(exist_ok=True)
+    found = row_cases.run(folder / "rows", sources, raw, str(encoded), *data_of(raw, str(encoded)))
+    (folder / "rows" / f"process-{distributed.rank()}.json").write_text(json.dumps(found))
 
 
 if __name__ == "__main__":

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import errno
+import json
+import multiprocessing
+import os
+import shutil
+import time
+
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from merging_cases import SIZES, merge_sources, merged, of, write
 
-from cki_rec.checkpoints import TENSORS, checkpoint, read_tensors
+from cki_rec.checkpoints import TENSORS, checkpoint, file_digests, read_tensors
 from cki_rec.checkpoints.tensors import ignore_dcp_warnings
+from cki_rec.engine.block_writer import BlockWriter, write_metadata
 from cki_rec.pipelines import stream_plan
 
 TABLE = "sparse.collection.embedding_bags.item.weight"
@@ -29,7 +37,7 @@ CASES = {
     "breadcrumbs": ("merge=breadcrumbs", "merge.options={scale: 0.7}"),
     "task_arithmetic": ("merge=task_arithmetic", "merge.options={scale: 0.7}"),
     "weighted": ("merge=weighted_average", "merge.options={weights: [0.3, 0.7]}"),
-    "first": ("merge=ablation_frozen", "merge.learn.what=none"),
+    "first": ("merge=first", "merge.learn.what=none"),
     "model_stock": ("merge=model_stock",),
     "karcher": ("merge=karcher",),
     "pruning": ("merge=pruning", "merge.options={source: 1}"),
@@ -92,3 +100,190 @@ def test_an_aligned_model_is_that_of_memory_bit_for_bit(sources, tmp_path):
     folders = (merged(tmp_path, case) / "checkpoint" for case in ("memory", "disk"))
     one, many = map(checkpoint.load, folders)
     assert all(torch.equal(many.params[name], tensor) for name, tensor in one.params.items())
+
+
+def streamed(folder, sources, *more):
+    """Return exit code and message of a streamed merge in ``folder``."""
+    return merge_sources(folder, "disk", *words(sources, "merge.memory_gb=2", *more))
+
+
+def digests(folder) -> dict[str, str]:
+    run = merged(folder, "disk")
+    files = json.loads((run / "checkpoint" / checkpoint.DESCRIPTION).read_text())["files"]
+    return {name: digest for name, digest in files.items() if name.endswith(".distcp")}
+
+
+class Kill(BaseException):
+    """The end of a process, without a chance to tidy up."""
+
+
+@pytest.mark.parametrize("kills", [3, pytest.param(30, marks=pytest.mark.slow)])
+def test_a_killed_merge_goes_on_and_gives_the_same_digests(
+    sources, tmp_path, small_blocks, monkeypatch, kills
+):
+    """In one process, at the writes; ``test_kills_of_processes`` ends whole processes."""
+    case, noise = "merge=aligned_weights", torch.Generator().manual_seed(kills)
+    assert streamed(tmp_path / "whole", sources, case) == (0, "")
+    expected, append = digests(tmp_path / "whole"), BlockWriter._append
+    total, left = 0, [0]
+
+    def limited(self, *block):
+        left[0] -= 1
+        if left[0] == 0:
+            raise Kill
+        append(self, *block)
+
+    monkeypatch.setattr(BlockWriter, "_append", limited)
+    for _ in range(kills):
+        left[0] = int(torch.randint(2, 12, (), generator=noise))
+        try:
+            assert streamed(tmp_path / "killed", sources, case) == (0, "")
+        except Kill:
+            total += 1
+            assert not list((tmp_path / "killed" / "disk").glob("merge-*/checkpoint"))
+            assert list((tmp_path / "killed" / "disk" / "partial").glob("merge-*"))
+        else:
+            assert digests(tmp_path / "killed") == expected
+            shutil.rmtree(tmp_path / "killed")
+    left[0] = -1
+    assert streamed(tmp_path / "killed", sources, case) == (0, "")
+    assert digests(tmp_path / "killed") == expected
+    assert total >= kills / 2
+    assert not (tmp_path / "killed" / "disk" / "partial").exists()
+
+
+MISTAKES = {
+    "small": ("b", ("merge.memory_gb=0.1",), "merge.memory_gb=0.1 is below the smallest block: 1"),
+    "larger": ("larger", (), "item.weight: float32 (101, 8), in"),
+    "nan": ("bad", (), f"{TABLE} of"),
+    "rows": ("b", ("merge=fisher",), "but merge.method=fisher needs whole models or rows of data"),
+    "auto": ("b", ("merge=auto",), "but merge.method=auto needs whole models"),
+    "steps": ("mixed", (), "damaged checkpoint, the file has changed"),
+}
+
+
+@pytest.mark.parametrize("case", MISTAKES)
+def test_a_mistake_is_one_line_and_leaves_nothing(sources, tmp_path, case):
+    other, more, message = MISTAKES[case]
+    write(sources, "larger", 1, {**SIZES, "item": 102})
+    write(sources, "bad", 1, change=lambda params: params[TABLE][7:9].fill_(torch.nan))
+    write(sources, "mixed", 1)
+    file = f"{TENSORS}/__0_0.distcp"
+    shutil.copy(sources / "a" / file, sources / "mixed" / file)
+    how = ["merge=average", "merge.memory_gb=2", *more]
+    named = of(str(sources / "a"), str(sources / other))
+    code, said = merge_sources(tmp_path, "disk", named, *how)
+    assert (code, len(said.splitlines())) == (2, 1)
+    assert message in said
+    assert case != "nan" or "rows 7, 8 have NaN" in said
+    assert not [*(tmp_path / "disk").glob("merge-*"), *(tmp_path / "disk").glob("partial")]
+
+
+def test_a_source_that_changes_is_noticed(sources, tmp_path, monkeypatch):
+    write(sources, "changing", 1)
+    path, append = sources / "changing" / TENSORS / "__0_0.distcp", BlockWriter._append
+
+    def touch(self, *block):
+        append(self, *block)
+        os.utime(path)
+
+    monkeypatch.setattr(BlockWriter, "_append", touch)
+    how = (of(str(sources / "a"), str(sources / "changing")), "merge=average")
+    code, said = merge_sources(tmp_path, "disk", *how, "merge.memory_gb=2")
+    assert code == 2
+    assert said.count("\n") == 1
+    assert "has changed while" in said
+    assert not [*(tmp_path / "disk").glob("merge-*"), *(tmp_path / "disk").glob("partial")]
+
+
+def test_a_full_disk_is_one_line(sources, tmp_path, monkeypatch):
+    def fail(*_):
+        raise OSError(errno.ENOSPC, "No space left on device", "there")
+
+    monkeypatch.setattr(BlockWriter, "_append", fail)
+    code, said = streamed(tmp_path, sources, "merge=average")
+    assert (code, said.count("\n")) == (2, 1)
+    assert "No space left on device; free space there" in said
+    assert not [*(tmp_path / "disk").glob("merge-*"), *(tmp_path / "disk").glob("partial")]
+
+
+def test_the_plan_of_a_streamed_merge_is_printed(sources, tmp_path, capfd):
+    assert streamed(tmp_path, sources, "merge=cki_dual_soft", "check_only=true") == (0, "")
+    said = capfd.readouterr().out
+    assert "streams tables in blocks of 65,536 rows; they are read 3 times" in said
+    assert "GB of memory, the budget is 2.00 GB" in said
+    assert not (tmp_path / "disk").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("split", ["rows", "columns"])
+def test_tables_stored_in_parts_are_read(sources, tmp_path, small_blocks, split):
+    """As row-wise and column-wise plans write them."""
+    whole = read_tensors(sources / "a" / TENSORS)
+    folder = tmp_path / "parts"
+    shutil.copytree(sources / "a", folder)
+    shutil.rmtree(folder / TENSORS)
+    (folder / TENSORS).mkdir()
+    parts = {}
+    for name, tensor in whole.items():
+        axis = int(split == "columns" and tensor.ndim > 1)
+        sizes = [tensor.shape[axis] // 3, tensor.shape[axis] - tensor.shape[axis] // 3]
+        is_cut = name.endswith(".weight") and tensor.ndim > 0 and sizes[0] > 0
+        pieces = tensor.split(sizes, axis) if is_cut else [tensor]
+        places = [0, sizes[0]] if is_cut else [0]
+        parts[name] = [
+            ([place if each == axis else 0 for each in range(tensor.ndim)], piece.clone())
+            for place, piece in zip(places, pieces, strict=True)
+        ]
+    with BlockWriter(folder / TENSORS, 0, resume=False) as writer:
+        for name, pieces in parts.items():
+            for offsets, piece in pieces:
+                writer._append(name, offsets, piece, None)
+        writer.finish()
+        shapes = {name: (tensor.shape, tensor.dtype) for name, tensor in whole.items()}
+        write_metadata(folder / TENSORS, writer.written, shapes)
+    (tmp_path / "journal-0.jsonl").unlink()
+    description = json.loads((folder / checkpoint.DESCRIPTION).read_text())
+    description["files"] = file_digests(folder / TENSORS)
+    (folder / checkpoint.DESCRIPTION).write_text(json.dumps(description))
+    assert all(torch.equal(read_tensors(folder / TENSORS)[n], t) for n, t in whole.items())
+    results = []
+    for case, first in (("whole", sources / "a"), ("parts", folder)):
+        how = (of(str(first), str(sources / "b")), "merge=cki_dual_soft", "merge.memory_gb=2")
+        assert merge_sources(tmp_path, case, *how) == (0, "")
+        results.append(checkpoint.load(merged(tmp_path, case) / "checkpoint").params)
+    assert all(torch.equal(results[1][name], tensor) for name, tensor in results[0].items())
+
+
+@pytest.mark.slow
+def test_kills_of_processes(sources, tmp_path, small_blocks):
+    """Thirty processes are killed at random moments; each time the next one goes on."""
+    noise, fork = torch.Generator().manual_seed(0), multiprocessing.get_context("fork")
+    how = words(sources, "merge=aligned_weights", "merge.memory_gb=2")
+
+    def start(folder):
+        process = fork.Process(target=merge_sources, args=(folder, "disk", *how))
+        process.start()
+        return process
+
+    begun, process = time.monotonic(), start(tmp_path / "whole")
+    process.join()
+    seconds, kills, resumed = time.monotonic() - begun, 0, 0
+    expected = digests(tmp_path / "whole")
+    while kills < 30:
+        process = start(tmp_path / "killed")
+        time.sleep(float(torch.rand((), generator=noise)) * seconds)
+        process.kill()
+        process.join()
+        kills += process.exitcode != 0
+        resumed += (tmp_path / "killed" / "disk" / "partial").exists()
+        for run in (tmp_path / "killed" / "disk").glob("merge-*"):
+            if (run / "checkpoint").exists():  # never half-written
+                assert digests(tmp_path / "killed") == expected
+                checkpoint.load(run / "checkpoint")
+        if process.exitcode == 0:
+            shutil.rmtree(tmp_path / "killed")
+    process = start(tmp_path / "killed")
+    process.join()
+    assert digests(tmp_path / "killed") == expected
+    assert resumed >= 5

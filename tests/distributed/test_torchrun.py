@@ -101,6 +101,30 @@ def test_two_processes_refine_the_model_of_one(words, tmp_path):
         torch.testing.assert_close(params[1][name], tensor, rtol=1e-4, atol=1e-5)
 
 
+SEARCH = ("suite=shards", "merge=auto", "train.epochs=1", "merge.sample=400",
+          "merge.refinement.steps=10", "merge.refinement.map_steps=5", "evaluate.bootstrap=100",
+          "merge.recipes=[{}, {align.by: activations, repair: select_units}]")  # fmt: skip
+
+
+@pytest.mark.slow
+def test_two_processes_train_search_refine_and_evaluate_as_one(words, tmp_path):
+    """``auto`` from nothing: sources, recipes, maps, refinement, recalibration and metrics."""
+    assert main(["evaluate", *words("one", *SEARCH)[1:]]) == 0
+    process = two_processes(["evaluate", *words("two", *SEARCH)[1:]])
+    _, error = process.communicate(timeout=300)
+    assert process.returncode == 0, error
+    one, two = (next((tmp_path / n / "out").glob("evaluate-*")) for n in ("one", "two"))
+    assert one.name == two.name
+    found, expected = (json.loads((run / "record.json").read_text()) for run in (two, one))
+    assert found["provenance"]["world_size"] == 2
+    for split in ("valid", "test"):
+        value = expected["result"][split]["auc"]
+        assert found["result"][split]["auc"] == pytest.approx(value, abs=1e-4)
+    runs = {p.name for p in (tmp_path / "one" / "out").glob("*-*")}
+    assert runs == {p.name for p in (tmp_path / "two" / "out").glob("*-*")}
+    assert any(name.startswith("refine-") for name in runs)
+
+
 def children_of(pid: int) -> list[int]:
     """Return the processes that a process has started."""
     found = []
@@ -140,3 +164,25 @@ def test_a_lost_process_ends_the_other_and_the_command_goes_on(words, tmp_path, 
     assert two["provenance"]["resumed_at_step"] >= 35
     assert two["result"]["valid_auc"] == pytest.approx(one["result"]["valid_auc"], abs=1e-4)
     assert not (folder / RESUME).exists()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc").exists(), reason="finds processes in /proc")
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_lost_process_ends_a_merge_with_one_message(words, tmp_path, victim):
+    process = two_processes(["evaluate", *words("two", *SEARCH)[1:]])
+    deadline = time.time() + 120
+    while time.time() < deadline and process.poll() is None:
+        if [*(tmp_path / "two" / "out").glob("merge-*")]:
+            break
+        time.sleep(0.005)
+    assert process.poll() is None
+    children = children_of(process.pid)
+    os.kill(children[victim], signal.SIGKILL)
+    killed = time.time()
+    _, error = process.communicate(timeout=60)
+    assert time.time() - killed < 15
+    assert process.returncode == 1
+    assert error.count("cki-rec: ") == 1
+    assert "cki-rec: another process has ended; run the same command again" in error
+    assert not [child for child in children if Path(f"/proc/{child}").exists()]

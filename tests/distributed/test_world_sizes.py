@@ -10,9 +10,10 @@ from pathlib import Path
 import merging_cases
 import numpy as np
 import pytest
+import row_cases
 import steps
 import torch
-from merging_cases import EXACT, MISTAKES, SIZES, SUMS, merged
+from merging_cases import EXACT, MISTAKES, SIZES, STREAMED, SUMS, merged
 
 from cki_rec.checkpoints import checkpoint, read_tensors
 from cki_rec.engine.embeddings import table_of
@@ -27,7 +28,6 @@ FAILURES = {
     "bad": "entries are NaN or infinite",
     "damaged": "damaged checkpoint, the file has changed",
     "missing": "no checkpoint here",
-    "untrained": "not trained yet; make it: cki-rec train",
     "full": "No space left on device; free space there",
 }
 
@@ -56,6 +56,8 @@ def folder(tmp_path_factory):
 def alone(folder, raw_zip) -> Path:
     """Folder of what one process, this one, finds."""
     merging_cases.write_all(folder / "sources")
+    dataset, schema = steps.data_of(str(raw_zip), str(folder / "encoded"))
+    row_cases.write_sources(folder / "sources" / "of_rows", dataset, schema)
     (folder / "1" / "merged").mkdir(parents=True)
     torch.set_num_threads(1)
     steps.main(folder / "1", str(raw_zip), folder / "encoded", folder / "sources")
@@ -249,6 +251,26 @@ def test_sums_over_processes_change_rounding_alone(alone, worlds, case, num):
 
 
 @several
+@pytest.mark.parametrize("case", STREAMED)
+def test_several_stream_the_model_of_one_in_memory(alone, worlds, case, num):
+    assert said(worlds[num] / "merged", case) == ({0}, [])
+    many = merged(worlds[num] / "merged", case)
+    one = merged(alone / "merged", case.removeprefix("streamed "))
+    expected, found = model_of(one), model_of(many)
+    assert set(found) == set(expected)
+    slack = 1e-5 if "aligned" in case else 1e-6
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, rtol=slack, atol=slack, msg=name)
+    shares = record_of(many)["result"]["shares"]
+    for name, each in (record_of(one)["result"]["shares"] or {}).items():
+        assert shares[name] == pytest.approx(each, abs=1e-6)
+    files = {path.name for path in (many / "checkpoint" / checkpoint.TENSORS).glob("*.distcp")}
+    assert files == {f"__{number}_0.distcp" for number in range(num)}
+    assert checkpoint.load(many / "checkpoint").schema == merging_cases.SCHEMA
+    assert not (many.parent / "partial").exists()
+
+
+@several
 def test_an_aligned_model_is_that_of_one_up_to_rounding(alone, worlds, num):
     assert said(worlds[num] / "merged", "aligned") == ({0}, [])
     one, many = merged(alone / "merged", "aligned"), merged(worlds[num] / "merged", "aligned")
@@ -282,3 +304,56 @@ def test_what_is_wrong_is_said_once_and_leaves_nothing(worlds, case):
 
 def test_processes_that_failed_together_go_on_together(worlds):
     assert said(worlds[2] / "merged", "after") == ({0}, [])
+
+
+def rows_of(folder: Path) -> list[dict[str, np.ndarray]]:
+    return [dict(np.load(path)) for path in sorted(folder.glob("rows/rows-*.npz"))]
+
+
+@several
+def test_networks_look_up_divided_tables_bit_for_bit(alone, worlds, num):
+    """Logits, Fisher information, gates, maps, joined and shuffled tables: on every process."""
+    (expected,), found = rows_of(alone), rows_of(worlds[num])
+    assert len(found) == num
+    for each in found:
+        assert set(each) == set(expected)
+        for name, array in expected.items():
+            if "learned" in name:  # processes score rows in other batches, and choose an epoch
+                np.testing.assert_allclose(each[name], array, rtol=0, atol=1e-6, err_msg=name)
+            else:
+                np.testing.assert_array_equal(each[name], array, err_msg=name)
+    for kind in ("logits", "fisher", "learned gate", "learned trunk", "mapped", "joined"):
+        assert any(kind in name and array.any() for name, array in expected.items()), kind
+
+
+@several
+@pytest.mark.parametrize("case", row_cases.COMMANDS)
+def test_commands_that_read_rows_give_the_results_of_one_process(alone, worlds, case, num):
+    assert said(alone / "rows", case) == ({0}, [])
+    assert said(worlds[num] / "rows", case) == ({0}, [])
+    one, many = (folder / "rows" / case for folder in (alone, worlds[num]))
+    records = {path.parent.name: path for path in sorted(one.glob("*/record.json"))}
+    assert bool(records) == (case != "found")
+    for name, path in records.items():
+        expected, found = record_of(path.parent)["result"], record_of(many / name)["result"]
+        assert_close(found, expected, name)
+        if (path.parent / "checkpoint").exists():
+            params = model_of(path.parent)
+            for key, tensor in model_of(many / name).items():
+                torch.testing.assert_close(tensor, params[key], rtol=1e-5, atol=1e-5, msg=key)
+
+
+def assert_close(found, expected, place: str) -> None:
+    """Check that two values of records are equal, numbers up to rounding."""
+    if isinstance(expected, dict):
+        assert found.keys() == expected.keys(), place
+        for key, value in expected.items():
+            assert_close(found[key], value, f"{place}.{key}")
+    elif isinstance(expected, list):
+        assert len(found) == len(expected), place
+        for number, value in enumerate(expected):
+            assert_close(found[number], value, f"{place}[{number}]")
+    elif isinstance(expected, float):
+        assert found == pytest.approx(expected, abs=1e-5), place
+    else:
+        assert found == expected, place

@@ -149,7 +149,7 @@ def test_chosen_scale_is_no_worse_than_any_given_one(options, folder):
 def test_score_is_the_validation_auc_of_evaluation(options, folder, run_config):
     from cki_rec.config import with_delta
     from cki_rec.data.encoding import store
-    from cki_rec.pipelines import train
+    from cki_rec.pipelines import history, train
     from cki_rec.pipelines.predictions import scorer
 
     config = with_delta(run_config(folder), {"seed": 1})
@@ -159,7 +159,7 @@ def test_score_is_the_validation_auc_of_evaluation(options, folder, run_config):
     score = scorer(config, dataset, saved)
     zeros = {name: tensor * 0 for name, tensor in saved.params.items()}
     assert score(zeros) == pytest.approx(0.5)
-    assert score(saved.params) == pytest.approx(train.valid_auc(done), abs=1e-6)
+    assert score(saved.params) == pytest.approx(history.valid_auc(done), abs=1e-6)
 
 
 def test_tables_by_evidence_whatever_makes_the_rest(options, folder):

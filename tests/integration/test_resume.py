@@ -174,9 +174,10 @@ def test_the_legs_of_a_training_are_listed_and_their_seconds_summed(configured):
     assert facts["seconds"]["train"] == pytest.approx(1000 + last["seconds"], abs=0.5)
 
 
-def test_resuming_under_another_plan_changes_rounding_only(configured, unbroken):
+@pytest.mark.parametrize("kernels", ["torch", "fbgemm"])
+def test_resuming_under_another_plan_changes_rounding_only(configured, unbroken, kernels):
     for step, plan in ((6, "table_wise"), (22, "row_wise"), (40, "planner")):
-        kill_at(configured(f"runtime.sharding={plan}"), step)
+        kill_at(configured(f"runtime.sharding={plan}", f"runtime.kernels={kernels}"), step)
     run, want = train.ensure(configured()), unbroken()
     assert run.record["provenance"]["resumed_at_step"] == 36
     params = checkpoint.load(want.checkpoint).params

@@ -15,7 +15,7 @@ from cki_rec.config import UserError, preset_method, with_delta
 from cki_rec.engine import checkpoint_io
 from cki_rec.engine.record import Run
 from cki_rec.merging.methods import METHODS
-from cki_rec.pipelines import assess, check_only, evaluate, merge, train
+from cki_rec.pipelines import assess, check_only, evaluate, history, merge, train
 from cki_rec.pipelines.compatibility import compare
 from cki_rec.pipelines.references import REFERENCES
 
@@ -70,7 +70,7 @@ def test_an_auc_below_one_half_is_a_warning(run, tmp_path, caplog):
     copy = Path(shutil.copytree(run, tmp_path / "run"))
     path = copy / "record.json"
     path.write_text(re.sub(r'"valid_auc": [\d.]+', '"valid_auc": 0.31', path.read_text()))
-    train.log_done(Run(copy), 0)
+    history.log_done(Run(copy), 0)
     (warning,) = (r.getMessage() for r in caplog.records if r.levelname == "WARNING")
     assert "validation AUC 0.3100 is below 0.5" in warning
     assert "data.labels" in warning

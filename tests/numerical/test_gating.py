@@ -11,7 +11,8 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from cki_rec.data.schema import Batch
 from cki_rec.engine import gating
 from cki_rec.engine.embeddings import table_of
-from cki_rec.engine.gating import MergedAtLookup, rows_read
+from cki_rec.engine.gating import MergedAtLookup
+from cki_rec.engine.lookups import rows_read
 from cki_rec.merging.methods.cki.assessment import compute_global_terms
 from cki_rec.merging.methods.cki.gate import initialize_gate
 from cki_rec.merging.methods.cki.weights import cki_weights

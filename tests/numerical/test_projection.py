@@ -8,6 +8,7 @@ from pairs import HALVES, Pair, moved_tables
 
 from cki_rec.engine.embeddings import table_of
 from cki_rec.merging.alignment import table_products
+from cki_rec.merging.extras import Processes
 from cki_rec.merging.methods.average import average
 from cki_rec.merging.methods.evidence import evidence
 from cki_rec.merging.mixing import mix, source_shares
@@ -128,7 +129,7 @@ def test_the_source_with_the_best_score_is_the_anchor(case, num_sources):
 
         repaired, mixing, anchor = repair_model(
             *("project", pair.average, pair.models, weights, network, ()),
-            *(pair.observe, score),
+            *(pair.observe, score, Processes()),
         )
         assert repaired is seen[best]
         assert anchor == {"source": best, "valid_auc": scores}

@@ -11,7 +11,7 @@ from samples import make_data, one_line_error, read_rows, shared_data
 
 from cki_rec.config import Data, Split
 from cki_rec.data.encoding.store import prepare
-from cki_rec.data.raw.formats import criteo
+from cki_rec.data.raw.formats import FORMATS, criteo
 from cki_rec.data.raw.reading import LABEL, LINE
 from cki_rec.data.schema import FIRST_ID
 
@@ -210,7 +210,7 @@ def test_progress_sums_to_the_size_on_disk(tmp_path):
     path = write(tmp_path / "train.gz", LINES)
     data, read_bytes = options(path), []
     reading = criteo.Reading("error", 100, read_bytes.append)
-    list(criteo.read(data, reading))
+    list(FORMATS["criteo"].read(data, reading))
     assert sum(read_bytes) == path.stat().st_size
 
 

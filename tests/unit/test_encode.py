@@ -19,6 +19,7 @@ from cki_rec.data.columns import Ragged
 from cki_rec.data.dataset import EncodedDataset
 from cki_rec.data.encoding.split import split_codes
 from cki_rec.data.encoding.store import prepare
+from cki_rec.data.raw.chunks import Chunk
 from cki_rec.data.raw.formats import FORMATS
 from cki_rec.data.raw.reading import LABEL, TIME
 from cki_rec.data.schema import FIRST_ID, OOV_ID, PADDING_ID
@@ -39,7 +40,8 @@ def encode_frame(tmp_path, monkeypatch):
         rows = frame.with_columns(
             (pl.col("rating") >= 4).cast(pl.UInt8).alias(LABEL), pl.col("timestamp").alias(TIME)
         )
-        movielens = replace(FORMATS["movielens"], read=lambda data, reading: iter([rows]))
+        chunks = [Chunk(lambda _: rows)]
+        movielens = replace(FORMATS["movielens"], chunks=lambda data, reading: iter(chunks))
         monkeypatch.setitem(FORMATS, "movielens", movielens)
         return prepare(make_data(**changes), tmp_path / "frames")
 

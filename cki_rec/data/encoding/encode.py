@@ -1,8 +1,8 @@
 """Rows in the common form -> splits, vocabularies and columns of ids on disk.
 
-Text is read once, into codes (``staging``). All later passes read integers, block by block, so
-memory holds the vocabularies and one block, whatever the number of rows. The result depends on
-rows and options alone, not on chunks, threads or machines.
+Text is read once, into codes (``staging``). All later passes read integers, by chunk or by block,
+so memory holds the vocabularies and a few chunks, whatever the number of rows. The result depends
+on rows and options alone, not on chunks, threads, processes or machines.
 
 Facts about other rows that enter an encoded row are learned from training rows only: the tokens,
 the order of their ids, and the items that a user liked before.
@@ -17,16 +17,19 @@ import json
 from collections.abc import Iterable, Mapping
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import polars as pl
 
 from cki_rec.config import Data, UserError
-from cki_rec.data.columns import ColumnFile, Ints, add_counts, blocks
+from cki_rec.data.columns import ColumnFile, Ints, blocks
+from cki_rec.data.encoding.engines import NUM_THREADS, Run, one_by_one, threads
 from cki_rec.data.encoding.fields import Field
 from cki_rec.data.encoding.history import write_history
-from cki_rec.data.encoding.lookup import look_up, multi_blocks
+from cki_rec.data.encoding.lookup import count_chunk, look_up, read_by_chunks
+from cki_rec.data.encoding.normalize import id_columns
 from cki_rec.data.encoding.numbers import bucket_codes, key_values, quantile_edges, standardize
 from cki_rec.data.encoding.split import (
     SPLITS,
@@ -36,15 +39,16 @@ from cki_rec.data.encoding.split import (
     share,
     split_codes,
 )
-from cki_rec.data.encoding.staging import ITEM, USER, Staging, plan_columns
+from cki_rec.data.encoding.staging import ITEM, USER, Staging, plan_columns, stage
 from cki_rec.data.encoding.vocabulary import (
     Vocabulary,
     hashed_vocabulary,
     learn_vocabulary,
     write_listed_vocabulary,
 )
+from cki_rec.data.raw.chunks import Check, Chunk
 from cki_rec.data.raw.formats import FORMATS
-from cki_rec.data.raw.reading import draws_validation
+from cki_rec.data.raw.reading import Reading, draws_validation
 from cki_rec.data.schema import Feature, FeatureSchema
 
 
@@ -68,7 +72,8 @@ class Encoded:
 
 
 def encode(
-    chunks: Iterable[pl.DataFrame],
+    chunks: Iterable[Chunk | Check],
+    reading: Reading,
     fields: tuple[Field, ...],
     data: Data,
     folder: Path,
@@ -78,6 +83,7 @@ def encode(
     is_chronological: bool = False,
     rows_per_step: int = 1,
     listed: Mapping[str, pl.Series] | None = None,
+    run: Run = one_by_one,
 ) -> Encoded:
     """Encode rows into the columns of a data set.
 
@@ -92,7 +98,8 @@ def encode(
     or test row enters any input.
 
     Args:
-        chunks: Rows in the common form of ``cki_rec.data.raw.reading``.
+        chunks: The rows, and checks of the pass over them.
+        reading: State of the pass; receives the bad rows.
         fields: The fields to encode.
         data: Options of split, histories and numbers.
         folder: An empty folder; receives ``.npy`` columns and ``vocabulary.<table>.txt``.
@@ -102,25 +109,32 @@ def encode(
         rows_per_step: Consecutive rows of one user that form one step in time.
         listed: Table -> its tokens in the order of ids; other tokens get ``OOV_ID``. None: the
             vocabularies are learned.
+        run: Runs functions of chunks, here or elsewhere; results do not depend on it.
 
     Raises:
         UserError: An option is impossible for these rows.
     """
     plan = plan_columns(fields, user, item, data.numeric_missing, data.buckets)
     plan.is_keyed = data.split.by == "hash"
+    if data.normalize_ids:
+        plan.normalized = id_columns(fields, (user, item))
     with closing(Staging(folder, plan)) as columns:
-        for chunk in chunks:
-            columns.append(chunk)
+        for staged in run(partial(stage, plan, reading.fork()), chunks):
+            if isinstance(staged, Check):
+                staged.run(reading)
+            else:
+                reading.merge(staged.reading, staged.rows)
+                columns.append(staged)
         if not columns.rows:
             raise UserError(f"{data.raw}: no usable row; see data.on_bad_row")
         _finish_entities(columns)
         splits = _split(columns, data, is_chronological, rows_per_step, listed is not None)
         edges = _bucket_quantiles(columns)
         if listed is None:
-            vocabularies = _learned_vocabularies(columns, *_count_training_rows(columns))
+            vocabularies = _learned_vocabularies(columns, *_count_training_rows(columns, run))
         else:
             vocabularies = listed_vocabularies(columns, listed)
-        unseen = look_up(columns, vocabularies)
+        unseen = look_up(columns, vocabularies, run)
         numbers, ranges = _standardize(columns)
         schema = _schema(fields, vocabularies, {**numbers, **edges})
         earlier = {field.name for field in fields if field.rows == "earlier"}
@@ -225,42 +239,41 @@ def _bucket_quantiles(columns: Staging) -> dict[str, list[float]]:
 def fill_buckets(columns: Staging, number: int, edges: Ints) -> None:
     """Write the codes of the buckets of one quantile field, the ``number``-th one."""
     plan, keys, ids = columns.plan, columns.files["quantiles"], columns.files["ids"]
-    position = plan.ids.index(plan.quantiles[number])
-    for start, stop in blocks(keys.rows):
+    column = plan.quantiles[number]
+    position = plan.ids.index(column)
+    for span in columns.spans:
+        start, stop = span.rows
         block = ids.read(start, stop)
-        block[:, position] = bucket_codes(keys.read(start, stop)[:, number], edges)
+        codes = bucket_codes(keys.read(start, stop)[:, number], edges)
+        block[:, position] = span.tables[column.table][0] + codes
         ids.write(start, block)
 
 
-def _count_training_rows(columns: Staging) -> tuple[dict[str, Ints], dict[str, Ints]]:
+def _count_training_rows(columns: Staging, run: Run) -> tuple[dict[str, Ints], dict[str, Ints]]:
     """Return counts of codes in training rows per table: total ones, and those for ``min_count``.
 
     A total count sums over the fields of a table. The second dictionary has only tables with a
     listed history. Its count is the largest among each such history and all other fields together.
     """
-    plan, files = columns.plan, columns.files
     counts = {
         table: np.zeros(dictionary.size, dtype=np.int64)
         for table, dictionary in columns.dictionaries.items()
     }
-    for start, stop in blocks(columns.rows):
-        is_train = files["split"].read(start, stop) == 0
-        block = files["ids"].read(start, stop)[is_train] if plan.ids else None
-        for position, column in enumerate(plan.ids):
-            if column.hash_size is None and block is not None:
-                add_counts(counts[column.table], block[:, position])
+    listed = [f for f in columns.plan.multi if f.kind == "history" and f.hash_size is None]
+    of_history = {f.name: np.zeros_like(counts[f.table]) for f in listed}
+    task = partial(count_chunk, read_by_chunks(columns), columns.plan.multi)
+    for span, found in zip(columns.spans, run(task, columns.spans), strict=True):
+        codes = columns.meanings(span) if span.tables else np.zeros(0, np.int32)
+        places = {t: slice(*span.tables[t]) for t in counts if t in span.tables}
+        for table, place in places.items():  # codes of a table are distinct
+            counts[table][codes[place]] += found[None][place]
+        for f in listed:
+            of_history[f.name][codes[places[f.table]]] += found[f.name][places[f.table]]
     deciding: dict[str, Ints] = {}
-    for column in sorted(plan.multi, key=lambda c: c.kind == "history"):
-        if column.hash_size is not None:
-            continue
-        total = counts[column.table]
-        count = np.zeros_like(total) if column.kind == "history" else total
-        for start, stop, values, lengths in multi_blocks(columns, column):
-            is_train = np.repeat(files["split"].read(start, stop) == 0, lengths)
-            add_counts(count, values[is_train])
-        if column.kind == "history":
-            deciding[column.table] = np.maximum(deciding.get(column.table, total), count)
-            counts[column.table] = total + count
+    for f in listed:
+        count = of_history[f.name]
+        deciding[f.table] = np.maximum(deciding.get(f.table, counts[f.table]), count)
+        counts[f.table] = counts[f.table] + count
     return counts, deciding
 
 
@@ -268,21 +281,19 @@ def _learned_vocabularies(
     columns: Staging, counts: dict[str, Ints], deciding: dict[str, Ints]
 ) -> dict[str, Vocabulary]:
     """Learn and write the vocabulary of every table; each dictionary is freed afterwards."""
-    vocabularies: dict[str, Vocabulary] = {}
-    for column in [*columns.plan.ids, *columns.plan.multi]:
+    every = {f.table: f for f in reversed([*columns.plan.ids, *columns.plan.multi])}
+
+    def learn(column: Field) -> Vocabulary:
         table = column.table
-        if table in vocabularies:
-            continue
         if column.hash_size is not None:
-            vocabularies[table] = hashed_vocabulary(column.hash_size)
-            continue
-        tokens = columns.dictionaries.pop(table).tokens()
+            return hashed_vocabulary(column.hash_size)
         path = columns.folder / f"vocabulary.{table}.txt"
+        tokens = columns.dictionaries.pop(table).tokens()
         decide = deciding.pop(table, None)
-        vocabularies[table] = learn_vocabulary(
-            table, tokens, counts.pop(table), column.min_count, path, decide
-        )
-    return vocabularies
+        return learn_vocabulary(table, tokens, counts.pop(table), column.min_count, path, decide)
+
+    with threads(NUM_THREADS) as run:
+        return dict(zip(every, run(learn, every.values()), strict=True))
 
 
 def listed_vocabularies(

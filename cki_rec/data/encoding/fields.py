@@ -8,11 +8,9 @@ from dataclasses import asdict, dataclass, fields, replace
 from itertools import pairwise
 from typing import Any
 
-from torch import nn
-
 from cki_rec.config import Data, UserError, choices, nearest
+from cki_rec.data.columns import FIRST_ID
 from cki_rec.data.raw.formats import FORMATS
-from cki_rec.data.schema import FIRST_ID
 
 KINDS = ("categorical", "numeric", "multi", "history", "time")
 TRANSFORMS = choices(Data, "numeric")
@@ -103,7 +101,7 @@ def resolve_fields(data: Data, kinds: Mapping[str, str]) -> tuple[Field, ...]:
     """
     if not data.fields and FORMATS[data.format].has_free_kinds:
         named = [n for n in kinds if n and n != data.time]  # pandas writes its index without name
-        data = replace(data, fields=[n for n in named if kinds[n] == "categorical"])
+        data = replace(data, fields=[n for n in named if kinds[n] in ("categorical", "multi")])
     names = [entry["name"] for entry in _entries(data)]
     if not names:
         raise UserError("data.fields: empty; name at least one field")
@@ -167,6 +165,8 @@ def _entries(data: Data) -> list[dict[str, Any]]:
 
 def is_field_name(name: str) -> bool:
     """Return whether a name can be the name of a table of a model and of a file."""
+    from torch import nn  # slow, and worker processes do not need it
+
     is_plain = re.fullmatch(r"\w[\w -]*", name) is not None and not name.endswith("_first_order")
     return is_plain and not hasattr(nn.ModuleDict, name) and name != "training"
 

@@ -19,20 +19,20 @@ from numpy.typing import NDArray
 from cki_rec.config import Data, UserError, nearest
 from cki_rec.data.columns import RAGGED, ColumnFile, Ids, Ints, Ragged
 from cki_rec.data.dataset import EncodedDataset
+from cki_rec.data.encoding import normalize
 from cki_rec.data.encoding.encode import fill_buckets, listed_vocabularies
 from cki_rec.data.encoding.fields import Field
 from cki_rec.data.encoding.history import histories
 from cki_rec.data.encoding.lookup import look_up
-from cki_rec.data.encoding.normalize import normalized
 from cki_rec.data.encoding.numbers import ordered_keys, scaled
-from cki_rec.data.encoding.staging import Staging, plan_columns
+from cki_rec.data.encoding.staging import Staging, plan_columns, stage_frame
 from cki_rec.data.raw.formats import FORMATS, recorded_format, recorded_name
 from cki_rec.data.raw.reading import LABEL, LINE, SPLIT, TIME, Reading
 from cki_rec.data.schema import OOV_ID, FeatureSchema
 
 NOT_OPTIONS = ("format", "fields", "split", "synthetic", "vocabularies", "on_bad_row")
 """Options of a manifest that are not read as they are."""
-RAW_FILE = "frame.csv"
+RAW_FILE = "frame"
 
 
 @dataclass(slots=True)
@@ -91,11 +91,11 @@ def encode_frame(
     reader = recorded_format(options["format"])
     user = reader.user(data)
     plan = plan_columns(chosen, None, None, data.numeric_missing, data.buckets)
-    rows = _common_form(frame, data, chosen, bool(plan.histories))
     if data.normalize_ids:
-        (rows,) = normalized([rows], chosen, ())
+        plan.normalized = normalize.id_columns(chosen, ())
+    rows = _common_form(frame, data, chosen, bool(plan.histories))
     with TemporaryDirectory() as name, closing(Staging(Path(name), plan)) as columns:
-        columns.append(rows)
+        columns.append(stage_frame(plan, rows, Reading("error", has_published=False)))
         columns.files["split"] = ColumnFile(Path(name) / "split.npy", np.uint8)
         columns.files["split"].append(np.zeros(len(rows), np.uint8))
         edges = dataset.manifest["quantile_edges"]
@@ -153,7 +153,7 @@ def _common_form(
     if reader.has_free_kinds:
         needed += [data.time] if needs_time and data.time is not None else []
         _require(frame, needed)
-        return _read_as_csv(frame.select(list(dict.fromkeys(needed))), data, needs_time)
+        return _read_as_file(frame.select(list(dict.fromkeys(needed))), data, needs_time)
     if TIME not in frame.columns and "time" in frame.columns:
         frame = frame.rename({"time": TIME})
     needed += [TIME] if needs_time else []
@@ -163,13 +163,13 @@ def _common_form(
     return rows.with_columns(pl.lit(0, pl.UInt8).alias(LABEL))
 
 
-def _read_as_csv(frame: pl.DataFrame, data: Data, needs_time: bool) -> pl.DataFrame:
-    """Return rows that the reader of csv files makes of a frame."""
+def _read_as_file(frame: pl.DataFrame, data: Data, needs_time: bool) -> pl.DataFrame:
+    """Return rows that the reader of the format makes of a frame."""
     plain: dict[str, Any] = {"separator": "comma", "encoding": "utf-8", "labels": None}
     with TemporaryDirectory() as folder:
         path = Path(folder) / RAW_FILE
         label = pl.lit("0").alias(data.label)
-        frame.with_columns(label).write_csv(path, null_value="")
+        FORMATS[data.format].write_frame(frame.with_columns(label), path)
         data = replace(data, raw=str(path), user=None, item=None, **plain)
         data = data if needs_time else replace(data, time=None)
         kept = [e for e in data.fields if e["column"] in frame.columns]
@@ -178,7 +178,7 @@ def _read_as_csv(frame: pl.DataFrame, data: Data, needs_time: bool) -> pl.DataFr
         try:
             return pl.concat(list(FORMATS[data.format].read(data, reading)))
         except UserError as error:
-            raise UserError(str(error).replace(str(path), "the frame as csv")) from None
+            raise UserError(str(error).replace(str(path), f"the frame as {data.format}")) from None
 
 
 def _require(frame: pl.DataFrame, needed: Sequence[str]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Mapping
 
 import polars as pl
 
@@ -15,13 +15,10 @@ LARGEST = 2.0**53
 """Largest id with an exponent that is converted, since a float represents smaller ones exactly."""
 
 
-def normalized(
-    chunks: Iterable[pl.DataFrame], fields: tuple[Field, ...], entities: Iterable[str | None]
-) -> Iterator[pl.DataFrame]:
-    """Yield rows with normalized ids in all columns of ids.
+def id_columns(fields: tuple[Field, ...], entities: Iterable[str | None]) -> dict[str, str | None]:
+    """Return the columns of ids -> the separator of their ids; None: one id.
 
     Args:
-        chunks: Rows in the common form.
         fields: The fields of the data set.
         entities: Columns of users and items.
     """
@@ -30,14 +27,18 @@ def normalized(
         for f in fields
         if f.kind != "numeric" and not (f.kind == "time" and f.column in TIME_FIELDS)
     }
-    separators |= {name: None for name in entities if name is not None and name not in separators}
-    for frame in chunks:
-        ids = [
-            _each(pl.col(name), separator)
-            for name, separator in separators.items()
-            if frame.schema.get(name) == pl.String
-        ]
-        yield frame.with_columns(ids)
+    others = {name: None for name in entities if name is not None and name not in separators}
+    return separators | others
+
+
+def normalized(frame: pl.DataFrame, separators: Mapping[str, str | None]) -> pl.DataFrame:
+    """Return rows in the common form with normalized ids in the columns of ``id_columns``."""
+    texts = [
+        _each(pl.col(n), s) for n, s in separators.items() if frame.schema.get(n) == pl.String
+    ]
+    lists = [pl.col(n).list.eval(plain_form(pl.element())) for n in separators
+             if isinstance(frame.schema.get(n), pl.List)]  # fmt: skip
+    return frame.with_columns(*texts, *lists)
 
 
 def plain_form(token: pl.Expr) -> pl.Expr:

@@ -1,9 +1,11 @@
 """The only pass over the text: rows -> columns of codes on disk, and dictionaries of tokens.
 
 A code replaces a token until all rows are read and training rows can be counted. So text is parsed
-once, and memory holds the dictionaries and one chunk.
+once. The codes of a chunk are its own: they number the distinct tokens of all its tables. So any
+thread or process can make them (``stage``), and ``Staging`` translates distinct tokens only.
+Memory holds the dictionaries and a few chunks.
 
-Shape legend: N rows, C columns of ids.
+Shape legend: N rows, C columns of ids, K codes of a chunk.
 """
 
 from __future__ import annotations
@@ -17,15 +19,26 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from cki_rec.data.columns import ColumnFile
+from cki_rec.data.columns import ColumnFile, Ids
 from cki_rec.data.encoding.fields import Field
+from cki_rec.data.encoding.normalize import normalized
 from cki_rec.data.encoding.numbers import as_number, as_token, bucket_tokens, ordered_keys
 from cki_rec.data.encoding.split import row_keys
 from cki_rec.data.encoding.vocabulary import Dictionary, hash_tokens
-from cki_rec.data.raw.reading import LABEL, SPLIT, TIME, with_time_fields
+from cki_rec.data.raw.chunks import Check, Chunk
+from cki_rec.data.raw.reading import LABEL, SPLIT, TIME, Reading, with_time_fields
 
 USER, ITEM = "user of a row", "item of a row"
 """Names of the dictionaries of ``group`` and ``item_index``."""
+TYPES: dict[str, type[np.generic]] = {
+    "label": np.uint8,
+    "timestamp": np.int64,
+    "split": np.uint8,
+    "key": np.uint64,
+    "raw_numbers": np.float64,
+    "quantiles": np.int64,
+}
+"""File -> type of its values; all others are int32."""
 
 
 @dataclass(slots=True)
@@ -52,6 +65,14 @@ class Plan:
     """Fields of quantile buckets."""
     is_keyed: bool = False
     """Whether to store a key per row, which determines its split."""
+    normalized: dict[str, str | None] = field(default_factory=dict)
+    """Columns whose ids are normalized -> separator of their ids (None: one id)."""
+
+    @property
+    def entities(self) -> list[tuple[str, str, str]]:
+        """Return dictionary, raw column and file of users and of items, if rows have them."""
+        both = ((USER, self.user, "group"), (ITEM, self.item, "item_index"))
+        return [(name, raw, file) for name, raw, file in both if raw is not None]
 
 
 def plan_columns(
@@ -85,6 +106,193 @@ def plan_columns(
     )
 
 
+@dataclass(frozen=True, slots=True)
+class Staged:
+    """One chunk as columns."""
+
+    columns: dict[str, NDArray[Any]]
+    """File -> its rows."""
+    tables: dict[str, pl.Series | Ids]
+    """Table -> its distinct tokens in the order of codes, or the codes of buckets and ids of
+    hashes. The codes of a table follow those of the table before."""
+    entities: dict[str, pl.Series]
+    """``USER`` and ``ITEM`` -> their distinct tokens in the order of codes."""
+    reading: Reading
+    """Bad rows of the chunk."""
+
+    @property
+    def rows(self) -> int:
+        """Return the number of rows."""
+        return len(self.columns.get("label", ()))
+
+
+def stage(plan: Plan, reading: Reading, chunk: Chunk | Check) -> Staged | Check:
+    """Return a chunk as columns; return a check as it is.
+
+    Args:
+        plan: The columns.
+        reading: State of the pass at its start, with the treatment of bad rows.
+        chunk: A chunk or a check.
+
+    Raises:
+        UserError: A row is bad and ``reading.on_bad_row`` is ``error``.
+    """
+    if isinstance(chunk, Check):
+        return chunk
+    own = reading.fork()
+    return stage_frame(plan, chunk.frame(own), own)
+
+
+def stage_frame(plan: Plan, frame: pl.DataFrame, reading: Reading) -> Staged:
+    """Return rows in the common form as columns."""
+    if frame.is_empty():
+        return Staged({}, {}, {}, reading)
+    frame = normalized(frame, plan.normalized)
+    times = [f.column for f in plan.ids if f.kind == "time"]
+    frame = with_time_fields(frame, times) if times else frame
+    columns = {"label": frame[LABEL].to_numpy()}
+    for raw, file in ((TIME, "timestamp"), (SPLIT, "split")):
+        if raw in frame.columns:
+            columns[file] = frame[raw].to_numpy()
+    if plan.is_keyed:
+        columns["key"] = row_keys(frame, [raw for _, raw, _ in plan.entities])
+    if plan.numbers:
+        values = frame.select(as_number(f, plan.missing).alias(f.name) for f in plan.numbers)
+        columns["raw_numbers"] = values.to_numpy()
+    if plan.quantiles:
+        values = frame.select(as_number(f, plan.missing).alias(f.name) for f in plan.quantiles)
+        keys = [ordered_keys(values[f.name].to_numpy()) for f in plan.quantiles]
+        columns["quantiles"] = np.stack(keys, axis=1)
+    entities: dict[str, pl.Series] = {}
+    for name, raw, file in plan.entities:
+        dictionary = Dictionary()
+        columns[file] = dictionary.codes(frame[raw].cast(pl.String))
+        entities[name] = dictionary.tokens()
+    dictionaries = {f.table: Dictionary() for f in [*plan.ids, *plan.multi]}
+    codes = _codes(frame, plan, dictionaries)
+    codes |= {f.name: _append_multi(columns, frame, f, dictionaries[f.table]) for f in plan.multi}
+    tables: dict[str, pl.Series | Ids] = {}
+    for f in [*plan.ids, *plan.multi]:
+        if f.transform == "quantile":
+            tables[f.table] = np.arange(plan.buckets + 1, dtype=np.int32)
+        elif f.table not in tables:
+            tokens = dictionaries[f.table].tokens()
+            size = f.hash_size
+            tables[f.table] = tokens if size is None else hash_tokens(tokens, size).to_numpy()
+    first = _firsts(tables)
+    if plan.ids:
+        columns["ids"] = np.empty((len(frame), len(plan.ids)), dtype=np.int32)
+    for position, f in enumerate(plan.ids):
+        np.add(codes[f.name], first[f.table], out=columns["ids"][:, position])
+    for f in plan.multi:
+        columns[f"multi.{f.name}.values"] = codes[f.name] + first[f.table]
+    return Staged(columns, tables, entities, reading)
+
+
+def _firsts(tables: dict[str, pl.Series | Ids]) -> dict[str, int]:
+    """Return the first code of every table."""
+    sizes = [len(tokens) for tokens in tables.values()]
+    return dict(zip(tables, np.cumsum([0, *sizes[:-1]]).tolist(), strict=True)) if sizes else {}
+
+
+def _codes(frame: pl.DataFrame, plan: Plan, dictionaries: dict[str, Dictionary]) -> dict[str, Ids]:
+    """Return the codes of the columns of ids, each as its own table has them."""
+    codes: dict[str, Ids] = {}
+    others: list[Field] = []
+    for f in plan.ids:
+        if f.transform == "quantile":  # written once edges are known
+            codes[f.name] = np.zeros(len(frame), dtype=np.int32)
+            continue
+        of_numbers = _codes_of_integers(frame, f, plan.missing, dictionaries[f.table])
+        if of_numbers is None:
+            others.append(f)
+        else:
+            codes[f.name] = of_numbers
+    physical = frame.select(
+        _token(f, plan.missing).cast(dictionaries[f.table].dtype).to_physical().fill_null(0)
+        .alias(f.name)
+        for f in others
+    )  # fmt: skip
+    for f in others:
+        codes[f.name] = physical[f.name].to_numpy().view(np.int32)
+        dictionaries[f.table].grow(int(codes[f.name].max()))
+    return codes
+
+
+def _codes_of_integers(
+    frame: pl.DataFrame, column: Field, missing: float | None, dictionary: Dictionary
+) -> Ids | None:
+    """Return codes of whole numbers, whose tokens are made once per distinct number.
+
+    None: the field has no such numbers, or their range is much larger than the number of rows.
+    """
+    if column.kind != "numeric" or frame.schema[column.column] != pl.Int64:
+        return None
+    values = frame[column.column]
+    low, high = values.min() or 0, values.max() or 0
+    assert isinstance(low, int)
+    assert isinstance(high, int)
+    if high - low > 4 * len(values):
+        return None
+    place = (values - (low - 1)).fill_null(0).to_numpy()  # 0: missing
+    is_held = np.zeros(high - low + 2, dtype=np.bool_)
+    is_held[place] = True
+    held = np.flatnonzero(is_held)
+    numbers = pl.Series(column.column, held + (low - 1)).set(pl.Series(held == 0), None)
+    tokens = numbers.to_frame().select(as_token(column, missing)).to_series()
+    codes = np.zeros(len(is_held), dtype=np.int32)
+    codes[held] = dictionary.codes(tokens)
+    taken: Ids = codes[place]
+    return taken
+
+
+def _append_multi(
+    columns: dict[str, NDArray[Any]], frame: pl.DataFrame, column: Field, dictionary: Dictionary
+) -> Ids:
+    """Return the codes of every row in the order of the text; codes of a set are distinct.
+
+    Their number per row becomes a column.
+    """
+    assert column.separator is not None
+    split = pl.col(column.column)
+    if not isinstance(frame.schema[column.column], pl.List):
+        split = split.str.split(column.separator)
+    split = split.list.eval(pl.element().filter(pl.element() != ""))
+    if column.kind == "multi":
+        split = split.list.unique(maintain_order=True)
+        split = split if column.max_length is None else split.list.head(column.max_length)
+    lists = frame.select(split.alias("token")).to_series()
+    lengths = lists.list.len().fill_null(0)
+    columns[f"multi.{column.name}.lengths"] = lengths.to_numpy()
+    return dictionary.codes(lists.filter(lengths > 0).explode())
+
+
+def _token(column: Field, missing: float | None) -> pl.Expr:
+    if column.kind == "numeric":
+        return as_token(column, missing)
+    token = pl.col(column.column).cast(pl.String)
+    return token if column.prefix is None else token.str.head(column.prefix)
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Where one chunk lies in the files of a ``Staging``."""
+
+    rows: tuple[int, int]
+    """Start and stop."""
+    codes: tuple[int, int]
+    """Start and stop of its K codes in ``codes.npy``."""
+    tables: dict[str, tuple[int, int]]
+    """Table -> start and stop of its codes among the K codes."""
+    multi: dict[str, tuple[int, int]]
+    """Field with several ids a row -> start and stop of its values."""
+
+    @property
+    def num_codes(self) -> int:
+        """Return K."""
+        return self.codes[1] - self.codes[0]
+
+
 class Staging:
     """Columns that grow chunk by chunk, in a folder.
 
@@ -97,54 +305,56 @@ class Staging:
         self.folder, self.plan = folder, plan
         self.dictionaries: dict[str, Dictionary] = {}
         self.files: dict[str, ColumnFile] = {}
+        self.spans: list[Span] = []
+        """One entry per chunk with rows."""
         for column in [*plan.ids, *plan.multi]:
             if column.hash_size is None and column.table not in self.dictionaries:
                 is_fixed = column.transform == "quantile"
                 tokens = bucket_tokens(plan.buckets) if is_fixed else None
                 self.dictionaries[column.table] = Dictionary(tokens)
-        for name, raw in ((USER, plan.user), (ITEM, plan.item)):
-            if raw is not None:
-                self.dictionaries[name] = Dictionary()
+        for name, _, _ in plan.entities:
+            self.dictionaries[name] = Dictionary()
 
     @property
     def rows(self) -> int:
         """Return the number of rows so far."""
         return self.files["label"].rows if self.files else 0
 
-    def append(self, frame: pl.DataFrame) -> None:
-        """Append rows in the common form."""
-        if frame.is_empty():
+    def append(self, staged: Staged) -> None:
+        """Append the rows of a chunk."""
+        if not staged.rows:
             return
-        plan = self.plan
-        times = [f.column for f in plan.ids if f.kind == "time"]
-        frame = with_time_fields(frame, times) if times else frame
-        self._add("label", frame[LABEL].to_numpy(), np.uint8)
-        for raw, target, dtype in ((TIME, "timestamp", np.int64), (SPLIT, "split", np.uint8)):
-            if raw in frame.columns:
-                self._add(target, frame[raw].to_numpy(), dtype)
-        if plan.is_keyed:
-            named = [column for column in (plan.user, plan.item) if column is not None]
-            self._add("key", row_keys(frame, named), np.uint64)
-        if plan.ids:
-            self._add("ids", self._codes(frame), np.int32, len(plan.ids))
-        if plan.numbers:
-            values = frame.select(as_number(f, plan.missing).alias(f.name) for f in plan.numbers)
-            self._add("raw_numbers", values.to_numpy(), np.float64, len(plan.numbers))
-        if plan.quantiles:
-            values = frame.select(as_number(f, plan.missing).alias(f.name) for f in plan.quantiles)
-            keys = [ordered_keys(values[f.name].to_numpy()) for f in plan.quantiles]
-            self._add("quantiles", np.stack(keys, axis=1), np.int64, len(keys))
-        for column in plan.multi:
-            self._append_multi(frame, column)
-        for name, column_name, target in (
-            (USER, plan.user, "group"),
-            (ITEM, plan.item, "item_index"),
-        ):
-            if column_name is not None:
-                token = pl.col(column_name).cast(pl.String)
-                physical = frame.select(_physical(token, self.dictionaries[name])).to_series()
-                self.dictionaries[name].grow(_top(physical))
-                self._add(target, physical.to_numpy(), np.int32)
+        start = self.rows
+        columns = dict(staged.columns)
+        for name, _, file in self.plan.entities:
+            columns[file] = self.dictionaries[name].codes(staged.entities[name])[columns[file]]
+        codes = [
+            self.dictionaries[table].codes(tokens) if isinstance(tokens, pl.Series) else tokens
+            for table, tokens in staged.tables.items()
+        ]
+        if codes:
+            columns["codes"] = np.concatenate(codes)
+        for name, array in columns.items():
+            if name not in self.files:
+                width = array.shape[1] if array.ndim == 2 else None
+                path = self.folder / f"{name}.npy"
+                self.files[name] = ColumnFile(path, TYPES.get(name, np.int32), width)
+            self.files[name].append(array)
+        first = _firsts(staged.tables)
+        self.spans.append(
+            Span(
+                rows=(start, self.rows),
+                codes=self._last("codes", columns),
+                tables={t: (first[t], first[t] + len(staged.tables[t])) for t in first},
+                multi={
+                    f.name: self._last(f"multi.{f.name}.values", columns) for f in self.plan.multi
+                },
+            )
+        )
+
+    def meanings(self, span: Span) -> Ids:
+        """Return ``(K,)``: the code of a dictionary or bucket, or the hash, of each code."""
+        return self.files["codes"].read(*span.codes)
 
     def close(self) -> None:
         """Close all files."""
@@ -152,72 +362,9 @@ class Staging:
             for file in self.files.values():
                 stack.callback(file.close)
 
-    def _codes(self, frame: pl.DataFrame) -> NDArray[np.int32]:
-        """Return ``(rows, C)`` codes of one chunk; codes of hashed fields are their ids."""
-        missing = self.plan.missing
-        expressions = [
-            pl.repeat(0, pl.len(), dtype=pl.UInt32)  # replaced once edges are known
-            if column.transform == "quantile"
-            else _hashed(_token(column, missing), column.hash_size)
-            if column.hash_size is not None
-            else _physical(_token(column, missing), self.dictionaries[column.table])
-            for column in self.plan.ids
-        ]
-        names = [column.name for column in self.plan.ids]
-        columns = frame.select(e.alias(n) for e, n in zip(expressions, names, strict=True))
-        codes: NDArray[np.uint32] = columns.to_numpy(order="c")
-        for column, top in zip(self.plan.ids, codes.max(axis=0).tolist(), strict=True):
-            if column.hash_size is None:
-                self.dictionaries[column.table].grow(top)
-        return codes.view(np.int32)
-
-    def _append_multi(self, frame: pl.DataFrame, column: Field) -> None:
-        """Append the codes of every row in the order of the text; codes of a set are distinct."""
-        assert column.separator is not None
-        split = pl.col(column.column).str.split(column.separator)
-        split = split.list.eval(pl.element().filter(pl.element() != ""))
-        if column.kind == "multi":
-            split = split.list.unique(maintain_order=True)
-            split = split if column.max_length is None else split.list.head(column.max_length)
-        lists = frame.select(split.alias("token")).to_series()
-        lengths = lists.list.len().fill_null(0)
-        tokens = lists.filter(lengths > 0).explode().alias("token")
-        token = pl.col("token")
-        if column.hash_size is not None:
-            codes = tokens.to_frame().select(_hashed(token, column.hash_size)).to_series()
-        else:
-            dictionary = self.dictionaries[column.table]
-            codes = tokens.to_frame().select(_physical(token, dictionary)).to_series()
-            dictionary.grow(_top(codes))
-        self._add(f"multi.{column.name}.values", codes.to_numpy(), np.int32)
-        self._add(f"multi.{column.name}.lengths", lengths.to_numpy(), np.int32)
-
-    def _add(
-        self, name: str, array: NDArray[Any], dtype: type[np.generic], width: int | None = None
-    ) -> None:
-        if name not in self.files:
-            self.files[name] = ColumnFile(self.folder / f"{name}.npy", dtype, width)
-        self.files[name].append(array)
-
-
-def _token(column: Field, missing: float | None) -> pl.Expr:
-    if column.kind == "numeric":
-        return as_token(column, missing)
-    token = pl.col(column.column).cast(pl.String)
-    return token if column.prefix is None else token.str.head(column.prefix)
-
-
-def _physical(token: pl.Expr, dictionary: Dictionary) -> pl.Expr:
-    """Return the codes of tokens; a missing token is the empty token, code 0."""
-    return token.cast(dictionary.dtype).to_physical().fill_null(0)
-
-
-def _hashed(token: pl.Expr, size: int) -> pl.Expr:
-    """Return the hashed ids of tokens; a missing token is the empty token."""
-    return token.fill_null("").map_batches(
-        lambda tokens: hash_tokens(tokens, size), return_dtype=pl.UInt32
-    )
-
-
-def _top(codes: pl.Series) -> int:
-    return int(codes.to_numpy().max(initial=0))
+    def _last(self, name: str, columns: dict[str, NDArray[Any]]) -> tuple[int, int]:
+        """Return start and stop of the values that were appended last."""
+        if name not in columns:
+            return 0, 0
+        stop = self.files[name].rows
+        return stop - len(columns[name]), stop

@@ -15,6 +15,7 @@ import resource
 import shutil
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -23,17 +24,17 @@ import numpy as np
 import polars as pl
 from filelock import FileLock, Timeout
 
-from cki_rec.config import Data, UserError
+from cki_rec.config import Config, Data, UserError
 from cki_rec.data.columns import blocks
 from cki_rec.data.dataset import FORMAT_VERSION, MANIFEST, EncodedDataset
+from cki_rec.data.encoding import engines
 from cki_rec.data.encoding.encode import Encoded, encode
+from cki_rec.data.encoding.engines import NUM_THREADS, Run, threads
 from cki_rec.data.encoding.fields import Field, fields_to_json, resolve_fields
 from cki_rec.data.encoding.findings import unseen_line, warn_of_findings
-from cki_rec.data.encoding.normalize import normalized
 from cki_rec.data.encoding.split import SPLITS, check_split
 from cki_rec.data.encoding.tokens import hash_of, join_tokens_of
 from cki_rec.data.parts import NO_PARTITION
-from cki_rec.data.prefetch import prefetch
 from cki_rec.data.raw.click_model import best_possible
 from cki_rec.data.raw.formats import FORMATS, Format, recorded_name
 from cki_rec.data.raw.reading import Reading
@@ -47,7 +48,7 @@ from cki_rec.data.stored import file_facts
 from cki_rec.files import new_folder, write_atomically
 from cki_rec.progress import progress
 
-__all__ = ["EncodedDataset", "find", "prepare"]
+__all__ = ["EncodedDataset", "find", "prepare", "prepared"]
 
 logger = logging.getLogger(__name__)
 PREPARATION = "preparation.json"
@@ -58,7 +59,23 @@ _CONTENT_OPTIONS = (
 )  # fmt: skip
 
 
-def prepare(data: Data, encoded_dir: str | Path, chunk_mb: int = 16) -> EncodedDataset:
+def prepared(config: Config) -> EncodedDataset:
+    """Encode the data set of a configuration, unless it is encoded already, and open it.
+
+    Raises:
+        UserError: An option, the raw data or the folder is not usable.
+    """
+    runtime = config.runtime
+    return prepare(config.data, runtime.encoded, runtime.chunk_mb, runtime.workers, runtime.engine)
+
+
+def prepare(
+    data: Data,
+    encoded_dir: str | Path,
+    chunk_mb: int = 16,
+    workers: int = 1,
+    engine: str = "processes",
+) -> EncodedDataset:
     """Encode the data set ``data``, unless it is encoded already, and open it.
 
     If two processes prepare the same name, one encodes and the other waits. Leftovers of killed
@@ -68,6 +85,8 @@ def prepare(data: Data, encoded_dir: str | Path, chunk_mb: int = 16) -> EncodedD
         data: Options of the data set.
         encoded_dir: The folder of encoded data sets.
         chunk_mb: MiB of raw text to encode at a time; results do not depend on it.
+        workers: Processes that encode, see ``engines.engine``; results do not depend on them.
+        engine: ``processes`` or ``ray``.
 
     Raises:
         UserError: An option, the raw data or the folder is not usable.
@@ -93,7 +112,8 @@ def prepare(data: Data, encoded_dir: str | Path, chunk_mb: int = 16) -> EncodedD
         raise _unwritable(encoded_dir, error) from None
     try:
         if not folder.exists():
-            _make(data, reader, fields, listed, options, folder, source, chunk_mb)
+            run = engines.engine(engine, workers)
+            _make(data, reader, fields, listed, options, folder, source, chunk_mb, run)
         if not (folder / PREPARATION).exists():
             _finish(data, folder, start)
     finally:
@@ -180,6 +200,7 @@ def _make(
     folder: Path,
     source: list[dict[str, Any]],
     chunk_mb: int,
+    engine: AbstractContextManager[Run],
 ) -> None:
     """Encode and write ``folder``; the caller holds the lock."""
     leftover = re.compile(re.escape(data.name) + r"-[0-9a-f]{12}\.tmp-\d+")
@@ -194,20 +215,20 @@ def _make(
         with new_folder(folder) as temporary:
             with progress("encoding", num_bytes, "bytes") as advance:
                 reading.advance = advance
-                chunks = reader.read(data, reading)
-                if data.normalize_ids:
-                    chunks = normalized(chunks, fields, (reader.user(data), reader.item(data)))
-                encoded = encode(
-                    prefetch(chunks),
-                    fields,
-                    data,
-                    temporary,
-                    user=reader.user(data),
-                    item=reader.item(data),
-                    is_chronological=reader.is_chronological(data),
-                    rows_per_step=reader.rows_per_step(data),
-                    listed=listed,
-                )
+                with engine as run:
+                    encoded = encode(
+                        reader.chunks(data, reading),
+                        reading,
+                        fields,
+                        data,
+                        temporary,
+                        user=reader.user(data),
+                        item=reader.item(data),
+                        is_chronological=reader.is_chronological(data),
+                        rows_per_step=reader.rows_per_step(data),
+                        listed=listed,
+                        run=run,
+                    )
             _write_manifest(data, reader, options, encoded, reading, source, temporary)
     except OSError as error:
         raise _unwritable(folder, error) from None
@@ -248,7 +269,9 @@ def _write_manifest(
     source: list[dict[str, Any]],
     folder: Path,
 ) -> None:
-    files = {path.stem: file_facts(path) for path in sorted(folder.iterdir())}
+    paths = sorted(folder.iterdir())
+    with threads(NUM_THREADS) as run:
+        files = dict(zip((path.stem for path in paths), run(file_facts, paths), strict=True))
     schema = encoded.schema.to_json()
     hashes = {name: entry["sha256"] for name, entry in files.items()}
     manifest = {

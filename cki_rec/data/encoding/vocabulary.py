@@ -13,8 +13,7 @@ import numpy as np
 import polars as pl
 
 from cki_rec.config import UserError
-from cki_rec.data.columns import Ids, Ints
-from cki_rec.data.schema import FIRST_ID, OOV_ID
+from cki_rec.data.columns import FIRST_ID, OOV_ID, Ids, Ints
 from cki_rec.files import file_digest
 
 LARGEST_TABLE = 2**31 - 1
@@ -53,6 +52,17 @@ class Dictionary:
                 "{name: ..., hash_size: 100000000}"
             )
         self.size = max(self.size, code + 1)
+
+    def codes(self, tokens: pl.Series) -> Ids:
+        """Return the code of every token, 0 if it is missing; new tokens get new codes.
+
+        Raises:
+            UserError: There are more tokens than ids.
+        """
+        physical = tokens.cast(self.dtype).to_physical().fill_null(0).to_numpy()
+        self.grow(int(physical.max(initial=0)))
+        codes: Ids = physical.view(np.int32)
+        return codes
 
     def tokens(self) -> pl.Series:
         """Return ``(T,)`` tokens in the order of codes."""
@@ -144,8 +154,7 @@ def hash_tokens(tokens: pl.Series, size: int) -> pl.Series:
         is CRC-32.
     """
     distinct = Dictionary()
-    codes = tokens.cast(distinct.dtype).to_physical().to_numpy()
-    distinct.grow(int(codes.max(initial=0)))
+    codes = distinct.codes(tokens)
     ids = [FIRST_ID + zlib.crc32(token.encode()) % size for token in distinct.tokens()]
     return pl.Series(np.array(ids, dtype=np.uint32)[codes])
 

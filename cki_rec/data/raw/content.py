@@ -12,8 +12,16 @@ from cki_rec.config import UserError
 
 GZIP = b"\x1f\x8b"
 ZIP = b"PK\x03\x04"
-MAGIC = {b"PAR1": "Parquet", b"\x28\xb5\x2f\xfd": "zstd", b"\xfd7zXZ": "xz", ZIP: "zip"}
+MAGIC = {
+    b"PAR1": "Parquet",
+    b"ARROW1": "Arrow",
+    b"\x28\xb5\x2f\xfd": "zstd",
+    b"\xfd7zXZ": "xz",
+    ZIP: "zip",
+}
 """First bytes of files that are no text."""
+COLUMNAR = ("Parquet", "Arrow")
+"""Kinds that the format ``parquet`` reads."""
 UTF_16 = (b"\xff\xfe", b"\xfe\xff")
 
 
@@ -51,6 +59,11 @@ def check_kind(where: object, start: bytes) -> None:
             "csv set data.encoding=utf-16"
         )
     kind = next((kind for magic, kind in MAGIC.items() if start.startswith(magic)), None)
+    if kind in COLUMNAR:
+        raise UserError(
+            f"{where}: a file of kind {kind}, expected text; read it with data=parquet"
+            " (data.format=parquet)"
+        )
     if kind is not None:
         raise UserError(
             f"{where}: a file of kind {kind}, expected text, plain or compressed by gzip; convert "

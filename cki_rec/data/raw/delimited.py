@@ -6,14 +6,17 @@ error, or if fields are quoted, the block is split row by row, to find bad rows 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
 
 import polars as pl
 
 from cki_rec.config import UserError
+from cki_rec.data.raw.chunks import Check, Chunk, Step, frames
 from cki_rec.data.raw.reading import BOM, LINE, LONGEST_LINE, Reading, Text
-from cki_rec.data.raw.rows import SEPARATOR, Row, form_fault, split_rows
+from cki_rec.data.raw.rows import SEPARATOR, Row, count_byte, form_fault, split_rows
 from cki_rec.data.raw.values import (
     BLANKS,
     TYPES,
@@ -25,7 +28,7 @@ from cki_rec.data.raw.values import (
     time_in_seconds,
 )
 
-__all__ = ["Known", "Layout", "check_header", "read_rows", "time_in_seconds"]
+__all__ = ["Known", "Layout", "check_header", "read_rows", "row_chunks", "time_in_seconds"]
 Fault = tuple[str, str, str]
 """Reason, expectation, and the fix beside the correction of the line; empty: skip such rows."""
 
@@ -65,18 +68,23 @@ class Layout:
     """Kind of a column, or a reason -> the option to name if a value is bad."""
 
 
-def read_rows(text: Text, layout: Layout, reading: Reading) -> Iterator[pl.DataFrame]:
-    """Yield the good rows of a text, block by block, with an extra column ``LINE`` (Int64).
+def row_chunks(
+    text: Text, layout: Layout, reading: Reading, *steps: Step
+) -> Iterator[Chunk | Check]:
+    """Yield the rows of a text, block by block, with an extra column ``LINE`` (Int64).
 
     Args:
         text: The text to read.
         layout: Columns and syntax of its lines.
         reading: State of the pass, with the treatment of bad rows.
+        steps: Functions that turn the columns of a chunk into the common form. They are pickled,
+            so they are functions of a module, or ``functools.partial`` of such.
 
     Raises:
-        UserError: A row is bad and ``reading.on_bad_row`` is ``error``, or no row is good.
+        UserError: The header is not the expected one, or a quote does not close. Chunks raise the
+            errors of rows, and the last check that of a text without a good row.
     """
-    num_rows, rest = 0, b""
+    rest = b""
     header = [] if layout.header is None else layout.header.split("\n")
     for block in text.blocks(reading, keep_returns=layout.is_quoted):
         while reading.line <= len(header) and block:
@@ -84,23 +92,37 @@ def read_rows(text: Text, layout: Layout, reading: Reading) -> Iterator[pl.DataF
             found = line.removesuffix(b"\r").decode("utf-8", errors="replace")
             check_header(text, found, header[reading.line - 1])
             reading.line += 1
-        frame, rest = _rows_of(text, rest + block, layout, reading)
-        num_rows += frame.height
-        if frame.height:
-            yield frame
+        chunk, rest = _chunk_of(text, rest + block, layout, reading)
+        yield Chunk(chunk, steps)
         if len(rest) > LONGEST_LINE:
             raise UserError(
                 f"{text}, line {reading.line}: a quote opens and does not close within "
                 f"{LONGEST_LINE:,} bytes, expected quotes that close; correct the line"
             )
     if rest:
-        frame, _ = _rows_of(text, rest, layout, reading, is_end=True)
-        num_rows += frame.height
-        if frame.height:
-            yield frame
-    if not num_rows:
+        yield Chunk(_chunk_of(text, rest, layout, reading, is_end=True)[0], steps)
+    yield Check(partial(require_rows, text, layout))
+
+
+def read_rows(text: Text, layout: Layout, reading: Reading) -> Iterator[pl.DataFrame]:
+    """Yield the good rows of ``row_chunks``, parsed one chunk after the other.
+
+    Raises:
+        UserError: A row is bad and ``reading.on_bad_row`` is ``error``, or no row is good.
+    """
+    yield from frames(row_chunks(text, layout, reading), reading)
+
+
+def require_rows(text: Text | Path, layout: Layout, reading: Reading) -> None:
+    """Check that a file had a good row, after its last chunk.
+
+    Raises:
+        UserError: It had none.
+    """
+    if not reading.num_usable:
         fix = "correct the rows" if reading.counts else "fetch the file again"
         raise UserError(f"{text}: no usable row, expected rows of {_fields(layout)}; {fix}")
+    reading.num_usable = 0
 
 
 def check_header(text: Text, header: str, expected: str) -> None:
@@ -116,20 +138,32 @@ def check_header(text: Text, header: str, expected: str) -> None:
         )
 
 
-def _rows_of(
+def _chunk_of(
     text: Text, block: bytes, layout: Layout, reading: Reading, is_end: bool = False
-) -> tuple[pl.DataFrame, bytes]:
-    """Return the good rows of a block with their lines, and the lines of an incomplete row."""
-    if layout.is_quoted and b'"' not in block and b"\r" in block:
+) -> tuple[Callable[[Reading], pl.DataFrame], bytes]:
+    """Return the parser of the rows of a block, and the lines of an incomplete row."""
+    first, rest = reading.line, b""
+    if layout.is_quoted and b'"' in block:
+        rows, rest = split_rows(block, first, layout.separator, True, is_end)
+        parse = partial(_good_rows, text, rows, layout)
+    else:
+        parse = partial(_rows_of, text, block, first, layout)
+    reading.line += count_byte(block, b"\n") - rest.count(b"\n")
+    return parse, rest
+
+
+def _rows_of(
+    text: Text, block: bytes, first: int, layout: Layout, reading: Reading
+) -> pl.DataFrame:
+    """Return the good rows of a block with their lines."""
+    if layout.is_quoted and b"\r" in block:
         block = block.replace(b"\r\n", b"\n")
-    first, frame = reading.line, _parse(block, layout)
+    frame = _parse(block, layout)
     if frame is not None:
-        reading.line += frame.height
-        number = pl.int_range(first, reading.line, dtype=pl.Int64).alias(LINE)
-        return frame.with_columns(number), b""
-    rows, rest = split_rows(block, first, layout.separator, layout.is_quoted, is_end)
-    reading.line += block.count(b"\n") - rest.count(b"\n")
-    return _good_rows(text, rows, layout, reading), rest
+        number = pl.int_range(first, first + frame.height, dtype=pl.Int64).alias(LINE)
+        return frame.with_columns(number)
+    rows, _ = split_rows(block, first, layout.separator, layout.is_quoted)
+    return _good_rows(text, rows, layout, reading)
 
 
 def _parse(block: bytes, layout: Layout) -> pl.DataFrame | None:
@@ -155,19 +189,25 @@ def _parse(block: bytes, layout: Layout) -> pl.DataFrame | None:
             separator=separator,
             quote_char=None,
             schema=schema,
-            columns=[i for i, name in enumerate(schema) if name in needed],
+            columns=[i for i, name in enumerate(schema) if name in needed]
+            if len(needed) < len(schema)
+            else None,
             null_values=list(layout.forms.missing) or None,
             raise_if_empty=False,
         )
     except (pl.exceptions.PolarsError, UnicodeDecodeError):
         return None
-    if block.count(separator.encode()) != frame.height * (len(schema) - 1):
+    if count_byte(block, separator.encode()) != frame.height * (len(schema) - 1):
         return None
-    if frame[last].null_count() and block.count(b"\n") != frame.height:  # is a line blank?
+    if frame[last].null_count() and count_byte(block, b"\n") != frame.height:  # is a line blank?
         return None
+    return frame.select(wanted) if is_good(frame, layout) else None
+
+
+def is_good(frame: pl.DataFrame, layout: Layout) -> bool:
+    """Return whether all values of typed columns pass their tests."""
     tests = [good.all() for name in frame.columns for good in _tests(layout, name)]
-    is_good = frame.select(pl.all_horizontal(pl.lit(True), *tests)).item()
-    return frame.select(wanted) if is_good else None
+    return bool(frame.select(pl.all_horizontal(pl.lit(True), *tests)).item())
 
 
 def _needed(layout: Layout) -> list[str]:
@@ -204,19 +244,35 @@ def _good_rows(text: Text, rows: list[Row], layout: Layout, reading: Reading) ->
     frame = texts.select(
         converted(name, layout.columns[name], layout.forms) for name in texts.columns
     )
-    is_good = pl.Series([True] * len(whole), dtype=pl.Boolean)
-    for name, good in _checked(texts, frame, layout):
-        for index in (is_good & ~good).arg_true().to_list():
-            fault = _value_fault(name, texts[name][index], frame[name][index], layout)
-            faults[whole[index]] = fault
-        is_good &= good
+    of_values, is_good_row = value_faults(texts, frame, layout)
+    faults |= {whole[index]: fault for index, fault in of_values.items()}
     for position in sorted(faults):
         row, (reason, expected, fix) = rows[position], faults[position]
         num_lines = 1 if row.parts else row.num_lines
         reading.skip(reason, f"{text}, {row.place}", row.shown, expected, fix, num_lines)
     lines = pl.Series(LINE, [rows[position].line for position in whole], dtype=pl.Int64)
     frame = frame.select(list(layout.wanted or layout.columns)).with_columns(lines)
-    return frame.filter(is_good)
+    return frame.filter(is_good_row)
+
+
+def value_faults(
+    texts: pl.DataFrame, frame: pl.DataFrame, layout: Layout
+) -> tuple[dict[int, Fault], pl.Series]:
+    """Return the first fault of each bad row, and whether each row is good.
+
+    Args:
+        texts: The columns to test, as text; null where a cell is empty.
+        frame: The same columns, typed; null too where a text has not the form of its kind.
+        layout: Kinds of the columns, and their tests.
+    """
+    faults: dict[int, Fault] = {}
+    is_good_row = pl.Series([True] * len(frame), dtype=pl.Boolean)
+    for name, good in _checked(texts, frame, layout):
+        for index in (is_good_row & ~good).arg_true().to_list():
+            fault = _value_fault(name, texts[name][index], frame[name][index], layout)
+            faults[index] = fault
+        is_good_row &= good
+    return faults, is_good_row
 
 
 def _filled(name: str, layout: Layout) -> pl.Expr:

@@ -79,13 +79,27 @@ def time_form_of(text: Text, data: Data) -> str:
     names = [re.sub(r"[\r\n]+", " ", name) for name in next(reader, [])]
     if data.time not in names:
         return "seconds"  # the missing column is reported when the header is checked
-    place, forms = names.index(data.time), forms_of(data)
+    place = names.index(data.time)
     try:
         rows = [r for r in itertools.islice(reader, SAMPLE_ROWS) if len(r) == len(names)]
     except csv.Error:
         rows = []  # reported with its line when the rows are read
-    values = [row[place].strip(BLANKS) for row in rows]
-    values = [value for value in values if value not in ("", *forms.missing)]
+    return fitting_form(text, [row[place] for row in rows], data)
+
+
+def fitting_form(where: object, column: Sequence[str], data: Data) -> str:
+    """Return the only form of times that fits the first cells of a column.
+
+    Args:
+        where: Name of the file.
+        column: The cells.
+        data: Options, with the words for empty cells.
+
+    Raises:
+        UserError: No form or several fit.
+    """
+    values = [value.strip(BLANKS) for value in column]
+    values = [value for value in values if value not in ("", *forms_of(data).missing)]
     counts = {form: _num_valid(values, form) for form in TIMES}
     fitting = [form for form in TIMES if values and counts[form] == max(counts.values()) > 0]
     if len(fitting) == 1:
@@ -93,7 +107,7 @@ def time_form_of(text: Text, data: Data) -> str:
     example = f"{values[0]!r}" if values else "no value"
     problem = f"may be {' or '.join(fitting)}" if fitting else "is no time in a known form"
     raise UserError(
-        f"{text}: column {data.time!r}: {example} {problem}, expected times in one form; set "
+        f"{where}: column {data.time!r}: {example} {problem}, expected times in one form; set "
         f"data.time_form to one of {', '.join(TIMES)}"
     )
 
@@ -141,6 +155,13 @@ def fixes_of(data: Data) -> dict[str, str]:
         "not UTF-8": "set data.encoding, e.g. data.encoding=latin-1 or cp1252, or skip such rows"
         " with data.on_bad_row=skip",
     }
+
+
+def option_of_missing(names: Sequence[str], data: Data) -> tuple[str, str] | None:
+    """Return the first option that names a column which is not there, and the name."""
+    options = {"label": data.label, "user": data.user, "item": data.item, "time": data.time}
+    absent = [(key, n) for key, n in options.items() if n is not None and n not in names]
+    return absent[0] if absent else None
 
 
 def check_names(text: Text, names: Sequence[str], first: Text, expected: Sequence[str]) -> None:

@@ -1,8 +1,9 @@
 """Parts common to all readers of raw formats: files, bad rows and times.
 
-A reader yields chunks of rows in the common form. These are polars frames with ``LABEL`` (UInt8),
-``TIME`` (Int64 seconds, if rows have times), ``SPLIT`` (UInt8, if files define the split) and the
-columns of the fields: String (null: missing), or Int64 and Float64 for numbers.
+A reader yields chunks (``chunks``) whose rows have the common form. This is a polars frame with
+``LABEL`` (UInt8), ``TIME`` (Int64 seconds, if rows have times) and ``SPLIT`` (UInt8, if files
+define the split). The columns of the fields are String, or a list of it (null: missing), or Int64
+and Float64 for numbers.
 """
 
 from __future__ import annotations
@@ -40,6 +41,10 @@ TIME_FIELDS = {
 """Fields of every format with times; Sunday is weekday 0, times are UTC."""
 
 
+def no_progress(_: int) -> None:
+    """Show nothing."""
+
+
 @dataclass(slots=True)
 class Reading:
     """State of one pass over raw files: options, and facts collected besides the rows."""
@@ -48,7 +53,7 @@ class Reading:
     """``error`` stops at a bad row; ``skip`` counts it and stores the first examples."""
     block_bytes: int = 1 << 24
     """Bytes of text to read at a time."""
-    advance: Callable[[int], None] = lambda amount: None
+    advance: Callable[[int], None] = no_progress
     """Callback for progress; receives the number of bytes read from disk."""
     counts: dict[str, int] = field(default_factory=dict)
     """Number of skipped rows by reason."""
@@ -60,9 +65,30 @@ class Reading:
     """Number of the next line in the current text."""
     md5: dict[str, str] = field(default_factory=dict)
     """Name of a text without folder and ``.gz`` -> md5 of its content."""
+    num_usable: int = 0
+    """Number of good rows in the current file so far."""
+
+    def fork(self) -> Reading:
+        """Return the state for one chunk, which ``merge`` adds to this one."""
+        return Reading(self.on_bad_row, self.block_bytes, has_published=False)
+
+    def merge(self, other: Reading, num_usable: int) -> None:
+        """Add the bad rows and the number of good rows of the next chunk."""
+        self.num_usable += num_usable
+        for reason, count in other.counts.items():
+            self.counts[reason] = self.counts.get(reason, 0) + count
+            examples = self.examples.setdefault(reason, [])
+            examples += other.examples[reason][: EXAMPLES - len(examples)]
 
     def skip(
-        self, reason: str, where: str, text: str, expected: str, fix: str = "", rows: int = 1
+        self,
+        reason: str,
+        where: str,
+        text: str,
+        expected: str,
+        fix: str = "",
+        rows: int = 1,
+        thing: str = "line",
     ) -> None:
         """Record one bad row.
 
@@ -73,6 +99,7 @@ class Reading:
             expected: Description of a good row.
             fix: The option that reads such rows; empty: they can only be skipped.
             rows: Number of rows to count, more than 1 for lines after quotes that never close.
+            thing: The part of the file to correct.
 
         Raises:
             UserError: ``on_bad_row`` is ``error``.
@@ -81,7 +108,7 @@ class Reading:
         if self.on_bad_row == "error":
             fix = fix or "skip such rows with data.on_bad_row=skip"
             raise UserError(
-                f"{where}: {reason}: found {shown}, expected {expected}; correct the line, or "
+                f"{where}: {reason}: found {shown}, expected {expected}; correct the {thing}, or "
                 f"{fix}"
             )
         self.counts[reason] = self.counts.get(reason, 0) + rows

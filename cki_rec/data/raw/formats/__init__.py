@@ -10,7 +10,16 @@ from typing import Any
 import polars as pl
 
 from cki_rec.config import Data
-from cki_rec.data.raw.formats import avazu, criteo, csv, movielens, sequences, synthetic
+from cki_rec.data.raw.chunks import Check, Chunk, frames
+from cki_rec.data.raw.formats import (
+    avazu,
+    criteo,
+    csv,
+    movielens,
+    parquet,
+    sequences,
+    synthetic,
+)
 from cki_rec.data.raw.forms import recorded_forms
 from cki_rec.data.raw.reading import Reading
 
@@ -24,8 +33,8 @@ class Format:
     kinds: Callable[[Data], dict[str, str]]
     """Field -> default kind: one entry per raw column, per entry of ``TIME_FIELDS`` and for
     ``history``."""
-    read: Callable[[Data, Reading], Iterator[pl.DataFrame]]
-    """Chunks of rows in the common form of ``cki_rec.data.raw.reading``."""
+    chunks: Callable[[Data, Reading], Iterator[Chunk | Check]]
+    """Chunks of rows that become the common form of ``cki_rec.data.raw.reading``."""
     user: Callable[[Data], str | None]
     """The column of users; None: rows have no users."""
     item: Callable[[Data], str | None]
@@ -48,13 +57,25 @@ class Format:
     """Options with values of the raw files in place of ``auto``."""
     recorded_forms: Callable[[Data], dict[str, Any]] = lambda data: {}
     """Options of the form of raw files that differ from the defaults, for manifests."""
+    write_frame: Callable[[pl.DataFrame, Path], None] = lambda frame, path: frame.write_csv(
+        path, null_value=""
+    )
+    """Write rows in memory as a file of this format, if kinds are free."""
     recorded_as: str | None = None
     """Name of the format in manifests and provenance, where it differs: renaming a format must not
     change the identity of encoded sets."""
 
+    def read(self, data: Data, reading: Reading) -> Iterator[pl.DataFrame]:
+        """Yield the rows of all chunks in the common form.
+
+        Raises:
+            UserError: A row or a file is bad.
+        """
+        yield from frames(self.chunks(data, reading), reading)
+
 
 def _format(module: Any, **traits: Any) -> Format:
-    return Format(module.files, module.kinds, module.read, module.user, module.item, **traits)
+    return Format(module.files, module.kinds, module.chunks, module.user, module.item, **traits)
 
 
 FORMATS: dict[str, Format] = {
@@ -70,6 +91,13 @@ FORMATS: dict[str, Format] = {
         resolve=csv.resolve,
         recorded_forms=recorded_forms,
         recorded_as="bars",
+    ),
+    "parquet": _format(
+        parquet,
+        has_free_kinds=True,
+        resolve=parquet.resolve,
+        recorded_forms=parquet.recorded_forms,
+        write_frame=pl.DataFrame.write_parquet,
     ),
     "sequences": _format(
         sequences,

@@ -11,7 +11,8 @@ from collections.abc import Iterator
 import polars as pl
 
 from cki_rec.config import Data, UserError
-from cki_rec.data.raw.delimited import Layout, read_rows, time_in_seconds
+from cki_rec.data.raw.chunks import Check, Chunk
+from cki_rec.data.raw.delimited import Layout, row_chunks, time_in_seconds
 from cki_rec.data.raw.reading import (
     LABEL,
     TIME_FIELDS,
@@ -44,7 +45,7 @@ def kinds(_: Data) -> dict[str, str]:
     return {**dict.fromkeys(CATEGORIES, "categorical"), **dict.fromkeys(TIME_FIELDS, "time")}
 
 
-def read(data: Data, reading: Reading) -> Iterator[pl.DataFrame]:
+def chunks(data: Data, reading: Reading) -> Iterator[Chunk | Check]:
     """Yield the rows of all files, in the order of ``data.raw``.
 
     Raises:
@@ -52,9 +53,12 @@ def read(data: Data, reading: Reading) -> Iterator[pl.DataFrame]:
     """
     for text in texts(data):
         _check_labeled(text)
-        for frame in read_rows(text, LAYOUT, reading):
-            label = pl.col("click").cast(pl.UInt8).alias(LABEL)
-            yield frame.with_columns(label, time_in_seconds("hour", "yymmddhh"))
+        yield from row_chunks(text, LAYOUT, reading, _common_form)
+
+
+def _common_form(frame: pl.DataFrame) -> pl.DataFrame:
+    label = pl.col("click").cast(pl.UInt8).alias(LABEL)
+    return frame.with_columns(label, time_in_seconds("hour", "yymmddhh"))
 
 
 def _check_labeled(text: Text) -> None:

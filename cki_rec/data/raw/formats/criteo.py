@@ -13,7 +13,8 @@ from collections.abc import Iterator
 import polars as pl
 
 from cki_rec.config import Data, UserError
-from cki_rec.data.raw.delimited import Layout, read_rows
+from cki_rec.data.raw.chunks import Check, Chunk
+from cki_rec.data.raw.delimited import Layout, row_chunks
 from cki_rec.data.raw.reading import LABEL, Reading, Text, no_column, text_paths, texts
 
 INTEGERS = tuple(f"I{number}" for number in range(1, 14))
@@ -36,7 +37,7 @@ def kinds(_: Data) -> dict[str, str]:
     return {**dict.fromkeys(INTEGERS, "numeric"), **dict.fromkeys(CATEGORIES, "categorical")}
 
 
-def read(data: Data, reading: Reading) -> Iterator[pl.DataFrame]:
+def chunks(data: Data, reading: Reading) -> Iterator[Chunk | Check]:
     """Yield the rows of all files, in the order of ``data.raw``.
 
     Raises:
@@ -44,8 +45,11 @@ def read(data: Data, reading: Reading) -> Iterator[pl.DataFrame]:
     """
     for text in texts(data):
         _check_labeled(text)
-        for frame in read_rows(text, LAYOUT, reading):
-            yield frame.with_columns(pl.col("label").cast(pl.UInt8).alias(LABEL))
+        yield from row_chunks(text, LAYOUT, reading, _common_form)
+
+
+def _common_form(frame: pl.DataFrame) -> pl.DataFrame:
+    return frame.with_columns(pl.col("label").cast(pl.UInt8).alias(LABEL))
 
 
 def _check_labeled(text: Text) -> None:

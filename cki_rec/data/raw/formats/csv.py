@@ -11,18 +11,21 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import polars as pl
 
 from cki_rec.config import Data, UserError, nearest
-from cki_rec.data.raw.delimited import Layout, read_rows
+from cki_rec.data.raw.chunks import Check, Chunk
+from cki_rec.data.raw.delimited import Layout, row_chunks
 from cki_rec.data.raw.forms import (
     SEPARATORS,
     check_names,
     first_row,
     fixes_of,
     forms_of,
+    option_of_missing,
     resolved,
     separator_of,
 )
@@ -38,7 +41,7 @@ from cki_rec.data.raw.reading import (
     paths,
     texts,
 )
-from cki_rec.data.raw.values import as_word, time_in_seconds
+from cki_rec.data.raw.values import Forms, as_word, time_in_seconds
 
 SPLIT_FILES = ("train", "valid", "test")
 
@@ -55,14 +58,18 @@ def kinds(data: Data) -> dict[str, str]:
         UserError: The header lacks a column that an option names, or repeats a column.
     """
     (text, _), *_others = _texts(data)
-    names = _header(text, data)
-    kinds_of = dict.fromkeys((n for n in names if n != data.label), "categorical")
+    return kinds_of(_header(text, data), data)
+
+
+def kinds_of(names: list[str], data: Data) -> dict[str, str]:
+    """Return the default kinds of columns, and of the fields that follow from their roles."""
+    kinds = dict.fromkeys((n for n in names if n != data.label), "categorical")
     if data.time is not None:
         derived = [n for n in TIME_FIELDS if n not in names or n == data.time]
-        kinds_of.update(dict.fromkeys(derived, "time"))
+        kinds.update(dict.fromkeys(derived, "time"))
     if data.time is not None and data.user is not None and data.item is not None:
-        kinds_of.setdefault("history", "history")
-    return kinds_of
+        kinds.setdefault("history", "history")
+    return kinds
 
 
 def user(data: Data) -> str | None:
@@ -80,7 +87,7 @@ def resolve(data: Data) -> Data:
     return resolved(data, _texts(data)[0][0])
 
 
-def read(data: Data, reading: Reading) -> Iterator[pl.DataFrame]:
+def chunks(data: Data, reading: Reading) -> Iterator[Chunk | Check]:
     """Yield the rows of all files, training rows first.
 
     Raises:
@@ -89,11 +96,10 @@ def read(data: Data, reading: Reading) -> Iterator[pl.DataFrame]:
     (first, _), *_others = split_texts = _texts(data)
     data = resolved(data, first)
     expected, forms, fixes = _header(first, data), forms_of(data), fixes_of(data)
-    types = dict.fromkeys(expected, "text") | dict.fromkeys(_numeric_columns(data), "number")
+    types = dict.fromkeys(expected, "text") | dict.fromkeys(numeric_columns(data), "number")
     types[data.label] = "label" if data.labels else "click"
     if data.time is not None:
         types[data.time] = data.time_form
-    columns = list(dict.fromkeys([*expected, LINE]))
     for text, split in split_texts:
         header, names = first_row(text, SEPARATORS[data.separator])
         check_names(text, names, first, expected)
@@ -106,19 +112,31 @@ def read(data: Data, reading: Reading) -> Iterator[pl.DataFrame]:
             forms=forms,
             fixes=fixes,
         )
-        for frame in read_rows(text, layout, reading):
-            label = pl.col(data.label)
-            if data.labels:
-                label = as_word(data.label).replace_strict(forms.labels, return_dtype=pl.UInt8)
-            rows = frame.select(columns).with_columns(label.cast(pl.UInt8).alias(LABEL))
-            if split is not None:
-                rows = rows.with_columns(pl.lit(split, dtype=pl.UInt8).alias(SPLIT))
-            if data.time is not None:
-                rows = rows.with_columns(time_in_seconds(data.time, data.time_form))
-            yield rows
+        step = partial(common_form, data=data, columns=expected, forms=forms, split=split)
+        yield from row_chunks(text, layout, reading, step)
 
 
-def _numeric_columns(data: Data) -> list[str]:
+def common_form(
+    frame: pl.DataFrame, data: Data, columns: list[str], forms: Forms, split: int | None
+) -> pl.DataFrame:
+    """Return the rows of a file in the common form.
+
+    ``split`` is the code of their split, if files define it.
+    """
+    label = pl.col(data.label)
+    if data.labels:
+        label = as_word(data.label).replace_strict(forms.labels, return_dtype=pl.UInt8)
+    rows = frame.select(list(dict.fromkeys([*columns, LINE])))
+    rows = rows.with_columns(label.cast(pl.UInt8).alias(LABEL))
+    if split is not None:
+        rows = rows.with_columns(pl.lit(split, dtype=pl.UInt8).alias(SPLIT))
+    if data.time is not None:
+        rows = rows.with_columns(time_in_seconds(data.time, data.time_form))
+    return rows
+
+
+def numeric_columns(data: Data) -> list[str]:
+    """Return the columns of numeric fields."""
     entries = [entry for entry in data.fields if isinstance(entry, dict)]
     return [str(e.get("column", e["name"])) for e in entries if e.get("kind") == "numeric"]
 
@@ -180,18 +198,13 @@ def _header(text: Text, data: Data) -> list[str]:
             f"{text}, line 1: column {reserved[0]!r}: the names '*' and '^...$' are reserved, "
             "expected another name; rename the column"
         )
-    for option, name in (
-        ("label", data.label),
-        ("user", data.user),
-        ("item", data.item),
-        ("time", data.time),
-    ):
-        if name is not None and name not in names:
-            raise UserError(
-                f"{text}, line 1: no column {name!r} in the header ({', '.join(names[:8])}), "
-                f"expected data.{option}; {nearest(name, names)}set data.{option}"
-                + _separator_hint(text, data, name)
-            )
+    if absent := option_of_missing(names, data):
+        option, name = absent
+        raise UserError(
+            f"{text}, line 1: no column {name!r} in the header ({', '.join(names[:8])}), "
+            f"expected data.{option}; {nearest(name, names)}set data.{option}"
+            + _separator_hint(text, data, name)
+        )
     return names
 
 

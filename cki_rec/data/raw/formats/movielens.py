@@ -14,12 +14,14 @@ import io
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import polars as pl
 
 from cki_rec.config import Data, UserError
-from cki_rec.data.raw.delimited import Known, Layout, check_header, read_rows
+from cki_rec.data.raw.chunks import Check, Chunk
+from cki_rec.data.raw.delimited import Known, Layout, check_header, row_chunks
 from cki_rec.data.raw.reading import LABEL, TIME, TIME_FIELDS, RawFiles, Reading, Text, paths
 
 RATING_FIELDS = {"user": "categorical", "item": "categorical", "genres": "multi",
@@ -96,7 +98,7 @@ def item(_: Data) -> str:
     return "item"
 
 
-def read(data: Data, reading: Reading) -> Iterator[pl.DataFrame]:
+def chunks(data: Data, reading: Reading) -> Iterator[Chunk | Check]:
     """Yield the ratings with the fields of their movies and users.
 
     Raises:
@@ -115,15 +117,21 @@ def read(data: Data, reading: Reading) -> Iterator[pl.DataFrame]:
         required=tuple(_COLUMNS),
         known=known,
     )
-    for frame in read_rows(source.raw.text(source.ratings), layout, reading):
-        rows = frame.join(movies, on="item", how="left", maintain_order="left")
-        if users is not None:
-            rows = rows.join(users, on="user", how="left", maintain_order="left")
-        yield rows.with_columns(
-            (pl.col("rating") >= data.label_threshold).cast(pl.UInt8).alias(LABEL),
-            pl.col("timestamp").alias(TIME),
-            pl.col("user").cast(pl.String),
-        )
+    step = partial(_common_form, movies=movies, users=users, threshold=data.label_threshold)
+    yield from row_chunks(source.raw.text(source.ratings), layout, reading, step)
+
+
+def _common_form(
+    ratings: pl.DataFrame, movies: pl.DataFrame, users: pl.DataFrame | None, threshold: float
+) -> pl.DataFrame:
+    rows = ratings.join(movies, on="item", how="left", maintain_order="left")
+    if users is not None:
+        rows = rows.join(users, on="user", how="left", maintain_order="left")
+    return rows.with_columns(
+        (pl.col("rating") >= threshold).cast(pl.UInt8).alias(LABEL),
+        pl.col("timestamp").alias(TIME),
+        pl.col("user").cast(pl.String),
+    )
 
 
 def _find(data: Data) -> _Source:

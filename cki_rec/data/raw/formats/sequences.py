@@ -12,6 +12,7 @@ from __future__ import annotations
 import glob
 import json
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ import polars as pl
 from numpy.typing import NDArray
 
 from cki_rec.config import Data, UserError
+from cki_rec.data.raw.chunks import Chunk
 from cki_rec.data.raw.delimited import Layout, read_rows
 from cki_rec.data.raw.reading import LABEL, LINE, TIME, RawFiles, Reading, Text, paths
 
@@ -54,8 +56,10 @@ def rows_per_step(data: Data) -> int:
     return 1 + data.negatives
 
 
-def read(data: Data, reading: Reading) -> Iterator[pl.DataFrame]:
+def chunks(data: Data, reading: Reading) -> Iterator[Chunk]:
     """Yield the rows, users in the order of the file.
+
+    A user may be named once, and negatives need all items, so all of the text is parsed here.
 
     Raises:
         UserError: A line or a file is bad, or a user has every item.
@@ -95,7 +99,11 @@ def read(data: Data, reading: Reading) -> Iterator[pl.DataFrame]:
         )
         if of_item is not None:
             rows = rows.join(of_item, on="item", how="left", maintain_order="left")
-        yield rows
+        yield Chunk(partial(_parsed, rows))
+
+
+def _parsed(rows: pl.DataFrame, _: Reading) -> pl.DataFrame:
+    return rows
 
 
 def _is_good(words: str, where: str, users: set[str], reading: Reading) -> bool:

@@ -14,11 +14,10 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import polars as pl
 from filelock import FileLock
 
 from cki_rec.config import Data, UserError
-from cki_rec.data.raw.click_model import write_raw
+from cki_rec.data.raw.chunks import Check, Chunk
 from cki_rec.data.raw.formats import avazu, criteo, movielens
 from cki_rec.data.raw.reading import Reading
 from cki_rec.files import new_folder
@@ -80,9 +79,9 @@ def item(data: Data) -> str | None:
     return "item" if data.synthetic.layout == "movielens" else None
 
 
-def read(data: Data, reading: Reading) -> Iterator[pl.DataFrame]:
+def chunks(data: Data, reading: Reading) -> Iterator[Chunk | Check]:
     """Yield the rows."""
-    yield from READERS[data.synthetic.layout][0].read(as_published(data), reading)
+    yield from READERS[data.synthetic.layout][0].chunks(as_published(data), reading)
 
 
 def true_logits(data: Data) -> Path:
@@ -92,6 +91,8 @@ def true_logits(data: Data) -> Path:
 
 def _write(data: Data, folder: Path) -> None:
     """Write ``folder`` whole or not at all; the caller holds the lock."""
+    from cki_rec.data.raw.click_model import write_raw  # slow, and workers do not need it
+
     logger.info("writing %s synthetic rows to %s", f"{data.synthetic.rows:,}", folder)
     with new_folder(folder) as temporary:
         write_raw(data.synthetic, temporary)

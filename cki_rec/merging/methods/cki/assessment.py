@@ -220,7 +220,15 @@ def entropies(
     Raises:
         MergeError: As ``entropy`` and ``histogram_bounds``.
     """
-    rows = in_memory(tensors)
+    return entropies_of(in_memory(tensors), bins, histogram)
+
+
+def entropies_of(rows: Rows, bins: int = 10, histogram: Histogram = "own") -> list[float]:
+    """Return the entropy of each source of a parameter that is read in blocks.
+
+    Raises:
+        MergeError: As ``entropy`` and ``histogram_bounds``.
+    """
     return _entropies(rows, bins, bounds_of(rows, histogram))
 
 
