@@ -220,7 +220,7 @@ class Merge:
     label: str
     """Name of this setting in tables; unique per file of ``conf/merge``."""
     sources: Annotated[list[Source], Field(min_length=1)]
-    """Sources as config deltas, ``[{seed: 1}, {seed: 2}]``, or run folders, ``[a, {path: b}]``."""
+    """Sources as config deltas, ``[{seed: 1}, {seed: 2}]``, or paths, ``[a, {path: b}]``."""
     base: Source | None
     """The model that all sources started from, named like a source; null: there is none."""
     vocabularies: list[str | None]
@@ -268,21 +268,15 @@ class Merge:
     """Memory of all processes of a machine together; tables are then read from disk, merged and
     written in blocks of rows. null: models are held in memory."""
     module: str | None
-    """Of checkpoints of other programs: their network, as ``package.module:function`` or
-    ``path/to/file.py:function``. The function or class takes no argument. null: unknown."""
+    """Network of other programs' models: ``package.module:function``, ``file.py:function``."""
     batches: str | None
-    """Likewise a function that returns batches of the network's inputs, with labels or without;
-    null: none."""
+    """Of them: a function that returns batches of inputs, or (inputs, labels)."""
     data: str | None
-    """Instead of ``batches`` a csv or Parquet file: columns are named as the arguments of the
-    network, and ``label`` if it has labels."""
-    format: Literal["safetensors", "torch", "dcp"] | None
-    """Of the result of checkpoints of other programs; null: that of the first source."""
-    evidence: Literal["auto", "counts", "optimizer", "scores", "none"]
-    """Of checkpoints of other programs: the measure of how often each table row was trained."""
+    """Of them: a csv or Parquet file; columns are arguments of the network, and ``label``."""
+    format: Literal["safetensors", "torch", "dcp"] | None  # of their result
+    evidence: Literal["auto", "counts", "optimizer", "scores", "none"]  # of trained rows
     table_names: list[str]
-    """Likewise regular expressions of the names of embedding tables; empty: those of lookups in
-    the network, or names with ``emb``, ``table`` or ``factor``."""
+    """Of them: regular expressions of names of tables; empty: lookups of the network, or names."""
     biases: Literal["merge", "first"]
     """Rule for vectors: ``merge``, or ``first`` (source, as released)."""
     ablation: Literal["none", "permuted", "shuffled"]

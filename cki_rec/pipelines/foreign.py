@@ -29,6 +29,7 @@ from cki_rec.pipelines.foreign_sources import (
     check_module,
     differences,
     evidence,
+    is_foreign,
     load,
     open_source,
     tables_of,
@@ -36,6 +37,8 @@ from cki_rec.pipelines.foreign_sources import (
 from cki_rec.pipelines.references import Reference
 from cki_rec.pipelines.sources import check_distinct
 from cki_rec.plugins import load_function, source_digest
+
+__all__ = ["is_foreign", "merge_foreign"]
 
 DEFAULTS: dict[str, Any] = {
     **{"scope": "all", "tables": "same", "biases": "merge", "ablation": "none", "memory_gb": None},
@@ -46,7 +49,7 @@ DEFAULTS: dict[str, Any] = {
 log = logging.getLogger(__name__)
 
 
-def run(config: Config) -> None:
+def merge_foreign(config: Config) -> None:
     """Merge as configured, and log a report with the place of the model.
 
     Raises:
@@ -68,9 +71,9 @@ def run(config: Config) -> None:
         rows = rows_of(config, module)
         if options.method == AUTO and (rows is None or rows.labels is None):
             raise UserError(
-                "merge=auto compares recipes on rows with labels: merge.batches=file.py:function"
-                " that returns [(inputs, labels), ...], or merge.data with a column label; or"
-                " choose a method, as merge=average"
+                "merge=auto compares recipes on rows with labels. Set merge.batches to a function"
+                " that returns [(inputs, labels), ...], or merge.data to a file with a column"
+                " label; or choose a method, as merge=average"
             )
         digests = [source.stored.digest() for source in everyone]
         check_distinct(digests[: len(sources)], [s.path for s in sources], "merge.sources")

@@ -29,18 +29,9 @@ from cki_rec.merging.result import MergeResult
 from cki_rec.merging.search import AUTO
 from cki_rec.merging.steps import calibrate_model
 from cki_rec.models.layers import MASKS
-from cki_rec.pipelines import (
-    check_only,
-    choice,
-    foreign,
-    preflight,
-    refine,
-    sources,
-    train,
-    vocabularies,
-)
+from cki_rec.pipelines import check_only, choice, preflight, refine, sources, train, vocabularies
 from cki_rec.pipelines.compatibility import compare, counts_of, finite, require, type_name
-from cki_rec.pipelines.foreign_sources import is_foreign
+from cki_rec.pipelines.foreign import is_foreign, merge_foreign
 from cki_rec.pipelines.merge_inputs import ablated, fisher, fixed_rules, learning
 from cki_rec.pipelines.predictions import calibrator, scorer, valid_auc
 from cki_rec.pipelines.provenance import data_facts
@@ -59,11 +50,9 @@ log = logging.getLogger(__name__)
 def run(config: Config) -> None:
     """Merge as configured; log the folder of the model and the shares of its sources."""
     if is_foreign(config):
-        foreign.run(config)
-        return
+        return merge_foreign(config)
     if config.check_only:
-        check_only.report(config)
-        return
+        return check_only.report(config)
     done = ensure(config, force=config.runtime.force)
     assert done.record is not None
     result = done.record["result"]

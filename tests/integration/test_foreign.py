@@ -35,6 +35,7 @@ def test_the_result_is_in_the_form_of_the_first_source_and_equals_the_library(
     assert command.card["sources"][0]["digest"][:16] in command.text
 
 
+@pytest.mark.slow
 def test_formats_mix_and_the_result_has_any(home, command):
     mixed = [str(home / "a.pt"), str(home / "b")]
     expected = cki_rec.merge([state_of(home, "a"), state_of(home, "b")]).params
@@ -69,6 +70,7 @@ def test_alignment_by_activations_from_the_command_line(home, command):
     ]
 
 
+@pytest.mark.slow
 def test_auto_compares_recipes_on_labels_of_batches_or_of_a_file(home, command, tmp_path):
     net, sources = home / "net.py", [str(home / "a.pt"), str(home / "b.pt")]
     module = f"merge.module={net}:Ranker"
@@ -105,6 +107,7 @@ def test_evidence_of_optimizers_gives_rows_to_the_model_that_trained_them(home, 
     assert "merge.evidence=counts:" in command.shown.err
 
 
+@pytest.mark.slow
 def test_counts_and_optimizer_state_of_other_files(home, command, tmp_path):
     counts = []
     for k, name in enumerate("ab"):
@@ -141,6 +144,7 @@ def test_types_differ(home, command, tmp_path):
     assert "out" in command.text
 
 
+@pytest.mark.slow
 def test_names_of_other_frameworks(home, command, tmp_path):
     other = {f"tower.{n}": x for n, x in state_of(home, "b").items()}
     other["tower.mlp.0.weight"] = other["tower.mlp.0.weight"].t().contiguous()
