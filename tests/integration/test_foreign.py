@@ -274,3 +274,22 @@ def test_two_strangers_models_give_the_same_hits_as_from_python(command):
     ).params
     assert hits(read(path)) == hits(expected)
     assert hits(read(path)) == pytest.approx(0.63, abs=0.01)
+
+
+def test_a_moved_source_is_the_same_and_other_counts_are_not(home, command, tmp_path):
+    moved = tmp_path / "moved.safetensors"
+    moved.write_bytes((home / "a.safetensors").read_bytes())
+    b = str(home / "b.safetensors")
+    first = command.model("merge=average", sources=[str(home / "a.safetensors"), b])
+    assert command.model("merge=average", sources=[str(moved), b]) == first
+    for number in (1, 2):
+        torch.save({"user": torch.full((40,), number)}, tmp_path / "counts.pt")
+        listed = [f"{{path: {p}, counts: {tmp_path / 'counts.pt'}}}" for p in (moved, b)]
+        command.model("merge=average", sources=listed)
+    assert len(list(command.out.glob("merge-*"))) == 3
+
+
+def test_options_for_others_are_refused_where_all_is_of_cki_rec(command):
+    for word in ("evidence=optimizer", "format=dcp", "batches=x:y", "table_names=[a]"):
+        error = command.error(f"merge.{word}", sources=["{seed: 1}", "{seed: 2}"])
+        assert "is for checkpoints of other programs" in error
