@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import importlib
+import json
 import logging
 import math
 import os
@@ -107,6 +108,12 @@ def _run(pipeline: str, options: list[str]) -> int:
 
             words = [o for o in with_folders(options) if o != "--list"]
             print(method_table(plugins=compose_config(words).merge.plugins if words else ()))
+            return 0
+        if pipeline == "runs" and "--json" in options:
+            from cki_rec.pipelines.run_list import listed
+
+            words = [o for o in with_folders(options) if o != "--json"]
+            print(json.dumps(listed(Path(compose_config(words).runtime.out)), indent=1))
             return 0
         if pipeline == "inspect":
             pipeline, options = inspected(options)
@@ -213,8 +220,10 @@ def _run_job(pipeline: str, composed: DictConfig) -> float | None:
     if config.check_only and pipeline not in CHECKED:
         raise UserError(f"check_only=true: {pipeline} has no check; {', '.join(CHECKED)} have it")
     pipeline = "merge" if config.check_only else pipeline  # the check is that of their merge
+    from cki_rec.pipelines.names import resolved
+
     run = importlib.import_module(f"cki_rec.pipelines.{pipeline}").run
-    value: float | None = processes.run_pipeline(pipeline, run, config)
+    value: float | None = processes.run_pipeline(pipeline, run, resolved(config))
     return value
 
 

@@ -14,6 +14,9 @@ PIPELINES = {
     "finetune": "merge, then train briefly on all rows",
     "evaluate": "all of the above as configured, then metrics and intervals on test rows",
     "export": "write a trained or merged model as one file that serves without this package",
+    "predict": "score the raw rows of a csv or Parquet file with a model",
+    "runs": "list all runs: name, data, model, metric, size, age; --json prints JSON",
+    "clean": "list leftovers, caches and runs that nothing refers to; delete=all deletes them",
     "report": "tables, figures and an HTML page from the records of a name",
     "inspect": "describe your file of rows, or checkpoints of any program, and draft their YAML",
 }
@@ -25,6 +28,9 @@ EXAMPLES = {
     "finetune": "merge=evidence finetune=one_epoch",
     "evaluate": "-m suite=seeds,shards seed=1,2,3 merge=average,evidence",
     "export": "run=train-0123456789abcdef format=onnx",
+    "predict": "run=train-0123456789abcdef input=rows.csv output=scores.csv",
+    "runs": "--json",
+    "clean": "delete=leftovers",
     "report": "name=quickstart",
     "inspect": "my.csv",
 }
@@ -37,6 +43,9 @@ READS = {
     "finetune": ["data", "model", "train", "suite", "merge", "finetune"],
     "evaluate": ["data", "model", "train", "suite", "merge", "finetune", "evaluate"],
     "export": [],
+    "predict": [],
+    "runs": [],
+    "clean": [],
     "report": [],
 }
 """The groups whose values a pipeline reads."""

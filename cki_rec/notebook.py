@@ -9,7 +9,7 @@ import importlib
 import os
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,22 +17,18 @@ import numpy as np
 import polars as pl
 import torch
 from numpy.typing import NDArray
-from torch import nn
 
-from cki_rec import COMMAND_VARIABLE, checkpoints
-from cki_rec.checkpoints import Checkpoint
+from cki_rec import COMMAND_VARIABLE
 from cki_rec.cli import compose_config, start_log
 from cki_rec.config import Config, UserError, nearest, parse
-from cki_rec.data.dataset import EncodedDataset
-from cki_rec.data.encoding import store, tokens
+from cki_rec.data.encoding import store
 from cki_rec.data.encoding.frames import encode_frame
 from cki_rec.data.encoding.frames import raw_rows as rows_of
 from cki_rec.data.encoding.split import SPLITS
-from cki_rec.data.schema import FeatureSchema
-from cki_rec.engine import distributed, evaluator
-from cki_rec.engine.record import Run
+from cki_rec.engine import evaluator
 from cki_rec.help_text import PIPELINES
-from cki_rec.pipelines import evaluate, export, report
+from cki_rec.pipelines import evaluate, loading, names, report
+from cki_rec.pipelines.loading import LoadedModel
 from cki_rec.plugins import load, load_class
 from cki_rec.search_path import with_folders
 
@@ -53,21 +49,6 @@ __all__ = [
     "run",
     "table",
 ]
-
-
-@dataclass(frozen=True, slots=True)
-class LoadedModel:
-    """A trained or merged model, with all that its inputs are made of."""
-
-    network: nn.Module
-    """The network on the CPU, in evaluation mode."""
-    schema: FeatureSchema
-    """The fields that it reads."""
-    dataset: EncodedDataset
-    """The data set of its training rows."""
-    tokens: dict[str, list[str]]
-    """Table -> its tokens; the first one has id 2."""
-    config: Config
 
 
 def compose(*overrides: str) -> Config:
@@ -98,7 +79,7 @@ def run(pipeline: str, *overrides: str) -> None:
     start_log()
     config = compose(*overrides)
     os.environ[COMMAND_VARIABLE] = shlex.join(["cki-rec", pipeline, *overrides])
-    importlib.import_module(f"cki_rec.pipelines.{pipeline}").run(config)
+    importlib.import_module(f"cki_rec.pipelines.{pipeline}").run(names.resolved(config))
 
 
 def records(name: str, *overrides: str) -> pd.DataFrame:
@@ -165,21 +146,7 @@ def load_model(name: str | Path, *overrides: str) -> LoadedModel:
     Raises:
         UserError: There is no such model, or its data set is not encoded here.
     """
-    config = compose(*overrides)
-    source = export.find(replace(config, run=_evaluated(config, str(name))))
-    distributed.start(replace(config.runtime, device="cpu"))
-    saved = checkpoints.load(source.checkpoint)
-    network = export.restore(saved, source.checkpoint)
-    encoded = Path(config.runtime.encoded)
-    folder = export.data_set(encoded, saved.origin.data_hash)
-    if folder is None:
-        raise UserError(
-            f"{name}: its data set is not encoded in {encoded}; name the folder with"
-            " runtime.encoded=FOLDER, or encode it again: cki-rec prepare data=..."
-        )
-    dataset = EncodedDataset(encoded / folder)
-    known = _tokens(saved, source.home, dataset)
-    return LoadedModel(network, saved.schema, dataset, known, config)
+    return loading.load(compose(*overrides), str(name))
 
 
 def raw_rows(config: Config, split: str | None = None) -> pl.DataFrame:
@@ -219,26 +186,11 @@ def predict(
     plain = frame if isinstance(frame, pl.DataFrame) else _from_pandas(frame)
     if not len(plain):
         return np.empty(0, np.float32)
-    rows = encode_frame(plain, model.dataset, model.schema, model.tokens, model.config.data)
+    rows = encode_frame(plain, model.encoder, model.schema)
     places = np.arange(len(rows))
     device = torch.device("cpu")
     scores = evaluator.predict(model.network, rows, model.schema, places, device)
     return scores if logits else torch.from_numpy(scores).sigmoid().numpy()
-
-
-def _evaluated(config: Config, name: str) -> str:
-    """Return the model of an evaluation; other runs are returned as they are.
-
-    Raises:
-        UserError: The evaluation combines several models.
-    """
-    out = Path(config.runtime.out)
-    folder = next((f for f in (Path(name), out / name) if f.is_dir()), None)
-    record = None if folder is None else Run(folder).record
-    members = [] if record is None else record["config"].get("members", [])
-    if len(members) > 1:
-        raise UserError(f"{name}: combines several models; load one of {', '.join(members)}")
-    return members[0] if members else name
 
 
 def _named(name: str, overrides: Sequence[str]) -> Config:
@@ -259,25 +211,3 @@ def _from_pandas(frame: pd.DataFrame) -> pl.DataFrame:
             )
         )
     return pl.DataFrame(columns)
-
-
-def _tokens(saved: Checkpoint, home: Path, dataset: EncodedDataset) -> dict[str, list[str]]:
-    """Return the tokens of every table whose ids are no hashes, checked by their digests."""
-    known = {}
-    for table_name in dict.fromkeys(feature.table for feature in saved.schema.lookups):
-        digest = saved.schema.vocabulary_hashes[table_name]
-        if digest.startswith(tokens.HASHED):
-            continue
-        if dataset.schema.vocabulary_hashes.get(table_name) == digest:
-            known[table_name] = dataset.vocabulary(table_name)
-        else:
-            known[table_name] = tokens.read_tokens(home / tokens.FOLDER, table_name, digest)
-    for feature in saved.schema.numbers:
-        ours, theirs = (
-            s.vocabulary_hashes.get(feature.name) for s in (saved.schema, dataset.schema)
-        )
-        if ours != theirs:
-            raise UserError(
-                f"{home}: numbers of {feature.name} have another scale than in {dataset.folder}"
-            )
-    return known

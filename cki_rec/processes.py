@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from cki_rec.config import Config
 
-BY_THE_FIRST = ("inspect", "prepare", "report", "export")
+BY_THE_FIRST = ("inspect", "prepare", "report", "export", "predict", "runs", "clean")
 """Pipelines that write one file or print: the first process runs them alone, the others end."""
 SECONDS_FOR_FIRST = 5.0
 """Time in which the first process prints a mistake that all have."""

@@ -229,8 +229,7 @@ def strings_compared(tree: ast.AST) -> set[str]:
 
 
 ALLOWED_WORDS = {
-    ("cki_rec.config.parsing", "evidence"),  # an option of merges
-    ("cki_rec.pipelines.foreign", "evidence"),  # an entry of the card
+    ("cki_rec.config.parsing", "evidence"),  # merge.evidence, the measure of trained rows
     ("cki_rec.data.encoding.partition", "random"),  # a kind of partition and of split
     ("cki_rec.data.encoding.split", "random"),
     ("cki_rec.engine.embeddings", "lr"),  # torch's name of the learning rate
@@ -242,6 +241,7 @@ ALLOWED_WORDS = {
     ("cki_rec.merging.steps", "first"),
     ("cki_rec.pipelines.merge_inputs", "evidence"),
     ("cki_rec.pipelines.preflight", "evidence"),
+    ("cki_rec.pipelines.foreign", "evidence"),  # the measure of trained rows in a merge card
     ("cki_rec.pipelines.teacher", "random"),  # rows of a refinement
     ("cki_rec.pipelines.merge_inputs", "first"),
 }

@@ -5,16 +5,13 @@
 
 from cki_rec.config.data_options import Data, Download, Partition, Split, Synthetic
 from cki_rec.config.errors import RankLost, ReportedElsewhere, Stopped, UserError, nearest
+from cki_rec.config.merge_options import Align, Assess, Learn, Merge
 from cki_rec.config.options import (
-    Align,
-    Assess,
     Attention,
     Config,
     Cross,
     Evaluate,
     Finetune,
-    Learn,
-    Merge,
     Model,
     Monitor,
     Runtime,
@@ -23,6 +20,7 @@ from cki_rec.config.options import (
     Train,
 )
 from cki_rec.config.parsing import (
+    OF_OTHERS,
     check_source,
     first_comment,
     model_options,
@@ -38,6 +36,7 @@ from cki_rec.config.section import choices
 from cki_rec.config.texts import check_name
 
 __all__ = [
+    "OF_OTHERS",
     "Align",
     "Assess",
     "Attention",

@@ -8,34 +8,30 @@ import os
 import platform
 import shutil
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from cki_rec import checkpoints
-from cki_rec.checkpoints import CHECKPOINT, DESCRIPTION, Checkpoint
-from cki_rec.config import Config, Model, UserError, nearest, section
+from cki_rec.checkpoints import DESCRIPTION, Checkpoint
+from cki_rec.config import Config, Model, UserError, section
 from cki_rec.data.schema import FIRST_ID, OOV_ID, PADDING_ID
 from cki_rec.engine import distributed
 from cki_rec.engine.export import (
     FORMATS,
-    IDS,
-    NUMBERS,
-    OUTPUTS,
     TOLERANCE,
-    Servable,
     check_packages,
     example_inputs,
-    free_dims,
     largest_difference,
 )
-from cki_rec.engine.record import RECORD, Run
+from cki_rec.engine.servable import IDS, NUMBERS, OUTPUTS, Servable, free_dims
 from cki_rec.environment import installed_version
 from cki_rec.files import file_digest
-from cki_rec.models import build_model
+from cki_rec.pipelines import serving_files
+from cki_rec.pipelines.loading import data_set, find, restore
+from cki_rec.pipelines.serving_files import ServingFiles
 
 FORMAT = 1
 """Format of the description."""
@@ -62,16 +58,6 @@ IDS_OF_TOKENS = (
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class ExportSource:
-    """The model that ``run`` names."""
-
-    checkpoint: Path
-    home: Path
-    """The run directory, or the checkpoint folder itself."""
-    run_id: str | None
-
-
 def run(config: Config) -> None:
     """Export the configured model; log the path, size and error of the file.
 
@@ -80,7 +66,7 @@ def run(config: Config) -> None:
             differ from the model; then no file is written.
     """
     check_packages(config.format)
-    source = find(config)
+    source = find(config, "export")
     distributed.start(replace(config.runtime, device="cpu"))
     saved = checkpoints.load(source.checkpoint)
     network = restore(saved, source.checkpoint)
@@ -96,59 +82,20 @@ def run(config: Config) -> None:
         "loading": LOADING[config.format],
         "versions": _versions(config.format),
     }
-    difference = write(network, saved, target, config.format, about)
+    try:
+        files = serving_files.of_model(config, saved, source.home, network)
+    except UserError as error:
+        log.warning("  no encoder of raw rows: %s", error)
+        files = None
+    written = write(network, saved, target, config.format, about, files, config.int8)
     megabytes = sum(path.stat().st_size for path in target.parent.glob(f"{target.name}*")) / 1e6
     log.info("model: %s", target)
     log.info("  %.2f MB; inputs and ids are described in %s.json", megabytes, target.name)
-    log.info("  largest difference from the model's own scores: %.1e", difference)
-
-
-def find(config: Config) -> ExportSource:
-    """Return the model that ``run`` names: a path, or a run id under ``runtime.out``.
-
-    Raises:
-        UserError: No model is named, or the run is missing, unfinished or without a model.
-    """
-    if config.run is None:
-        raise UserError(f"run=null: name a model, e.g. cki-rec export run={_example(config)}")
-    out = Path(config.runtime.out)
-    folder = next((f for f in (Path(config.run), out / config.run) if f.exists()), None)
-    if folder is None:
-        known = [path.parent.name for path in out.glob(f"*/{RECORD}")]
-        hint = nearest(config.run, known)
-        raise UserError(f"run={config.run}: {hint}no such folder, and no such run in {out}")
-    if (folder / DESCRIPTION).is_file():
-        is_of_run = folder.name == CHECKPOINT
-        home = folder.resolve().parent if is_of_run else folder
-        return ExportSource(folder, home, _run_id(home) if is_of_run else None)
-    if not (folder / RECORD).is_file():
-        if (folder / CHECKPOINT).is_dir():
-            raise UserError(
-                f"run={config.run}: unfinished, {RECORD} is missing; run its command again, or"
-                f" name its checkpoint as it is: run={folder / CHECKPOINT}"
-            )
-        raise UserError(f"run={config.run}: no run and no checkpoint in {folder}")
-    if not (folder / CHECKPOINT).is_dir():
-        record = Run(folder).record or {}
-        chosen = (record.get("result") or {}).get("chosen") or []
-        others = f"; its result is another run: run={', run='.join(chosen)}" if chosen else ""
-        raise UserError(f"run={config.run}: this run made no model{others}")
-    return ExportSource(folder / CHECKPOINT, folder, _run_id(folder))
-
-
-def restore(saved: Checkpoint, folder: Path) -> nn.Module:
-    """Return the network of a checkpoint on the CPU, with unsharded tables.
-
-    Raises:
-        UserError: The tensors do not match the network.
-    """
-    network = build_model(saved.schema, saved.model, torch.device("meta"))
-    try:
-        network.load_state_dict(saved.params, assign=True)
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"{folder}: its tensors do not fit its network ({reason})") from None
-    return network.eval()
+    log.info("  largest difference from the model's own scores: %.1e", written["difference"])
+    for rows, largest in written["int8"].items():
+        log.info("  int8 tables: largest error of a score on %s: %.1e", rows, largest)
+    if files is not None:
+        log.info("  raw rows: encoder.py, and examples.json with ten rows and their scores")
 
 
 def write(
@@ -157,8 +104,10 @@ def write(
     target: Path,
     name: str,
     about: dict[str, Any],
-) -> float:
-    """Write the file and its description whole or not at all; return the difference of scores.
+    files: ServingFiles | None = None,
+    is_int8: bool = False,
+) -> dict[str, Any]:
+    """Write the file and its description whole or not at all.
 
     Args:
         network: The network of ``saved``.
@@ -166,6 +115,12 @@ def write(
         target: The file; its description is written beside it.
         name: A row of ``FORMATS``.
         about: Further entries of the description.
+        files: The encoder of raw rows and examples; None: they are not at hand.
+        is_int8: Store embeddings as int8.
+
+    Returns:
+        ``difference`` of the file's scores from those of its network, and ``int8``: the largest
+        error of a score by rows, empty without int8.
 
     Raises:
         UserError: Scores of the written file differ from the network.
@@ -173,19 +128,25 @@ def write(
     temporary = target.with_name(f".{target.name}.tmp-{os.getpid()}")
     try:
         temporary.mkdir(parents=True)
-        path, servable = temporary / target.name, Servable(network, saved.schema)
+        path, servable = temporary / target.name, Servable(network, saved.schema, is_int8)
         FORMATS[name].write(servable, example_inputs(saved.schema), path)
-        difference = largest_difference(network, saved.schema, FORMATS[name].read(path))
+        scores = FORMATS[name].read(path)
+        exact = (lambda inputs: servable(inputs)["logit"]) if is_int8 else None
+        difference = largest_difference(network, saved.schema, scores, exact)
         if not difference <= TOLERANCE:
             raise UserError(
                 f"format={name}: exported scores differ from the model's own by {difference:.1e},"
                 f" more than {TOLERANCE:.0e}; nothing is kept"
             )
+        errors = serving_files.int8_errors(network, servable, files) if is_int8 else {}
+        if files is not None:
+            files.write(temporary, target.name, errors)
         parts = sorted(temporary.iterdir())
         description = {
             "format": FORMAT,
             "files": {part.name: file_digest(part) for part in parts},
             "largest_difference": difference,
+            **({"int8": {"largest_error": errors}} if is_int8 else {}),
             **about,
             **describe_servable(servable, saved.model),
         }
@@ -193,8 +154,9 @@ def write(
         beside.write_text(json.dumps(description, indent=1, allow_nan=False))
         for part in (*parts, beside):
             part.replace(target.with_name(part.name))
-        if len(parts) == 1:
-            target.with_name(f"{target.name}.data").unlink(missing_ok=True)
+        data = target.with_name(f"{target.name}.data")
+        if data.name not in {part.name for part in parts}:
+            data.unlink(missing_ok=True)
     except OSError as error:
         error.filename = error.filename or str(target)
         raise
@@ -202,7 +164,7 @@ def write(
         shutil.rmtree(temporary, ignore_errors=True)
         with suppress(OSError):
             target.parent.rmdir()  # if it is empty
-    return difference
+    return {"difference": difference, "int8": errors}
 
 
 def describe_servable(servable: Servable, model: Model) -> dict[str, Any]:
@@ -240,30 +202,6 @@ def describe_servable(servable: Servable, model: Model) -> dict[str, Any]:
         "first_id": FIRST_ID,
         "model": section(model),
     }
-
-
-def _run_id(home: Path) -> str | None:
-    """Return the run id in the record of a run; None without a record."""
-    record = Run(home).record
-    return None if record is None else str(record.get("run_id"))
-
-
-def _example(config: Config) -> str:
-    """Return the latest run with a model, for a message."""
-    runs = Path(config.runtime.out).glob(f"*/{CHECKPOINT}/{DESCRIPTION}")
-    latest = max(runs, key=lambda path: path.stat().st_mtime, default=None)
-    return latest.parent.parent.name if latest else "experiments/runs/train-0123456789abcdef"
-
-
-def data_set(encoded: Path, data_hash: str) -> str | None:
-    """Return the name of the encoded data set with this hash; None if it is not here."""
-    for path in sorted(encoded.glob("*/manifest.json")):
-        try:
-            if json.loads(path.read_text())["hash"] == data_hash:
-                return path.parent.name
-        except (OSError, ValueError, KeyError, TypeError):
-            continue  # damaged or incomplete
-    return None
 
 
 def _versions(name: str) -> dict[str, str]:

@@ -21,7 +21,7 @@ from cki_rec.engine.record import Run, open_run
 from cki_rec.engine.restoration import restore
 from cki_rec.engine.trainer import LABELS, Objective
 from cki_rec.models.layers import MASKS
-from cki_rec.pipelines import merge, preflight, teacher, train, vocabularies
+from cki_rec.pipelines import merge, names, preflight, teacher, train, vocabularies
 from cki_rec.pipelines.history import log_done, valid_auc
 from cki_rec.pipelines.sources import Source, Sources
 
@@ -33,7 +33,7 @@ def run(config: Config) -> float:
     if config.finetune.epochs == 0:
         raise UserError("finetune.epochs=0: nothing to do; choose finetune=one_epoch")
     start = time.time()
-    done = ensure(config, force=config.runtime.force)
+    done = names.give(config, ensure(config, force=config.runtime.force))
     log_done(done, start)
     return valid_auc(done)
 

@@ -29,7 +29,6 @@ from cki_rec.pipelines.foreign_sources import (
     check_module,
     differences,
     evidence,
-    is_foreign,
     load,
     open_source,
     tables_of,
@@ -37,8 +36,6 @@ from cki_rec.pipelines.foreign_sources import (
 from cki_rec.pipelines.references import Reference
 from cki_rec.pipelines.sources import check_distinct
 from cki_rec.plugins import load_function, source_digest
-
-__all__ = ["is_foreign", "merge_foreign"]
 
 DEFAULTS: dict[str, Any] = {
     **{"scope": "all", "tables": "same", "biases": "merge", "ablation": "none", "memory_gb": None},
@@ -49,7 +46,7 @@ DEFAULTS: dict[str, Any] = {
 log = logging.getLogger(__name__)
 
 
-def merge_foreign(config: Config) -> None:
+def run(config: Config) -> None:
     """Merge as configured, and log a report with the place of the model.
 
     Raises:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from cki_rec.checkpoints.formats import Layout, Stored, is_own, layout, open_stored
 from cki_rec.checkpoints.formats.layout import Naming
-from cki_rec.config import Config, UserError
+from cki_rec.config import OF_OTHERS, Config, UserError
 from cki_rec.merging.optimizer_state import squared_gradients
 from cki_rec.merging.params import Params, is_finite
 
@@ -26,10 +26,6 @@ TABLE = re.compile(r"emb|table|factor|lookup", re.IGNORECASE)
 """Names of matrices that are taken for tables if the network is unknown."""
 EVIDENCE = ("counts", "optimizer", "scores")
 """Measures of how often rows were trained, the best one first."""
-FOR_OTHERS: dict[str, Any] = {
-    **{"batches": None, "data": None, "format": None, "evidence": "auto", "table_names": []},
-}
-"""Options for checkpoints of other programs -> their values without any."""
 SHOWN = 5
 
 
@@ -79,7 +75,7 @@ def is_foreign(config: Config) -> bool:
     is_other = any(isinstance(path, str) and not is_own(Path(path)) for path in paths)
     if options.module is not None or is_other:
         return True
-    for name, usual in FOR_OTHERS.items():
+    for name, usual in OF_OTHERS.items():
         if (value := getattr(options, name)) != usual:
             raise UserError(
                 f"merge.{name}={value}: is for checkpoints of other programs, and all sources are"

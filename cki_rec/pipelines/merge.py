@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from cki_rec.checkpoints import Checkpoint, Description, describe
-from cki_rec.config import Config, UserError, run_id, section, with_delta
+from cki_rec.config import Config, UserError, run_id, with_delta
 from cki_rec.data.encoding import store, tokens
 from cki_rec.data.encoding.store import EncodedDataset
 from cki_rec.data.provenance import Provenance
@@ -28,11 +28,21 @@ from cki_rec.merging.params import MergeError, NotPossible
 from cki_rec.merging.result import MergeResult
 from cki_rec.merging.search import AUTO
 from cki_rec.merging.steps import calibrate_model
-from cki_rec.models.layers import MASKS
-from cki_rec.pipelines import check_only, choice, preflight, refine, sources, train, vocabularies
+from cki_rec.pipelines import (
+    check_only,
+    choice,
+    foreign,
+    preflight,
+    refine,
+    sources,
+    train,
+    vocabularies,
+)
 from cki_rec.pipelines.compatibility import compare, counts_of, finite, require, type_name
-from cki_rec.pipelines.foreign import is_foreign, merge_foreign
+from cki_rec.pipelines.foreign_sources import is_foreign
+from cki_rec.pipelines.merge_identity import merge_reads
 from cki_rec.pipelines.merge_inputs import ablated, fisher, fixed_rules, learning
+from cki_rec.pipelines.names import give
 from cki_rec.pipelines.predictions import calibrator, scorer, valid_auc
 from cki_rec.pipelines.provenance import data_facts
 from cki_rec.pipelines.references import REFERENCES
@@ -50,9 +60,11 @@ log = logging.getLogger(__name__)
 def run(config: Config) -> None:
     """Merge as configured; log the folder of the model and the shares of its sources."""
     if is_foreign(config):
-        return merge_foreign(config)
+        foreign.run(config)
+        return
     if config.check_only:
-        return check_only.report(config)
+        check_only.report(config)
+        return
     done = ensure(config, force=config.runtime.force)
     assert done.record is not None
     result = done.record["result"]
@@ -71,6 +83,7 @@ def run(config: Config) -> None:
         log.info("chosen: %s", scores.get("titles", {}).get(chosen[0], chosen[0]))
     for folder in [done.checkpoint] if chosen is None else choice.folders(out, chosen):
         log.info("model: %s", folder)
+    give(config, done, chosen)
 
 
 def ensure(config: Config, models: Sources | None = None, force: bool = False) -> Run:
@@ -103,7 +116,7 @@ def ensure(config: Config, models: Sources | None = None, force: bool = False) -
     is_disjoint = options.method not in REFERENCES and are_disjoint(
         [shard_of(source) for source in candidates]
     )
-    reads = _reads(config, candidates, base, dataset, is_disjoint)
+    reads = merge_reads(config, candidates, base, dataset, is_disjoint)
     if preflight.is_refined_search(options):
         best = choice.best_of(config, models, candidates, dataset)
         for changed in refine.variants(config, models):
@@ -168,44 +181,6 @@ def warn_if_unchanged(config: Config, result: dict[str, Any]) -> None:
             " unchanged",
             *(config.merge.label, scores["best_source"], scores["name"]),
         )
-
-
-def _reads(
-    config: Config,
-    candidates: Sequence[Source],
-    base: Source | None,
-    dataset: EncodedDataset | None,
-    is_disjoint: bool,
-) -> dict[str, Any]:
-    """Return everything that the result depends on."""
-    rule = section(config.merge)
-    if not rule["margin"]:
-        del rule["margin"]
-    rule.pop("plugins", None)
-    del rule["memory_gb"]
-    if rule["dtype"] is None:
-        del rule["dtype"]
-    of_refinement = ("effort", "refine", "refinement", "rows")  # held by the refined candidate
-    for name in ("sources", "label", "vocabularies", *of_refinement):
-        del rule[name]
-    rule["base"] = None if base is None else base.identity
-    if own := preflight.source_of(config.merge):
-        rule["source"] = own
-    reads = {
-        "sources": [source.identity for source in candidates],
-        "merge": rule,
-        "data": dataset.hash if dataset else None,
-        "model": train.model_identity(config.model) if dataset else None,
-        "batch_size": config.train.batch_size if dataset else None,
-        "seed": config.seed,
-    }
-    if config.merge.vocabularies:  # which ones: their hashes are in the sources
-        reads["vocabularies"] = "joined"
-    if is_disjoint:
-        reads["counts"] = "sum"
-    if config.merge.learn.what != "none":
-        reads["masks"] = MASKS
-    return reads
 
 
 def _result(**entries: Any) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from cki_rec.engine import distributed
 from cki_rec.engine.record import Run
 from cki_rec.merging.options import in_yaml
 from cki_rec.pipelines import compatibility, train
+from cki_rec.pipelines.names import NAMES
 
 NOT_OF_TRAINING = (
     *("merge.", "merge=", "suite.", "assess", "finetune", "evaluate", "check_only", "name", "-"),
@@ -78,7 +79,8 @@ def resolve(config: Config, needs_base: bool, needs_suite: bool) -> Sources:
     if needs_suite:
         lists["suite.sources"] = config.suite.sources
     for option, deltas in lists.items():
-        check_distinct([_content(config, delta, option) for delta in deltas], deltas, option)
+        contents = [_content(config, delta, option) for delta in deltas]
+        check_distinct(contents, [title(delta) for delta in deltas], option)
     _check_before_training(config, base)
     found = {option: [one(d, option) for d in deltas] for option, deltas in lists.items()}
     for option, sources in found.items():
@@ -166,9 +168,10 @@ def _resolve(config: Config, delta: Mapping[str, Any], option: str) -> Source:
 
 
 def title(delta: Mapping[str, Any]) -> str:
-    """Return a source in words: its path, or ``seed=1, data.part=0``."""
+    """Return a source in words: its name or path, or ``seed=1, data.part=0``."""
     if "path" in delta:
-        return str(delta["path"])
+        path = Path(str(delta["path"]))
+        return path.name if path.parent.name == NAMES else str(delta["path"])
     return ", ".join(f"{key}={value}" for key, value in delta.items()) or "as configured"
 
 

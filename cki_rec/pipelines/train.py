@@ -52,6 +52,7 @@ from cki_rec.models.comparison import decides, differences
 from cki_rec.models.layers import MASKS
 from cki_rec.pipelines.field_notes import warn_of_fields
 from cki_rec.pipelines.history import best_epoch, history_summary, log_done, valid_auc
+from cki_rec.pipelines.names import give
 from cki_rec.pipelines.provenance import check_data, data_facts
 from cki_rec.plugins import load_class, source_digest
 
@@ -61,7 +62,7 @@ log = logging.getLogger(__name__)
 def run(config: Config) -> float:
     """Train as configured, log the model's folder, and return its validation AUC."""
     start = time.time()
-    done = ensure(config, force=config.runtime.force)
+    done = give(config, ensure(config, force=config.runtime.force))
     log_done(done, start)
     return valid_auc(done)
 

@@ -22,7 +22,8 @@ from cki_rec.data.loader import Loader
 from cki_rec.data.provenance import Provenance
 from cki_rec.data.schema import Feature, FeatureSchema
 from cki_rec.engine import checkpoint_io, export
-from cki_rec.engine.export import FORMATS, Servable, draw_batch, example_inputs, inputs_of
+from cki_rec.engine.export import FORMATS, example_inputs
+from cki_rec.engine.servable import Servable, draw_batch, inputs_of
 from cki_rec.files import file_digest
 from cki_rec.models import MODELS, build_model, model_schema
 from cki_rec.pipelines import export as pipeline

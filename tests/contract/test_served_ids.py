@@ -1,13 +1,16 @@
-"""Ids as a server sends them score as in training: outside of a table, or repeated in a set."""
+"""Ids as a server sends them score as in training: outside of a table, or repeated; int8."""
 
 from dataclasses import replace
 
 import pytest
 import torch
 from networks import make_case, options
+from samples import slow_but
 
 from cki_rec.data.schema import OOV_ID
-from cki_rec.engine.export import FORMATS, Servable, draw_batch, example_inputs, inputs_of
+from cki_rec.engine.export import FORMATS, example_inputs
+from cki_rec.engine.servable import Servable, draw_batch, inputs_of
+from cki_rec.models import MODELS
 from cki_rec.pipelines.export import describe_servable
 
 
@@ -58,3 +61,21 @@ def test_description_states_repeats_and_ids_outside_of_tables(served):
         stated = {f["name"]: f["repeats"] for f in facts["fields"] if "repeats" in f}
         assert stated == {name: repeats}
         assert facts["ids_outside_tables"] == "scored as unseen_id"
+
+
+@pytest.mark.parametrize("name", slow_but(["din"], MODELS))
+def test_int8_tables_score_as_their_rounded_floats(name):
+    network, schema = make_case(name, "mixed")
+    network = network.float().eval()
+    exact, small = (Servable(network, schema, is_int8) for is_int8 in (False, True))
+    assert len(small.scales) == sum(table.shape[1] > 1 for table in small.tables)
+    for place, scale in small.scales.items():
+        table, rounded = exact.tables[int(place)], small.tables[int(place)]
+        assert rounded.dtype == torch.int8
+        assert ((rounded * scale - table).abs() <= 0.501 * scale).all()
+        assert not rounded[0].any()
+        table.copy_(rounded * scale)
+    for longest in (0, 1, 6):
+        generator = torch.Generator().manual_seed(longest)
+        inputs = inputs_of(draw_batch(schema, 64, longest, generator), schema)
+        torch.testing.assert_close(small(inputs), exact(inputs), rtol=1e-5, atol=1e-5)

@@ -61,6 +61,7 @@ class Reading:
     """First skipped rows by reason."""
     has_published: bool = True
     """Whether to compute the md5 of texts, which identifies published ones."""
+    fix: str = "skip such rows with data.on_bad_row=skip"  # for rows that have no other
     line: int = 1
     """Number of the next line in the current text."""
     md5: dict[str, str] = field(default_factory=dict)
@@ -70,7 +71,7 @@ class Reading:
 
     def fork(self) -> Reading:
         """Return the state for one chunk, which ``merge`` adds to this one."""
-        return Reading(self.on_bad_row, self.block_bytes, has_published=False)
+        return Reading(self.on_bad_row, self.block_bytes, has_published=False, fix=self.fix)
 
     def merge(self, other: Reading, num_usable: int) -> None:
         """Add the bad rows and the number of good rows of the next chunk."""
@@ -106,10 +107,9 @@ class Reading:
         """
         shown = repr(text if len(text) <= 80 else text[:77] + "...")
         if self.on_bad_row == "error":
-            fix = fix or "skip such rows with data.on_bad_row=skip"
             raise UserError(
                 f"{where}: {reason}: found {shown}, expected {expected}; correct the {thing}, or "
-                f"{fix}"
+                f"{fix or self.fix}"
             )
         self.counts[reason] = self.counts.get(reason, 0) + rows
         examples = self.examples.setdefault(reason, [])

@@ -47,8 +47,15 @@ class Format:
     """Consecutive rows of one user that form one step in time."""
     has_free_kinds: bool = False
     """Whether ``data.fields`` may make a numeric field of any column."""
+    has_types: bool = False
+    """Whether columns have types, so that whole numbers stay whole."""
     has_threshold: bool = False
     """Whether ``data.label_threshold`` defines the labels."""
+    time: tuple[str, str] | None = None
+    """The raw column of times and its form (``values.TIMES``); None: there is none, or
+    ``data.time`` names it."""
+    columns: tuple[str, ...] = ()
+    """Columns of files without a header, the label first; empty: files have a header."""
     true_logits: Callable[[Data], Path] | None = None
     """The file of the true logits of the rows; None: rows are not synthetic."""
     describes: frozenset[str] = frozenset()
@@ -57,10 +64,6 @@ class Format:
     """Options with values of the raw files in place of ``auto``."""
     recorded_forms: Callable[[Data], dict[str, Any]] = lambda data: {}
     """Options of the form of raw files that differ from the defaults, for manifests."""
-    write_frame: Callable[[pl.DataFrame, Path], None] = lambda frame, path: frame.write_csv(
-        path, null_value=""
-    )
-    """Write rows in memory as a file of this format, if kinds are free."""
     recorded_as: str | None = None
     """Name of the format in manifests and provenance, where it differs: renaming a format must not
     change the identity of encoded sets."""
@@ -79,10 +82,16 @@ def _format(module: Any, **traits: Any) -> Format:
 
 
 FORMATS: dict[str, Format] = {
-    "criteo": _format(criteo, is_chronological=lambda data: True),
-    "avazu": _format(avazu),
+    "criteo": _format(
+        criteo, is_chronological=lambda data: True, columns=tuple(criteo.LAYOUT.columns)
+    ),
+    "avazu": _format(avazu, time=("hour", "yymmddhh")),
     "movielens": _format(
-        movielens, has_published=True, has_threshold=True, describes=movielens.DESCRIBES
+        movielens,
+        has_published=True,
+        has_threshold=True,
+        time=("timestamp", "seconds"),
+        describes=movielens.DESCRIBES,
     ),
     "csv": _format(
         csv,
@@ -97,11 +106,12 @@ FORMATS: dict[str, Format] = {
         has_free_kinds=True,
         resolve=parquet.resolve,
         recorded_forms=parquet.recorded_forms,
-        write_frame=pl.DataFrame.write_parquet,
+        has_types=True,
     ),
     "sequences": _format(
         sequences,
         rows_per_step=sequences.rows_per_step,
+        time=("time", "seconds"),
         describes=frozenset({sequences.ATTRIBUTES}),
     ),
     "synthetic": _format(
