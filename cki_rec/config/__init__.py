@@ -20,6 +20,7 @@ from cki_rec.config.options import (
     Train,
 )
 from cki_rec.config.parsing import (
+    OF_OTHERS,
     check_source,
     first_comment,
     model_options,
@@ -35,6 +36,7 @@ from cki_rec.config.section import choices
 from cki_rec.config.texts import check_name
 
 __all__ = [
+    "OF_OTHERS",
     "Align",
     "Assess",
     "Attention",

@@ -68,13 +68,13 @@ def run(config: Config) -> None:
         rows = rows_of(config, module)
         if options.method == AUTO and (rows is None or rows.labels is None):
             raise UserError(
-                "merge=auto compares recipes on rows with labels: merge.batches=file.py:function"
-                " that returns [(inputs, labels), ...], or merge.data with a column label; or"
-                " choose a method, as merge=average"
+                "merge=auto compares recipes on rows with labels. Set merge.batches to a function"
+                " that returns [(inputs, labels), ...], or merge.data to a file with a column"
+                " label; or choose a method, as merge=average"
             )
         digests = [source.stored.digest() for source in everyone]
         check_distinct(digests[: len(sources)], [s.path for s in sources], "merge.sources")
-        reads = _reads(config, digests, tables, rows)
+        reads = _reads(config, everyone, tables, rows)
         out = Path(config.runtime.out)
         with open_run(out, run_id("merge", reads), config.runtime.force) as done:
             if done.record is None:
@@ -227,15 +227,15 @@ def _write(options: Merge, first: Foreign, params: Params, folder: Path) -> Path
 
 
 def _reads(
-    config: Config, digests: Sequence[str], tables: Sequence[str], rows: SampleRows | None
+    config: Config, everyone: Sequence[Foreign], tables: Sequence[str], rows: SampleRows | None
 ) -> dict[str, Any]:
     """Return everything that the result depends on."""
     options = section(config.merge)
-    for name in ("label", "plugins", "batches", "data", "module", "memory_gb"):
+    for name in ("label", "plugins", "sources", "base", "batches", "data", "module", "memory_gb"):
         options.pop(name, None)
     network = config.merge.module
     return {
-        "foreign": list(digests),
+        "foreign": [source.identity() for source in everyone],
         "merge": options,
         "tables": list(tables),
         "module": network and source_digest(load_function(network, "merge.module")),

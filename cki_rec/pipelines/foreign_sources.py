@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from cki_rec.checkpoints.formats import Layout, Stored, is_own, layout, open_stored
 from cki_rec.checkpoints.formats.layout import Naming
-from cki_rec.config import Config, UserError
+from cki_rec.config import OF_OTHERS, Config, UserError
 from cki_rec.merging.optimizer_state import squared_gradients
 from cki_rec.merging.params import Params, is_finite
 
@@ -37,6 +37,13 @@ class Foreign:
     stored: Stored
     parts: Layout
     naming: Naming
+    beside: tuple[Stored, ...] = ()
+    """Further files, of counts and optimizer state."""
+
+    def identity(self) -> list[Any]:
+        """Return everything that the values of the model and its evidence depend on."""
+        naming = [list(map(list, self.naming.renames)), list(self.naming.transposed)]
+        return [self.stored.digest(), *naming, *(stored.digest() for stored in self.beside)]
 
     def tensor(self, name: str) -> Tensor:
         """Return one tensor of the model.
@@ -58,10 +65,23 @@ class Foreign:
 
 
 def is_foreign(config: Config) -> bool:
-    """Return whether a merge has sources of other programs, or a network of its own."""
-    paths = [source["path"] for source in config.merge.sources if "path" in source]
+    """Return whether a merge has sources of other programs, or a network of its own.
+
+    Raises:
+        UserError: It has not, but options for them.
+    """
+    options = config.merge
+    paths = [source["path"] for source in options.sources if "path" in source]
     is_other = any(isinstance(path, str) and not is_own(Path(path)) for path in paths)
-    return config.merge.module is not None or is_other
+    if options.module is not None or is_other:
+        return True
+    for name, usual in OF_OTHERS.items():
+        if (value := getattr(options, name)) != usual:
+            raise UserError(
+                f"merge.{name}={value}: is for checkpoints of other programs, and all sources are"
+                " of cki-rec; leave it out"
+            )
+    return False
 
 
 def open_source(
@@ -100,7 +120,8 @@ def open_source(
         raise UserError(f"{option}: {pattern}: no regular expression ({error})") from None
     stored = _opened(path, stack)
     others = {key: _opened(str(source[key]), stack) for key in KEYS[-2:] if source.get(key)}
-    return Foreign(path, stored, layout(stored, naming, **others), naming)
+    parts = layout(stored, naming, **others)
+    return Foreign(path, stored, parts, naming, tuple(others.values()))
 
 
 def _opened(path: str, stack: ExitStack) -> Stored:
@@ -330,9 +351,10 @@ def evidence(
 def has_evidence(source: Foreign, table: str, kind: str) -> bool:
     """Return whether a source holds a measure of how often the rows of a table were trained."""
     if kind == "optimizer":
-        state = source.parts.state.get(table, {})
-        shapes = {name: torch.ones(1, 1) for name in state}
-        return squared_gradients(shapes) is not None
+        rows, held = source.parts.entries[table].shape[0], source.parts.state.get(table, {})
+        shapes = [holder.entries[key].shape for name, (holder, key) in held.items()]
+        is_known = squared_gradients({name: torch.ones(1, 1) for name in held}) is not None
+        return is_known and all(not s or s == (1,) or s[0] % max(1, rows) == 0 for s in shapes)
     return table in (source.parts.counts if kind == "counts" else source.parts.scores)
 
 
@@ -345,6 +367,8 @@ def _evidence(source: Foreign, table: str, kind: str) -> Tensor:
         beta = float(options.get("betas", (0.9, 0.999))[1])
         values = squared_gradients(state, initial, beta)
         assert values is not None
+        # TorchRec writes the accumulators of the parts of columns one after the other
+        values = values.reshape(-1, source.parts.entries[table].shape[0]).mean(0)
     else:
         holder, key = (source.parts.counts if kind == "counts" else source.parts.scores)[table]
         values = holder.rows(key).double()

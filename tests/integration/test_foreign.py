@@ -35,6 +35,7 @@ def test_the_result_is_in_the_form_of_the_first_source_and_equals_the_library(
     assert command.card["sources"][0]["digest"][:16] in command.text
 
 
+@pytest.mark.slow
 def test_formats_mix_and_the_result_has_any(home, command):
     mixed = [str(home / "a.pt"), str(home / "b")]
     expected = cki_rec.merge([state_of(home, "a"), state_of(home, "b")]).params
@@ -69,6 +70,7 @@ def test_alignment_by_activations_from_the_command_line(home, command):
     ]
 
 
+@pytest.mark.slow
 def test_auto_compares_recipes_on_labels_of_batches_or_of_a_file(home, command, tmp_path):
     net, sources = home / "net.py", [str(home / "a.pt"), str(home / "b.pt")]
     module = f"merge.module={net}:Ranker"
@@ -105,6 +107,7 @@ def test_evidence_of_optimizers_gives_rows_to_the_model_that_trained_them(home, 
     assert "merge.evidence=counts:" in command.shown.err
 
 
+@pytest.mark.slow
 def test_counts_and_optimizer_state_of_other_files(home, command, tmp_path):
     counts = []
     for k, name in enumerate("ab"):
@@ -141,6 +144,7 @@ def test_types_differ(home, command, tmp_path):
     assert "out" in command.text
 
 
+@pytest.mark.slow
 def test_names_of_other_frameworks(home, command, tmp_path):
     other = {f"tower.{n}": x for n, x in state_of(home, "b").items()}
     other["tower.mlp.0.weight"] = other["tower.mlp.0.weight"].t().contiguous()
@@ -270,3 +274,22 @@ def test_two_strangers_models_give_the_same_hits_as_from_python(command):
     ).params
     assert hits(read(path)) == hits(expected)
     assert hits(read(path)) == pytest.approx(0.63, abs=0.01)
+
+
+def test_a_moved_source_is_the_same_and_other_counts_are_not(home, command, tmp_path):
+    moved = tmp_path / "moved.safetensors"
+    moved.write_bytes((home / "a.safetensors").read_bytes())
+    b = str(home / "b.safetensors")
+    first = command.model("merge=average", sources=[str(home / "a.safetensors"), b])
+    assert command.model("merge=average", sources=[str(moved), b]) == first
+    for number in (1, 2):
+        torch.save({"user": torch.full((40,), number)}, tmp_path / "counts.pt")
+        listed = [f"{{path: {p}, counts: {tmp_path / 'counts.pt'}}}" for p in (moved, b)]
+        command.model("merge=average", sources=listed)
+    assert len(list(command.out.glob("merge-*"))) == 3
+
+
+def test_options_for_others_are_refused_where_all_is_of_cki_rec(command):
+    for word in ("evidence=optimizer", "format=dcp", "batches=x:y", "table_names=[a]"):
+        error = command.error(f"merge.{word}", sources=["{seed: 1}", "{seed: 2}"])
+        assert "is for checkpoints of other programs" in error

@@ -48,6 +48,7 @@ def test_parts_methods_symmetries_and_a_draft_that_runs(home, inspect, tmp_path,
     assert "is kept; runtime.force=true" in inspect(home / "a.pt", home / "b.pt", *words)
 
 
+@pytest.mark.slow
 def test_names_and_transposes_are_drafted(home, inspect, tmp_path):
     state = state_of(home, "b")
     other = {name.replace("user", "user_emb"): tensor for name, tensor in state.items()}
