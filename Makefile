@@ -37,6 +37,8 @@ format: setup ## let ruff rewrite the sources
 
 # pytest keeps the compiled tests for the next run, also where the environment forbids bytecode.
 test test-all: export PYTHONDONTWRITEBYTECODE =
+# There are as many test processes as cores.
+test test-all: export OMP_NUM_THREADS = 1
 
 test: lint ## lint, types and tests
 	$(BIN)/pytest -q --hypothesis-profile=fixed $(PARALLEL)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from omegaconf import OmegaConf
+from samples import slow_but
 
 import cki_rec
 from cki_rec import environment
@@ -324,7 +325,7 @@ def sweep_of(name: str) -> list[tuple[str, ...]]:
     return list(itertools.product(*values))
 
 
-@pytest.mark.parametrize("name", EXPERIMENTS)
+@pytest.mark.parametrize("name", slow_but(["quickstart", "paper_methods"], EXPERIMENTS))
 def test_every_sweep_expands_and_its_jobs_parse(compose, name):
     jobs = sweep_of(name)
     assert len(set(jobs)) == len(jobs) > 0

@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from samples import ROOT, make_data
+from samples import ROOT, make_data, slow_but
 
 from cki_rec.config import Data, Partition, Split
 from cki_rec.data.encoding import store
@@ -140,7 +140,7 @@ def test_small_chunks_give_the_same_bytes(
     assert sizes == [block_bytes]
 
 
-@pytest.mark.parametrize("choice", CHOICES)
+@pytest.mark.parametrize("choice", slow_but(["movielens"], CHOICES))
 def test_chunks_smaller_than_a_line_give_the_same_bytes(choice, small_blocks, tmp_path):
     data = CHOICES[choice](tmp_path / "raw", 500)
     want = digests(prepare(data, tmp_path / "whole").folder)
