@@ -171,6 +171,19 @@ class Method:
         if self.max_models is not None and num_models is not None and num_models > self.max_models:
             raise MergeError(f"{self.name} takes {self.max_models} models, not {num_models}")
 
+    def check_inputs(
+        self, inputs: MergeInputs, options: Mapping[str, Any], num_models: int
+    ) -> None:
+        """Check that all inputs are there; one model needs a base alone.
+
+        Raises:
+            MergeError: An input is missing.
+        """
+        for name in self.needs(options):
+            is_needed = name in self.inputs and (num_models > 1 or name == "base")
+            if is_needed and not getattr(inputs, name):
+                raise MergeError(f"method {self.name} needs {MISSING[name]}")
+
     def collect(
         self, rows: Mapping[str, Rows], options: Mapping[str, Any]
     ) -> dict[str, Tensor] | None:
@@ -194,13 +207,7 @@ class Method:
             MergeError: An input is missing, the function refuses its arguments, changes the
                 models, or returns no dictionary of tensors.
         """
-        for name in self.needs(options):
-            if (
-                name in self.inputs
-                and not getattr(inputs, name)
-                and (len(models) > 1 or name == "base")
-            ):
-                raise MergeError(f"method {self.name} needs {MISSING[name]}")
+        self.check_inputs(inputs, options, len(models))
         taken = {name: getattr(inputs, name) for name in self.inputs}
         before = _versions(models)
         result = self.function(models, **taken, **options)

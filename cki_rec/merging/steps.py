@@ -153,6 +153,7 @@ def mix_models(
         learn: Training of gates; None: closed form.
         processes: The processes that hold the models.
     """
+    method.check_inputs(inputs, options, len(models))
     if inputs.statistics is None:
         compared = shared_rows(models, row_mask) if method.returns_weights else models
         rows = in_blocks(compared, inputs.base, inputs.fisher, reduction=processes)

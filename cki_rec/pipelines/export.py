@@ -205,6 +205,6 @@ def describe_servable(servable: Servable, model: Model) -> dict[str, Any]:
 
 
 def _versions(name: str) -> dict[str, str]:
-    packages = ("cki-rec", "torch", *FORMATS[name].packages)
+    packages = ("cki-rec", "torch", "polars", *FORMATS[name].packages)
     versions = {package: installed_version(package) for package in packages}
     return {"python": platform.python_version(), **{p: v for p, v in versions.items() if v}}

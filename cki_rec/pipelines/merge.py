@@ -60,7 +60,8 @@ log = logging.getLogger(__name__)
 def run(config: Config) -> None:
     """Merge as configured; log the folder of the model and the shares of its sources."""
     if is_foreign(config):
-        foreign.run(config)
+        if distributed.rank() == 0:
+            foreign.run(config)
         return
     if config.check_only:
         check_only.report(config)

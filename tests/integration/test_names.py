@@ -98,6 +98,7 @@ def test_clean_lists_first_and_deletes_what_nothing_refers_to(days, tmp_path):
     assert left == sorted(names.names_of(out).values())
 
 
+@pytest.mark.slow
 def test_runs_that_kept_runs_are_made_of_are_kept(command, tmp_path):
     """A report keeps its evaluations, and they keep their merge and its sources."""
     words = ("suite=seeds", "merge=average", "name=mine")

@@ -7,10 +7,14 @@ import gzip
 import numpy as np
 import polars as pl
 import pytest
+from conftest import SMALL
 from mixed import train_mixed
 
+from cki_rec import notebook
 from cki_rec.cli import main
+from cki_rec.engine import evaluator
 from cki_rec.pipelines import predict
+from cki_rec.pipelines.predict import CPU
 
 
 @pytest.fixture(scope="module")
@@ -131,3 +135,31 @@ def test_mistakes_are_one_line(trained, tmp_path, capsys):
         assert main(["predict", *arguments, *words]) == 2, arguments
         (line,) = capsys.readouterr().err.splitlines()
         assert part in line, line
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["criteo", "avazu", "movielens"])
+def test_files_of_other_formats_score_as_in_the_training(tmp_path, layout):
+    """Criteo's rows have no header, with or without a label; Avazu's hour is a time."""
+    words = [f"runtime.{name}={tmp_path / name}" for name in ("out", "reports", "encoded")]
+    words += [*SMALL, "runtime.device=cpu"]
+    data = [f"data=synthetic_{layout}", "data.synthetic.rows=2000", f"data.raw={tmp_path}"]
+    assert main(["train", "model.histories=true", *data, *words, "name=mine"]) == 0
+    model = notebook.load_model("mine", *words)
+    every = np.arange(len(model.dataset))
+    logits = evaluator.predict(model.network, model.dataset, model.schema, every, CPU)
+    expected = 1 / (1 + np.exp(-logits.astype(np.float64)))
+    (raw,) = tmp_path.glob("synthetic-*/")
+    files = {"criteo": raw / "train.txt", "avazu": raw / "train.csv"}
+    source = files.get(layout, tmp_path / "rows.csv")
+    if layout == "movielens":
+        rows = notebook.raw_rows(notebook.compose(*data, *words))
+        rows.select(c for c in rows.columns if c != "@time").write_csv(source)
+    options = ["predict", "run=mine", f"output={tmp_path}/scores.csv", *words]
+    assert main([*options, f"input={source}"]) == 0
+    check(tmp_path / "scores.csv", expected)
+    if layout == "criteo":
+        bare = [line.split("\t", 1)[1] for line in source.read_text().splitlines()]
+        (tmp_path / "bare.txt").write_text("\n".join(bare) + "\n")
+        assert main([*options, f"input={tmp_path}/bare.txt"]) == 0
+        check(tmp_path / "scores.csv", expected)

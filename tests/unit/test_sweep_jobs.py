@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from cki_rec import cli, sweep_jobs
+from cki_rec import cli, processes, sweep_jobs
 from cki_rec.config import UserError
 from cki_rec.engine.sweeps import list_of, sweep_runs
 
@@ -185,13 +185,13 @@ def test_a_run_whose_reader_has_left_ends_quietly(monkeypatch, capsys):
 
 def test_a_mistake_of_all_processes_is_printed_by_the_first(monkeypatch, capsys):
     events = []
-    monkeypatch.setattr(cli.time, "sleep", events.append)
-    monkeypatch.setattr(cli.signal, "signal", lambda *_: events.append("signal"))
+    monkeypatch.setattr(processes.time, "sleep", events.append)
+    monkeypatch.setattr(processes.signal, "signal", lambda *_: events.append("signal"))
     assert cli.main(["trian"]) == 2
     assert events == []
     monkeypatch.setenv("RANK", "1")
     assert cli.main(["trian"]) == 2
-    assert events == ["signal", cli.SECONDS_FOR_FIRST]  # torchrun ends it meanwhile
+    assert events == ["signal", processes.SECONDS_FOR_FIRST]  # torchrun ends it meanwhile
     cli.start_log()
     logging.getLogger("cki_rec").warning("a warning that the first process prints")
     assert "a warning" not in capsys.readouterr().out

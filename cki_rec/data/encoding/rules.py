@@ -118,7 +118,7 @@ def _time(options: Mapping[str, Any], reader: Format) -> tuple[str, str, bool] |
     """Return the raw column of times, its form, and whether a column of seconds may replace it."""
     if reader.has_free_kinds:
         return options["time"] and (options["time"], options["time_form"], False)
-    return None if reader.time is None else (*reader.time, True)
+    return (*reader.time, True)
 
 
 def _numeric_rules(field: Field, dataset: EncodedDataset, reader: Format) -> dict[str, Any]:

@@ -51,9 +51,8 @@ class Format:
     """Whether columns have types, so that whole numbers stay whole."""
     has_threshold: bool = False
     """Whether ``data.label_threshold`` defines the labels."""
-    time: tuple[str, str] | None = None
-    """The raw column of times and its form (``values.TIMES``); None: there is none, or
-    ``data.time`` names it."""
+    time: tuple[str, str] = ("time", "seconds")
+    """The raw column of times and its form (``values.TIMES``), unless ``data.time`` names it."""
     columns: tuple[str, ...] = ()
     """Columns of files without a header, the label first; empty: files have a header."""
     true_logits: Callable[[Data], Path] | None = None
@@ -111,7 +110,6 @@ FORMATS: dict[str, Format] = {
     "sequences": _format(
         sequences,
         rows_per_step=sequences.rows_per_step,
-        time=("time", "seconds"),
         describes=frozenset({sequences.ATTRIBUTES}),
     ),
     "synthetic": _format(
