@@ -33,6 +33,7 @@ from cki_rec.pipelines.foreign_sources import (
     open_source,
     tables_of,
 )
+from cki_rec.pipelines.names import give
 from cki_rec.pipelines.references import Reference
 from cki_rec.pipelines.sources import check_distinct
 from cki_rec.plugins import load_function, source_digest
@@ -94,6 +95,7 @@ def run(config: Config) -> None:
     assert done.record is not None
     log.info("model: %s", out / done.path.name / done.record["result"]["model"])
     log.info("card: %s", out / done.path.name / card.README)
+    give(config, done)
 
 
 def _check_options(options: Merge) -> None:

@@ -10,6 +10,7 @@ import torch
 from strangers import NETWORK, command, home, read, state_of
 
 import cki_rec
+from cki_rec.cli import main
 
 __all__ = ["command", "home"]  # fixtures
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
@@ -293,3 +294,10 @@ def test_options_for_others_are_refused_where_all_is_of_cki_rec(command):
     for word in ("evidence=optimizer", "format=dcp", "batches=x:y", "table_names=[a]"):
         error = command.error(f"merge.{word}", sources=["{seed: 1}", "{seed: 2}"])
         assert "is for checkpoints of other programs" in error
+
+
+def test_a_merged_model_has_a_name_by_which_it_is_a_source_again(home, command):
+    a, b = str(home / "a.pt"), str(home / "b.pt")
+    assert command.merge("merge=average", "name=monday", sources=[a, b]) == 0, command.shown.err
+    options = ["merge=slerp", f"merge.sources=[monday,{b}]", f"runtime.out={command.out}"]
+    assert main(["merge", *options]) == 0
