@@ -329,7 +329,7 @@ def sweep_of(name: str) -> list[tuple[str, ...]]:
 def test_every_sweep_expands_and_its_jobs_parse(compose, name):
     jobs = sweep_of(name)
     assert len(set(jobs)) == len(jobs) > 0
-    # every value of every axis is met, not every combination: job n has the n-th value of each axis
+    # every value of every axis is met, not every combination: job n has the n-th of each axis
     axes = [list(dict.fromkeys(values)) for values in zip(*jobs, strict=True)]
     lengths = [len(values) for values in axes if not values[0].startswith("seed=")]
     for number in range(max(lengths, default=1)):

@@ -51,6 +51,7 @@ def records(folder: Path) -> dict[str, dict]:
     return {path.parent.name: json.loads(path.read_text()) for path in paths}
 
 
+@pytest.mark.slow
 def test_two_processes_train_the_chain_of_one(words, tmp_path):
     """Two trainings, the second of which starts from the first."""
     chain = ("train.epochs=2", "train.start={seed: 2}")

@@ -235,6 +235,7 @@ def test_a_source_above_all_recipes_is_chosen(options, folder, capsys):
     assert main(["evaluate", *words, "finetune=one_epoch"]) == 0
 
 
+@pytest.mark.slow
 def test_candidates_that_a_sample_cannot_fit_are_left_out(options, folder, capsys):
     words = ["merge", "suite=seeds", "merge=auto", *options]
     assert main([*words, "merge.sample=40"]) == 0

@@ -183,6 +183,7 @@ def test_a_field_of_several_ids_routes_by_all_of_them(options, folder):
         assert shares_KR[:, place] == pytest.approx(np.array(seen) / sum(seen), abs=1e-6)
 
 
+@pytest.mark.slow
 def test_rows_are_those_of_training_or_random_or_of_a_folder(options, folder, tmp_path):
     words = ["merge", "suite=seeds", "merge=evidence", "merge.refine=mean", *options]
     (encoded,) = (p.parent for p in folder.glob("encoded/*/manifest.json"))
@@ -197,6 +198,7 @@ def test_rows_are_those_of_training_or_random_or_of_a_folder(options, folder, tm
     assert records(folder, "refine")[-1]["config"]["rows"] == digest
 
 
+@pytest.mark.slow
 def test_din_is_refined_on_random_histories(options, folder):
     words = ["suite=shards", "merge=average", "model=din", "data.history_length=5"]
     assert main(["merge", *words, "merge.refine=router", "merge.rows=random", *options]) == 0
@@ -263,6 +265,7 @@ def test_a_killed_refinement_ends_like_an_unbroken_one(interrupted, monkeypatch)
     check_equal(Run(path), want, 12)
 
 
+@pytest.mark.slow
 def test_a_refinement_that_is_asked_to_stop_resumes(interrupted, capsys, monkeypatch):
     words, unbroken, folder = interrupted
     write = StepLog.step

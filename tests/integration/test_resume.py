@@ -150,6 +150,7 @@ def test_a_killed_training_ends_like_an_unbroken_one(configured, more, step, unb
     check_equal(run, want, last or None)
 
 
+@pytest.mark.slow
 def test_killed_again_and_again_with_other_intervals(configured, unbroken):
     for step, every in ((6, 4), (22, 3), (40, 5)):
         kill_at(configured(f"runtime.checkpoint_steps={every}"), step)
@@ -219,6 +220,7 @@ def test_never_resume_starts_afresh(configured, unbroken):
     check_equal(run, want, None)
 
 
+@pytest.mark.slow
 def test_force_starts_afresh(configured, unbroken):
     folder = kill_at(configured(), 30)
     run = train.ensure(configured(), force=True)
@@ -293,6 +295,7 @@ def test_a_training_that_goes_on_from_another_resumes_too(configured, unbroken):
     check_equal(train.ensure(config), want, 8)
 
 
+@pytest.mark.slow
 def test_a_chain_resumes_where_its_start_was_killed(configured, unbroken):
     more = ("train.start={seed: 7}",)
     want, config = unbroken(*more), configured(*more)
@@ -374,9 +377,13 @@ def start_and_wait(words: list[str], out: Path, num_lines: int) -> subprocess.Po
     return process
 
 
-def kill_and_resume(words, configured, unbroken, num_lines: list[int]) -> None:
-    want = unbroken(*LONG)
-    config = configured(*LONG)
+@pytest.mark.dist
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["once", "five times at random"])
+def test_a_killed_process_resumes(words, configured, unbroken, how):
+    points = np.sort(np.random.default_rng(5).integers(20, 280, size=5)).tolist()
+    num_lines = [50] if how == "once" else points
+    want, config = unbroken(*LONG), configured(*LONG)
     out = Path(config.runtime.out)
     for number in num_lines:
         process = start_and_wait(words(*LONG, "runtime.checkpoint_steps=3"), out, number)
@@ -386,19 +393,6 @@ def kill_and_resume(words, configured, unbroken, num_lines: list[int]) -> None:
     last = steps_kept(unfinished(out))[-1]
     assert last >= num_lines[-1] - 3 - len(num_lines) * EPOCHS
     check_equal(train.ensure(config), want, last)
-
-
-@pytest.mark.slow
-@pytest.mark.dist
-def test_a_process_killed_at_once_resumes(words, configured, unbroken):
-    kill_and_resume(words, configured, unbroken, [50])
-
-
-@pytest.mark.dist
-@pytest.mark.slow
-def test_a_process_killed_five_times_at_random_resumes(words, configured, unbroken):
-    points = np.sort(np.random.default_rng(5).integers(20, 280, size=5)).tolist()
-    kill_and_resume(words, configured, unbroken, points)
 
 
 @pytest.mark.dist

@@ -60,6 +60,7 @@ def raw_rows(folder):
     return pl.read_csv(folder / "rows.csv", infer_schema_length=0).drop("y")
 
 
+@pytest.mark.slow
 def test_raw_rows_score_as_in_the_training_without_our_code(trained, plain):
     (folder, _, _, expected), home = trained, plain
     rows = raw_rows(folder).to_dicts()

@@ -82,6 +82,7 @@ def test_other_methods_run_on_the_union(regions, tmp_path, method):
     assert record_of(tmp_path, "evaluate")["result"]["test"]["auc"] > 0.5
 
 
+@pytest.mark.slow
 def test_the_best_way_is_chosen_on_rows_of_the_union(regions, tmp_path):
     ways = "merge.recipes=[{align.by: activations},{repair: project},{recalibrate: true}]"
     words = [regions[2], SAID, "merge=auto", ways, "merge.sample=600"]

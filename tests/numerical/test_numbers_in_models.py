@@ -25,6 +25,7 @@ def test_vectors_of_numbers_start_like_embeddings():
     assert state["sparse.numbers_first_order"].shape == (300, 1)
 
 
+@pytest.mark.slow
 def test_evaluation_without_users_resamples_rows_with_a_message(tmp_path, capsys):
     places = [f"runtime.{key}={tmp_path / key}" for key in ("out", "reports", "encoded")]
     words = ["data=synthetic_criteo", f"data.raw={tmp_path}", "data.numeric=log1p", *SMALL]

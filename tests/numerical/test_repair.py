@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from networks import draw_batch
-from pairs import HALVES, Pair, all_cases, din_is_slow
+from pairs import HALVES, Pair, din_is_slow
 from torch.nn import BatchNorm1d
 
 from cki_rec.engine.embeddings import table_of
@@ -39,7 +39,7 @@ def test_equal_sources_come_back(case, selects_units):
             torch.testing.assert_close(fitted[name], model[name], atol=1e-4, rtol=1e-4)
 
 
-@all_cases
+@din_is_slow
 def test_fitting_comes_nearer_to_the_mean_logit(case):
     pair = Pair(case)
     before = pair.error(pair.average)

@@ -131,7 +131,7 @@ def test_one_megabyte_at_a_time_gives_the_same_bytes(choice, raw, in_one_chunk, 
 
 
 @pytest.mark.parametrize("choice", CHOICES)
-@pytest.mark.parametrize("block_bytes", [70_001, 400_000])
+@pytest.mark.parametrize("block_bytes", [pytest.param(70_001, marks=pytest.mark.slow), 400_000])
 def test_small_chunks_give_the_same_bytes(
     choice, block_bytes, raw, in_one_chunk, small_blocks, tmp_path
 ):

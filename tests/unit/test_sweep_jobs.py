@@ -95,6 +95,7 @@ def test_the_mark_of_a_job_stays_only_if_its_process_is_killed(tmp_path):
     assert sweep_jobs.unfinished(folder, "1") == []
 
 
+@pytest.mark.slow
 def test_two_sweeps_of_a_name_at_once_keep_their_own_failures(sweep, tmp_path):
     def run(config):
         if config.seed == 1:  # another sweep of this name starts and fails meanwhile
