@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable
 from types import FrameType
@@ -62,6 +64,20 @@ def wait_for_first() -> None:
     if not is_first():
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # of torchrun, when the first has ended
         time.sleep(SECONDS_FOR_FIRST)
+
+
+def leave(code: int) -> None:
+    """End this process with ``code``; under torchrun, without finalizing the interpreter.
+
+    Threads of gloo and polars may outlive the work of a process. One that needs the interpreter
+    while it is finalized aborts a process whose work is done (pytorch/pytorch#179291).
+    """
+    if "WORLD_SIZE" not in os.environ:
+        sys.exit(code)
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _end(_: int, __: FrameType | None) -> None:

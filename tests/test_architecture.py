@@ -58,7 +58,7 @@ MAY_IMPORT = {
         *("config", "environment", "flags", "help_text", "overrides", "search_path"),
         *("sweep_jobs", "pipelines", "engine", "plugins", "processes"),
     },
-    "__main__": {"cli"},
+    "__main__": {"cli", "processes"},
     "notebook": {
         *("checkpoints", "cli", "config", "data", "engine", "evaluation", "help_text"),
         *("pipelines", "plugins", "search_path"),

@@ -37,6 +37,7 @@ from cki_rec.engine.optimization import Average, initialized_adam  # noqa: E402
 from cki_rec.engine.resume import TrainingState  # noqa: E402
 from cki_rec.engine.steps import StepLog  # noqa: E402
 from cki_rec.engine.trainer import Objective, Stepper, fit  # noqa: E402
+from cki_rec.processes import leave  # noqa: E402
 
 STEPS, ROWS = 20, 23  # rows of a step: no multiple of 2 or 3
 CASES = {
@@ -262,3 +263,4 @@ def main(folder: Path, raw: str, encoded: Path, sources: Path, found: Path | Non
 if __name__ == "__main__":
     first, raw_zip, *others = sys.argv[1:]
     main(Path(first), raw_zip, *map(Path, others))
+    leave(0)
