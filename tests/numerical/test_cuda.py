@@ -1,4 +1,4 @@
-"""What runs on a GPU gives what the processor gives."""
+"""Results on a GPU are those of the processor."""
 
 from __future__ import annotations
 
