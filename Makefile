@@ -40,11 +40,8 @@ test test-all: export PYTHONDONTWRITEBYTECODE =
 # There are as many test processes as cores.
 test test-all: export OMP_NUM_THREADS = 1
 
-test: setup ## lint, types and tests
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
-	@$(BIN)/mypy & types=$$!; $(BIN)/pytest -q --hypothesis-profile=fixed $(PARALLEL); tests=$$?; \
-		wait $$types && exit $$tests
+test: lint ## lint, types and tests
+	$(BIN)/pytest -q --hypothesis-profile=fixed $(PARALLEL)
 
 test-all: lint ## the same with the slow tests
 	$(BIN)/pytest -q --hypothesis-profile=search $(PARALLEL) -m "slow or not slow"
