@@ -18,7 +18,7 @@ if sys.argv[1] == "kept":
 for number in range(24):
     if number == 20:
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    torch.ones(16 * 2**20 // 4)
+    torch.ones(40 * 2**20 // 4)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 """A process of its own, because faults of other threads count too.
