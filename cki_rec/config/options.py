@@ -123,6 +123,9 @@ class Train:
     """The training that this one continues, as config deltas ``{data.part: 0}`` or as a checkpoint
     ``{path: a}``; null: initial weights. The start of that training is null unless the deltas set
     it."""
+    new_rows: Literal["oov", "mean"]
+    """Initial table rows of tokens that the start lacks: its ``oov`` row, or the ``mean`` of its
+    rows of tokens."""
     epochs: NonNegative
     batch_size: Positive
     """Rows of a step, all processes together."""

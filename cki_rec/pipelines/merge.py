@@ -136,6 +136,9 @@ def ensure(config: Config, models: Sources | None = None, force: bool = False) -
                 else:
                     used = replace(models, merged=candidates, base=base)
                     data, result = _merge(config, used, dataset, run, is_disjoint)
+                    if not config.merge.vocabularies:  # else they are there
+                        everyone = [source.folder for source in candidates]
+                        vocabularies.carry_merged(config, run.path, everyone[0], everyone)
             if distributed.rank() == 0:
                 run.finish(reads, data, result)
     return run
@@ -225,6 +228,8 @@ def _refined(config: Config, models: Sources, start: Source, force: bool) -> Run
         if run.record is None:
             with run.phase("merge"):
                 data, result = _finished(config, start, fitted, run)
+                everyone = [source.folder for source in (start, *models.merged)]
+                vocabularies.carry_merged(config, run.path, run.checkpoint, everyone)
             if distributed.rank() == 0:
                 run.finish(reads, data, result)
     return run

@@ -102,8 +102,20 @@ def resolved(config: Config) -> Config:
         link = out / NAMES / word
         return {**source, "path": str(link if link.exists() else out / word)}
 
+    def of_folder(folder: str | None) -> str | None:
+        """Return the run that a name means; other folders are returned unchanged."""
+        is_word = folder is not None and not Path(folder).exists() and is_name(folder)
+        place = located(out, folder) if folder is not None and is_word else None
+        return folder if place is None else str(place)
+
+    data = config.data
     return replace(
         config,
+        data=replace(
+            data,
+            vocabularies=[of_folder(folder) or folder for folder in data.vocabularies],
+            numbers_from=of_folder(data.numbers_from),
+        ),
         merge=replace(
             merge,
             sources=[of_name(source, "merge.sources") for source in merge.sources],
