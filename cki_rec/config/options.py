@@ -262,8 +262,9 @@ class Config:
     """Raw rows that ``predict`` scores: csv or Parquet."""
     output: str | None
     """Scores that ``predict`` writes: csv or Parquet."""
-    format: Literal["pt2", "onnx"]
-    """Format that ``export`` writes: ``pt2`` (torch.export) or ``onnx``."""
+    format: Literal["pt2", "onnx", "delta"]
+    """Format that ``export`` writes: ``pt2`` (torch.export), ``onnx``, or ``delta``: the rows that
+    differ from ``merge.base``."""
     int8: bool
     """``export`` stores embeddings as int8, with one scale per row."""
     delete: Literal["none", "leftovers", "all"]

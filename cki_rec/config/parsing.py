@@ -28,7 +28,10 @@ OF_OTHERS: dict[str, Any] = {
     **{"batches": None, "data": None, "format": None, "evidence": "auto", "table_names": []},
 }
 """Options of merges that only checkpoints of other programs have -> the value of no option."""
-LATER: dict[str, Any] = {"module": None, "plugins": [], "new_rows": "oov", **OF_OTHERS}
+LATER: dict[str, Any] = {
+    **{"module": None, "plugins": [], "new_rows": "oov", "deltas": [], "write": "model"},
+    **OF_OTHERS,
+}
 """Later options -> the value at which ``section`` leaves them out: identities stay the same."""
 
 

@@ -31,6 +31,7 @@ from cki_rec.merging.steps import calibrate_model
 from cki_rec.pipelines import (
     check_only,
     choice,
+    continuous,
     foreign,
     preflight,
     refine,
@@ -59,6 +60,10 @@ log = logging.getLogger(__name__)
 
 def run(config: Config) -> None:
     """Merge as configured; log the folder of the model and the shares of its sources."""
+    if config.merge.deltas:
+        if distributed.rank() == 0:
+            continuous.run(config)
+        return
     if is_foreign(config):
         if distributed.rank() == 0:
             foreign.run(config)
@@ -98,6 +103,10 @@ def ensure(config: Config, models: Sources | None = None, force: bool = False) -
     Raises:
         UserError: Options, sources or data that do not fit together.
     """
+    if config.merge.deltas:
+        raise UserError(
+            "merge.deltas: only cki-rec merge takes deltas; give its result a name, and use that"
+        )
     config = preflight.without_unused(config)
     check_options(config)
     models = models or resolve(config)

@@ -120,6 +120,7 @@ def resolved(config: Config) -> Config:
             merge,
             sources=[of_name(source, "merge.sources") for source in merge.sources],
             base=of_name(merge.base, "merge.base"),
+            deltas=[of_folder(folder) or folder for folder in merge.deltas],
         ),
         suite=replace(
             suite,

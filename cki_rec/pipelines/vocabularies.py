@@ -124,7 +124,7 @@ def joined(checkpoints: Sequence[Checkpoint], folders: Sequence[Path], num_sourc
     maps: list[dict[str, Tensor]] = [{} for _ in checkpoints]
     sizes, digests = dict(first.table_sizes), dict(first.vocabulary_hashes)
     for table in differing:
-        lists = [_tokens(c, f, table) for c, f in zip(checkpoints, folders, strict=True)]
+        lists = [tokens_of(c, f, table) for c, f in zip(checkpoints, folders, strict=True)]
         union, rows = join_tokens(lists, FIRST_ID)
         result.tokens[table] = union
         sizes[table], digests[table] = FIRST_ID + len(union), tokens.hash_of(union)
@@ -210,7 +210,7 @@ def _on_rows(
     folder = find_folder(config, home, saved, str(home))
     for table in differing:
         listed = dataset.vocabulary(table)
-        union, (_, maps[table]) = join_tokens([listed, _tokens(saved, folder, table)], FIRST_ID)
+        union, (_, maps[table]) = join_tokens([listed, tokens_of(saved, folder, table)], FIRST_ID)
         if len(union) > len(listed):
             raise UserError(
                 f"{home}: has {len(union) - len(listed):,} tokens of table '{table}' that"
@@ -283,7 +283,7 @@ def _listed(saved: Checkpoint | Description) -> dict[str, str]:
     }
 
 
-def _tokens(saved: Checkpoint | Description, folder: Path, table: str) -> list[str]:
+def tokens_of(saved: Checkpoint | Description, folder: Path, table: str) -> list[str]:
     if table not in saved.schema.table_sizes:
         raise UserError(
             f"{folder}: the numbers of field '{table}' were scaled otherwise in the other data"
