@@ -1,4 +1,4 @@
-"""Merges of deltas: ``merge.base=yesterday merge.deltas=[...]`` reads and writes changed rows only.
+"""Merges of deltas: ``merge.base=yesterday merge.deltas=[...]``, in changed rows alone.
 
 A source is its base with the rows of its delta. Rows that no delta has stay those of the base, as
 in every merge of equal rows. So the result is that of whole models, and the method is the same

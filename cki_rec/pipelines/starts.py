@@ -124,6 +124,9 @@ def _data_set(config: Config, opened: Open) -> EncodedDataset | None:
         return opened(config)
     if "path" not in start:
         begun = started(config)
+        if begun.data.fields != data.fields:
+            where = f"train.start={start}, data.fields"
+            raise UserError(f"{where}: {begun.data.fields} against {data.fields}; use the same")
         first = _data_set(begun, opened)
         if first is None or _content(begun.data) == _content(data):
             return first

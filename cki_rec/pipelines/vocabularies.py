@@ -284,6 +284,11 @@ def _listed(saved: Checkpoint | Description) -> dict[str, str]:
 
 
 def tokens_of(saved: Checkpoint | Description, folder: Path, table: str) -> list[str]:
+    """Return the tokens of a table of a model, from a folder of token lists.
+
+    Raises:
+        UserError: The list is missing or another one, or the table cannot be joined by tokens.
+    """
     if table not in saved.schema.table_sizes:
         raise UserError(
             f"{folder}: the numbers of field '{table}' were scaled otherwise in the other data"

@@ -91,7 +91,7 @@ def earlier_facts(data: Data, fields: Sequence[Field]) -> Earlier:
     edges: dict[str, list[float]] = {}
     tokens, buckets = dict[str, pl.Series](), dict[str, pl.Series]()
     if data.numbers_from is not None and learning:
-        known = number_facts(home_of(data.numbers_from, "data.numbers_from"))
+        known = number_facts(home_of(data.numbers_from))
         for f in learning:
             facts = known[KEYS[f.transform or ""]].get(f.name)
             if facts is None:

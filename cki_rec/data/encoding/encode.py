@@ -141,10 +141,10 @@ def encode(
         unseen = look_up(columns, vocabularies, run)
         numbers, ranges = _standardize(columns, earlier.numbers)
         schema = _schema(fields, vocabularies, {**numbers, **edges})
-        earlier = {field.name for field in fields if field.rows == "earlier"}
+        of_earlier_rows = {field.name for field in fields if field.rows == "earlier"}
         for name, source in plan.histories.items():
             unseen[name] = write_history(
-                columns, name, source, data.history_length, name in earlier
+                columns, name, source, data.history_length, name in of_earlier_rows
             )
     shares = {f.name: unseen[f.name] for f in fields if f.name in unseen}
     names = [f.name for f in plan.ids]

@@ -78,20 +78,14 @@ def join_tokens_of(
     """
     joined = {}
     for table in tables:
-        lists = [_listed(home_of(folder, option), table, option) for folder in folders]
+        lists = [_listed(home_of(folder), table, option) for folder in folders]
         joined[table] = pl.concat(lists).unique(maintain_order=True)
     return joined
 
 
-def home_of(folder: str, option: str) -> Path:
-    """Return the folder that holds token lists: that of a run, or an encoded data set itself.
-
-    Raises:
-        UserError: There is no such folder.
-    """
+def home_of(folder: str) -> Path:
+    """Return the folder that holds token lists: that of a run, or an encoded data set itself."""
     path = Path(folder)
-    if not path.is_dir():
-        raise UserError(f"{option}={folder}: no such folder; name an encoded data set or a run")
     if (path / MANIFEST).is_file():
         return path
     nested = (path.parent if path.name == CHECKPOINT else path) / FOLDER
