@@ -3,7 +3,8 @@
 A delta is a folder. ``delta.json`` describes the model and holds the digest of its base.
 ``dense.safetensors`` holds the parameters that are no tables. ``table.NAME.safetensors`` holds the
 changed rows of the tables of one vocabulary: ``rows``, their ascending numbers, and under
-``model.PARAMETER``, ``accumulator.PARAMETER`` and ``counts`` their values.
+``model.PARAMETER``, ``accumulator.PARAMETER`` and ``counts`` their values. The folder
+``new_tokens`` holds the tokens that follow those of the base, if there are some.
 
 Shape legend: R changed rows, V rows of a table.
 """
@@ -31,6 +32,7 @@ from cki_rec.merging.params import Params, is_finite
 
 FORMAT = 1
 FOLDER, DESCRIPTION, DENSE, ROWS = "delta", "delta.json", "dense.safetensors", "rows"
+NEW_TOKENS = "new_tokens"
 SHOWN = 3
 """Row numbers that a message names."""
 
@@ -145,7 +147,8 @@ def new_delta(target: Path, base: str, about: Description) -> Iterator[Path]:
     target.parent.mkdir(parents=True, exist_ok=True)
     with new_folder(target) as folder:
         yield folder
-        files = {path.name: file_digest(path) for path in sorted(folder.glob("*.safetensors"))}
+        paths = sorted([*folder.glob("*.safetensors"), *folder.glob(f"{NEW_TOKENS}/*.txt")])
+        files = {str(path.relative_to(folder)): file_digest(path) for path in paths}
         content = {
             "format": FORMAT,
             "base": base,

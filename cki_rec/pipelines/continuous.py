@@ -33,6 +33,7 @@ from cki_rec.checkpoints import (
 )
 from cki_rec.checkpoints.deltas import (
     FOLDER,
+    NEW_TOKENS,
     Delta,
     new_delta,
     open_delta,
@@ -41,7 +42,9 @@ from cki_rec.checkpoints.deltas import (
 )
 from cki_rec.checkpoints.rows import RowReader
 from cki_rec.config import Config, Merge, UserError, run_id, section
+from cki_rec.data.dataset import MANIFEST
 from cki_rec.data.encoding import tokens
+from cki_rec.data.encoding.vocabulary import read_vocabulary
 from cki_rec.data.provenance import Provenance
 from cki_rec.engine.block_writer import BlockWriter, write_metadata
 from cki_rec.engine.networks import declared
@@ -213,14 +216,11 @@ def _merge(config: Config, sources: Sources, done: Run) -> dict[str, Any]:
             write_rows(folder, table, rows, values)
             changed[table] = len(rows)
             shares |= _mean_shares([(len(p[kept[0]]), share) for p, share in parts])
-        places = [delta.folder / tokens.FOLDER for delta in deltas]
-        places.append(base.folder.parent / tokens.FOLDER)
-        vocabularies.carry(folder / tokens.FOLDER, about.schema, places)
+        if (deltas[0].folder / NEW_TOKENS).is_dir():
+            shutil.copytree(deltas[0].folder / NEW_TOKENS, folder / NEW_TOKENS)
     if config.merge.write == "model":
         _write_model(sources, open_delta(done.path / FOLDER), done)
-        vocabularies.carry(
-            done.path / tokens.FOLDER, about.schema, [done.path / FOLDER / tokens.FOLDER]
-        )
+        _write_lists(config, sources, done.path)
     names = ("chosen", "alignment", "learned", "anchor", "recalibration", "valid_auc")
     return {**dict.fromkeys(names), "shares": shares or None, "changed_rows": changed}
 
@@ -347,6 +347,22 @@ def _write_model(sources: Sources, delta: Delta, done: Run) -> None:
     (partial / CHECKPOINT / DESCRIPTION).write_text(json.dumps(content, indent=1))
     (partial / CHECKPOINT).rename(done.checkpoint)
     shutil.rmtree(partial)
+
+
+def _write_lists(config: Config, sources: Sources, target: Path) -> None:
+    """Write the token lists of the merged model: those of the base, and new tokens."""
+    base, schema = sources.base, sources.about.schema
+    for path in sorted((sources.deltas[0].folder / NEW_TOKENS).glob("vocabulary.*.txt")):
+        table = path.stem.removeprefix("vocabulary.")
+        home = vocabularies.find_folder(config, base.folder, base.about, "merge.base")
+        known = vocabularies.tokens_of(base.about, home, table)
+        listed = [*known, *read_vocabulary(path)]
+        if tokens.hash_of(listed) != schema.vocabulary_hashes[table]:
+            raise UserError(f"{path}: does not follow the tokens of merge.base; make it again")
+        tokens.write_tokens(target / tokens.FOLDER, table, listed)
+    places = [base.folder.parent / tokens.FOLDER]
+    places += sorted(p.parent for p in Path(config.runtime.encoded).glob(f"*/{MANIFEST}"))
+    vocabularies.carry(target / tokens.FOLDER, schema, places)
 
 
 def _reads(config: Config, digest: str, deltas: Sequence[Delta]) -> dict[str, Any]:

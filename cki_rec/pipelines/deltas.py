@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from cki_rec.checkpoints import Description, content_digest, describe, named_folder
-from cki_rec.checkpoints.deltas import FOLDER, new_delta, write_dense, write_rows
+from cki_rec.checkpoints.deltas import FOLDER, NEW_TOKENS, new_delta, write_dense, write_rows
 from cki_rec.checkpoints.rows import RowReader
 from cki_rec.config import Config, UserError
 from cki_rec.data.encoding import tokens
@@ -104,7 +104,7 @@ def export(config: Config) -> None:
     """
     source, folder = find(config, "export"), base_folder(config)
     saved, before = describe(source.checkpoint), describe(folder)
-    _check_fit(config, saved, before, source.checkpoint, folder)
+    new_tokens = _new_tokens(config, saved, before, source.checkpoint, folder)
     target = source.home / FOLDER
     shutil.rmtree(target, ignore_errors=True)
     changed: dict[str, int] = {}
@@ -118,7 +118,8 @@ def export(config: Config) -> None:
             rows, values = _changed(base, new, table, kept, saved.schema.table_sizes[table])
             write_rows(delta, table, rows, values)
             changed[table] = len(rows)
-        vocabularies.carry(delta / tokens.FOLDER, saved.schema, [source.home / tokens.FOLDER])
+        for table, listed in new_tokens.items():
+            tokens.write_tokens(delta / NEW_TOKENS, table, listed)
     for table, number in changed.items():
         log.info(
             "  table %s: %s of %s rows", table, f"{number:,}", saved.schema.table_sizes[table]
@@ -127,19 +128,20 @@ def export(config: Config) -> None:
     log.info("delta: %s, %.2f MB", target, size / 1e6)
 
 
-def _check_fit(
+def _new_tokens(
     config: Config, saved: Description, before: Description, path: Path, base: Path
-) -> None:
-    """Check that two models are one network, and that tokens of the base keep their ids.
+) -> dict[str, list[str]]:
+    """Return the tokens that follow those of the base, per table that has some.
 
     Raises:
-        UserError: They are not.
+        UserError: The models are two networks, or tokens of the base have other ids.
     """
     for key, (ours, theirs) in differences(saved.model, before.model).items():
         if decides(key, saved.model):
             raise UserError(f"{path}: model.{key} is {ours}, of merge.base {theirs}")
     if saved.schema.features != before.schema.features:
         raise UserError(f"{path}: has other fields than merge.base {base}")
+    found: dict[str, list[str]] = {}
     hashes, theirs = saved.schema.vocabulary_hashes, before.schema.vocabulary_hashes
     if tables := [table for table in hashes if hashes[table] != theirs[table]]:
         homes = [vocabularies.find_folder(config, p, s, "merge.base")
@@ -155,6 +157,8 @@ def _check_fit(
                     " train on from it (train.start), or merge whole models with"
                     " merge.vocabularies"
                 )
+            found[table] = new[len(old) :]
+    return found
 
 
 def _changed(

@@ -14,7 +14,7 @@ from pathlib import Path
 from cki_rec.checkpoints import Description, describe, named_folder
 from cki_rec.config import Config, Data, UserError, check_source, with_delta
 from cki_rec.data.encoding import store
-from cki_rec.data.encoding.findings import unseen_line
+from cki_rec.data.encoding.findings import log_unseen
 from cki_rec.data.encoding.store import EncodedDataset
 from cki_rec.data.provenance import Provenance
 from cki_rec.data.schema import FeatureSchema
@@ -112,7 +112,7 @@ def restored(
     moved, home = vocabularies.on_data_set(config, folder, where, dataset, scratch, is_mean)
     _log_new_tokens(saved, moved, config.train.new_rows)
     if home == scratch or config.data.vocabularies:
-        log.info("  %s", unseen_line(dataset.manifest) or "no id is out of vocabulary")
+        log_unseen(dataset)
     moved = replace(moved, model=config.model)
     model = restore(moved, home, config.train, config.runtime, to_train=True)
     return model, saved.origin, home

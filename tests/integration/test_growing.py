@@ -58,7 +58,7 @@ def lists_of(run, table):
     return read_vocabulary(run.path / "vocabulary" / f"vocabulary.{table}.txt")
 
 
-@pytest.mark.parametrize("begin", ["oov", "mean"])
+@pytest.mark.parametrize("begin", [pytest.param("oov", marks=pytest.mark.slow), "mean"])
 def test_known_rows_stay_and_new_rows_begin_as_configured(trained, first, begin):
     words = [f"train.start={{path: {first.path}}}", "train.epochs=0", f"train.new_rows={begin}"]
     one, other = (checkpoint.load(r.checkpoint) for r in (first, trained(2, *words)))
@@ -80,6 +80,7 @@ def test_known_rows_stay_and_new_rows_begin_as_configured(trained, first, begin)
     assert not other.counts["item"][grown:].any()
 
 
+@pytest.mark.slow
 def test_days_named_by_options_and_by_paths_are_one_training(home, trained, first):
     """Tokens keep their ids from day to day, and counts go on."""
     start = f"{{data.raw: {home / 'day1.zip'}}}"
@@ -112,6 +113,7 @@ def test_days_named_by_options_and_by_paths_are_one_training(home, trained, firs
     assert seen.equal(one.counts["user"])
 
 
+@pytest.mark.slow
 def test_the_share_out_of_vocabulary_is_printed_and_frozen_lists_are_warned_of(
     home, trained, first, caplog
 ):
@@ -128,6 +130,7 @@ def test_the_share_out_of_vocabulary_is_printed_and_frozen_lists_are_warned_of(
     assert any("all of them share one embedding" in line for line in warned)
 
 
+@pytest.mark.slow
 def test_a_run_carries_its_token_lists(home, trained, first, tmp_path, capsys):
     """Another machine has the runs alone: no rows, no encoded data sets."""
     second = trained(2)
@@ -149,7 +152,8 @@ def test_a_run_carries_its_token_lists(home, trained, first, tmp_path, capsys):
     assert "merge.vocabularies" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("step", [2, pytest.param(5, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("step", [2, 5])
 def test_a_killed_training_with_new_tokens_ends_like_an_unbroken_one(
     trained, first, step, monkeypatch
 ):

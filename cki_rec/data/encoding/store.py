@@ -31,7 +31,7 @@ from cki_rec.data.encoding.earlier import Earlier, earlier_facts
 from cki_rec.data.encoding.encode import Encoded, encode
 from cki_rec.data.encoding.engines import NUM_THREADS, Run, threads
 from cki_rec.data.encoding.fields import Field, fields_to_json, resolve_fields
-from cki_rec.data.encoding.findings import unseen_line, warn_of_findings
+from cki_rec.data.encoding.findings import log_unseen, warn_of_findings
 from cki_rec.data.encoding.split import SPLITS, check_split
 from cki_rec.data.parts import NO_PARTITION
 from cki_rec.data.raw.click_model import best_possible
@@ -245,8 +245,7 @@ def _make(
         if not reading.counts:
             raise
         raise UserError(f"{error} (skipped before: {reading.summary()})") from None
-    if line := unseen_line(EncodedDataset(folder).manifest):
-        logger.info("%s", line)
+    log_unseen(EncodedDataset(folder))
     for reason, count in reading.counts.items():
         logger.info("skipped %d rows: %s, e.g. %s", count, reason, reading.examples[reason][0])
 
