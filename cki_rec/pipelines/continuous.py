@@ -299,7 +299,8 @@ def _mean_shares(
     parts: Sequence[tuple[int, dict[str, list[float] | None]]],
 ) -> dict[str, list[float]]:
     """Return per parameter the mean share of each delta in the changed rows."""
-    total = max(1, sum(number for number, _ in parts))
+    parts = [(number, share) for number, share in parts if number]
+    total = sum(number for number, _ in parts)
     means: dict[str, list[float]] = {}
     for name in parts[0][1] if parts else ():
         each = [(number, share[name]) for number, share in parts]
