@@ -153,6 +153,42 @@ def test_a_run_carries_its_token_lists(home, trained, first, tmp_path, capsys):
 
 
 @pytest.mark.slow
+def test_a_delta_of_a_day_sends_new_tokens_and_gives_the_model_of_the_day(
+    home, trained, first, tmp_path, capsys
+):
+    second = trained(2, f"train.start={{path: {first.path}}}")
+    places = [f"runtime.{key}={tmp_path / key}" for key in ("out", "reports", "encoded")]
+    monday, tuesday = tmp_path / "monday", tmp_path / "tuesday"
+    shutil.copytree(first.path, monday)
+    shutil.copytree(second.path, tuesday)
+    base = f"merge.base={monday}"
+    assert main(["export", f"run={tuesday}", "format=delta", base, *places]) == 0
+    sent = tmp_path / "sent"
+    (tuesday / "delta").rename(sent)
+    new = read_vocabulary(sent / "new_tokens" / "vocabulary.item.txt")
+    assert [*lists_of(first, "item"), *new] == lists_of(second, "item")
+    words = ["merge", "merge=average", base, f"merge.deltas=[{sent}]", "name=applied", *places]
+    assert main(words) == 0
+    applied = tmp_path / "out" / "names" / "applied"
+    one, other = checkpoint.load(applied / "checkpoint"), checkpoint.load(second.checkpoint)
+    assert one.schema == other.schema
+    for group in ("params", "accumulators", "counts"):
+        for name, tensor in getattr(other, group).items():
+            assert tensor.equal(getattr(one, group)[name]), name
+    assert read_vocabulary(applied / "vocabulary" / "vocabulary.item.txt") == lists_of(
+        second, "item"
+    )
+    raw = f"data.raw={home / 'day3.zip'}"
+    assert main(["train", raw, "train.start=applied", *places, *TINY]) == 0
+    other_day = trained(2)  # from no start: other ids
+    assert main(["export", f"run={other_day.path}", "format=delta", base, *places]) == 2
+    assert "does not begin with the tokens of merge.base" in capsys.readouterr().err
+    evaluated = ["evaluate", base, f"merge.deltas=[{sent}]", raw, *places, *TINY]
+    assert main([*evaluated, "merge=average"]) == 2
+    assert "only cki-rec merge takes deltas" in capsys.readouterr().err
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("step", [2, 5])
 def test_a_killed_training_with_new_tokens_ends_like_an_unbroken_one(
     trained, first, step, monkeypatch
