@@ -1,4 +1,4 @@
-"""``cki-rec export format=delta``: what changed since a base checkpoint, and rows of both."""
+"""``cki-rec export format=delta``: the changes since a base checkpoint; rows of the base."""
 
 from __future__ import annotations
 

@@ -43,7 +43,7 @@ class Earlier:
     """Table of such fields -> its tokens; none are added."""
 
     def options(self) -> dict[str, Any]:
-        """Return what a data set's content depends on, as JSON values; nothing if all is learned.
+        """Return the options of a data set's content, as JSON values; none if all is learned.
 
         Token lists enter by content: their paths do not matter.
         """
