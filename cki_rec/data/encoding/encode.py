@@ -92,6 +92,7 @@ def encode(
     rows_per_step: int = 1,
     earlier: Earlier = NOTHING,
     run: Run = one_by_one,
+    is_local: bool = True,
 ) -> Encoded:
     """Encode rows into the columns of a data set.
 
@@ -117,6 +118,7 @@ def encode(
         rows_per_step: Consecutive rows of one user that form one step in time.
         earlier: Facts that are not learned from these rows.
         run: Runs functions of chunks, here or elsewhere; results do not depend on it.
+        is_local: Whether it runs them in this process, where they can share dictionaries.
 
     Raises:
         UserError: An option is impossible for these rows.
@@ -126,7 +128,8 @@ def encode(
     if data.normalize_ids:
         plan.normalized = id_columns(fields, (user, item))
     with closing(Staging(folder, plan)) as columns:
-        for staged in run(partial(stage, plan, reading.fork()), chunks):
+        shared = columns.dictionaries if is_local else {}
+        for staged in run(partial(stage, plan, shared, reading.fork()), chunks):
             if isinstance(staged, Check):
                 staged.run(reading)
             else:
