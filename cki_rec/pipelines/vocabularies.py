@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from cki_rec.checkpoints import Checkpoint, Description, describe, row_counts
@@ -22,6 +23,7 @@ from cki_rec.data.schema import FIRST_ID, OOV_ID, FeatureSchema
 from cki_rec.engine import distributed, sharded
 from cki_rec.engine.embeddings import table_of
 from cki_rec.engine.joining import mean_rows, on_union, with_new_rows
+from cki_rec.files import file_digest
 from cki_rec.merging.params import Params
 from cki_rec.merging.vocabulary import join_tokens, owned, to_union
 from cki_rec.pipelines.overlap import low_overlap
@@ -209,6 +211,10 @@ def _on_rows(
     ]
     folder = find_folder(config, home, saved, str(home))
     for table in differing:
+        paths = [tokens.path_of(home, table) for home in (dataset.folder, folder)]
+        if tokens.begins_with(*paths) and file_digest(paths[0]) == hashes[table]:
+            maps[table] = torch.arange(model_schema.table_sizes[table])  # a vocabulary that grew
+            continue
         listed = dataset.vocabulary(table)
         union, (_, maps[table]) = join_tokens([listed, tokens_of(saved, folder, table)], FIRST_ID)
         if len(union) > len(listed):

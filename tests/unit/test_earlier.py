@@ -13,7 +13,7 @@ from cki_rec.config import Partition, Split
 from cki_rec.data.encoding import earlier, tokens
 from cki_rec.data.encoding.store import prepare
 from cki_rec.data.schema import FIRST_ID, OOV_ID
-from cki_rec.pipelines import vocabularies
+from cki_rec.pipelines import names, vocabularies
 
 FIELDS = [
     "shop",
@@ -135,3 +135,24 @@ def test_facts_that_are_missing_are_refused_in_one_line(encode, tmp_path):
     message = one_line_error(encode, 2, 0, 20, numbers_from=str(tmp_path / "broken"))
     assert "numbers.json: damaged" in message
     assert earlier.NOTHING.options() == {}
+
+
+def test_names_stand_for_folders_of_lists(run_config, tmp_path):
+    (tmp_path / "out" / "names").mkdir(parents=True)
+    (tmp_path / "out" / "train-1").mkdir()
+    (tmp_path / "out" / "names" / "monday").symlink_to("../train-1")
+    words = ["data.vocabularies=[monday,/elsewhere]", "data.numbers_from=monday"]
+    config = names.resolved(run_config(tmp_path, *words, "merge.deltas=[monday]"))
+    run = str(tmp_path / "out" / "train-1")
+    assert config.data.vocabularies == [run, "/elsewhere"]
+    assert (config.data.numbers_from, config.merge.deltas) == (run, [run])
+
+
+def test_a_list_that_grew_is_recognized_without_reading_tokens(tmp_path):
+    for name, listed in (("one", "abc"), ("two", "abcd"), ("three", "axc")):
+        tokens.write_tokens(tmp_path / name, "t", listed)
+    one, two, three = (tokens.path_of(tmp_path / n, "t") for n in ("one", "two", "three"))
+    assert tokens.begins_with(two, one)
+    assert not tokens.begins_with(one, two)
+    assert not tokens.begins_with(three, one)
+    assert not tokens.begins_with(two, tmp_path / "nowhere")

@@ -27,6 +27,7 @@ NUMBERS = "numbers.json"
 """File in it with learned facts of numbers: shift and scale of log1p, edges of quantiles."""
 HASHED = "crc32 modulo "
 """Prefix of the vocabulary hash of a table whose ids are hashes, which has no tokens."""
+_BLOCK = 1 << 20
 FIX = "set merge.vocabularies to the encoded data set that the model was trained on"
 
 
@@ -134,6 +135,17 @@ def _listed(folder: Path, table: str, option: str) -> pl.Series:
         raise UserError(
             f"{option}: {path}: damaged: not UTF-8 ({error.reason}); encode it again"
         ) from None
+
+
+def begins_with(path: Path, other: Path) -> bool:
+    """Return whether a token list begins with all tokens of another one; reads them in blocks."""
+    if not path.is_file() or not other.is_file():
+        return False
+    with path.open("rb") as longer, other.open("rb") as shorter:
+        while block := shorter.read(_BLOCK):
+            if longer.read(len(block)) != block:
+                return False
+    return True
 
 
 def write_tokens(folder: Path, table: str, tokens: Iterable[str]) -> None:
