@@ -10,13 +10,15 @@ import sys
 
 import pytest
 import torch
-from days import TINY, write_days
+from days import TINY, cut_days, write_days
+from samples import EMBEDDED, make_data
 from torch.nn.functional import pad
 
 from cki_rec.checkpoints import checkpoint
 from cki_rec.cli import main
-from cki_rec.config import parse
+from cki_rec.config import Split, parse
 from cki_rec.data.dataset import EncodedDataset
+from cki_rec.data.encoding.store import prepare
 from cki_rec.data.encoding.vocabulary import read_vocabulary
 from cki_rec.data.schema import FIRST_ID, OOV_ID
 from cki_rec.engine.embeddings import table_of
@@ -254,3 +256,29 @@ def test_two_processes_grow_tables_as_one_does(home, trained, first, sharding, t
         torch.testing.assert_close(other.params[name], tensor, rtol=1e-4, atol=1e-5, msg=name)
     for table, counts in one.counts.items():
         assert counts.equal(other.counts[table])
+
+
+@pytest.mark.slow
+def test_five_days_of_real_ratings_stay_in_the_vocabulary(tmp_path):
+    """Of the item lookups of day 5, below 10 % are out of a grown vocabulary, most of a frozen."""
+    days = cut_days(EMBEDDED, tmp_path, NUM, lambda _: 10**9)
+    split = Split(by="random", fractions=[0.8, 0.1, 0.1], seed=0)
+
+    def encoded(day, *folders, new_tokens="oov"):
+        data = make_data(
+            raw=str(days[day]),
+            fields=["user", "item", "genres", "year", "hour"],
+            split=split,
+            vocabularies=list(map(str, folders)),
+            new_tokens=new_tokens,
+        )
+        return prepare(data, tmp_path / "encoded")
+
+    start = latest = encoded(0)
+    for day in range(1, NUM):
+        latest = encoded(day, latest.folder, new_tokens="add")
+    frozen = encoded(NUM - 1, start.folder)
+    shares = [each.manifest["unseen_share"]["item"] for each in (latest, frozen)]
+    assert shares[0]["train"] == 0
+    assert max(shares[0].values()) < 0.1
+    assert min(shares[1].values()) > 0.3
