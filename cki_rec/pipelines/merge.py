@@ -103,10 +103,6 @@ def ensure(config: Config, models: Sources | None = None, force: bool = False) -
     Raises:
         UserError: Options, sources or data that do not fit together.
     """
-    if config.merge.deltas:
-        raise UserError(
-            "merge.deltas: only cki-rec merge takes deltas; give its result a name, and use that"
-        )
     config = preflight.without_unused(config)
     check_options(config)
     models = models or resolve(config)
@@ -154,7 +150,15 @@ def ensure(config: Config, models: Sources | None = None, force: bool = False) -
 
 
 def resolve(config: Config, needs_suite: bool = False) -> Sources:
-    """Return the sources of a merge, and of its suite if needed (``sources.resolve``)."""
+    """Return the sources of a merge, and of its suite if needed (``sources.resolve``).
+
+    Raises:
+        UserError: They are deltas, or as for ``sources.resolve``.
+    """
+    if config.merge.deltas:
+        raise UserError(
+            "merge.deltas: only cki-rec merge takes deltas; give its result a name, and use that"
+        )
     return sources.resolve(config, preflight.needs_base(config), needs_suite)
 
 

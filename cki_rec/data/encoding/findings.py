@@ -84,7 +84,7 @@ def findings(manifest: Mapping[str, Any]) -> list[str]:
     if unseen := unseen_line(manifest, MOST_UNSEEN):
         lines.append(
             f"{unseen}; all of them share one embedding: lower data.min_count, or add newer token"
-            " lists to data.vocabularies"
+            " lists to data.vocabularies, or the new tokens with data.new_tokens=add"
         )
     return lines
 
