@@ -54,6 +54,7 @@ from cki_rec.merging.params import MergeError, Params, is_finite
 from cki_rec.merging.registry import MergeInputs, Method
 from cki_rec.merging.rows import Block
 from cki_rec.merging.streaming import Mixer
+from cki_rec.models.comparison import decides, differences
 from cki_rec.pipelines import preflight, vocabularies
 from cki_rec.pipelines.deltas import (
     ACCUMULATOR,
@@ -181,9 +182,8 @@ def _check_fit(config: Config, deltas: Sequence[Delta], base: Description, diges
                 f" {digest[:12]}); name that base, or make the delta again from this one"
             )
         schema, first = delta.about.schema, deltas[0].about.schema
-        if schema.features != base.schema.features or section(delta.about.model) != section(
-            base.model
-        ):
+        changed = list(differences(delta.about.model, base.model))
+        if schema.features != base.schema.features or any(decides(k, base.model) for k in changed):
             raise UserError(f"{name}: has another network or other fields than merge.base")
         for table, known in schema.vocabulary_hashes.items():
             if known != first.vocabulary_hashes[table]:

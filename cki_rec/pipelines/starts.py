@@ -99,14 +99,13 @@ def restored(
             rows may have been its training rows.
     """
     saved, where = describe(folder), f"train.start, {folder}"
+    check_rows(saved, dataset, where)
     for key, (theirs, ours) in differences(saved.model, config.model).items():
         if decides(key, config.model):
-            check_rows(saved, dataset, where)
             raise UserError(
                 f"{where}: model.{key} is {theirs}, not {ours}; choose the model options it was"
                 " trained with"
             )
-    check_rows(saved, dataset, where)
     _check_fields(saved.schema, schema, where)
     is_mean = config.train.new_rows == "mean"
     moved, home = vocabularies.on_data_set(config, folder, where, dataset, scratch, is_mean)

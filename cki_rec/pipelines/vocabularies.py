@@ -258,7 +258,9 @@ def carry(folder: Path, schema: FeatureSchema, known: Iterable[Path]) -> None:
             try:
                 os.link(source, path)
             except OSError:  # another disk, or one without links
-                shutil.copyfile(source, path)
+                copy = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+                shutil.copyfile(source, copy)
+                copy.replace(path)
     if not (folder / tokens.NUMBERS).exists():
         write_numbers(folder, homes, schema.vocabulary_hashes)
 

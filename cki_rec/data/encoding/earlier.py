@@ -11,7 +11,6 @@ from typing import Any
 import polars as pl
 
 from cki_rec.config import Data, UserError
-from cki_rec.data.dataset import MANIFEST
 from cki_rec.data.encoding.fields import Field
 from cki_rec.data.encoding.tokens import (
     NUMBERS,
@@ -119,10 +118,12 @@ def write_numbers(folder: Path, homes: Sequence[Path], hashes: Mapping[str, str]
     """
     facts: dict[str, dict[str, Sequence[float]]] = {key: {} for key in KEYS.values()}
     for home in homes:
-        if not any((home / name).is_file() for name in (MANIFEST, NUMBERS)):
+        try:
+            known = number_facts(home)
+        except UserError:  # it has none, or is another data set that is damaged
             continue
-        listed = list_digests(home)
-        for key, each in number_facts(home).items():
+        listed = list_digests(home) if any(known.values()) else {}
+        for key, each in known.items():
             for name, values in each.items():
                 if hashes.get(name) == digest_with(listed.get(name), values):
                     facts[key].setdefault(name, values)
