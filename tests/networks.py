@@ -7,7 +7,7 @@ from functools import reduce
 import torch
 from torch import Tensor, nn
 
-from cki_rec.config import Attention, Cross, Model, Streams
+from cki_rec.config import Attention, Bottom, Cross, Model, SequenceOptions, Streams
 from cki_rec.data.schema import Batch, Feature, FeatureSchema
 from cki_rec.merging.symmetry import Symmetry
 from cki_rec.models import build_model, model_schema
@@ -40,6 +40,8 @@ def options(name: str = "deepfm", **changes) -> Model:
             gate_hidden=[5],
             contexts=[[], []],
         ),
+        sequence=SequenceOptions(pairs=[], length=4, layers=1, hidden=6, heads=2, dropout=0.0),
+        bottom=Bottom(hidden=[5]),
     )
     for key, value in changes.items():
         *path, last = key.split("__")
@@ -78,6 +80,8 @@ SCHEMAS = {
     "one": make_schema(("site", "site", "categorical")),
 }
 WITH_HISTORIES = ("mixed", "short")
+OF_HISTORIES = ("din", "sasrec", "gru4rec")
+"""Models that require histories."""
 CASES = {
     "lr": ("lr", {}),
     "fm": ("fm", {}),
@@ -101,6 +105,12 @@ CASES = {
         "final_mlp",
         {"batch_norm": True, "streams__batch_norm": True, "activation": "dice"},
     ),
+    "dlrm": ("dlrm", {}),
+    "dlrm tanh": ("dlrm", {"activation": "tanh", "batch_norm": True, "bottom__hidden": []}),
+    "sasrec": ("sasrec", {}),
+    "sasrec of two blocks": ("sasrec", {"sequence__layers": 2, "sequence__heads": 1}),
+    "gru4rec": ("gru4rec", {"activation": "dice", "batch_norm": True}),
+    "gru4rec of two layers": ("gru4rec", {"sequence__layers": 2, "hidden": []}),
 }
 """Title -> name in MODELS and options: every block and switch at least once, for any schema."""
 ON_MIXED = {
@@ -117,6 +127,19 @@ ON_MIXED = {
         "din",
         {"attention__hidden": [], "attention__pairs": [["item", "clicked"]]},
     ),
+    "sasrec pairs": (
+        "sasrec",
+        {
+            "sequence__pairs": [
+                [["item", "brand"], ["clicked", "clicked_brands"]],
+                ["item", "skipped"],
+            ]
+        },
+    ),
+    "gru4rec pairs": (
+        "gru4rec",
+        {"sequence__pairs": [[["item", "brand"], ["skipped", "clicked_brands"]]]},
+    ),
     "final_mlp contexts": (
         "final_mlp",
         {"streams__contexts": [["user", "age"], ["clicked"]], "streams__heads": 4},
@@ -131,7 +154,8 @@ FITTING = [
     (title, key)
     for title in CASES
     for key in SCHEMAS
-    if not title.startswith("din") or key in WITH_HISTORIES
+    if (CASES[title][0] not in OF_HISTORIES or key in WITH_HISTORIES)
+    and (CASES[title][0] != "dlrm" or key != "one")
 ] + [(title, "mixed") for title in ON_MIXED]
 """Titles and schemas that go together."""
 

@@ -8,6 +8,7 @@ from cki_rec.config.errors import RankLost, ReportedElsewhere, Stopped, UserErro
 from cki_rec.config.merge_options import Align, Assess, Learn, Merge
 from cki_rec.config.options import (
     Attention,
+    Bottom,
     Config,
     Cross,
     Evaluate,
@@ -15,6 +16,7 @@ from cki_rec.config.options import (
     Model,
     Monitor,
     Runtime,
+    SequenceOptions,
     Streams,
     Suite,
     Train,
@@ -40,6 +42,7 @@ __all__ = [
     "Align",
     "Assess",
     "Attention",
+    "Bottom",
     "Config",
     "Cross",
     "Data",
@@ -54,6 +57,7 @@ __all__ = [
     "RankLost",
     "ReportedElsewhere",
     "Runtime",
+    "SequenceOptions",
     "Split",
     "Stopped",
     "Streams",

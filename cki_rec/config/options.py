@@ -51,6 +51,32 @@ class Attention:
 
 
 @section
+class SequenceOptions:
+    """Encoders of histories: SASRec and GRU4Rec."""
+
+    pairs: list[Any]
+    """``[[targets, histories], ...]``, as for ``Attention``."""
+    length: Positive
+    """The latest ids of a history that are read."""
+    layers: Positive
+    """Self-attention blocks, or layers of the GRU."""
+    hidden: Positive
+    """Width of feed-forward layers, or of the GRU."""
+    heads: Positive
+    """SASRec: heads of attention; divides the width of a history."""
+    dropout: Fraction
+    """Of embeddings, and of the outputs of SASRec's layers."""
+
+
+@section
+class Bottom:
+    """The bottom MLP of DLRM, which reads numbers."""
+
+    hidden: list[Positive]
+    """Widths before the last layer, which has the embeddings' width."""
+
+
+@section
 class Streams:
     """The second of FinalMLP's two streams, and the fusion of both."""
 
@@ -88,10 +114,15 @@ class Model:
     """Standard deviation of initial matrices, those of one output apart, beside biases uniform
     within 1 / sqrt(inputs); null: Xavier uniform and zero biases."""
     histories: bool
-    """Feed histories: to DIN's attention, to other models as mean-pooled fields."""
+    """Feed histories: to DIN's attention and the encoders of SASRec and GRU4Rec, to other models as
+    mean-pooled fields."""
     cross: Cross
     attention: Attention
     streams: Streams
+    sequence: SequenceOptions | None
+    """Of SASRec and GRU4Rec; null: of other networks."""
+    bottom: Bottom | None
+    """Of DLRM; null: of other networks."""
 
     @model_validator(mode="after")
     def _check(self) -> Model:

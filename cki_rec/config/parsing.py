@@ -28,7 +28,9 @@ OF_OTHERS: dict[str, Any] = {
     **{"batches": None, "data": None, "format": None, "evidence": "auto", "table_names": []},
 }
 """Options of merges that only checkpoints of other programs have -> the value of no option."""
-LATER: dict[str, Any] = {"module": None, "plugins": [], **OF_OTHERS}
+OF_SOME_NETWORKS: dict[str, Any] = dict.fromkeys(("module", "sequence", "bottom"))
+"""Options of ``model`` that not every network has, and their value without them."""
+LATER: dict[str, Any] = {"plugins": [], **OF_SOME_NETWORKS, **OF_OTHERS}
 """Later options -> the value at which ``section`` leaves them out: identities stay the same."""
 
 
@@ -112,7 +114,7 @@ def model_options(value: dict[str, Any]) -> Model:
         TypeError: A key is missing, unknown or of another type.
     """
     try:
-        return validated(Model, {"module": LATER["module"], **value})
+        return validated(Model, {**OF_SOME_NETWORKS, **value})
     except UserError as error:
         raise TypeError(str(error)) from None
 

@@ -12,6 +12,7 @@ from networks import (
     CASES,
     FITTING,
     MIXED,
+    OF_HISTORIES,
     ON_MIXED,
     SCHEMAS,
     WITH_HISTORIES,
@@ -168,7 +169,7 @@ def test_histories_change_the_logit_only_where_they_are_read(title):
     assert not changed[~has_history].any()
 
 
-@pytest.mark.parametrize("name", [name for name in MODELS if name != "din"])
+@pytest.mark.parametrize("name", [name for name in MODELS if name not in OF_HISTORIES])
 def test_histories_can_be_left_out(name):
     network = build(MIXED, name=name, histories=False)
     assert not {"clicked", "clicked_brands", "skipped"} & set(network.sparse.fields)
@@ -265,6 +266,8 @@ def layers(*names):
     return [f"{name}.{key}" for name in names for key in ("weight", "bias")]
 
 
+ITEMS = "sparse.sequences.item.embedding_bags.item.weight"
+SASREC = ("attention_norm", "attention.output", "norm", "inner", "outer")
 GOLDEN_NAMES = {
     "lr": ["bias", *TABLES],
     "fm": ["bias", *TABLES, *FIRST_ORDER],
@@ -278,7 +281,7 @@ GOLDEN_NAMES = {
     ],
     "dcnv2": [*TABLES, *layers("cross.layers.0", "cross.layers.1", "mlp.layers.0", "score")],
     "din": [
-        "sparse.sequences.item.embedding_bags.item.weight",
+        ITEMS,
         *layers("attention.0.mlp.layers.0", "attention.0.mlp.layers.1"),
         *(
             f"attention.0.mlp.activations.0.{key}"
@@ -297,13 +300,33 @@ GOLDEN_NAMES = {
         "fusion.second.weight",
         "fusion.forms",
     ],
+    "dlrm": [*TABLES, *layers("mlp.layers.0", "mlp.layers.1")],
+    "sasrec": [
+        ITEMS,
+        "encoders.0.positions",
+        *layers(*(f"encoders.0.blocks.0.{name}" for name in SASREC), "encoders.0.norm"),
+        *(f"encoders.0.blocks.0.attention.{name}.weight" for name in ("query", "key", "value")),
+        "products.weight",
+        *layers("mlp.layers.0", "mlp.layers.1"),
+    ],
+    "gru4rec": [
+        ITEMS,
+        *(
+            f"encoders.0.gru.{kind}_{side}_l0"
+            for kind in ("weight", "bias")
+            for side in ("ih", "hh")
+        ),
+        *layers("encoders.0.output"),
+        "products.weight",
+        *layers("mlp.layers.0", "mlp.layers.1"),
+    ],
 }
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_names_of_parameters_are_stable(name):
     """A checkpoint of an older release must load: changing these is a breaking change."""
-    schema = SCHEMAS["short" if name == "din" else "plain"]
+    schema = SCHEMAS["short" if name in OF_HISTORIES else "plain"]
     assert sorted(build(schema, name=name, hidden=[6]).state_dict()) == sorted(GOLDEN_NAMES[name])
 
 
