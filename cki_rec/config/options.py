@@ -114,8 +114,8 @@ class Model:
     """Standard deviation of initial matrices, those of one output apart, beside biases uniform
     within 1 / sqrt(inputs); null: Xavier uniform and zero biases."""
     histories: bool
-    """Feed histories: to DIN's attention and the encoders of SASRec and GRU4Rec, to other models as
-    mean-pooled fields."""
+    """Feed histories: to DIN's attention and to the encoders of SASRec and GRU4Rec; to other
+    models as mean-pooled fields."""
     cross: Cross
     attention: Attention
     streams: Streams
@@ -202,6 +202,18 @@ class Finetune:
 
 
 @section
+class Ranking:
+    """Ranks of liked items among sampled ones."""
+
+    negatives: Positive
+    """Items drawn for each liked row, without repeats, from those that its user did not like."""
+    draw: Literal["uniform", "popularity"]
+    """``uniform``, or by ``popularity``: the number of training rows that like an item."""
+    seed: NonNegative
+    """Of the draw."""
+
+
+@section
 class Evaluate:
     """Metrics and intervals."""
 
@@ -213,6 +225,8 @@ class Evaluate:
     """Unit of resampling: ``user`` (rows of a user depend on each other) or ``row``."""
     confidence: Annotated[float, Field(gt=0, lt=1)]
     seed: NonNegative
+    ranking: Ranking | None
+    """Measure HR@k and NDCG@k of liked items; null: not."""
     disjoint_files: bool
     """Assert that raw files of the models that are not in this data set hold no test row. It is
     required if there are such files; cki_rec cannot verify it."""

@@ -17,7 +17,9 @@ class Pair:
     histories: tuple[str, ...]
 
 
-def history_pairs(schema: FeatureSchema, model: Model, option: str, named: list[Any]) -> list[Pair]:
+def history_pairs(
+    schema: FeatureSchema, model: Model, option: str, named: list[Any]
+) -> list[Pair]:
     """Return the pairs that an option names; by default every history and its table's field.
 
     Args:
