@@ -145,7 +145,7 @@ def draw_candidates(
             "draw": options.draw,
             "seed": options.seed,
             "items": num_items,
-            "left_out": "items that the user likes in any split",
+            "left_out": f"items that the user likes in {_known(dataset, label)} rows",
             "item_fields": list(fields),
             "ties": "expected value over their random order",
             "cases": len(row_C),
@@ -256,3 +256,9 @@ def _check_enough(user_C: Ints, liked_pairs: Ints, weight: NDArray[np.float64], 
             f"evaluate.ranking.negatives={num}: a user has only {left.min()} items to draw from;"
             f" lower it to {left.min()}"
         )
+
+
+def _known(dataset: EncodedDataset, label: NDArray[Any]) -> str:
+    """Return the splits whose labels are given, as words."""
+    split = dataset.split[np.flatnonzero(~np.isnan(np.asarray(label, dtype=np.float32)))]
+    return " or ".join(SPLITS[code] for code in np.unique(split))
