@@ -34,7 +34,8 @@ class RecurrentEncoder(nn.Module):
 
     def forward(self, ids_BLW: Tensor, mask_BL: Tensor) -> Tensor:
         """Return ``(B, W)``; ``mask_BL`` is true at valid positions, which come first."""
-        return self.output(latest(self.states(ids_BLW, mask_BL), mask_BL))  # type: ignore[no-any-return]
+        state_BW: Tensor = self.output(latest(self.states(ids_BLW, mask_BL), mask_BL))
+        return state_BW
 
     def states(self, ids_BLW: Tensor, mask_BL: Tensor) -> Tensor:
         """Return ``(B, L, H)``; each state depends on its id and earlier ones."""

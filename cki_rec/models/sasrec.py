@@ -95,7 +95,8 @@ class SelfAttentionEncoder(nn.Module):
 
     def forward(self, ids_BLW: Tensor, mask_BL: Tensor) -> Tensor:
         """Return ``(B, W)``; ``mask_BL`` is true at valid positions, which come first."""
-        return self.norm(latest(self.states(ids_BLW, mask_BL), mask_BL))  # type: ignore[no-any-return]
+        state_BW: Tensor = self.norm(latest(self.states(ids_BLW, mask_BL), mask_BL))
+        return state_BW
 
     def states(self, ids_BLW: Tensor, mask_BL: Tensor) -> Tensor:
         """Return ``(B, L, W)``; each state depends on its id and earlier ones."""
@@ -103,7 +104,8 @@ class SelfAttentionEncoder(nn.Module):
         x_BLW = self.dropout(ids_BLW * self.scale + embedding(places_BL, self.positions))
         for block in self.blocks:
             x_BLW = block(x_BLW)
-        return x_BLW
+        states_BLW: Tensor = x_BLW
+        return states_BLW
 
 
 class SASRec(SequentialNetwork):

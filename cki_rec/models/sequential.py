@@ -5,13 +5,13 @@ Shape legend: B rows, F fields, D embedding size, L ids of a history, W width of
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from cki_rec.config import Model, SequenceOptions, UserError
+from cki_rec.config import Model, UserError
 from cki_rec.data.schema import Batch, FeatureSchema
 from cki_rec.merging.symmetry import Kind, LogitScale, Slice, Symmetry
 from cki_rec.models.embeddings import Embedded, FieldEmbeddings
@@ -33,7 +33,8 @@ class Factors(nn.Module):
 
     def forward(self, x_BP: Tensor) -> Tensor:
         """Return ``(B,)``."""
-        return x_BP @ self.weight
+        sum_B: Tensor = x_BP @ self.weight
+        return sum_B
 
 
 class SequentialNetwork(nn.Module):
@@ -50,8 +51,9 @@ class SequentialNetwork(nn.Module):
     """
 
     reads = (*MLP_OPTIONS, "sequence")
-    encoder: ClassVar[Callable[[int, SequenceOptions], nn.Module]]
-    """``(width, options)`` to a module: ``(B, L, W)`` ids and ``(B, L)`` mask to ``(B, W)``."""
+    encoder: ClassVar[type[nn.Module]]
+    """A class that takes ``(width, options)``. Its modules map embedded ids ``(B, L, W)`` and
+    their mask ``(B, L)`` to states ``(B, W)``."""
     kind: ClassVar[Kind]
     """The symmetry of the tables that encoders read."""
 
@@ -73,8 +75,9 @@ class SequentialNetwork(nn.Module):
             device=device,
         )
         self.places = [[self.sparse.fields.index(t) for t in pair.targets] for pair in self.pairs]
-        make = type(self).encoder
-        self.encoders = nn.ModuleList(make(dim * len(p.targets), options) for p in self.pairs)
+        self.encoders = nn.ModuleList(
+            self.encoder(dim * len(pair.targets), options) for pair in self.pairs
+        )
         self.products = Factors(len(self.pairs))
         width = (len(self.sparse.fields) + len(self.attended)) * dim
         self.mlp = MLP(width, model.hidden, model.dropout, model.activation, model.batch_norm)
@@ -92,8 +95,9 @@ class SequentialNetwork(nn.Module):
             state_BW = encoder(ids_BLW, emb.masks[pair.histories[0]])
             parts.append(state_BW)
             products.append((state_BW * target_BW).sum(1))
-        logit_B: Tensor = self.products(torch.stack(products, dim=1))
-        return logit_B + self.mlp(torch.cat(parts, dim=1))
+        product_B = self.products(torch.stack(products, dim=1))
+        logit_B: Tensor = product_B + self.mlp(torch.cat(parts, dim=1))
+        return logit_B
 
     def slices_of(self, number: int, basis: Basis, dim: int) -> Iterator[Slice]:
         """Yield the slices of encoder ``number`` that a basis moves."""

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from cki_rec import project_root
 from cki_rec.checkpoints import describe, outline
@@ -198,7 +199,7 @@ def _scores(
     candidates: Mapping[str, Candidates],
 ) -> Logits:
     """Return the logits of one model on both splits, and on candidates if there are any."""
-    scores: dict[str, Floats] = dict(predictions(config, dataset, source))
+    scores: dict[str, Any] = {**predictions(config, dataset, source)}
     if candidates:
         ranked = candidate_logits(config, dataset, source, candidates)
         scores |= {CANDIDATES[split]: logits for split, logits in ranked.items()}
@@ -213,7 +214,7 @@ def _candidates(options: Evaluate, dataset: EncodedDataset) -> dict[str, Candida
     if options.ranking is None:
         return {}
     known = dataset.labels(np.arange(len(dataset)))
-    labels = {"valid": known, "test": all_labels(dataset)}
+    labels: dict[str, NDArray[Any]] = {"valid": known, "test": all_labels(dataset)}
     return {s: draw_candidates(dataset, s, labels[s], options.ranking) for s in SPLITS}
 
 
@@ -315,8 +316,8 @@ def _rows(
     group = None if dataset.group is None else dataset.group[rows]
     cases = None
     if candidates and dataset.group is not None:
-        part = candidates[split]
-        cases = Cases(part.place_C, np.asarray(dataset.group[part.row_C]))
+        drawn = candidates[split]
+        cases = Cases(drawn.place_C, np.asarray(dataset.group[drawn.row_C]))
     return Rows(all_labels(dataset)[rows], group, domain, cases)
 
 

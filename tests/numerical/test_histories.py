@@ -127,7 +127,7 @@ def test_later_ids_do_not_change_earlier_states(title):
     before = encoder.states(ids, mask)
     for place in range(4):
         other = ids.clone()
-        other[:, place] += 1
+        other[:, place] += torch.randn(5, 8, generator=draw, dtype=torch.float64)
         changed = (encoder.states(other, mask) - before).abs().amax((0, 2))
         assert (changed[:place] < 1e-14).all()
         assert (changed[place:] > 1e-3).all()
@@ -179,8 +179,8 @@ def test_dlrm_equals_a_reference(title, key):
         if len(row) > num:
             bottom = network.bottom(row[None, num:].flatten(1))[0]
             vectors, parts = [bottom, *vectors], [bottom]
-        pairs = [a @ b for place, a in enumerate(vectors) for b in vectors[:place]]
-        expected.append(network.mlp(torch.cat([*parts, torch.tensor(pairs)])[None]))
+        pairs = [(a @ b)[None] for place, a in enumerate(vectors) for b in vectors[:place]]
+        expected.append(network.mlp(torch.cat([*parts, *pairs])[None]))
     torch.testing.assert_close(network.interact(emb), torch.cat(expected))
 
 
