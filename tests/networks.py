@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from functools import reduce
 
+import pytest
 import torch
+from samples import slow_but
 from torch import Tensor, nn
 
 from cki_rec.config import Attention, Bottom, Cross, Model, SequenceOptions, Streams
@@ -158,6 +160,23 @@ FITTING = [
     and (CASES[title][0] != "dlrm" or key != "one")
 ] + [(title, "mixed") for title in ON_MIXED]
 """Titles and schemas that go together."""
+SLOW = (
+    *("dlrm tanh", "sasrec of two blocks", "sasrec pairs"),
+    *("gru4rec of two layers", "gru4rec pairs"),
+)
+"""Titles that ``make test-all`` alone runs."""
+titles = pytest.mark.parametrize(
+    "title", slow_but([t for t in (*CASES, *ON_MIXED) if t not in SLOW], [*CASES, *ON_MIXED])
+)
+
+
+def fitting(pairs: list[tuple[str, str]] = FITTING) -> pytest.MarkDecorator:
+    """Return the decorator of a test that runs for these titles and schemas."""
+    params = [
+        pytest.param(title, key, marks=[pytest.mark.slow] if title in SLOW else [])
+        for title, key in pairs
+    ]
+    return pytest.mark.parametrize(("title", "key"), params)
 
 
 def build(schema: FeatureSchema, seed: int = 0, name: str = "deepfm", **changes) -> nn.Module:

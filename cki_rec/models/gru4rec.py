@@ -39,7 +39,10 @@ class RecurrentEncoder(nn.Module):
 
     def states(self, ids_BLW: Tensor, mask_BL: Tensor) -> Tensor:
         """Return ``(B, L, H)``; each state depends on its id and earlier ones."""
-        states_BLH: Tensor = self.gru(self.dropout(ids_BLW))[0]
+        x_BLW = self.dropout(ids_BLW)
+        zero_1B1 = x_BLW[:, :1, :1].transpose(0, 1) * 0  # of the input, so that it can be vmapped
+        first_KBH = zero_1B1.expand(self.gru.num_layers, -1, self.gru.hidden_size).contiguous()
+        states_BLH: Tensor = self.gru(x_BLW, first_KBH)[0]
         return states_BLH
 
 

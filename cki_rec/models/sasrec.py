@@ -6,17 +6,18 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import embedding, scaled_dot_product_attention
+from torch.nn.functional import embedding
 
 from cki_rec.config import SequenceOptions, UserError
 from cki_rec.merging.symmetry import Slice, Symmetry
+from cki_rec.models.attention import NOWHERE
 from cki_rec.models.layers import Dropout
 from cki_rec.models.sequential import SequentialNetwork, ids_to_come, latest
 from cki_rec.models.symmetries import Basis
 
 
-class CausalAttention(nn.Module):
-    """Multi-head attention of every position to itself and to earlier positions.
+class Attention(nn.Module):
+    """Multi-head attention of the positions of a history to each other.
 
     Args:
         width: W.
@@ -29,19 +30,21 @@ class CausalAttention(nn.Module):
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
-        self.heads = heads
+        self.heads, self.scale = heads, (width // heads) ** -0.5
         self.query = nn.Linear(width, width, bias=False)
         self.key = nn.Linear(width, width, bias=False)
         self.value = nn.Linear(width, width, bias=False)
         self.output = nn.Linear(width, width)
 
-    def forward(self, x_BLW: Tensor) -> Tensor:
-        """Return ``(B, L, W)``."""
+    def forward(self, x_BLW: Tensor, is_read_BLL: Tensor) -> Tensor:
+        """Return ``(B, L, W)``; ``is_read_BLL`` is true where a position reads another."""
         q_BHLC, k_BHLC, v_BHLC = (
             project(x_BLW).unflatten(2, (self.heads, -1)).transpose(1, 2)
             for project in (self.query, self.key, self.value)
         )
-        mixed_BHLC = scaled_dot_product_attention(q_BHLC, k_BHLC, v_BHLC, is_causal=True)
+        score_BHLL = q_BHLC @ k_BHLC.transpose(2, 3) * self.scale
+        score_BHLL = score_BHLL.masked_fill(~is_read_BLL.unsqueeze(1), NOWHERE)
+        mixed_BHLC = score_BHLL.softmax(3) @ v_BHLC
         y_BLW: Tensor = self.output(mixed_BHLC.transpose(1, 2).flatten(2))
         return y_BLW
 
@@ -52,15 +55,16 @@ class Block(nn.Module):
     def __init__(self, width: int, options: SequenceOptions) -> None:
         super().__init__()
         self.attention_norm = nn.LayerNorm(width)
-        self.attention = CausalAttention(width, options.heads)
+        self.attention = Attention(width, options.heads)
         self.norm = nn.LayerNorm(width)
         self.inner = nn.Linear(width, options.hidden)
         self.outer = nn.Linear(options.hidden, width)
         self.dropout = Dropout(options.dropout)
 
-    def forward(self, x_BLW: Tensor) -> Tensor:
-        """Return ``(B, L, W)``."""
-        x_BLW = x_BLW + self.dropout(self.attention(self.attention_norm(x_BLW)))
+    def forward(self, x_BLW: Tensor, is_read_BLL: Tensor) -> Tensor:
+        """Return ``(B, L, W)``; ``is_read_BLL`` is true where a position reads another."""
+        read = self.attention(self.attention_norm(x_BLW), is_read_BLL)
+        x_BLW = x_BLW + self.dropout(read)
         hidden = self.dropout(self.inner(self.norm(x_BLW)).relu())
         y_BLW: Tensor = x_BLW + self.dropout(self.outer(hidden))
         return y_BLW
@@ -69,8 +73,7 @@ class Block(nn.Module):
 class SelfAttentionEncoder(nn.Module):
     """Causal self-attention over a history; the output at its latest id is the state.
 
-    Valid ids come first, so that causal attention never reads an empty position. Positions count
-    from the latest id. An empty history has a learned state.
+    Positions count from the latest id. An empty history has a learned state.
     """
 
     multiplies_coordinates = True
@@ -94,16 +97,18 @@ class SelfAttentionEncoder(nn.Module):
         return mask_BL.flatten()
 
     def forward(self, ids_BLW: Tensor, mask_BL: Tensor) -> Tensor:
-        """Return ``(B, W)``; ``mask_BL`` is true at valid positions, which come first."""
+        """Return ``(B, W)``; ``mask_BL`` is true at valid positions."""
         state_BW: Tensor = self.norm(latest(self.states(ids_BLW, mask_BL), mask_BL))
         return state_BW
 
     def states(self, ids_BLW: Tensor, mask_BL: Tensor) -> Tensor:
         """Return ``(B, L, W)``; each state depends on its id and earlier ones."""
-        places_BL = ids_to_come(mask_BL).clamp(min=0)
-        x_BLW = self.dropout(ids_BLW * self.scale + embedding(places_BL, self.positions))
+        place_BL = ids_to_come(mask_BL)
+        x_BLW = self.dropout(ids_BLW * self.scale + embedding(place_BL, self.positions))
+        is_earlier_BLL = place_BL.unsqueeze(1) >= place_BL.unsqueeze(2)
+        is_read_BLL = mask_BL.unsqueeze(1) & is_earlier_BLL
         for block in self.blocks:
-            x_BLW = block(x_BLW)
+            x_BLW = block(x_BLW, is_read_BLL)
         states_BLW: Tensor = x_BLW
         return states_BLW
 

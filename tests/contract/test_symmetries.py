@@ -8,16 +8,17 @@ import pytest
 import torch
 from networks import (
     CASES,
-    FITTING,
     MIXED,
     ON_MIXED,
     act,
     build,
     draw_batch,
     embed,
+    fitting,
     make_case,
     options,
     random_element,
+    titles,
 )
 
 from cki_rec.config import parse
@@ -26,8 +27,6 @@ from cki_rec.merging.repair import recalibrate
 from cki_rec.merging.symmetry import Slice, Symmetry
 from cki_rec.models import model_schema
 from cki_rec.models.symmetries import separate_bases
-
-TITLES = [*CASES, *ON_MIXED]
 
 
 class Subject:
@@ -53,7 +52,7 @@ class Subject:
         return changed_B.nan_to_num(nan=1.0).abs().max().item()  # a variance below zero
 
 
-@pytest.mark.parametrize("title", TITLES)
+@titles
 def test_logit_is_scaled_and_shifted(title):
     subject = Subject(title)
     how = subject.network.logit_scale()
@@ -73,7 +72,7 @@ def of_table(symmetries, name):
     return actual
 
 
-@pytest.mark.parametrize(("title", "key"), FITTING)
+@fitting()
 def test_logits_do_not_change(title, key):
     subject = Subject(title, key)
     assert subject.logit_B.std() > 1e-3
@@ -91,7 +90,7 @@ def test_logits_do_not_change(title, key):
     torch.testing.assert_close(subject.score(state), subject.logit_B, rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("title", TITLES)
+@titles
 def test_no_slice_is_superfluous(title):
     subject = Subject(title)
     for symmetry in subject.symmetries:
@@ -112,7 +111,7 @@ def holds_rotations(symmetry, symmetries):
     return {other.size for other in inside} == {symmetry.slices[0].width}
 
 
-@pytest.mark.parametrize("title", TITLES)
+@titles
 def test_no_larger_group_acts(title):
     """Of permutations none may carry signs, of signed ones none may be a rotation."""
     subject = Subject(title)
@@ -129,7 +128,7 @@ def test_no_larger_group_acts(title):
         assert subject.change(wider) > 1e-7, symmetry
 
 
-@pytest.mark.parametrize("title", TITLES)
+@titles
 def test_signs_that_do_not_pass_matter(title):
     subject = Subject(title)
     for symmetry in subject.symmetries:
@@ -140,7 +139,7 @@ def test_signs_that_do_not_pass_matter(title):
                 assert subject.change(dataclasses.replace(symmetry, slices=slices)) > 1e-7, part
 
 
-@pytest.mark.parametrize("title", TITLES)
+@titles
 def test_names_and_sizes_are_those_of_the_state(title):
     subject = Subject(title)
     for symmetry in subject.symmetries:
