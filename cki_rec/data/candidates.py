@@ -147,7 +147,7 @@ def draw_candidates(
             "items": num_items,
             "left_out": f"items that the user likes in {_known(dataset, label)} rows",
             "item_fields": list(fields),
-            "ties": "expected value over their random order",
+            "equal_scores": "expected value over their random order",
             "cases": len(row_C),
             "users": len(np.unique(user_C)),
         },

@@ -318,7 +318,7 @@ GOLDEN_NAMES = {
     "gru4rec": [
         ITEMS,
         *(
-            f"encoders.0.gru.{kind}_{side}_l0"
+            f"encoders.0.layers.0.{kind}_{side}"
             for kind in ("weight", "bias")
             for side in ("ih", "hh")
         ),
