@@ -57,7 +57,7 @@ class GRU(nn.Module):
         states = []
         for step in range(self.length):
             reset, update, candidate = of_input[:, step].chunk(GATES, dim=1)
-            of_state = self.bias_hh
+            of_state: Tensor = self.bias_hh
             if state_BH is not None:
                 of_state = linear(state_BH, self.weight_hh, self.bias_hh)
             add_reset, add_update, from_state = of_state.chunk(GATES, dim=-1)
