@@ -311,6 +311,8 @@ def random_element(symmetry: Symmetry, draw: torch.Generator) -> Tensor:
     if symmetry.kind == "rotation":
         normal = torch.randn(size, size, generator=draw, dtype=torch.float64)
         return torch.linalg.qr(normal)[0]
+    if symmetry.kind == "signs":
+        return -eye
     shift = 1 + int(torch.randint(max(size - 1, 1), (), generator=draw))  # moves every unit
     element = eye[torch.randperm(size, generator=draw)]
     element = element @ eye.roll(shift, 0) @ element.T

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 
@@ -11,6 +14,7 @@ from cki_rec.merging.symmetry import LogitScale, Slice, Symmetry
 from cki_rec.models.embeddings import Embedded, FieldEmbeddings
 from cki_rec.models.layers import MLP, MLP_OPTIONS
 from cki_rec.models.symmetries import (
+    Basis,
     bases,
     hidden_kind,
     hidden_units,
@@ -54,7 +58,8 @@ class DLRM(nn.Module):
         vectors = self.num_lookups + bool(numbers)
         if vectors == 1 and not numbers:
             raise UserError(f"data.fields: {model.name} needs two fields for an inner product")
-        self.places = [r * vectors + c for r in range(vectors) for c in range(r)]
+        self.pairs = [(row, column) for row in range(vectors) for column in range(row)]
+        self.places = [row * vectors + column for row, column in self.pairs]
         width = len(self.places) + (dim if numbers else 0)
         self.mlp = MLP(width, model.hidden, model.dropout, model.activation, model.batch_norm)
 
@@ -76,10 +81,11 @@ class DLRM(nn.Module):
         return logit_B
 
     def symmetries(self) -> list[Symmetry]:
-        """Return the symmetry of all tables, rotations of numbers, and those of hidden units.
+        """Return the symmetry of all tables, signs of each, rotations of numbers, hidden units.
 
         Outputs of the bottom MLP are activations, and products join them with the tables. So with
-        numbers the tables admit permutations, signed ones for an odd activation.
+        numbers the tables admit permutations, signed ones for an odd activation. A table may
+        change its sign if the MLP's weights of its products do.
         """
         dim, looked_up = self.sparse.embedding_dim, set(self.sparse.looked_up)
         numbers = self.sparse.fields[self.num_lookups :]
@@ -87,6 +93,8 @@ class DLRM(nn.Module):
         for basis in bases(self.sparse):
             if set(basis.fields) & looked_up:
                 tables.append(basis.vectors)
+                whole = replace(basis.vectors, width=dim)
+                symmetries.append(Symmetry("signs", 1, (whole, *self._products_of(basis))))
             else:
                 reader = basis.blocks("bottom.layers.0.weight", numbers, dim)
                 symmetries.append(Symmetry("rotation", dim, (basis.vectors, *reader)))
@@ -100,6 +108,14 @@ class DLRM(nn.Module):
             symmetries.append(Symmetry(kind, dim, slices))
             symmetries += hidden_units(self.bottom, "bottom")
         return [*symmetries, *hidden_units(self.mlp, "mlp")]
+
+    def _products_of(self, basis: Basis) -> Iterator[Slice]:
+        """Yield the inputs of the MLP that are products of one field of a basis with another."""
+        names = [*([] if self.bottom is None else [""]), *self.sparse.looked_up]
+        first = 0 if self.bottom is None else self.sparse.embedding_dim
+        for place, pair in enumerate(self.pairs):
+            if sum(names[vector] in basis.fields for vector in pair) == 1:
+                yield Slice("mlp.layers.0.weight", 1, first + place)
 
     def logit_scale(self) -> LogitScale:
         """Return the parameters that scale and shift the logit and nothing else."""

@@ -235,9 +235,9 @@ def test_heads_move_as_a_whole_or_within_themselves():
             {"signed_permutation": 6, "rotation": 2, "permutation": 2 + 1 + 2 * 2 + 1},
         ),
         ("final_mlp plain", {"rotation": 6, "signed_permutation": 1 + 2}),
-        # tables with the bottom's output, numbers, hidden units of both MLPs
-        ("dlrm", {"permutation": 1 + 1 + 2, "rotation": 2}),
-        ("dlrm tanh", {"signed_permutation": 1 + 2, "rotation": 2}),
+        # tables with the bottom's output, hidden units of both MLPs, numbers, signs of tables
+        ("dlrm", {"permutation": 1 + 1 + 2, "rotation": 2, "signs": 4}),
+        ("dlrm tanh", {"signed_permutation": 1 + 2, "rotation": 2, "signs": 4}),
         # tables in histories, other tables and numbers; two rotations a head, heads, hidden units
         ("sasrec", {"permutation": 2 + 3 * 2 + 2, "rotation": 4 + 3 * 2 * 2}),
         ("gru4rec", {"rotation": 6, "signed_permutation": 3, "permutation": 2}),
