@@ -21,7 +21,7 @@ from cki_rec.engine import distributed
 from cki_rec.engine.record import Run, open_run, save_arrays
 from cki_rec.engine.sweeps import add_to_sweep
 from cki_rec.evaluation.bootstrap import Resamples, resampling_weights
-from cki_rec.evaluation.measure import Logits, Rows, compare
+from cki_rec.evaluation.measure import Logits, Rows, compare, summarize
 from cki_rec.evaluation.metrics import METRICS, PRIMARY
 from cki_rec.evaluation.rows import Floats
 from cki_rec.evaluation.settings import common, flat
@@ -228,7 +228,22 @@ def _evaluate(
     }
     if any(is_external(source.identity) for source in models.suite):
         result["sources"] = [source.name for source in models.suite]
+    if config.data.partition.column is not None:
+        result["of_sources"] = _of_sources(config, dataset, models.suite)
     return result, replicates
+
+
+def _of_sources(
+    config: Config, dataset: EncodedDataset, sources: Sequence[Source]
+) -> list[dict[str, Any]]:
+    """Return name and AUC of every source, on all test rows and on those of each region."""
+    rows, measured = _rows(config, dataset, "test"), []
+    for source in sources:
+        found = summarize(rows, predictions(config, dataset, source)["test"])
+        domains = {name: domain["auc"] for name, domain in found["domains"].items()}
+        name = source.name.removeprefix("data.part=")
+        measured.append({"name": name, "auc": found["auc"], "domains": domains})
+    return measured
 
 
 def suite_name(config: Config, sources: Sequence[Source]) -> str:
@@ -267,9 +282,10 @@ def _rows(config: Config, dataset: EncodedDataset, split: str) -> Rows:
     rows = dataset.rows(split)
     partition = config.data.partition
     domain = None
-    if partition.by != "none" and partition.parts > 1:
-        part = dataset.parts(partition).part[rows]
-        domain = np.char.add(f"{partition.by} part ", part.astype(str))
+    if partition.size > 1:
+        parts = dataset.parts(partition)
+        names = parts.names or [f"{partition.by} part {n}" for n in range(partition.size)]
+        domain = np.array(names)[parts.part[rows]]
     group = None if dataset.group is None else dataset.group[rows]
     return Rows(all_labels(dataset)[rows], group, domain)
 
