@@ -238,8 +238,8 @@ class Data:
     split: Split
     partition: Partition
     part: Annotated[int | str | None, BeforeValidator(_part)]
-    """Train and validate on this part only, a number or a name; null: on all rows. A part by time of a split by time
-    has only later validation rows: all of them."""
+    """Train and validate on this part only, a number or a name; null: on all rows. A part by time
+    of a split by time has only later validation rows: all of them."""
 
     @model_validator(mode="after")
     def _check(self) -> Data:

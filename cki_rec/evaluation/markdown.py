@@ -42,7 +42,12 @@ def markdown_table(
     main, full = main_frame(summary), display_frame(summary)
     lines = [f"# {escaped(title)}", ""]
     for suite, sentences in verdicts(summary, runs).items():
-        lines += [f"**{escaped(titles.get(suite, suite))}**", "", *(f"- {escaped(text)}" for text in sentences), ""]
+        lines += [
+            f"**{escaped(titles.get(suite, suite))}**",
+            "",
+            *(f"- {escaped(text)}" for text in sentences),
+            "",
+        ]
     for suite in summary["suite"].unique():
         lines += [f"## {escaped(titles.get(suite, suite))}", ""]
         if suites.get(suite):
@@ -57,7 +62,12 @@ def markdown_table(
                 lines += [f"- {name}:", "", "  ```sh", *commands, "  ```"]
             else:
                 lines.append(f"- {name}: {escaped(value)}")
-        lines += ["", *_table(full[full["suite"] == suite].drop(columns="suite")), "</details>", ""]
+        lines += [
+            "",
+            *_table(full[full["suite"] == suite].drop(columns="suite")),
+            "</details>",
+            "",
+        ]
     if methods:
         notes = [f"{method_name(name, False)}: {text}" for name, text in methods.items()]
         lines += _folded_list("Methods", notes)

@@ -88,7 +88,9 @@ def data_sets_of(config: Config, saved: Checkpoint, name: str | None) -> list[En
         )
     found = [data_set(encoded, each) for each in hashes]
     if None in found:
-        which = "its data set is" if len(found) == 1 else f"{found.count(None)} of its data sets are"
+        which = (
+            "its data set is" if len(found) == 1 else f"{found.count(None)} of its data sets are"
+        )
         raise UserError(
             f"{name}: {which} not encoded in {encoded}; name the folder with"
             " runtime.encoded=FOLDER, or encode it again: cki-rec prepare data=..."

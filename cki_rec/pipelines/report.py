@@ -70,8 +70,9 @@ def run(config: Config) -> None:
     suites = {name: _about_sources(name, records) for name in frame["suite"].unique()}
     methods = {name: first_comment("merge", name) for name in labels}
     headings, regions = titles(records, OWN), region_tables(records, summary)
-    drawn = [table.assign(suite=table["suite"].map(headings)) for table in (frame, summary)]
-    answer, figures = _answer(*drawn, headings), _figures(records, *drawn, labels, headings)
+    titled, totals = (each.assign(suite=each["suite"].map(headings)) for each in (frame, summary))
+    answer = _answer(titled, totals, headings)
+    figures = _figures(records, titled, totals, labels, headings)
     page = report_page(
         *(config.name, summary, frame, figures, incomplete),
         provenance=_provenance(records),
@@ -210,7 +211,7 @@ def _answer(
         has_differences = part[difference_column("auc", BEST_SOURCE)].notna().any()
         baseline = BEST_SOURCE if has_differences else None
         caption = "AUC against the best source" if has_differences else "AUC"
-        named = f"suite {suite}" if suite in headings else suite
+        named = f"suite {suite}" if suite in headings else str(suite)
         figures[f"{caption}, {named}"] = metric_plot(part, runs, "auc", baseline)
     return figures
 
@@ -256,7 +257,7 @@ def _print(
 
 
 def _printable(rows: pd.DataFrame, title: str) -> Table:
-    first, *others = rows.columns
+    first, *others = map(str, rows.columns)
     table = Table(
         Column(first, overflow="fold"),
         *(Column(_broken(name), justify="right", no_wrap=True) for name in others),

@@ -9,7 +9,6 @@ import polars as pl
 import pytest
 import torch
 from regions import SAID, TINY, call, logits_of, opened, record_of, train_regions, write_region
-
 from samples import make_data
 
 from cki_rec import notebook
@@ -239,7 +238,7 @@ def test_a_start_is_among_what_a_merge_has_seen(regions, tmp_path):
 
 
 def test_raw_rows_of_every_region_score_as_on_the_union(regions, tmp_path):
-    """A model of joined vocabularies serves raw rows, and its export encodes them equally."""
+    """A model of joined vocabularies serves raw rows of a frame and of a file."""
     home, found, union = regions
     both = tmp_path / "rows"
     assert call(regions, tmp_path, "merge", "merge=evidence", "name=shop") == 0
@@ -247,8 +246,8 @@ def test_raw_rows_of_every_region_score_as_on_the_union(regions, tmp_path):
     model = notebook.load_model("shop", *places)
     assert model.schema.table_sizes["user"] == 62
     for region in found:
-        assert call(regions, tmp_path, "prepare", union, region=region) == 0
-        dataset = opened(home / "encoded", f"both_{region}")
+        assert call(regions, tmp_path, "prepare", union, region=region, name="served") == 0
+        dataset = opened(home / "encoded", f"served_{region}")
         every = np.arange(len(dataset))
         device = torch.device("cpu")
         logits = evaluator.predict(model.network, dataset, model.schema, every, device)
@@ -263,16 +262,24 @@ def test_raw_rows_of_every_region_score_as_on_the_union(regions, tmp_path):
     assert main(words) == 0
     served = pl.read_csv(both / "scores.csv")["score"].to_numpy()
     np.testing.assert_allclose(served, 1 / (1 + np.exp(-logits)), rtol=0, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_an_export_of_joined_vocabularies_encodes_as_the_model(regions, tmp_path):
+    home, _, _ = regions
+    assert call(regions, tmp_path, "merge", "merge=evidence", "name=shop") == 0
+    places = [f"runtime.out={tmp_path / 'out'}", f"runtime.encoded={home / 'encoded'}"]
+    model = notebook.load_model("shop", *places)
     assert main(["export", "run=shop", *places]) == 0
     (exported,) = (tmp_path / "out").glob("merge-*/export")
-    rows = json.loads((exported / "examples.json").read_text())
-    encoder = Encoder.load(exported)
-    ours, theirs = (e.encode(as_frame(rows["rows"])) for e in (encoder, model.encoder))
-    assert ours.equals(theirs)
+    examples = json.loads((exported / "examples.json").read_text())
+    rows = as_frame(examples["rows"])
+    assert Encoder.load(exported).encode(rows).equals(model.encoder.encode(rows))
+    scores = notebook.predict(model, rows)
+    np.testing.assert_allclose(scores, examples["scores"], rtol=0, atol=1e-6)
 
 
 def test_a_model_whose_data_sets_are_elsewhere_is_named(regions, tmp_path, capsys):
-    home, _, _ = regions
     assert call(regions, tmp_path, "merge", "merge=average", "name=shop") == 0
     place = f"runtime.out={tmp_path / 'out'}"
     words = ["predict", "run=shop", "input=a.csv", "output=b.csv", place]

@@ -140,7 +140,9 @@ def test_histories_of_one_of_two_fields_of_the_item_are_encoded_as_in_the_data_s
             "|".join(tokens[i] for i in ids[start : start + length])
             for start, length in zip(starts, lengths, strict=True)
         ]
-        check_equal(encoded(frame.with_columns(pl.Series("@history", texts)), dataset), dataset, every)
+        check_equal(
+            encoded(frame.with_columns(pl.Series("@history", texts)), dataset), dataset, every
+        )
 
 
 def test_unknown_tokens_of_a_frame_are_out_of_vocabulary(tmp_path):

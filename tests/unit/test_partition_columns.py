@@ -102,8 +102,8 @@ def test_a_number_of_parts_is_that_of_all_values(csv, tmp_path):
     assert [len(dataset.rows("train", data.partition, n)) for n in range(4)] == [
         int(((cities == city) & (dataset.split == 0)).sum()) for city in ("", "31", "35", "40")
     ]
-    message = one_line_error(prepare, csv(column(2))[0], tmp_path / "encoded")
-    assert "city has 4 values; name those that are parts, the largest first" in message
+    message = one_line_error(dataset.parts, column(2))
+    assert "city has 4 values; name those that are parts, e.g. the largest: data.part" in message
     assert "data.partition.parts=[31,35,40,]" in message
 
 
@@ -111,7 +111,9 @@ def test_a_number_of_parts_is_that_of_all_values(csv, tmp_path):
 def test_files_are_parts(tmp_path, form):
     draw, paths = np.random.default_rng(1), []
     for name, rows in (("north", 50), ("south", 30), ("west", 20)):
-        frame = pl.DataFrame({"label": draw.integers(0, 2, rows), "user": draw.integers(0, 9, rows)})
+        frame = pl.DataFrame(
+            {"label": draw.integers(0, 2, rows), "user": draw.integers(0, 9, rows)}
+        )
         paths.append(str(tmp_path / f"{name}.{form}"))
         frame.write_csv(paths[-1]) if form == "csv" else frame.write_parquet(paths[-1])
     partition = column(3, "file")
@@ -123,7 +125,9 @@ def test_files_are_parts(tmp_path, form):
     two = replace(data, partition=column(["south", "north"], "file"))
     smaller = prepare(two, tmp_path / "encoded")
     assert len(smaller) == 80
-    rows = np.concatenate([smaller.rows(s, two.partition, "south") for s in ("train", "valid", "test")])
+    rows = np.concatenate(
+        [smaller.rows(s, two.partition, "south") for s in ("train", "valid", "test")]
+    )
     assert sorted(rows) == list(range(50, 80))
 
 
@@ -140,7 +144,10 @@ def test_splits_do_not_depend_on_the_column(csv, tmp_path):
 @pytest.mark.parametrize(
     ("words", "part"),
     [
-        (["data.partition.parts=[1,2]"], "parts: a list requires by=file or by=COLUMN (got by=user"),
+        (
+            ["data.partition.parts=[1,2]"],
+            "parts: a list requires by=file or by=COLUMN (got by=user",
+        ),
         (["data.partition.by=city", "data.partition.parts=[1,1]"], "must list one part or more"),
         (["data.partition.by=city", "data.partition.parts=[]"], "must list one part or more"),
         (["data.partition.by=city", "data.partition.parts=[{name: a}]"], "parts as {name: north"),

@@ -113,12 +113,13 @@ def groups_of(partition: Partition, values: Sequence[str], counts: Ints) -> Grou
         UserError: A part has no row, or the number of parts is not that of the values.
     """
     by, named = partition.by, partition.named
-    largest = [values[place] for place in np.argsort(-counts, kind="stable")[:MOST_SHOWN]]
     if named is None:
+        order = np.argsort(-counts, kind="stable")[:MOST_SHOWN]
+        largest = ",".join(values[place] for place in order)
         if partition.size != len(values):
             raise UserError(
                 f"data.partition.parts={partition.parts}: {by} has {len(values)} values; name"
-                f" those that are parts, the largest first: data.partition.parts=[{','.join(largest)}]"
+                f" those that are parts, e.g. the largest: data.partition.parts=[{largest}]"
             )
         each = [[place] for place in range(len(values))]
         return Groups(np.arange(len(values)), [value or EMPTY for value in values], each)

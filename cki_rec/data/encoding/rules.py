@@ -161,7 +161,8 @@ def _numeric_rules(
 
 def _training_numbers(dataset: EncodedDataset, name: str) -> NDArray[np.float32]:
     names = [feature.name for feature in dataset.schema.numbers]
-    return dataset.numbers[dataset.rows("train"), names.index(name)]
+    numbers: NDArray[np.float32] = dataset.numbers[dataset.rows("train"), names.index(name)]
+    return numbers
 
 
 def _type(field: Field, datasets: Sequence[EncodedDataset], reader: Format) -> str:

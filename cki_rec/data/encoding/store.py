@@ -2,8 +2,8 @@
 
 A data set is the folder ``<name>-<key>``. The key is a hash of the encoding options and of the raw
 bytes. The folder appears by one rename, so a folder that exists is complete. ``hash`` in its
-manifest identifies the content. ``data.partition`` does not enter either hash, unless its parts are
-values of a column: then this column is stored, and rows of other values are left out.
+manifest identifies the content. ``data.partition`` does not enter either hash, unless its parts
+are values of a column: then this column is stored, and rows of other values are left out.
 """
 
 from __future__ import annotations
@@ -380,7 +380,9 @@ def _options(
     if data.partition.column is not None:
         options["domain"] = {"column": data.partition.column, "values": data.partition.values}
         if data.partition.by == "file":
-            options["domain"]["files"] = list(file_names(FORMATS[data.format].files(data)).values())
+            options["domain"]["files"] = list(
+                file_names(FORMATS[data.format].files(data)).values()
+            )
     return {**options, "fields": fields_to_json(fields), "split": asdict(data.split)}
 
 

@@ -196,7 +196,9 @@ def _read(raw: RawFiles, name: str, wanted: tuple[str, ...]) -> pl.DataFrame:
         frame = pl.read_parquet(content)
     except pl.exceptions.PolarsError as error:
         problem = str(error).splitlines()[0]
-        raise UserError(f"{raw.path}: {name}: no Parquet file ({problem}); fetch it again") from None
+        raise UserError(
+            f"{raw.path}: {name}: no Parquet file ({problem}); fetch it again"
+        ) from None
     if lacking := [column for column in wanted if column not in frame.columns]:
         raise UserError(
             f"{raw.path}: {name}: no column {', '.join(lacking)}, expected {', '.join(wanted)};"
