@@ -76,6 +76,6 @@ def titles(records: Sequence[Record], own: str) -> dict[str, str]:
 
 
 def _short(name: str) -> str:
-    """Return a name, or the last folder of a path that says more than ``checkpoint``."""
+    """Return a name, or the last folder of a path other than ``checkpoint``."""
     parts = [part for part in PurePath(name).parts if part != "checkpoint"]
     return parts[-1] if parts else name

@@ -28,7 +28,9 @@ def write_clicks(path, rows, items, seed):
     for _ in range(rows):
         user, item = draw.randrange(30), draw.choice(items)
         chance = 0.2 + 0.3 * (item % 3 == 0) + 0.3 * (user % 2)
-        cells = f"{seed % 2}u{user},p{item},{draw.random() * 90:.2f}"  # regions 0 and 2 share users
+        cells = (
+            f"{seed % 2}u{user},p{item},{draw.random() * 90:.2f}"  # regions 0 and 2 share users
+        )
         lines.append(f"{draw.random() < chance:d},{cells}")
     path.write_text("\n".join(lines) + "\n")
 

@@ -79,7 +79,7 @@ def test_spaces_separate_columns_too(tmp_path):
 @pytest.mark.parametrize(
     ("change", "part"),
     [
-        (lambda f: (f / "user_book.dat").unlink(), "expected ratings user_ITEM.dat"),
+        (lambda f: (f / "user_book.dat").unlink(), "contains no ratings user_ITEM.dat"),
         (
             lambda f: (f / "user_book.dat").write_text("1\t2\tgood\n"),
             "user_book.dat, line 1: not a n",

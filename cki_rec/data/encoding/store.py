@@ -37,8 +37,9 @@ from cki_rec.data.encoding.split import SPLITS, check_split
 from cki_rec.data.encoding.tokens import hash_of, join_tokens_of
 from cki_rec.data.parts import NO_PARTITION
 from cki_rec.data.raw.click_model import best_possible
+from cki_rec.data.raw.content import file_names
 from cki_rec.data.raw.formats import FORMATS, Format, recorded_name
-from cki_rec.data.raw.reading import Reading, file_names
+from cki_rec.data.raw.reading import Reading
 from cki_rec.data.raw.source import (
     fetch_if_absent,
     published_files,

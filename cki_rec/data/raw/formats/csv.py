@@ -18,6 +18,7 @@ import polars as pl
 
 from cki_rec.config import FILE, Data, UserError, nearest
 from cki_rec.data.raw.chunks import Check, Chunk
+from cki_rec.data.raw.content import file_names
 from cki_rec.data.raw.delimited import Layout, row_chunks
 from cki_rec.data.raw.forms import (
     SEPARATORS,
@@ -38,7 +39,6 @@ from cki_rec.data.raw.reading import (
     Reading,
     Text,
     draws_validation,
-    file_names,
     paths,
     texts,
 )

@@ -109,10 +109,10 @@ def _find(data: Data) -> _Source:
     described = {first for first, _ in pairs.values()} - {USER}
     ratings = [s for s, (first, second) in pairs.items() if first == USER and second in described]
     if len(ratings) != 1:
-        found = ", ".join(sorted(members)) or "nothing"
+        found = ", ".join(sorted(members.values())[:8]) or "nothing"
         raise UserError(
-            f"{raw.path}: contains {found}, expected ratings user_ITEM.dat and at least one"
-            " attribute ITEM_NAME.dat, such as user_book.dat and book_author.dat; set data.raw"
+            f"{raw.path}: contains no ratings user_ITEM.dat with an attribute ITEM_NAME.dat (found"
+            f" {found}), expected files such as user_book.dat and book_author.dat; set data.raw"
         )
     thing = pairs[ratings[0]][1]
     attributes = {

@@ -18,10 +18,11 @@ import polars as pl
 from cki_rec.config import Data, UserError, nearest
 from cki_rec.data.raw.chunks import Check, Chunk
 from cki_rec.data.raw.columnar import TEMPORAL, first_values, is_columnar, row_chunks, schema_of
+from cki_rec.data.raw.content import file_names
 from cki_rec.data.raw.delimited import Layout
 from cki_rec.data.raw.formats.csv import SPLIT_FILES, common_form, kinds_of, numeric_columns
 from cki_rec.data.raw.forms import SAMPLE_ROWS, fitting_form, fixes_of, forms_of, option_of_missing
-from cki_rec.data.raw.reading import Reading, draws_validation, file_names, paths
+from cki_rec.data.raw.reading import Reading, draws_validation, paths
 
 NO_FIELDS = (pl.Struct, pl.Binary, pl.Object, pl.Array, pl.Duration, pl.Time)
 """Types that no field can have."""
