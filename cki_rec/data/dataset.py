@@ -219,9 +219,12 @@ class EncodedDataset:
         assert partition is not None, "part requires partition"
         number = partition.number(part)
         if number is None:
+            choice = "counted from 0; choose one of them or null"
+            if partition.named is not None:
+                choice = f"choose one of {', '.join(name for name, _ in partition.named)} or null"
             raise UserError(
-                f"data.part={part}: data.partition by {partition.by} has {partition.shown()};"
-                " choose one of them or null"
+                f"data.part={part}: data.partition has {partition.size} parts (by={partition.by}),"
+                f" {choice}"
             )
         return partition, number
 
