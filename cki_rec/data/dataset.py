@@ -174,10 +174,12 @@ class EncodedDataset:
                 " data.split.fractions, e.g. [0,0.1,0.9] for an evaluation"
             )
         if not len(rows):
+            fix = "lower data.partition.parts"
+            if chosen.named is not None:
+                fix = "leave it out of data.partition.parts"
             raise UserError(
-                f"data.part={part}: has no {split} row of data.split; lower "
-                "data.partition.parts, or choose a data.partition.by that differs from "
-                "data.split.by"
+                f"data.part={part}: has no {split} row of data.split; {fix}, or choose a "
+                "data.partition.by that differs from data.split.by"
             )
         return rows
 

@@ -116,3 +116,24 @@ def test_new_rows_get_the_scores_of_the_merged_model(served):
     assert {"model.pt2", "encoder.py", "vocabulary.user_id.parquet"} <= {
         path.name for path in exported.iterdir()
     }
+
+
+@pytest.mark.slow
+def test_regions_that_overlap_are_routed_and_are_not_disjoint(served):
+    home, options = served
+    parts = "[{name: ns,values: [north,south]},{name: sw,values: [south,west]}]"
+    words = ["data=shop", "data.raw=[north.csv,south.csv,west.csv]", "suite=regions"]
+    words += ["data.partition.by=file", f"data.partition.parts={parts}", "train.epochs=1"]
+    sweep = [*words, "merge=oracle_router,evidence,joint", "name=overlap"]
+    assert main(["evaluate", "-m", *sweep, *options]) == 0
+    runs, _ = sweep_runs(home / "out", "overlap")
+    assert not any("disjoint" in run.record["config"] for run in runs)
+    for run in runs:
+        domains = run.record["result"]["test"]["domains"]
+        assert set(domains) == {"ns", "sw", "ns & sw"}
+        assert sum(d["rows"] for d in domains.values()) == run.record["result"]["test"]["rows"]
+    router, names = runs[0].record["result"], ["ns", "sw"]
+    alone = {source["name"]: source["domains"] for source in router["of_sources"]}
+    for name in names:
+        assert router["test"]["domains"][name]["auc"] == pytest.approx(alone[name][name])
+    assert router["test"]["domains"]["ns & sw"]["auc"] == pytest.approx(alone["ns"]["ns & sw"])

@@ -15,6 +15,7 @@ from cki_rec.config import Partition, Split, UserError, parse
 from cki_rec.data.dataset import EncodedDataset
 from cki_rec.data.encoding.partition import groups_of
 from cki_rec.data.encoding.store import prepare
+from cki_rec.data.encoding.summary import part_lines
 from cki_rec.data.parts import NO_PARTITION
 from cki_rec.pipelines.sources import are_disjoint
 
@@ -87,6 +88,13 @@ def test_named_parts_may_overlap(csv, tmp_path):
     check_parts(dataset, partition, kept, parts)
     assert partition.overlaps
     assert len(dataset) == len(kept)
+    assert part_lines(dataset, partition) == [
+        "  parts by city",
+        "    coast                     60 rows",
+        "    inland                    20 rows",
+        "    coast & inland            30 rows",
+    ]
+    assert part_lines(dataset, NO_PARTITION) == []
     inside = column([{"name": "all", "values": [31, 35, 40]}, {"name": "one", "values": [40]}])
     again = prepare(replace(data, partition=inside), tmp_path / "encoded")
     assert again.folder == dataset.folder  # the same rows
