@@ -11,7 +11,7 @@ import pytest
 from conftest import compose_tree
 from samples import make_data, one_line_error
 
-from cki_rec.config import Partition, Split, UserError, parse
+from cki_rec.config import Partition, Split, UserError, parse, with_delta
 from cki_rec.data.dataset import EncodedDataset
 from cki_rec.data.encoding.partition import groups_of
 from cki_rec.data.encoding.store import prepare
@@ -25,6 +25,11 @@ CITIES = ["31"] * 60 + ["35"] * 30 + ["40"] * 20 + [""] * 10
 
 def column(parts, by="city") -> Partition:
     return Partition(by=by, parts=parts, seed=0)
+
+
+@pytest.fixture(scope="module")
+def config():
+    return parse(compose_tree())
 
 
 @pytest.fixture
@@ -150,30 +155,30 @@ def test_splits_do_not_depend_on_the_column(csv, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("words", "part"),
+    ("by", "parts", "part", "problem"),
     [
-        (
-            ["data.partition.parts=[1,2]"],
-            "parts: a list requires by=file or by=COLUMN (got by=user",
-        ),
-        (["data.partition.by=city", "data.partition.parts=[1,1]"], "must list one part or more"),
-        (["data.partition.by=city", "data.partition.parts=[]"], "must list one part or more"),
-        (["data.partition.by=city", "data.partition.parts=[{name: a}]"], "parts as {name: north"),
-        (["data.partition.parts=0"], "data.partition.parts=0: must be at least 1"),
-        (["data.partition.parts=few"], "must be a whole number or a list of parts"),
-        (
-            ["data.partition.by=city", "data.partition.parts=[31,35]", "data.part=0"],
-            "data.part=0: data.partition has parts 31, 35",
-        ),
-        (
-            ["data.partition.by=city", "data.partition.parts=[31,35]", "data.part=40"],
-            "data.part=40: data.partition has parts 31, 35",
-        ),
-        (["data.part=north"], "data.part=north: data.partition has parts 0 to 1"),
+        ("user", [1, 2], None, "parts: a list requires by=file or by=COLUMN (got by=user"),
+        ("city", [1, 1], None, "must list one part or more, each once"),
+        ("city", [], None, "must list one part or more"),
+        ("city", [{"name": "a"}], None, "parts as {name: north"),
+        ("user", 0, None, "data.partition.parts=0: must be at least 1"),
+        ("user", "few", None, "must be a whole number or a list of parts"),
+        ("city", [31, 35], 0, "data.part=0: data.partition has parts 31, 35"),
+        ("city", [31, 35], "40", "data.part=40: data.partition has parts 31, 35"),
+        ("user", 2, "north", "data.part=north: data.partition has parts 0 to 1"),
     ],
 )
-def test_mistakes_are_named(words, part):
-    assert part in one_line_error(lambda: parse(compose_tree(*words)))
+def test_mistakes_are_named(config, by, parts, part, problem):
+    changes = {"data.partition": {"by": by, "parts": parts}, "data.part": part}
+    assert problem in one_line_error(with_delta, config, changes)
+
+
+def test_parts_of_the_command_line_are_numbers_or_names(config):
+    named = {"data.partition": {"by": "city", "parts": [31, 35]}}
+    assert with_delta(config, {"data.part": "1"}).data.part == 1
+    data = with_delta(config, {**named, "data.part": "35"}).data
+    assert data.partition.number(data.part) == data.partition.number("35") == 1
+    assert with_delta(config, {"data.part": None}).data.part is None
 
 
 @pytest.mark.parametrize(
