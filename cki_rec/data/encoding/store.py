@@ -210,10 +210,11 @@ def _check_domain(data: Data, reader: Format) -> None:
         )
     columns = [name for name, kind in known.items() if kind in ("categorical", "numeric")]
     if by != "file" and by not in columns:
+        choices = list(dict.fromkeys([*PARTITIONS, *columns]))
         problem = f"a column of kind {known[by]}, expected one value a row" if by in known else ""
         raise UserError(
             f"data.partition.by={by}: {problem or f'no column of {data.raw}'}; "
-            f"{nearest(by, [*PARTITIONS, *columns])}one of {', '.join([*PARTITIONS, *columns])}"
+            f"{nearest(by, choices)}one of {', '.join(choices)}"
         )
 
 
