@@ -119,8 +119,8 @@ def groups_of(partition: Partition, values: Sequence[str], counts: Ints) -> Grou
         if partition.size != len(values):
             raise UserError(
                 f"data.partition.parts={partition.parts}: {by} has {len(values)} values; name"
-                f" those that are parts, e.g. the largest: data.partition.parts=[{largest}], or set"
-                " data.partition.by to user or random"
+                f" those that are parts, e.g. the largest: data.partition.parts=[{largest}], or"
+                " set data.partition.by to user or random"
             )
         each = [[place] for place in range(len(values))]
         return Groups(np.arange(len(values)), [value or EMPTY for value in values], each)
