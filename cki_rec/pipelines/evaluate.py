@@ -196,9 +196,10 @@ def _evaluate(
         log.info("  %s: evaluate.disjoint_files covers its other raw files", name)
     is_tuned = config.finetune.epochs > 0
     best = max(models.suite, key=lambda source: valid_auc(config, dataset, source))
+    of_suite = [predictions(config, dataset, source) for source in models.suite]
     baselines: dict[str, Logits | None] = {
-        "best_source": mean_logits([predictions(config, dataset, best)]),
-        "output_ensemble": mean_logits([predictions(config, dataset, s) for s in models.suite]),
+        "best_source": mean_logits([of_suite[models.suite.index(best)]]),
+        "output_ensemble": mean_logits(of_suite),
     }
     is_unchanged = config.merge.refine == "none" and models.merged == models.suite
     if config.merge.method in baselines and is_unchanged and not is_tuned:
@@ -229,19 +230,19 @@ def _evaluate(
     if any(is_external(source.identity) for source in models.suite):
         result["sources"] = [source.name for source in models.suite]
     if config.data.partition.column is not None:
-        result["of_sources"] = _of_sources(config, dataset, models.suite)
+        names = [source.name.removeprefix("data.part=") for source in models.suite]
+        result["of_sources"] = _of_sources(_rows(config, dataset, "test"), names, of_suite)
     return result, replicates
 
 
 def _of_sources(
-    config: Config, dataset: EncodedDataset, sources: Sequence[Source]
+    rows: Rows, names: Sequence[str], scores: Sequence[Logits]
 ) -> list[dict[str, Any]]:
     """Return name and AUC of every source, on all test rows and on those of each region."""
-    rows, measured = _rows(config, dataset, "test"), []
-    for source in sources:
-        found = summarize(rows, predictions(config, dataset, source)["test"])
-        domains = {name: domain["auc"] for name, domain in found["domains"].items()}
-        name = source.name.removeprefix("data.part=")
+    measured = []
+    for name, logits in zip(names, scores, strict=True):
+        found = summarize(rows, logits["test"])
+        domains = {region: domain["auc"] for region, domain in found["domains"].items()}
         measured.append({"name": name, "auc": found["auc"], "domains": domains})
     return measured
 
