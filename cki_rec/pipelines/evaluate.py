@@ -231,7 +231,9 @@ def _evaluate(
         result["sources"] = [source.name for source in models.suite]
     if config.data.partition.column is not None:
         names = [source.name.removeprefix("data.part=") for source in models.suite]
-        result["of_sources"] = _of_sources(_rows(config, dataset, "test"), names, of_suite)
+        result["of_sources"] = _of_sources(
+            _rows(config, dataset, "test"), names, [mean_logits([each]) for each in of_suite]
+        )
     return result, replicates
 
 
