@@ -21,7 +21,8 @@ Record = Mapping[str, Any]
 def region_tables(records: Sequence[Record], summary: pd.DataFrame) -> dict[str, pd.DataFrame]:
     """Return suite -> a table with a row per model and a column per region, as text.
 
-    The first rows are the sources, then come the rows of ``summary``. A number is the mean over
+    The first rows are the sources, then come the rows of ``summary``. Regions are in the order of
+    the sources of the same name, others follow. A number is the mean over
     repetitions. Suites without named regions have no table.
 
     Args:
@@ -34,7 +35,11 @@ def region_tables(records: Sequence[Record], summary: pd.DataFrame) -> dict[str,
         scored = {r["seed"]: r["of_sources"] for r in results if "of_sources" in r}
         if not scored:
             continue
-        regions = list(next(iter(scored.values()))[0]["domains"])
+        first = next(iter(scored.values()))
+        order = [source["name"] for source in first]
+        regions = sorted(
+            first[0]["domains"], key=lambda r: order.index(r) if r in order else len(order)
+        )
         rows = [_of_source(place, list(scored.values()), regions)
                 for place in range(min(map(len, scored.values())))]  # fmt: skip
         for row in summary[summary["suite"] == suite].to_dict("records"):
