@@ -77,7 +77,9 @@ def known(out: Path) -> list[str]:
 
 
 def resolved(config: Config) -> Config:
-    """Return the configuration with paths in place of names: sources, bases and starts.
+    """Return the configuration with paths in place of names.
+
+    They are those of sources, bases, starts and folders of vocabularies.
 
     Raises:
         UserError: A source is neither a path nor a run nor a name.
@@ -102,8 +104,13 @@ def resolved(config: Config) -> Config:
         link = out / NAMES / word
         return {**source, "path": str(link if link.exists() else out / word)}
 
+    def of_list(word: str) -> str:
+        link = out / NAMES / word
+        return word if Path(word).exists() or not link.exists() else str(link)
+
     return replace(
         config,
+        data=replace(config.data, vocabularies=[*map(of_list, config.data.vocabularies)]),
         merge=replace(
             merge,
             sources=[of_name(source, "merge.sources") for source in merge.sources],
