@@ -31,7 +31,11 @@ OF_OTHERS: dict[str, Any] = {
 """Options of merges that only checkpoints of other programs have -> the value of no option."""
 OF_SOME_NETWORKS: dict[str, Any] = dict.fromkeys(("module", "sequence", "bottom"))
 """Options of ``model`` that not every network has, and their value without them."""
-LATER: dict[str, Any] = {"plugins": [], "ranking": None, **OF_SOME_NETWORKS, **OF_OTHERS}
+LATER: dict[str, Any] = {
+    **{"plugins": [], "ranking": None, "new_rows": "oov", "deltas": [], "write": "model"},
+    **OF_SOME_NETWORKS,
+    **OF_OTHERS,
+}
 """Later options -> the value at which ``section`` leaves them out: identities stay the same."""
 
 
