@@ -32,6 +32,7 @@ from cki_rec.pipelines import (
     check_only,
     choice,
     foreign,
+    keyed,
     preflight,
     refine,
     sources,
@@ -40,6 +41,7 @@ from cki_rec.pipelines import (
 )
 from cki_rec.pipelines.compatibility import compare, counts_of, finite, require, type_name
 from cki_rec.pipelines.foreign_sources import is_foreign
+from cki_rec.pipelines.keyed_sources import is_keyed
 from cki_rec.pipelines.merge_identity import merge_reads
 from cki_rec.pipelines.merge_inputs import ablated, fisher, fixed_rules, learning
 from cki_rec.pipelines.names import give
@@ -59,6 +61,10 @@ log = logging.getLogger(__name__)
 
 def run(config: Config) -> None:
     """Merge as configured; log the folder of the model and the shares of its sources."""
+    if is_keyed(config.merge.sources):
+        if distributed.rank() == 0:
+            keyed.run(config)
+        return
     if is_foreign(config):
         if distributed.rank() == 0:
             foreign.run(config)
