@@ -144,7 +144,7 @@ class Merge:
     """Likewise regular expressions of the names of embedding tables; empty: those of lookups in
     the network, or names with ``emb``, ``table`` or ``factor``."""
     max_rows: Positive | None
-    """Of tables by raw key: most rows of the result; the rows of least use leave. null: all stay."""
+    """Of tables by raw key: most rows of the result; those of least use leave. null: all."""
     biases: Literal["merge", "first"]
     """Rule for vectors: ``merge``, or ``first`` (source, as released)."""
     ablation: Literal["none", "permuted", "shuffled"]

@@ -154,18 +154,11 @@ class KeyedMixer:
         A source that lacks a row has the mean of the others there, and no count.
         """
         has = torch.from_numpy(found.rows >= 0)
-        rows = [torch.from_numpy(each.clip(0)) for each in found.rows]
-        taken = [
-            t[r] * h[:, None] if len(t) else _zeros(t, r) for t, r, h in _zip(values, rows, has)
-        ]
-        mean = torch.stack(taken).sum(0) / has.sum(0)[:, None]
-        models = [
-            torch.where(h[:, None], t, mean.to(t.dtype)) for t, h in zip(taken, has, strict=True)
-        ]
-        seen = [
-            {self.name: c[r] * h if len(c) else _zeros(c, r)}
-            for c, r, h in _zip(counts, rows, has)
-        ]
+        taken = [_rows(table, rows) for table, rows in zip(values, found.rows, strict=True)]
+        mean = (torch.stack(taken).sum(0) / has.sum(0)[:, None]).to(taken[0].dtype)
+        models = [torch.where(h[:, None], t, mean) for t, h in zip(taken, has, strict=True)]
+        pairs = zip(counts, found.rows, strict=False)
+        seen = [{self.name: _rows(count, rows)} for count, rows in pairs]
         inputs = replace(
             self.mixer.inputs,
             counts=seen or [{} for _ in values],
@@ -183,12 +176,12 @@ class KeyedMixer:
         return params[self.name], weight.reshape(len(values), -1).mean(1).tolist()
 
 
-def _zip(tables: Sequence[Tensor], rows: Sequence[Tensor], has: Tensor) -> Any:
-    return zip(tables, rows, has, strict=True) if tables else ()
-
-
-def _zeros(table: Tensor, rows: Tensor) -> Tensor:
-    return table.new_zeros(len(rows), *table.shape[1:])
+def _rows(table: Tensor, rows: Array) -> Tensor:
+    """Return rows of a table; zeros where there is none (-1)."""
+    result = table.new_zeros(len(rows), *table.shape[1:])
+    has = np.flatnonzero(rows >= 0)
+    result[has] = table[rows[has]]
+    return result
 
 
 def shared_block(

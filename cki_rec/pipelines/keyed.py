@@ -27,7 +27,7 @@ from cki_rec.merging.rows import Block
 from cki_rec.merging.streaming import Mixer
 from cki_rec.pipelines import card, preflight
 from cki_rec.pipelines.foreign import DEFAULTS
-from cki_rec.pipelines.foreign_sources import Foreign, differences
+from cki_rec.pipelines.foreign_sources import differences
 from cki_rec.pipelines.keyed_sources import KeyedSource, matched_tables, open_keyed
 from cki_rec.pipelines.keyed_tables import JoinedTable, total_rows, use_of
 from cki_rec.pipelines.keyed_writing import DUMP, capacity, check_form, writer_of
@@ -140,10 +140,8 @@ def _check(
         check_form(each, options.format)
     first = sources[0]
     if first.rest is None or not first.rest.parts.names:
-        if other := next((s for s in sources if s.rest and s.rest.parts.names), None):
-            log.info(
-                "  only tables are merged: %s has other tensors, %s none", other.path, first.path
-            )
+        if any(source.rest and source.rest.parts.names for source in sources):
+            log.info("  only tables are merged: %s has no other tensors", first.path)
         return
     for source in sources:
         if source.rest is None:
@@ -164,9 +162,8 @@ def _merge(
     """Write the merged model into ``folder``; return the merge, and facts for its card."""
     options, total = config.merge, total_rows(tables)
     with ExitStack() as stack:
-        scratch = Path(
-            stack.enter_context(tempfile.TemporaryDirectory(prefix="parts.tmp-", dir=folder))
-        )
+        temporary = tempfile.TemporaryDirectory(prefix="parts.tmp-", dir=folder)
+        scratch = Path(stack.enter_context(temporary))
         target = stack.enter_context(new_folder(folder / "model"))
         joined = {
             name: JoinedTable(name, each, uses[name], scratch / f"table{i}")
@@ -222,13 +219,8 @@ def _write(
     if max_rows is not None:
         all_keys, limit = table.limit(max_rows)
         if limit is not None:
-            gone = all_keys - max_rows
-            log.info(
-                "  %s: %s keys of least use leave, %s stay",
-                table.name,
-                f"{gone:,}",
-                f"{max_rows:,}",
-            )
+            gone, stay = f"{all_keys - max_rows:,}", f"{max_rows:,}"
+            log.info("  %s: %s keys of least use leave, %s stay", table.name, gone, stay)
     writer = writer_of(table, mixer, target, scratch, form)
     number, means = 0, [0.0] * len(table.tables)
     has_shares = True

@@ -11,7 +11,6 @@ from typing import Any
 
 from cki_rec.checkpoints.formats import dcp, dynamicemb, is_own, open_stored
 from cki_rec.checkpoints.formats.keyed import KeyedTable
-from cki_rec.checkpoints.formats.layout import layout
 from cki_rec.checkpoints.formats.managed_collision import (
     EVIDENCE,
     ManagedTable,
@@ -135,7 +134,8 @@ def _vocabularies(
         if len(meant) != 1:
             listed = ", ".join(meant[:12]) or "no matrix"
             raise UserError(
-                f"{option}, {KEYS}: {named} could belong to {listed}; write {KEYS}: {{TABLE: FILE}}"
+                f"{option}, {KEYS}: {named} could belong to {listed}; write"
+                f" {KEYS}: {{TABLE: FILE}}"
             )
         return {meant[0]: named}
     if not isinstance(named, dict) or not all(isinstance(file, str) for file in named.values()):

@@ -152,12 +152,14 @@ class DynamicembTable:
             per_key = [size / (item * s.rows) for size, s in zip(sizes, filled, strict=True)]
             usual = Counter(n for n in per_key if n >= 1 and n == int(n)).most_common(1)
             width = int(usual[0][0]) if usual else 0
-            for shard, size in zip(filled, sizes, strict=True):
-                if size != shard.rows * width * item or not width:
-                    whole = f"{shard.rows * width * item:,} bytes" if width else "whole rows"
+            for shard in held:
+                size, expected = shard.files[name].stat().st_size, shard.rows * width * item
+                if size != expected or (shard.rows and not width):
+                    whole = f"{expected:,} bytes" if width else "whole rows"
                     raise damaged(
                         shard.files[name],
-                        f"cut, {size:,} bytes in place of {whole}; copy it again",
+                        f"cut, {size:,} bytes in place of {whole} for {shard.rows:,} keys; copy it"
+                        " again",
                     )
             yield name, width
 
@@ -226,10 +228,7 @@ class DynamicembWriter:
         self._rule = like.rule() if like else RULES[0]
         place = folder / name
         place.parent.mkdir(parents=True, exist_ok=True)
-        names = {
-            KEYS: NAMES[KEYS],
-            **{n: NAMES[n] for n in (VALUES, SCORES, STATE) if n in columns},
-        }
+        names = {name: NAMES[name] for name in NAMES if name == KEYS or name in columns}
         if STATE in names and like:
             names[STATE] = like.state_name
         self._open = ExitStack()

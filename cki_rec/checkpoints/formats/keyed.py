@@ -36,19 +36,33 @@ class Column:
 class KeyedTable(Protocol):
     """A table by raw key. Opening it reads no values."""
 
-    path: str
-    """As the user named its checkpoint."""
-    name: str
-    title: str
-    """Its form in words."""
-    num_rows: int
-    """Keys."""
-    is_text: bool
-    """Keys are texts, not integers."""
-    dtype: torch.dtype
-    """Of its values at rest; blocks hold float32, or float64."""
-    columns: Mapping[str, Column]
-    """``VALUES``, and those of ``COUNTS``, ``SCORES`` and ``STATE`` that it has."""
+    @property
+    def path(self) -> str:
+        """Return its checkpoint, as the user named it."""
+
+    @property
+    def name(self) -> str:
+        """Return its name there."""
+
+    @property
+    def title(self) -> str:
+        """Return its form in words."""
+
+    @property
+    def num_rows(self) -> int:
+        """Return the number of keys."""
+
+    @property
+    def is_text(self) -> bool:
+        """Return whether keys are texts, not integers."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Return the type of its values at rest; blocks hold float32, or float64."""
+
+    @property
+    def columns(self) -> Mapping[str, Column]:
+        """Return ``VALUES``, and those of ``COUNTS``, ``SCORES`` and ``STATE`` that it has."""
 
     def blocks(self, size: int) -> Iterator[KeyedRows]:
         """Yield all rows, ``size`` at a time."""

@@ -203,7 +203,7 @@ def state_of(table: ManagedTable, keys: Array, uses: Mapping[str, Array]) -> Par
         uses: Merged measures of use ``(U,)``.
     """
     num, size = len(keys), table.size
-    assert num < size and table.module.ids == RAW_IDS
+    assert num < size
     order = np.argsort(keys)
     raw = np.full(size, EMPTY, np.int64)
     raw[:num] = keys[order]

@@ -92,12 +92,12 @@ def read(file: Path) -> Vocabulary:
         order = numbers.arg_sort()
         numbers = numbers.gather(order).to_numpy()
         reserved = int(numbers[0]) if len(numbers) else 0
-        if wrong := np.flatnonzero(
-            numbers != np.arange(reserved, reserved + len(numbers))
-        ).tolist():
+        expected = np.arange(reserved, reserved + len(numbers))
+        if len(wrong := np.flatnonzero(numbers != expected)) or reserved < 0:
+            odd = int(wrong[0]) if len(wrong) else 0
             raise UserError(
                 f"{file}: rows must be {reserved}, {reserved + 1}, ... without gaps, each once;"
-                f" there is {numbers[wrong[0]]} in place of {reserved + wrong[0]}"
+                f" there is {numbers[odd]} in place of {expected[odd]}"
             )
         keys = keys.gather(order)
         uses = {kind: use.gather(order) for kind, use in uses.items()}
@@ -177,10 +177,10 @@ class VocabularyTable:
         self.reserved = vocabulary.reserved
         if entry.shape[0] != self.reserved + self.num_rows:
             hint = "" if vocabulary.has_rows else " (rows without a key need a column row)"
+            after = f" from row {self.reserved} on" if self.reserved else ""
             raise UserError(
-                f"{file}: {self.num_rows:,} keys{f' from row {self.reserved} on' * bool(self.reserved)}"
-                f" for {entry.shape[0]:,} rows of {name} in {path}{hint}; take the vocabulary of"
-                " this checkpoint"
+                f"{file}: {self.num_rows:,} keys{after} for {entry.shape[0]:,} rows of {name} in"
+                f" {path}{hint}; take the vocabulary of this checkpoint"
             )
         self.columns = {VALUES: Column(values_dtype(entry.dtype), entry.shape[1])}
         self._uses = {kind: use[:, None] for kind, use in vocabulary.uses.items()}
