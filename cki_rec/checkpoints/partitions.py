@@ -5,7 +5,7 @@ Shape legend: V rows.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -55,7 +55,7 @@ class Partitions:
                 self._add(rows, files, texts)
                 advance(len(rows[KEYS]))
 
-    def _add(self, rows: KeyedRows, files: list[BinaryIO], texts: list[BinaryIO]) -> None:
+    def _add(self, rows: KeyedRows, files: Sequence[BinaryIO], texts: Sequence[BinaryIO]) -> None:
         keys = rows[KEYS]
         records = np.empty(len(keys), self.dtype)
         hashes = keys.hash(0).to_numpy() if self._is_text else mixed(keys)

@@ -27,8 +27,7 @@ from cki_rec.merging.rows import Block
 from cki_rec.merging.streaming import Mixer
 from cki_rec.pipelines import card, preflight
 from cki_rec.pipelines.foreign import DEFAULTS
-from cki_rec.pipelines.foreign_sources import differences
-from cki_rec.pipelines.keyed_sources import KeyedSource, matched_tables, open_keyed
+from cki_rec.pipelines.keyed_sources import KeyedSource, check_rest, matched_tables, open_keyed
 from cki_rec.pipelines.keyed_tables import JoinedTable, total_rows, use_of
 from cki_rec.pipelines.keyed_writing import DUMP, capacity, check_form, writer_of
 from cki_rec.pipelines.names import give
@@ -59,7 +58,9 @@ def run(config: Config) -> None:
     with ExitStack() as stack:
         sources = [open_keyed(config, s, "merge.sources", stack) for s in options.sources]
         tables = matched_tables(sources)
-        _check(sources, tables, options)
+        check_rest(sources)
+        for each in tables.values():
+            check_form(each, options.format)
         uses = {name: use_of(each, options.evidence) for name, each in tables.items()}
         if "counts" in method.needs(options.options) and not all(uses.values()):
             name = next(name for name, use in uses.items() if not use)
@@ -106,6 +107,12 @@ def _check_options(options: Merge) -> Method:
     """
     if distributed.world_size() > 1:
         raise UserError("tables by raw key are merged in one process, not by torchrun")
+    method = preflight.entry_of(options)
+    if not isinstance(method, Method):
+        raise UserError(
+            f"merge={options.method}: reads rows of data, so it cannot merge tables by raw key;"
+            " choose a row-wise method, as merge=average or merge=evidence"
+        )
     for key, only in ONLY.items():
         value: Any = options
         for part in key.split("."):
@@ -119,36 +126,7 @@ def _check_options(options: Merge) -> Method:
             f"merge.format={options.format}: tables by raw key are written in the form of the"
             f" first source, or as {DUMP}"
         )
-    method = preflight.entry_of(options)
-    if not isinstance(method, Method):
-        raise UserError(
-            f"merge={options.method}: reads rows of data, so it cannot merge tables by raw key;"
-            " choose a row-wise method, as merge=average or merge=evidence"
-        )
     return method
-
-
-def _check(
-    sources: Sequence[KeyedSource], tables: dict[str, list[KeyedTable]], options: Merge
-) -> None:
-    """Check that sources fit together, before any value is read.
-
-    Raises:
-        UserError: They do not; names the first difference.
-    """
-    for each in tables.values():
-        check_form(each, options.format)
-    first = sources[0]
-    if first.rest is None or not first.rest.parts.names:
-        if any(source.rest and source.rest.parts.names for source in sources):
-            log.info("  only tables are merged: %s has no other tensors", first.path)
-        return
-    for source in sources:
-        if source.rest is None:
-            name = next(iter(first.rest.parts.names))
-            raise UserError(f"{source.path}: tensor {name} is missing; {first.path} has it")
-    if found := differences([s.rest for s in sources if s.rest], []):
-        raise UserError(found[0])
 
 
 def _merge(

@@ -11,8 +11,13 @@ from rich.table import Table
 from cki_rec.checkpoints.formats.keyed import VALUES
 from cki_rec.config import Config, UserError
 from cki_rec.merging.methods import METHODS
-from cki_rec.pipelines.foreign_sources import differences
-from cki_rec.pipelines.keyed_sources import KEYS, KeyedSource, matched_tables, open_keyed
+from cki_rec.pipelines.keyed_sources import (
+    KEYS,
+    KeyedSource,
+    check_rest,
+    matched_tables,
+    open_keyed,
+)
 from cki_rec.pipelines.keyed_tables import use_of
 
 
@@ -28,9 +33,7 @@ def run(config: Config) -> None:
             _print(source)
         try:
             tables = matched_tables(sources)
-            found = differences([s.rest for s in sources if s.rest], [])
-            if found:
-                raise UserError(found[0])
+            check_rest(sources)
         except UserError as error:
             print(f"differences:\n  {error}")
             print("no merge is possible before these are repaired")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -19,10 +20,11 @@ from cki_rec.checkpoints.formats.managed_collision import (
 from cki_rec.checkpoints.formats.stored import digest_of
 from cki_rec.checkpoints.formats.vocabulary_files import VocabularyTable
 from cki_rec.config import Config, UserError
-from cki_rec.pipelines.foreign_sources import Foreign, open_source
+from cki_rec.pipelines.foreign_sources import Foreign, differences, open_source
 
 KEYS = "keys"
 """Entry of a source: its vocabulary file, or table -> vocabulary file."""
+log = logging.getLogger(__name__)
 FORMAT = "dynamicemb"
 """``merge.format`` of a dump, whatever the first source is."""
 
@@ -186,6 +188,27 @@ def matched_tables(sources: Sequence[KeyedSource]) -> dict[str, list[KeyedTable]
                     " them to the same integers first"
                 )
     return result
+
+
+def check_rest(sources: Sequence[KeyedSource]) -> None:
+    """Check that the tensors beside tables by raw key fit together, before any value is read.
+
+    A first source without such tensors is a dump of tables; those of others are left out.
+
+    Raises:
+        UserError: They do not; names the first difference.
+    """
+    first = sources[0]
+    if first.rest is None or not first.rest.parts.names:
+        if any(source.rest and source.rest.parts.names for source in sources):
+            log.info("  only tables are merged: %s has no other tensors", first.path)
+        return
+    for source in sources:
+        if source.rest is None:
+            name = next(iter(first.rest.parts.names))
+            raise UserError(f"{source.path}: tensor {name} is missing; {first.path} has it")
+    if found := differences([source.rest for source in sources if source.rest], []):
+        raise UserError(found[0])
 
 
 def _counterpart(name: str, first: KeyedSource, source: KeyedSource) -> KeyedTable:

@@ -151,8 +151,8 @@ class JoinedTable:
                 total += len(part.found.ids)
                 if part.uses:
                     uses = largest_of(part.found, part.uses)
-                    ranks = np.stack([~uses.view(np.uint64), self._ties(part)], 1)
-                    written.write(ranks.data.cast("B") if len(ranks) else b"")
+                    pair = np.stack([~uses.view(np.uint64), self._ties(part)], 1)
+                    written.write(pair.tobytes())
         if max_rows is None or total <= max_rows:
             return total, None
         if not self._use:
@@ -168,7 +168,7 @@ class JoinedTable:
                 yield np.array(pairs[start : start + size, 0])
 
         rank = partitions.smallest(ranks, max_rows)
-        below = sum(int(np.count_nonzero(chunk < rank)) for chunk in ranks())
+        below = sum(int((chunk < rank).sum()) for chunk in ranks())
 
         def ties() -> Iterator[Array]:
             for start in range(0, len(pairs), size):
@@ -247,8 +247,7 @@ class JoinedTable:
         places = starts[owner] + part.found.rows[owner, np.arange(len(owner))]
         if joined is not None:
             return joined.gather(places)
-        keys: Array = np.concatenate([rows[KEYS] for rows in part.rows])[places]
-        return keys
+        return np.concatenate([np.asarray(rows[KEYS]) for rows in part.rows])[places]
 
     def _ties(self, part: Part) -> Array:
         """Return ``(U,)`` uint64 that order keys: integers by value, texts by hash."""

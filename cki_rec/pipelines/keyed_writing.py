@@ -101,8 +101,10 @@ def writer_of(
         form: ``merge.format``.
     """
     first = joined.tables[0]
-    if form == FORMAT or isinstance(first, DynamicembTable):
+    if form == FORMAT:
         return _Dump(joined, folder / DUMP)
+    if isinstance(first, DynamicembTable):
+        return _Dump(joined, folder / first.root)
     if isinstance(first, ManagedTable):
         return _Managed(joined, mixer, scratch, first)
     assert isinstance(first, VocabularyTable)
@@ -144,10 +146,7 @@ class _Managed:
     def close(self) -> Params:
         keys = np.concatenate([np.empty(0, np.int64), *self._keys])
         self._add_free(self._first.size - 1 - len(keys))
-        last = [
-            t.values(t.size - 1, t.size) if _has_last(t) else None for t in self._joined.tables
-        ]
-        self._values.add(_merged(last, self._mixer))
+        self._values.add(_merged([_last(t) for t in self._joined.tables], self._mixer))
         uses = {
             name: np.concatenate([np.empty(0, np.int64), *x]) for name, x in self._uses.items()
         }
@@ -170,10 +169,12 @@ class _Managed:
                 number -= len(inside)
 
 
-def _has_last(table: KeyedTable) -> bool:
-    """Return whether a table has a row for ids without a slot, its last."""
-    is_zch = isinstance(table, ManagedTable) and table.module.ids == RAW_IDS
-    return is_zch and bool(table.ids_by_row[-1] == EMPTY)  # type: ignore[attr-defined]
+def _last(table: KeyedTable) -> Tensor | None:
+    """Return the row for ids without a slot, the last one of a table; None: it has none."""
+    if not isinstance(table, ManagedTable) or table.module.ids != RAW_IDS:
+        return None
+    has_id = bool(table.ids_by_row[-1] != EMPTY)
+    return None if has_id else table.values(table.size - 1, table.size)
 
 
 class _WithVocabulary:

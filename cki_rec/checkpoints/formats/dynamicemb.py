@@ -38,7 +38,7 @@ KEY_FILE = re.compile(r"(.+)_emb_keys\.rank_(\d+)\.world_size_(\d+)")
 NAMES = {KEYS: "emb_keys", VALUES: "emb_values", SCORES: "emb_scores", STATE: "emb_opt_values"}
 OLD_STATE = "opt_values"
 """Name of optimizer state in older releases."""
-DTYPES = {
+DTYPES: dict[str, np.dtype[Any]] = {
     KEYS: np.dtype("<i8"),
     VALUES: np.dtype("<f4"),
     SCORES: np.dtype("<i8"),
@@ -79,6 +79,7 @@ class DynamicembTable:
     ) -> None:
         self.path, self.name, self.world_size = path, name, world_size
         self.folder, self.table = folder, table
+        self.root = ROOT if folder_of(Path(path)) != Path(path) else ""
         if absent := sorted(set(range(world_size)) - set(ranks)):
             raise damaged(folder / self._file(KEYS, absent[0]), "this rank is missing; copy it")
         old = any(self._file(OLD_STATE, r).is_file() for r in ranks)
@@ -236,8 +237,9 @@ class DynamicembWriter:
         for rank in range(self._world_size):
             end = f"rank_{rank}.world_size_{self._world_size}"
             paths = {n: place.with_name(f"{place.name}_{word}.{end}") for n, word in names.items()}
-            files = {n: self._open.enter_context(path.open("wb")) for n, path in paths.items()}
-            self._files.append(files)
+            self._files.append(
+                {n: self._open.enter_context(path.open("wb")) for n, path in paths.items()}
+            )
         options = _options(like)
         if options is not None:
             place.with_name(f"{place.name}_opt_args.json").write_text(options)
@@ -252,7 +254,7 @@ class DynamicembWriter:
             column = np.ascontiguousarray(rows[name], DTYPES[name])
             column = column if self._world_size == 1 else column[order]
             for files, start, end in zip(self._files, starts, ends, strict=True):
-                files[name].write(column[start:end].data.cast("B") if end > start else b"")
+                files[name].write(column[start:end].tobytes())
 
     def close(self) -> None:
         """Close all files."""
@@ -279,7 +281,6 @@ def _key_files(root: Path) -> Iterator[Path]:
 
 def _read(file: BinaryIO, path: Path, dtype: np.dtype[Any], shape: tuple[int, ...]) -> Array:
     array = np.empty(shape, dtype)
-    buffer = memoryview(array.reshape(-1).view(np.uint8))
-    if file.readinto(buffer) != len(buffer):  # type: ignore[attr-defined]
+    if file.readinto(array.reshape(-1).view(np.uint8)) != array.nbytes:  # type: ignore[attr-defined]
         raise UserError(f"{path}: ends too early; has it changed while it was read?")
     return array

@@ -90,14 +90,14 @@ def read(file: Path) -> Vocabulary:
         if numbers.null_count():
             raise UserError(f"{file}: column {row} must hold whole numbers")
         order = numbers.arg_sort()
-        numbers = numbers.gather(order).to_numpy()
-        reserved = int(numbers[0]) if len(numbers) else 0
-        expected = np.arange(reserved, reserved + len(numbers))
-        if len(wrong := np.flatnonzero(numbers != expected)) or reserved < 0:
+        places = numbers.gather(order).to_numpy()
+        reserved = int(places[0]) if len(places) else 0
+        expected = np.arange(reserved, reserved + len(places))
+        if len(wrong := np.flatnonzero(places != expected)) or reserved < 0:
             odd = int(wrong[0]) if len(wrong) else 0
             raise UserError(
                 f"{file}: rows must be {reserved}, {reserved + 1}, ... without gaps, each once;"
-                f" there is {numbers[odd]} in place of {expected[odd]}"
+                f" there is {places[odd]} in place of {expected[odd]}"
             )
         keys = keys.gather(order)
         uses = {kind: use.gather(order) for kind, use in uses.items()}
@@ -285,6 +285,6 @@ class VocabularyWriter:
         if self._form == "parquet":
             types = {KEYS: pl.String if self._is_text else pl.Int64, ROWS: pl.Int64}
             schema = {name: types.get(kind, pl.Float64) for name, kind in self._columns().items()}
-            frame = pl.scan_csv(self._path, schema=schema, missing_utf8_is_empty_string=True)
+            frame = pl.scan_csv(self._path, schema=schema, empty_string_is_null=False)
             frame.sink_parquet(self._target)
             self._path.unlink()
