@@ -6,7 +6,7 @@ import logging
 import os
 import tempfile
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import torch
 
 from cki_rec import COMMAND_VARIABLE
 from cki_rec.checkpoints.formats import WRITERS
-from cki_rec.checkpoints.formats.keyed import KEYS, KeyedTable
+from cki_rec.checkpoints.formats.keyed import KEYS
 from cki_rec.config import Config, Merge, UserError, run_id, section
 from cki_rec.engine import distributed
 from cki_rec.engine.record import open_run
@@ -28,7 +28,7 @@ from cki_rec.merging.streaming import Mixer
 from cki_rec.pipelines import card, preflight
 from cki_rec.pipelines.foreign import DEFAULTS
 from cki_rec.pipelines.keyed_sources import KeyedSource, check_rest, matched_tables, open_keyed
-from cki_rec.pipelines.keyed_tables import JoinedTable, total_rows, use_of
+from cki_rec.pipelines.keyed_tables import JoinedTable, use_of
 from cki_rec.pipelines.keyed_writing import DUMP, capacity, check_form, writer_of
 from cki_rec.pipelines.names import give
 from cki_rec.pipelines.sources import check_distinct
@@ -68,9 +68,12 @@ def run(config: Config) -> None:
                 f"merge.method={options.method}: needs counts or scores of {name}, and not all"
                 " sources have them; use merge=average"
             )
+        joined = {name: JoinedTable(name, each, uses[name]) for name, each in tables.items()}
         if config.check_only:
-            keys = f"{total_rows(tables):,} keys in {len(tables)} tables"
-            log.info("the sources fit together: %s", keys)
+            total = sum(each.num_rows for table in joined.values() for each in table.tables)
+            log.info(
+                "the sources fit together: %s keys, tables %s", f"{total:,}", ", ".join(tables)
+            )
             return
         digests = [source.digest() for source in sources]
         check_distinct(digests, [source.path for source in sources], "merge.sources")
@@ -79,7 +82,7 @@ def run(config: Config) -> None:
         with open_run(out, run_id("merge", reads), config.runtime.force) as done:
             if done.record is None:
                 with done.phase("merge"):
-                    result, facts = _merge(config, method, sources, tables, uses, done.path)
+                    result, facts = _merge(config, method, sources, joined, uses, done.path)
                 facts["sources"] = [
                     {**source.describe(), "digest": digest}
                     for source, digest in zip(sources, digests, strict=True)
@@ -133,23 +136,20 @@ def _merge(
     config: Config,
     method: Method,
     sources: Sequence[KeyedSource],
-    tables: dict[str, list[KeyedTable]],
+    joined: dict[str, JoinedTable],
     uses: dict[str, str],
     folder: Path,
 ) -> tuple[MergeResult, dict[str, Any]]:
     """Write the merged model into ``folder``; return the merge, and facts for its card."""
-    options, total = config.merge, total_rows(tables)
+    options = config.merge
+    total = sum(each.num_rows for table in joined.values() for each in table.tables)
     with ExitStack() as stack:
         temporary = tempfile.TemporaryDirectory(prefix="parts.tmp-", dir=folder)
         scratch = Path(stack.enter_context(temporary))
         target = stack.enter_context(new_folder(folder / "model"))
-        joined = {
-            name: JoinedTable(name, each, uses[name], scratch / f"table{i}")
-            for i, (name, each) in enumerate(tables.items())
-        }
         with progress("divide keys", total) as advance:
-            for table in joined.values():
-                table.divide(advance)
+            for i, table in enumerate(joined.values()):
+                table.divide(scratch / f"table{i}", advance)
         rest = _rest(sources)
         try:
             mixer = _mixer(config, method, joined, uses, rest)
@@ -169,15 +169,16 @@ def _merge(
         except MergeError as error:
             raise UserError(f"merge.method={options.method}: {error}") from error
         _write_rest(sources[0], params, target, options.format)
-    types = sorted({str(table.dtype) for each in tables.values() for table in each})
+    types = sorted({str(each.dtype) for table in joined.values() for each in table.tables})
+    first = sorted({str(table.tables[0].dtype) for table in joined.values()})
     kinds = sorted({use or "none" for use in uses.values()})
     result = MergeResult(params, shares or None, recipe=options.method)
     return result, {
         "model": "model",
         "evidence": {"kind": ", ".join(kinds), "tables": [n for n, use in uses.items() if use]},
-        "tables": list(tables),
+        "tables": list(joined),
         KEYS: numbers,
-        "types": {"sources": types, "result": types[:1]},
+        "types": {"sources": types, "result": first},
         "rows": 0,
         "seed": config.seed,
     }
@@ -202,15 +203,17 @@ def _write(
     writer = writer_of(table, mixer, target, scratch, form)
     number, means = 0, [0.0] * len(table.tables)
     has_shares = True
-    for rows, shares in table.merged(mixer, limit):
-        size = len(rows[KEYS])
-        writer.add(rows)
-        number += size
-        has_shares = has_shares and shares is not None
-        means = [mean + size * share for mean, share in zip(means, shares or means, strict=True)]
-        advance(size)
-    mean_shares = [mean / max(1, number) for mean in means] if has_shares else None
-    return number, mean_shares, writer.close()
+    with closing(writer):
+        for rows, shares in table.merged(mixer, limit):
+            size = len(rows[KEYS])
+            writer.add(rows)
+            number += size
+            has_shares = has_shares and shares is not None
+            pairs = zip(means, shares or means, strict=True)
+            means = [mean + size * share for mean, share in pairs]
+            advance(size)
+        written = writer.finish()
+    return number, [mean / max(1, number) for mean in means] if has_shares else None, written
 
 
 def _mixer(

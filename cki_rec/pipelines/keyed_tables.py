@@ -5,9 +5,10 @@ Shape legend: K sources, V rows of a source, U keys, D columns.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -79,14 +80,13 @@ class JoinedTable:
         name: Its name in the first source.
         tables: One per source.
         use: The measure of how often rows were trained; "": none.
-        folder: Takes its files.
 
     Raises:
         UserError: Tables do not fit together.
     """
 
-    def __init__(self, name: str, tables: Sequence[KeyedTable], use: str, folder: Path) -> None:
-        self.name, self.tables, self._use, self._folder = name, tables, use, folder
+    def __init__(self, name: str, tables: Sequence[KeyedTable], use: str) -> None:
+        self.name, self.tables, self._use = name, tables, use
         filled = [table for table in tables if table.num_rows]
         widths = [table.columns[VALUES].width for table in filled]
         if odd := next((k for k, width in enumerate(widths) if width != widths[0]), 0):
@@ -99,18 +99,19 @@ class JoinedTable:
         width = widths[0] if widths else tables[0].columns[VALUES].width
         self.columns = {VALUES: Column(dtype, width), **self._others(filled)}
         self.is_text = any(table.is_text for table in filled)
+        self._folder = Path()
         self._parts: list[Partitions] = []
         self.num_parts = 1
 
-    def divide(self, advance: Callable[[int], None]) -> None:
-        """Divide the rows of all sources on disk."""
+    def divide(self, folder: Path, advance: Callable[[int], None]) -> None:
+        """Divide the rows of all sources among files of a folder."""
+        self._folder = folder
         held = [{n: table.columns[n] for n in self._held(table)} for table in self.tables]
         sizes = [record_type(columns, self.is_text).itemsize for columns in held]
         pairs = list(zip(self.tables, sizes, strict=True))
         self.num_parts = number_of_parts(sum(table.num_rows * size for table, size in pairs))
         for k, (table, size) in enumerate(pairs):
-            place = self._folder / f"{k}"
-            self._parts.append(Partitions(place, held[k], self.num_parts, self.is_text))
+            self._parts.append(Partitions(folder / f"{k}", held[k], self.num_parts, self.is_text))
             block_rows = max(1, partitions.BLOCK_BYTES // size)
             self._parts[-1].fill(map(self._texts, table.blocks(block_rows)), advance)
 
@@ -240,14 +241,14 @@ class JoinedTable:
 
     def _keys(self, part: Part) -> Array | pl.Series:
         """Return the keys of a part, each from the first source that has it."""
-        joined = pl.concat([rows[KEYS] for rows in part.rows]) if self.is_text else None
         sizes = [len(rows[KEYS]) for rows in part.rows]
         starts = np.cumsum([0, *sizes[:-1]])
         owner = (part.found.rows >= 0).argmax(0)
         places = starts[owner] + part.found.rows[owner, np.arange(len(owner))]
-        if joined is not None:
-            return joined.gather(places)
-        return np.concatenate([np.asarray(rows[KEYS]) for rows in part.rows])[places]
+        each = [rows[KEYS] for rows in part.rows]
+        joined: Any = pl.concat(each) if self.is_text else np.concatenate(each)
+        keys: Array | pl.Series = joined[places]
+        return keys
 
     def _ties(self, part: Part) -> Array:
         """Return ``(U,)`` uint64 that order keys: integers by value, texts by hash."""
@@ -262,7 +263,7 @@ class JoinedTable:
         held = [rows[name] if name in rows else empty for rows in part.rows]
         sizes = [len(rows[KEYS]) for rows in part.rows]
         held = [
-            x if len(x) == size else np.zeros((size, column.width), column.dtype)
+            x if len(x) == size and size else np.zeros((size, column.width), column.dtype)
             for x, size in zip(held, sizes, strict=True)
         ]
         if name != STATE:
@@ -325,8 +326,3 @@ def use_of(tables: Sequence[KeyedTable], evidence: str) -> str:
         f"merge.evidence={evidence}: {lacking.path}: {lacking.name} has no {evidence} (it has"
         f" {has}); use merge.evidence=auto"
     )
-
-
-def total_rows(tables: Mapping[str, Sequence[KeyedTable]]) -> int:
-    """Return the number of keys in all tables of all sources."""
-    return sum(table.num_rows for each in tables.values() for table in each)

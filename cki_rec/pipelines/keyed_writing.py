@@ -52,8 +52,11 @@ class Writer(Protocol):
     def add(self, rows: KeyedRows) -> None:
         """Append rows."""
 
-    def close(self) -> Params:
+    def finish(self) -> Params:
         """Complete all files; return the tensors that a checkpoint takes, by their names."""
+
+    def close(self) -> None:
+        """Close all files, complete or not."""
 
 
 def check_form(tables: Sequence[KeyedTable], form: str | None) -> None:
@@ -123,9 +126,12 @@ class _Dump:
     def add(self, rows: KeyedRows) -> None:
         self._writer.add({**rows, SCORES: rows[self._uses]} if self._uses in rows else rows)
 
-    def close(self) -> Params:
-        self._writer.close()
+    def finish(self) -> Params:
+        self.close()
         return {}
+
+    def close(self) -> None:
+        self._writer.close()
 
 
 class _Managed:
@@ -143,7 +149,10 @@ class _Managed:
         for name, columns in self._uses.items():
             columns.append(rows[name][:, 0])
 
-    def close(self) -> Params:
+    def close(self) -> None:
+        self._values.close()
+
+    def finish(self) -> Params:
         keys = np.concatenate([np.empty(0, np.int64), *self._keys])
         self._add_free(self._first.size - 1 - len(keys))
         self._values.add(_merged([_last(t) for t in self._joined.tables], self._mixer))
@@ -152,7 +161,7 @@ class _Managed:
         }
         modules = [t for t in self._joined.tables if isinstance(t, ManagedTable)]
         state = {**state_of(self._first, keys, uses), **other_buffers(modules)}
-        return {self._first.name: self._values.close(), **state}
+        return {self._first.name: self._values.finish(), **state}
 
     def _add_free(self, number: int) -> None:
         """Add rows without an id, as the first source has them; zeros if it has none."""
@@ -210,9 +219,13 @@ class _WithVocabulary:
         if self._counts:
             self._counts.append(rows[COUNTS][:, 0])
 
-    def close(self) -> Params:
+    def close(self) -> None:
+        self._values.close()
         self._keys.close()
-        params = {self._first.name: self._values.close()}
+
+    def finish(self) -> Params:
+        self._keys.finish()
+        params = {self._first.name: self._values.finish()}
         if self._counts:
             counts = torch.from_numpy(np.concatenate(self._counts))
             params[self._first.counts_name] = counts.to(self._first.counts_dtype)
@@ -232,9 +245,13 @@ class _Values:
         self._file.write(bytes_of(values.to(self._dtype)))
         self._rows += len(values)
 
-    def close(self) -> Tensor:
-        """Return all rows, mapped from the file."""
+    def close(self) -> None:
+        """Close the file."""
         self._file.close()
+
+    def finish(self) -> Tensor:
+        """Return all rows, mapped from the file."""
+        self.close()
         shape = (self._rows, self.width)
         if not self._rows * self.width:
             return torch.empty(shape, dtype=self._dtype)

@@ -278,10 +278,14 @@ class VocabularyWriter:
             self._file.writelines(f"{key}\n" for key in keys.to_list())
 
     def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+    def finish(self) -> None:
         """Complete the file."""
         if self._form == "json":
             self._file.write("}" if self._like.has_rows else "]")
-        self._file.close()
+        self.close()
         if self._form == "parquet":
             types = {KEYS: pl.String if self._is_text else pl.Int64, ROWS: pl.Int64}
             schema = {name: types.get(kind, pl.Float64) for name, kind in self._columns().items()}
