@@ -55,7 +55,7 @@ def looked_up(state, size, keys):
         {n.removeprefix(f"{PREFIX}."): x for n, x in state.items() if n.startswith(PREFIX)}
     )
     keys = torch.tensor(keys)
-    found = held.remap({"t": JaggedTensor(keys, torch.ones(len(keys), dtype=torch.int64))})
+    found = held.remap({"t": JaggedTensor(keys, lengths=torch.ones(len(keys), dtype=torch.int64))})
     return state[WEIGHT][found["t"].values()]
 
 
@@ -182,12 +182,8 @@ def test_vocabularies_are_joined_and_written_again(tmp_path, command, ending, fi
     reserved = first or 0
     for k, rows in enumerate(SOURCES):
         keys = [f"ü,{key}" if is_text else key for key in rows]
-        file = write_vocabulary(
-            tmp_path / f"{k}{ending}",
-            keys,
-            [u for _, u in rows.values()] * has_counts or None,
-            first,
-        )
+        counts = [use for _, use in rows.values()] if has_counts else None
+        file = write_vocabulary(tmp_path / f"{k}{ending}", keys, counts, first)
         values = torch.tensor(np.stack([v for v, _ in rows.values()]))
         before = torch.full((reserved, 4), float(k))
         state = {"user.weight": torch.cat([before, values]).bfloat16(), "b": torch.ones(2)}
@@ -248,14 +244,13 @@ def test_counts_in_the_checkpoint_are_merged_with_the_table(tmp_path, command):
     ],
 )
 def test_vocabularies_that_do_not_fit_are_refused(tmp_path, command, name, content, message):
-    file = tmp_path / name
+    file, sources = tmp_path / name, []
     if content is not None:
         file.write_text(content)
     for k, keys in enumerate((file, write_vocabulary(tmp_path / "b.txt", [1, 2, 3]))):
         state = {"user.weight": torch.rand(3, 4)}
         safetensors.torch.save_file(state, tmp_path / f"{k}.safetensors")
-        named = f"{{path: {tmp_path / f'{k}.safetensors'}, keys: {keys}}}"
-        sources = [*sources, named] if k else [named]
+        sources.append(f"{{path: {tmp_path / f'{k}.safetensors'}, keys: {keys}}}")
     assert message in command.error("merge=average", sources=sources)
 
 
