@@ -130,16 +130,18 @@ class KeyedMixer:
         sums = torch.zeros(len(values), dtype=torch.float64)
         for k, table in enumerate(values):
             lone = np.flatnonzero(has[k] & (owners == 1))
-            merged[lone] = table[found.rows[k, lone]]
+            _put(merged, lone, table.index_select(0, torch.from_numpy(found.rows[k, lone])))
             sums[k] += len(lone)
         everywhere, some = owners == len(values), (owners > 1) & (owners < len(values))
         parts: list[list[float] | None] = []
         if len(values) > 1 and len(chosen := np.flatnonzero(everywhere)):
             block = shared_block(found[chosen], values, counts, first)
-            merged[chosen], shares = self.mixer.mix_block(self.name, block)
+            rows, shares = self.mixer.mix_block(self.name, block)
+            _put(merged, chosen, rows)
             parts.append(shares and [len(chosen) * share for share in shares])
         if len(chosen := np.flatnonzero(some)):
-            merged[chosen], shares = self._partly(found[chosen], values, counts, first)
+            rows, shares = self._partly(found[chosen], values, counts, first)
+            _put(merged, chosen, rows)
             parts.append(shares and [len(chosen) * share for share in shares])
         if any(part is None for part in parts):
             return merged, None
@@ -176,6 +178,10 @@ class KeyedMixer:
         return params[self.name], weight.reshape(len(values), -1).mean(1).tolist()
 
 
+def _put(target: Tensor, places: Array, rows: Tensor) -> None:
+    target.index_copy_(0, torch.from_numpy(places), rows)
+
+
 def _rows(table: Tensor, rows: Array) -> Tensor:
     """Return rows of a table; zeros where there is none (-1)."""
     result = table.new_zeros(len(rows), *table.shape[1:])
@@ -191,7 +197,7 @@ def shared_block(
     rows = [torch.from_numpy(each) for each in found.rows]
     return Block(
         first,
-        [table[each] for table, each in zip(values, rows, strict=True)],
+        [table.index_select(0, each) for table, each in zip(values, rows, strict=True)],
         counts=[seen[each] for seen, each in zip(counts, rows, strict=False)],
     )
 

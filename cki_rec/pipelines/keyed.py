@@ -172,7 +172,8 @@ def _merge(
     types = sorted({str(each.dtype) for table in joined.values() for each in table.tables})
     first = sorted({str(table.tables[0].dtype) for table in joined.values()})
     kinds = sorted({use or "none" for use in uses.values()})
-    result = MergeResult(params, shares or None, recipe=options.method)
+    held = {**dict.fromkeys(joined, torch.empty(0)), **params}  # tables of dumps are in files
+    result = MergeResult(held, shares or None, recipe=options.method)
     return result, {
         "model": "model",
         "evidence": {"kind": ", ".join(kinds), "tables": [n for n, use in uses.items() if use]},

@@ -29,6 +29,7 @@ from cki_rec.checkpoints.formats.keyed import (
 )
 from cki_rec.checkpoints.partitions import Partitions, ids_of, number_of_parts, record_type
 from cki_rec.config import UserError
+from cki_rec.data.prefetch import prefetch
 from cki_rec.merging.keyed import (
     DuplicateKey,
     KeyedMixer,
@@ -113,7 +114,7 @@ class JoinedTable:
         for k, (table, size) in enumerate(pairs):
             self._parts.append(Partitions(folder / f"{k}", held[k], self.num_parts, self.is_text))
             block_rows = max(1, partitions.BLOCK_BYTES // size)
-            self._parts[-1].fill(map(self._texts, table.blocks(block_rows)), advance)
+            self._parts[-1].fill(map(self._texts, prefetch(table.blocks(block_rows))), advance)
 
     def parts(self) -> Iterator[Part]:
         """Yield the parts of all keys in order.
@@ -121,8 +122,7 @@ class JoinedTable:
         Raises:
             UserError: A source has a key twice, or values or uses that are not finite.
         """
-        for number in range(self.num_parts):
-            yield self._part(number)
+        yield from prefetch(self._part(number) for number in range(self.num_parts))
 
     def blocks(self) -> Iterator[Block]:
         """Yield the rows that all sources have; at least one block."""
