@@ -39,7 +39,7 @@ class Partitions:
         self, folder: Path, columns: Mapping[str, Column], num: int, is_text: bool
     ) -> None:
         folder.mkdir(parents=True)
-        self._folder, self._columns, self._is_text = folder, columns, is_text
+        self._folder, self._beside, self._is_text = folder, columns, is_text
         self.num = num
         self.dtype = record_type(columns, is_text)
 
@@ -62,7 +62,7 @@ class Partitions:
         records[KEY] = hashes.view(np.int64) if self._is_text else keys
         if self._is_text:
             records[LENGTH] = keys.str.len_chars().to_numpy()
-        for name in self._columns:
+        for name in self._beside:
             records[name] = rows[name]
         bits = self.num.bit_length() - 1
         parts = (hashes >> np.uint64(64 - bits)).astype(np.uint16) if bits else None
@@ -82,7 +82,7 @@ class Partitions:
     def read(self, part: int) -> KeyedRows:
         """Return the rows of a part in their order; texts as a Series."""
         records = np.fromfile(self._file(part), self.dtype)
-        rows: KeyedRows = {n: np.ascontiguousarray(records[n]) for n in self._columns}
+        rows: KeyedRows = {n: np.ascontiguousarray(records[n]) for n in self._beside}
         rows[KEYS] = np.ascontiguousarray(records[KEY])
         if self._is_text:
             text = self._text(part).read_bytes().decode()

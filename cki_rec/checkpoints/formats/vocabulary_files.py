@@ -233,12 +233,12 @@ class VocabularyWriter:
         self._file: TextIO = self._path.open("w", encoding="utf-8", newline="")
         self._row = like.reserved
         if self._form in ("csv", "parquet"):
-            pl.DataFrame({name: [] for name in self._columns()}).write_csv(self._file)
+            pl.DataFrame({name: [] for name in self.written_columns()}).write_csv(self._file)
         elif self._form == "json":
             self._file.write("{" if like.has_rows else "[")
         self._is_first = True
 
-    def _columns(self) -> dict[str, str]:
+    def written_columns(self) -> dict[str, str]:
         """Return the columns that are written -> keys, rows or a measure of use."""
         names = self._like.columns
         key = next((n for n in names if n.lower() in KEY_COLUMNS), names[0])
@@ -259,7 +259,7 @@ class VocabularyWriter:
             held = {KEYS: keys, ROWS: numbers}
             columns = {
                 name: held[kind] if kind in held else rows[kind][:, 0]
-                for name, kind in self._columns().items()
+                for name, kind in self.written_columns().items()
             }
             pl.DataFrame(columns).write_csv(self._file, include_header=False)
         elif self._form == "json":
@@ -288,7 +288,9 @@ class VocabularyWriter:
         self.close()
         if self._form == "parquet":
             types = {KEYS: pl.String if self._is_text else pl.Int64, ROWS: pl.Int64}
-            schema = {name: types.get(kind, pl.Float64) for name, kind in self._columns().items()}
+            schema = {
+                name: types.get(kind, pl.Float64) for name, kind in self.written_columns().items()
+            }
             frame = pl.scan_csv(self._path, schema=schema, empty_string_is_null=False)
             frame.sink_parquet(self._target)
             self._path.unlink()
