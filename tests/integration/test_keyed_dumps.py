@@ -16,8 +16,9 @@ from keyed import assert_same, draw, merged, read_dump, write_dump
 from strangers import Command, command
 
 from cki_rec.checkpoints import partitions
-from cki_rec.checkpoints.formats.dynamicemb import ranks_of
+from cki_rec.checkpoints.formats.dynamicemb import ranks_of, tables_of
 from cki_rec.cli import main
+from cki_rec.config import UserError
 
 __all__ = ["command"]  # a fixture
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
@@ -33,7 +34,10 @@ def dumps(tmp_path):
     ]
 
 
-@pytest.mark.parametrize(("number", "method"), [(2, "average"), (3, "evidence")])
+@pytest.mark.parametrize(
+    ("number", "method"),
+    [pytest.param(2, "average", marks=pytest.mark.slow), (3, "evidence")],
+)
 def test_a_merge_equals_that_of_dictionaries(dumps, command, monkeypatch, number, method):
     path = command.model(f"merge={method}", sources=dumps[:number])
     rows = read_dump(path, TABLE)
@@ -70,6 +74,7 @@ def test_state_of_the_optimizer_comes_from_the_most_trained_row(tmp_path, comman
     assert json.loads((path / "t_opt_args.json").read_text())["opt_type"] == "adagrad"
 
 
+@pytest.mark.slow
 def test_keys_stay_at_the_ranks_of_their_hash(tmp_path, command):
     def hashed(key, world_size):
         return int(ranks_of(np.array([key]), world_size, "hash_roundrobin")[0])
@@ -87,6 +92,7 @@ def test_keys_stay_at_the_ranks_of_their_hash(tmp_path, command):
     assert total == len(SOURCES[0] | SOURCES[1])
 
 
+@pytest.mark.slow
 def test_scores_may_be_missing(tmp_path, command, dumps):
     bare = write_dump(tmp_path / "bare", TABLE, SOURCES[1], scores=False)
     sources = [dumps[0], bare]
@@ -104,6 +110,7 @@ def test_scores_may_be_missing(tmp_path, command, dumps):
     )
 
 
+@pytest.mark.slow
 def test_the_smaller_of_two_words_of_scores_is_the_frequency(tmp_path, command):
     time = 1_700_000_000_000_000_000
     for name, rows in zip("ab", SOURCES, strict=False):
@@ -119,6 +126,7 @@ def test_the_smaller_of_two_words_of_scores_is_the_frequency(tmp_path, command):
         np.testing.assert_allclose(row, expected[key][0], atol=1e-6)
 
 
+@pytest.mark.slow
 def test_empty_tables_and_no_shared_key(tmp_path, command):
     empty = write_dump(tmp_path / "empty", "t", {}, 2)
     some = write_dump(tmp_path / "some", "t", draw(0, range(7)))
@@ -194,12 +202,24 @@ def damage(name):
         ("no rank", "rank_1.world_size_2: unreadable checkpoint, this rank is missing"),
         ("no scores", "other ranks have it"),
         ("two world sizes", "world sizes 1 and 2"),
+    ],
+)
+def test_damaged_files_are_named_before_any_value_is_read(dumps, name, message):
+    damage(name)(Path(dumps[0]) / "model.ebc")
+    with pytest.raises(UserError, match=message):
+        tables_of(dumps[0])
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("cut values", "unreadable checkpoint, cut, "),
         ("twice", "model.ebc/user has the key -30 twice"),
         ("nan", "NaN or infinite entries in the row of key -27"),
         ("negative", "scores of model.ebc/user are negative"),
     ],
 )
-def test_damage_is_named_and_nothing_is_written(dumps, command, name, message):
+def test_nothing_is_written_if_a_row_is_bad(dumps, command, name, message):
     damage(name)(Path(dumps[0]) / "model.ebc")
     assert message in command.error("merge=evidence", sources=dumps[:2])
 

@@ -59,7 +59,7 @@ def looked_up(state, size, keys):
     return state[WEIGHT][found["t"].values()]
 
 
-@pytest.mark.parametrize("form", ["safetensors", "dcp"])
+@pytest.mark.parametrize("form", ["safetensors", pytest.param("dcp", marks=pytest.mark.slow)])
 def test_torchrec_looks_up_the_merged_rows(tmp_path, command, form):
     sizes = 30, 16
     paths = []
@@ -131,6 +131,7 @@ def test_other_forms_become_dumps(tmp_path, command):
     assert len(read_dump(again, "t")) == len(SOURCES[1])
 
 
+@pytest.mark.slow
 def test_damaged_modules_are_named(tmp_path, command):
     good = zch(SOURCES[0], 30, 1.0)
     safetensors.torch.save_file(zch(SOURCES[1], 30, 2.0), tmp_path / "b.safetensors")
@@ -230,8 +231,6 @@ def test_counts_in_the_checkpoint_are_merged_with_the_table(tmp_path, command):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.txt", "1\n2\n", "2 keys for 3 rows of user.weight"),
-        ("a.txt", "1\n2\n1\n", "has the key 1 twice"),
         ("a.csv", "key,row\n1,0\n2,1\n3,3\n", "there is 3 in place of 2"),
         ("a.csv", "key,row\n1,0\n2,1\n3,x\n", "column row must hold whole numbers"),
         ("a.csv", "key,count\n1,0\n2,1\n3,-1\n", "column count must hold numbers from 0 on"),
@@ -243,15 +242,26 @@ def test_counts_in_the_checkpoint_are_merged_with_the_table(tmp_path, command):
         ("gone.txt", None, "no such file"),
     ],
 )
-def test_vocabularies_that_do_not_fit_are_refused(tmp_path, command, name, content, message):
-    file, sources = tmp_path / name, []
+def test_unreadable_vocabularies_are_refused(tmp_path, name, content, message):
     if content is not None:
-        file.write_text(content)
-    for k, keys in enumerate((file, write_vocabulary(tmp_path / "b.txt", [1, 2, 3]))):
-        state = {"user.weight": torch.rand(3, 4)}
-        safetensors.torch.save_file(state, tmp_path / f"{k}.safetensors")
-        sources.append(f"{{path: {tmp_path / f'{k}.safetensors'}, keys: {keys}}}")
-    assert message in command.error("merge=average", sources=sources)
+        (tmp_path / name).write_text(content)
+    with pytest.raises(UserError, match=message):
+        read(tmp_path / name)
+
+
+def test_vocabularies_that_do_not_fit_are_refused(tmp_path, command):
+    sources = []
+    for k in range(2):
+        path = tmp_path / f"{k}.safetensors"
+        safetensors.torch.save_file({"user.weight": torch.rand(3, 4) + k}, path)
+        keys = write_vocabulary(tmp_path / f"{k}.txt", [1, 2, 3])
+        sources.append(f"{{path: {path}, keys: {keys}}}")
+    for content, message in (
+        ("1\n2\n", "2 keys for 3 rows of user.weight"),
+        ("1\n2\n1\n", "has the key 1 twice"),
+    ):
+        (tmp_path / "0.txt").write_text(content)
+        assert message in command.error("merge=average", sources=sources)
 
 
 def test_keys_of_numbers_and_texts(tmp_path):

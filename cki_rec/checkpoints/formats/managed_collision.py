@@ -166,7 +166,7 @@ class ManagedTable:
             self._check(len(ids) == self.size, f"{len(ids):,} ids")
             return np.where(ids < 0, EMPTY, ids)
         raw, rows = (self.buffer(name).numpy() for name in (RAW_IDS, REMAPPED))
-        self._check(len(raw) == len(rows) <= self.size, f"{len(raw):,} ids, {len(rows):,} places")
+        self._check(len(raw) == len(rows) == self.size, f"{len(raw):,} ids, {len(rows):,} places")
         has = raw != EMPTY
         places = rows[has]
         inside = bool(((places >= 0) & (places < self.size)).all())
