@@ -17,8 +17,8 @@ from cki_rec.checkpoints.formats.keyed import KEYS, Array, Column, KeyedRows, mi
 
 PART_BYTES = 1 << 25
 """Bytes of the rows of a part, of all sources together."""
-MOST_PARTS = 256
-"""Files that are open at a time, twice as many for texts."""
+MOST_PARTS = 512
+"""Files that are open at a time; parts of texts have two each."""
 BLOCK_BYTES = 1 << 24
 """Bytes of the rows that are divided at a time."""
 KEY, LENGTH = "key", "length"
@@ -106,10 +106,10 @@ def record_type(columns: Mapping[str, Column], is_text: bool) -> np.dtype[Any]:
     return np.dtype(fields)
 
 
-def number_of_parts(total_bytes: int) -> int:
+def number_of_parts(total_bytes: int, is_text: bool) -> int:
     """Return the power of two of parts that makes them small."""
-    num = 1
-    while num < MOST_PARTS and num * PART_BYTES < total_bytes:
+    num, most = 1, MOST_PARTS // 2 if is_text else MOST_PARTS
+    while num < most and num * PART_BYTES < total_bytes:
         num *= 2
     return num
 

@@ -110,7 +110,8 @@ class JoinedTable:
         held = [{n: table.columns[n] for n in self._held(table)} for table in self.tables]
         sizes = [record_type(columns, self.is_text).itemsize for columns in held]
         pairs = list(zip(self.tables, sizes, strict=True))
-        self.num_parts = number_of_parts(sum(table.num_rows * size for table, size in pairs))
+        total = sum(table.num_rows * size for table, size in pairs)
+        self.num_parts = number_of_parts(total, self.is_text)
         for k, (table, size) in enumerate(pairs):
             self._parts.append(Partitions(folder / f"{k}", held[k], self.num_parts, self.is_text))
             block_rows = max(1, partitions.BLOCK_BYTES // size)
