@@ -197,7 +197,9 @@ class _WithVocabulary:
     ) -> None:
         self._first = first
         self._values = _Values(scratch, first.dtype, joined.columns[VALUES].width)
-        self._counts: list[Array] = [first.reserved_counts] if first.counts_name else []
+        self._counts: list[Array] = []
+        if first.counts_name:
+            self._counts.append(first.counts(0, first.reserved))
         place = folder / VOCABULARIES
         self._keys = VocabularyWriter(place, first.vocabulary, joined.is_text)
         others = [t for t in joined.tables if isinstance(t, VocabularyTable)]
@@ -256,7 +258,7 @@ class _Values:
         if not self._rows * self.width:
             return torch.empty(shape, dtype=self._dtype)
         size = self._rows * self.width
-        return torch.from_file(str(self._path), False, size, dtype=self._dtype).reshape(shape)
+        return torch.from_file(str(self._path), True, size, dtype=self._dtype).reshape(shape)
 
 
 def _merged(rows: Sequence[Tensor | None], mixer: KeyedMixer) -> Tensor:

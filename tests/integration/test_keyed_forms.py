@@ -194,7 +194,8 @@ def test_vocabularies_are_joined_and_written_again(tmp_path, command, ending, fi
     path = command.model(f"merge={method}", sources=sources)
     state = safetensors.torch.load_file(path / "model.safetensors")
     vocabulary = read(path / "vocabularies" / f"0{ending}")
-    keys = [int(str(key).removeprefix("ü,")) for key in vocabulary.keys.to_list()]
+    held = vocabulary.frame.collect()
+    keys = [int(str(key).removeprefix("ü,")) for key in held["keys"].to_list()]
     assert vocabulary.reserved == reserved
     assert state["user.weight"].dtype == torch.bfloat16
     assert (state["user.weight"][:reserved] == 0.5).all()
@@ -203,7 +204,7 @@ def test_vocabularies_are_joined_and_written_again(tmp_path, command, ending, fi
     for key, row in zip(keys, state["user.weight"][reserved:], strict=True):
         np.testing.assert_allclose(row.float().numpy(), expected[key][0], atol=2e-2)
     if has_counts:
-        assert vocabulary.uses["counts"].tolist() == [expected[key][1] for key in keys]
+        assert held["counts"].to_list() == [expected[key][1] for key in keys]
 
 
 def test_counts_in_the_checkpoint_are_merged_with_the_table(tmp_path, command):
@@ -267,9 +268,9 @@ def test_vocabularies_that_do_not_fit_are_refused(tmp_path, command):
 def test_keys_of_numbers_and_texts(tmp_path):
     for content, keys in (("1\n-2\n", [1, -2]), ("01\n2\n", ["01", "2"]), ("a\n1\n", ["a", "1"])):
         (tmp_path / "a.txt").write_text(content)
-        assert read(tmp_path / "a.txt").keys.to_list() == keys
+        assert read(tmp_path / "a.txt").frame.collect()["keys"].to_list() == keys
         (tmp_path / "a.csv").write_text(f"token\n{content}")
-        assert read(tmp_path / "a.csv").keys.to_list() == keys
+        assert read(tmp_path / "a.csv").frame.collect()["keys"].to_list() == keys
     (tmp_path / "a.parquet").unlink(missing_ok=True)
     pl.DataFrame({"key": pl.Series([1 << 63], dtype=pl.UInt64)}).write_parquet(
         tmp_path / "a.parquet"

@@ -41,23 +41,29 @@ SUFFIXES = {".txt": "text", ".csv": "csv", ".json": "json", ".parquet": "parquet
 
 @dataclass(frozen=True, slots=True)
 class Vocabulary:
-    """The keys of a table, in the order of its rows."""
+    """The keys of a table, in the order of its rows; they are read in blocks."""
 
     file: Path
-    keys: pl.Series
-    """Int64 or String."""
+    frame: pl.LazyFrame
+    """Columns ``KEYS`` (Int64 or String) and those of ``uses`` (Float64)."""
+    num_rows: int
+    is_text: bool
     reserved: int
     """Rows before the first key."""
-    uses: dict[str, Array]
-    """Measure of use -> ``(V,)`` float64."""
+    uses: tuple[str, ...]
+    """Measures of use."""
     has_rows: bool
     """The file numbers its rows."""
     columns: tuple[str, ...]
     """Names of its columns, of CSV and Parquet."""
 
+    def blocks(self, size: int) -> Iterator[pl.DataFrame]:
+        """Yield all rows, ``size`` at a time."""
+        yield from self.frame.collect_batches(chunk_size=size, maintain_order=True)
+
 
 def read(file: Path) -> Vocabulary:
-    """Return a vocabulary.
+    """Return a vocabulary; its keys are checked, and none is kept.
 
     Raises:
         UserError: The file is not readable, or its keys or rows are none.
@@ -65,92 +71,115 @@ def read(file: Path) -> Vocabulary:
     form = SUFFIXES.get(file.suffix)
     if form is None:
         raise UserError(f"{file}: a vocabulary is {', '.join(SUFFIXES)}")
+    if not file.is_file():
+        raise UserError(f"{file}: no such file")
     try:
-        frame = _frame(file, form)
-    except FileNotFoundError:
-        raise UserError(f"{file}: no such file") from None
+        return _read(file, form)
     except (OSError, ValueError, pl.exceptions.PolarsError) as error:
+        if isinstance(error, UserError):
+            raise
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"{file}: unreadable vocabulary ({reason})") from None
-    names = {name.lower(): name for name in frame.columns}
-    key = next((names[n] for n in KEY_COLUMNS if n in names), frame.columns[0])
+
+
+def _read(file: Path, form: str) -> Vocabulary:
+    frame = _scan(file, form)
+    schema = frame.collect_schema()
+    names = {name.lower(): name for name in schema}
+    key = next((names[n] for n in KEY_COLUMNS if n in names), schema.names()[0])
     row = next((names[n] for n in ROW_COLUMNS if n in names and names[n] != key), None)
-    keys = _checked(file, frame[key])
-    uses = {
-        USES[name]: frame[column].cast(pl.Float64, strict=False)
-        for name, column in names.items()
-        if name in USES and column != key
+    is_text = schema[key] in (pl.String, pl.Categorical)
+    if not is_text and not schema[key].is_integer():
+        raise UserError(f"{file}: keys are {schema[key]}; they must be whole numbers or texts")
+    uses = {USES[n]: column for n, column in names.items() if n in USES and column != key}
+    numbers = pl.col(key).cast(pl.Int64, strict=False)
+    places = (pl.col(row) if row else pl.int_range(pl.len())).cast(pl.Int64, strict=False)
+    facts = _facts(frame, key, numbers, places, uses)
+    if facts["empty"]:
+        raise UserError(
+            f"{file}: the key in row {facts['first_empty']:,} is empty; every row needs one"
+        )
+    for use, column in uses.items():
+        if not facts[use]:
+            raise UserError(f"{file}: column {column} must hold numbers from 0 on")
+    if not is_text and facts["not_numbers"]:
+        raise UserError(f"{file}: a key is above 2^63; keys must fit 64 signed bits")
+    if facts["no_places"]:
+        raise UserError(f"{file}: column {row} must hold whole numbers")
+    if form in ("text", "csv") and facts["num"] and facts["are_numbers"]:
+        is_text = False
+    reserved = facts["lowest"] or 0
+    if not facts["in_order"]:
+        frame = frame.sort(places)
+        _check_places(file, frame.select(places.alias(ROWS)).collect()[ROWS].to_numpy(), reserved)
+    columns = [(pl.col(key).cast(pl.String) if is_text else numbers).alias(KEYS)]
+    columns += [pl.col(n).cast(pl.Float64, strict=False).alias(use) for use, n in uses.items()]
+    known = tuple(schema) if form in ("csv", "parquet") else ()
+    return Vocabulary(
+        *(file, frame.select(columns), facts["num"], is_text, reserved),
+        *(tuple(uses), row is not None, known),
+    )
+
+
+def _facts(
+    frame: pl.LazyFrame, key: str, numbers: pl.Expr, places: pl.Expr, uses: dict[str, str]
+) -> dict[str, Any]:
+    """Return facts about all rows, in one pass."""
+    lowest = places.first()
+    is_empty = pl.col(key).is_null()
+    checks = {
+        use: (pl.col(column).cast(pl.Float64, strict=False) >= 0).fill_null(False).all()
+        for use, column in uses.items()
     }
-    for use in uses.values():
-        if use.null_count() or not bool((use >= 0).all() if len(use) else True):
-            raise UserError(f"{file}: column {use.name} must hold numbers from 0 on")
-    reserved = 0
-    if row is not None:
-        numbers = frame[row].cast(pl.Int64, strict=False)
-        if numbers.null_count():
-            raise UserError(f"{file}: column {row} must hold whole numbers")
-        order = numbers.arg_sort()
-        places = numbers.gather(order).to_numpy()
-        reserved = int(places[0]) if len(places) else 0
-        expected = np.arange(reserved, reserved + len(places))
-        if len(wrong := np.flatnonzero(places != expected)) or reserved < 0:
-            odd = int(wrong[0]) if len(wrong) else 0
-            raise UserError(
-                f"{file}: rows must be {reserved}, {reserved + 1}, ... without gaps, each once;"
-                f" there is {places[odd]} in place of {expected[odd]}"
-            )
-        keys = keys.gather(order)
-        uses = {kind: use.gather(order) for kind, use in uses.items()}
-    arrays = {kind: use.to_numpy() for kind, use in uses.items()}
-    is_table = form in ("csv", "parquet")
-    columns = tuple(frame.columns) if is_table else ()
-    return Vocabulary(file, keys, reserved, arrays, row is not None, columns)
+    found: dict[str, Any] = (
+        frame.select(
+            num=pl.len(),
+            empty=is_empty.sum(),
+            first_empty=is_empty.arg_max(),
+            not_numbers=numbers.is_null().sum(),
+            are_numbers=(numbers.cast(pl.String) == pl.col(key).cast(pl.String))
+            .fill_null(False)
+            .all(),
+            no_places=places.is_null().sum(),
+            lowest=places.min(),
+            in_order=((places - lowest) == pl.int_range(pl.len())).all()
+            & (lowest >= 0).fill_null(True),
+            **checks,
+        )
+        .collect(engine="streaming")
+        .row(0, named=True)
+    )
+    return found
 
 
-def _frame(file: Path, form: str) -> pl.DataFrame:
-    if form == "parquet":
-        return pl.read_parquet(file)
-    if form == "json":
-        content: Any = json.loads(file.read_text())
-        if isinstance(content, dict):
-            return pl.DataFrame({"key": list(content), "row": list(content.values())})
-        if not isinstance(content, list):
-            raise ValueError("must be a list of keys, or an object key -> row")
-        return pl.DataFrame({"key": content}, strict=True)
-    if form == "csv":
-        frame = pl.read_csv(file, infer_schema=False)
-    else:
-        lines = file.read_text(encoding="utf-8").split("\n")
-        frame = pl.DataFrame({"key": pl.Series(lines[:-1] if lines[-1] == "" else lines)})
-    return frame.with_columns(_numbers(column) for column in frame.get_columns())
-
-
-def _numbers(texts: pl.Series) -> pl.Series:
-    """Return texts as integers if all of them are integers as they are usually written."""
-    numbers = texts.cast(pl.Int64, strict=False)
-    same = (numbers.cast(pl.String) == texts).all() if len(texts) else False
-    return numbers if same and not numbers.null_count() else texts
-
-
-def _checked(file: Path, keys: pl.Series) -> pl.Series:
-    """Return keys as Int64 or String.
+def _check_places(file: Path, places: Array, reserved: int) -> None:
+    """Check that numbers of rows, in order, have no gaps and are not negative.
 
     Raises:
-        UserError: Some are empty, or they are of another type.
+        UserError: They have.
     """
-    if keys.null_count():
-        row = keys.is_null().arg_true()[0]
-        raise UserError(f"{file}: the key in row {row:,} is empty; every row needs one")
-    if keys.dtype.is_integer():
-        try:
-            return keys.cast(pl.Int64)
-        except pl.exceptions.PolarsError:
-            raise UserError(f"{file}: a key is above 2^63; keys must fit 64 signed bits") from None
-    if keys.dtype == pl.Categorical or keys.dtype == pl.String:
-        return keys.cast(pl.String)
-    if not len(keys):
-        return keys.cast(pl.Int64)
-    raise UserError(f"{file}: keys are {keys.dtype}; they must be whole numbers or texts")
+    expected = np.arange(max(0, reserved), max(0, reserved) + len(places))
+    if len(wrong := np.flatnonzero(places != expected)):
+        raise UserError(
+            f"{file}: rows must be {expected[0]}, {expected[0] + 1}, ... without gaps, each once;"
+            f" there is {places[wrong[0]]} in place of {expected[wrong[0]]}"
+        )
+
+
+def _scan(file: Path, form: str) -> pl.LazyFrame:
+    """Return the columns of a file; those of texts and CSV are texts."""
+    if form == "parquet":
+        return pl.scan_parquet(file)
+    if form == "csv":
+        return pl.scan_csv(file, infer_schema=False)
+    if form == "text":
+        return pl.scan_lines(file, name="key")
+    content: Any = json.loads(file.read_text(encoding="utf-8"))
+    if isinstance(content, dict):
+        return pl.LazyFrame({"key": list(content), "row": list(content.values())})
+    if not isinstance(content, list):
+        raise ValueError("must be a list of keys, or an object key -> row")
+    return pl.LazyFrame({"key": content}, strict=True)
 
 
 class VocabularyTable:
@@ -172,9 +201,8 @@ class VocabularyTable:
         self._stored, self._parts = stored, parts
         vocabulary = self.vocabulary = read(file)
         entry = parts.entries[name]
-        self.dtype, self.num_rows = entry.dtype, len(vocabulary.keys)
-        self.is_text = vocabulary.keys.dtype == pl.String
-        self.reserved = vocabulary.reserved
+        self.dtype, self.num_rows = entry.dtype, vocabulary.num_rows
+        self.is_text, self.reserved = vocabulary.is_text, vocabulary.reserved
         if entry.shape[0] != self.reserved + self.num_rows:
             hint = "" if vocabulary.has_rows else " (rows without a key need a column row)"
             after = f" from row {self.reserved} on" if self.reserved else ""
@@ -182,33 +210,42 @@ class VocabularyTable:
                 f"{file}: {self.num_rows:,} keys{after} for {entry.shape[0]:,} rows of {name} in"
                 f" {path}{hint}; take the vocabulary of this checkpoint"
             )
-        self.columns = {VALUES: Column(values_dtype(entry.dtype), entry.shape[1])}
-        self._uses = {kind: use[:, None] for kind, use in vocabulary.uses.items()}
+        self._counts = parts.counts.get(name)
         self.counts_name = ""
-        """The tensor of the model that holds the counts, if the vocabulary does not."""
-        if name in parts.counts:
-            holder, full = parts.counts[name]
+        """The tensor of the model that holds counts."""
+        if self._counts is not None:
+            full = self._counts[1]
             self.counts_name = next((n for n, long in parts.names.items() if long == full), "")
-            counts = holder.rows(full).double().numpy()
-            self._uses.setdefault(COUNTS, counts[self.reserved :, None])
-            self.counts_dtype = holder.entries[full].dtype
-            self.reserved_counts = counts[: self.reserved]
-        self.columns |= {kind: Column(np.dtype(np.float64), 1) for kind in self._uses}
+            self.counts_dtype = self._counts[0].entries[full].dtype
+        uses = {*vocabulary.uses, *([COUNTS] if self._counts else [])}
+        self.columns = {VALUES: Column(values_dtype(entry.dtype), entry.shape[1])}
+        self.columns |= {use: Column(np.dtype(np.float64), 1) for use in sorted(uses)}
 
     def blocks(self, size: int) -> Iterator[KeyedRows]:
         """Yield the rows that have a key."""
-        for first in range(0, self.num_rows, size):
-            rows = slice(first, min(first + size, self.num_rows))
-            keys = self.vocabulary.keys[rows]
-            values = self.values(self.reserved + rows.start, self.reserved + rows.stop)
+        first = self.reserved
+        for frame in self.vocabulary.blocks(size):
+            stop, keys = first + len(frame), frame[KEYS]
             block: KeyedRows = {KEYS: keys if self.is_text else keys.to_numpy()}
-            block[VALUES] = values.numpy()
-            yield block | {kind: use[rows] for kind, use in self._uses.items()}
+            block[VALUES] = self.values(first, stop).numpy()
+            for use in (COUNTS, SCORES):
+                if use in self.vocabulary.uses:
+                    block[use] = frame[use].to_numpy()[:, None]
+                elif use in self.columns:
+                    block[use] = self.counts(first, stop)[:, None]
+            yield block
+            first = stop
 
     def values(self, first: int, stop: int) -> Tensor:
         """Return rows of the table, as they are merged."""
         rows = self._stored.rows(self._parts.names[self.name], first, stop)
         return rows.to(torch.float64 if rows.dtype == torch.float64 else torch.float32)
+
+    def counts(self, first: int, stop: int) -> Array:
+        """Return counts of rows that the checkpoint holds."""
+        assert self._counts is not None
+        holder, full = self._counts
+        return holder.rows(full, first, stop).double().numpy()
 
     def files(self) -> list[Path]:
         """Return the vocabulary."""
