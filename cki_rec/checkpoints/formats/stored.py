@@ -17,7 +17,6 @@ from cki_rec.checkpoints.digests import one_digest
 from cki_rec.config import UserError
 from cki_rec.merging.params import Params
 
-
 COPIED_BYTES = 1 << 24
 """Bytes that are copied at a time from file to file."""
 

@@ -34,6 +34,8 @@ from cki_rec.config import UserError
 KEY_COLUMNS = ("key", "keys", "token", "id", "raw_id")
 ROW_COLUMNS = ("row", "rows", "index", "row_id")
 USES = {"count": COUNTS, "counts": COUNTS, "score": SCORES, "scores": SCORES}
+BLOCK_ROWS = 1 << 17
+"""Rows that are checked at a time."""
 ROWS = "rows"
 """The column of numbers of rows."""
 SUFFIXES = {".txt": "text", ".csv": "csv", ".json": "json", ".parquet": "parquet"}
@@ -93,62 +95,82 @@ def _read(file: Path, form: str) -> Vocabulary:
         raise UserError(f"{file}: keys are {schema[key]}; they must be whole numbers or texts")
     uses = {USES[n]: column for n, column in names.items() if n in USES and column != key}
     numbers = pl.col(key).cast(pl.Int64, strict=False)
-    places = (pl.col(row) if row else pl.int_range(pl.len())).cast(pl.Int64, strict=False)
+    places = None if row is None else pl.col(row).cast(pl.Int64, strict=False)
     facts = _facts(frame, key, numbers, places, uses)
-    if facts["empty"]:
-        raise UserError(
-            f"{file}: the key in row {facts['first_empty']:,} is empty; every row needs one"
-        )
-    for use, column in uses.items():
-        if not facts[use]:
-            raise UserError(f"{file}: column {column} must hold numbers from 0 on")
-    if not is_text and facts["not_numbers"]:
+    if facts.first_empty is not None:
+        raise UserError(f"{file}: the key in row {facts.first_empty:,} is empty; name it")
+    if facts.wrong_use:
+        raise UserError(f"{file}: column {facts.wrong_use} must hold numbers from 0 on")
+    if not is_text and facts.no_number:
         raise UserError(f"{file}: a key is above 2^63; keys must fit 64 signed bits")
-    if facts["no_places"]:
+    if facts.no_place:
         raise UserError(f"{file}: column {row} must hold whole numbers")
-    if form in ("text", "csv") and facts["num"] and facts["are_numbers"]:
+    if form in ("text", "csv") and facts.num and facts.are_numbers:
         is_text = False
-    reserved = facts["lowest"] or 0
-    if not facts["in_order"]:
+    if places is not None and not facts.in_order:
         frame = frame.sort(places)
-        _check_places(file, frame.select(places.alias(ROWS)).collect()[ROWS].to_numpy(), reserved)
+        found = frame.select(places.alias(ROWS)).collect()[ROWS].to_numpy()
+        _check_places(file, found, facts.lowest)
     columns = [(pl.col(key).cast(pl.String) if is_text else numbers).alias(KEYS)]
     columns += [pl.col(n).cast(pl.Float64, strict=False).alias(use) for use, n in uses.items()]
     known = tuple(schema) if form in ("csv", "parquet") else ()
     return Vocabulary(
-        *(file, frame.select(columns), facts["num"], is_text, reserved),
+        *(file, frame.select(columns), facts.num, is_text, facts.lowest),
         *(tuple(uses), row is not None, known),
     )
 
 
+@dataclass(slots=True)
+class _Facts:
+    """Facts about all rows."""
+
+    num: int = 0
+    first_empty: int | None = None
+    """The first row without a key."""
+    are_numbers: bool = True
+    """All keys are integers as they are usually written."""
+    no_number: bool = False
+    """A key is no integer of 64 signed bits."""
+    no_place: bool = False
+    """A number of a row is no whole number."""
+    lowest: int = 0
+    in_order: bool = True
+    """Rows are numbered one by one, from ``lowest`` on."""
+    wrong_use: str = ""
+    """A column of uses with other entries than numbers from 0 on."""
+
+
 def _facts(
-    frame: pl.LazyFrame, key: str, numbers: pl.Expr, places: pl.Expr, uses: dict[str, str]
-) -> dict[str, Any]:
-    """Return facts about all rows, in one pass."""
-    lowest = places.first()
-    is_empty = pl.col(key).is_null()
-    checks = {
-        use: (pl.col(column).cast(pl.Float64, strict=False) >= 0).fill_null(False).all()
-        for use, column in uses.items()
+    frame: pl.LazyFrame, key: str, numbers: pl.Expr, places: pl.Expr | None, uses: dict[str, str]
+) -> _Facts:
+    """Return facts about all rows, in one pass over blocks."""
+    found = _Facts()
+    columns = {
+        "key": pl.col(key),
+        "number": numbers,
+        **({ROWS: places} if places is not None else {}),
+        **{use: pl.col(column).cast(pl.Float64, strict=False) for use, column in uses.items()},
     }
-    found: dict[str, Any] = (
-        frame.select(
-            num=pl.len(),
-            empty=is_empty.sum(),
-            first_empty=is_empty.arg_max(),
-            not_numbers=numbers.is_null().sum(),
-            are_numbers=(numbers.cast(pl.String) == pl.col(key).cast(pl.String))
-            .fill_null(False)
-            .all(),
-            no_places=places.is_null().sum(),
-            lowest=places.min(),
-            in_order=((places - lowest) == pl.int_range(pl.len())).all()
-            & (lowest >= 0).fill_null(True),
-            **checks,
-        )
-        .collect(engine="streaming")
-        .row(0, named=True)
-    )
+    for block in frame.select(**columns).collect_batches(chunk_size=BLOCK_ROWS):
+        empty = block["key"].is_null()
+        if found.first_empty is None and empty.any():
+            found.first_empty = found.num + (empty.arg_max() or 0)
+        is_same = (block["number"].cast(pl.String) == block["key"].cast(pl.String)).all()
+        found.are_numbers = found.are_numbers and is_same
+        found.no_number = found.no_number or bool(block["number"].null_count())
+        for use, column in uses.items():
+            if block[use].null_count() or not (block[use] >= 0).all():
+                found.wrong_use = column
+        if places is not None and block[ROWS].null_count():
+            found.no_place = True
+        elif places is not None and len(block):
+            rows = block[ROWS].to_numpy()
+            start = int(rows[0]) if not found.num else found.lowest + found.num
+            expected = np.arange(start, start + len(rows))
+            found.in_order = found.in_order and start >= 0 and bool((rows == expected).all())
+            found.lowest = min(int(rows.min()), found.lowest if found.num else int(rows[0]))
+        found.num += len(block)
+    found.are_numbers = found.are_numbers and not found.no_number
     return found
 
 
