@@ -7,6 +7,7 @@ import os
 import tempfile
 from collections.abc import Sequence
 from contextlib import ExitStack, closing
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -70,10 +71,8 @@ def run(config: Config) -> None:
             )
         joined = {name: JoinedTable(name, each, uses[name]) for name, each in tables.items()}
         if config.check_only:
-            total = sum(each.num_rows for table in joined.values() for each in table.tables)
-            log.info(
-                "the sources fit together: %s keys, tables %s", f"{total:,}", ", ".join(tables)
-            )
+            keys = sum(each.num_rows for table in joined.values() for each in table.tables)
+            log.info("the sources fit together: %s keys of %s", f"{keys:,}", ", ".join(tables))
             return
         digests = [source.digest() for source in sources]
         check_distinct(digests, [source.path for source in sources], "merge.sources")
@@ -90,14 +89,16 @@ def run(config: Config) -> None:
                 facts["command"] = os.environ.get(COMMAND_VARIABLE, "")
                 card.write(done.path, result, facts)
                 log.info("%s", result.report())
-                names = ("model", "evidence", "types", "keys")
-                recorded = {name: facts[name] for name in names}
-                recorded |= {"chosen": None, "shares": result.shares, "alignment": None}
-                done.finish(reads, {"hash": ""}, recorded | {"recipe": result.recipe})
+                names = ("model", "evidence", "types", "keys", "shared_keys")
+                content = {name: facts[name] for name in names}
+                content |= {"chosen": None, "shares": result.shares, "alignment": None}
+                done.finish(reads, {"hash": ""}, content | {"recipe": result.recipe})
     assert done.record is not None
-    for name, number in done.record["result"]["keys"].items():
-        log.info("  %s: %s keys", name, f"{number:,}")
-    log.info("model: %s", out / done.path.name / done.record["result"]["model"])
+    recorded = done.record["result"]
+    for name, number in recorded["keys"].items():
+        shared = f"{recorded['shared_keys'][name]:,}"
+        log.info("  %s: %s keys, %s of them in several sources", name, f"{number:,}", shared)
+    log.info("model: %s", out / done.path.name / recorded["model"])
     log.info("card: %s", out / done.path.name / card.README)
     give(config, done)
 
@@ -154,18 +155,17 @@ def _merge(
         try:
             mixer = _mixer(config, method, joined, uses, rest)
             params, shares = mixer.mix(rest) if rest[0] else ({}, {})
-            numbers = {}
+            numbers, shared = dict[str, int](), dict[str, int]()
             with progress(f"merge {options.label}", total) as advance:
                 for i, (name, table) in enumerate(joined.items()):
                     most = capacity(table.tables[0], options.format, options.max_rows)
                     keyed = KeyedMixer(name, mixer)
                     place = scratch / f"values{i}"
-                    numbers[name], means, written = _write(
-                        table, keyed, most, target, place, options.format, advance
-                    )
-                    params |= written
-                    if means is not None:
-                        shares[name] = means
+                    written = _write(table, keyed, most, target, place, options.format, advance)
+                    params |= written.params
+                    numbers[name], shared[name] = written.keys, written.shared
+                    if written.shares is not None:
+                        shares[name] = written.shares
         except MergeError as error:
             raise UserError(f"merge.method={options.method}: {error}") from error
         _write_rest(sources[0], params, target, options.format)
@@ -173,16 +173,35 @@ def _merge(
     first = sorted({str(table.tables[0].dtype) for table in joined.values()})
     kinds = sorted({use or "none" for use in uses.values()})
     held = {**dict.fromkeys(joined, torch.empty(0)), **params}  # tables of dumps are in files
-    result = MergeResult(held, shares or None, recipe=options.method)
+    warnings = [
+        f"{name}: no key is in several sources; are all keys of the same form?"
+        for name in joined
+        if len(sources) > 1 and not shared[name]
+    ]
+    result = MergeResult(held, shares or None, recipe=options.method, warnings=warnings)
     return result, {
         "model": "model",
         "evidence": {"kind": ", ".join(kinds), "tables": [n for n, use in uses.items() if use]},
         "tables": list(joined),
-        KEYS: numbers,
+        "keys": numbers,
+        "shared_keys": shared,
         "types": {"sources": types, "result": first},
         "rows": 0,
         "seed": config.seed,
     }
+
+
+@dataclass(frozen=True, slots=True)
+class _Written:
+    """One merged table."""
+
+    keys: int
+    shared: int
+    """Keys that several sources have."""
+    shares: list[float] | None
+    """Mean share of each source."""
+    params: Params
+    """Tensors that the checkpoint takes."""
 
 
 def _write(
@@ -193,28 +212,27 @@ def _write(
     scratch: Path,
     form: str | None,
     advance: Any,
-) -> tuple[int, list[float] | None, Params]:
-    """Write one merged table; return its keys, mean shares, and tensors for the checkpoint."""
-    limit = None
-    if max_rows is not None:
-        all_keys, limit = table.limit(max_rows)
-        if limit is not None:
-            gone, stay = f"{all_keys - max_rows:,}", f"{max_rows:,}"
-            log.info("  %s: %s keys of least use leave, %s stay", table.name, gone, stay)
+) -> _Written:
+    """Write one merged table."""
+    gone, limit = (0, None) if max_rows is None else table.limit(max_rows)
+    if gone:
+        stay = f"{max_rows:,}"
+        log.info("  %s: %s keys of least use leave, %s stay", table.name, f"{gone:,}", stay)
     writer = writer_of(table, mixer, target, scratch, form)
-    number, means = 0, [0.0] * len(table.tables)
+    keys, shared, sums = 0, 0, [0.0] * len(table.tables)
     has_shares = True
     with closing(writer):
-        for rows, shares in table.merged(mixer, limit):
-            size = len(rows[KEYS])
-            writer.add(rows)
-            number += size
-            has_shares = has_shares and shares is not None
-            pairs = zip(means, shares or means, strict=True)
-            means = [mean + size * share for mean, share in pairs]
+        for merged in table.merged(mixer, limit):
+            writer.add(merged.rows)
+            size = len(merged.rows[KEYS])
+            keys, shared = keys + size, shared + merged.shared
+            has_shares = has_shares and merged.shares is not None
+            pairs = zip(sums, merged.shares or sums, strict=True)
+            sums = [total + size * share for total, share in pairs]
             advance(size)
-        written = writer.finish()
-    return number, [mean / max(1, number) for mean in means] if has_shares else None, written
+        params = writer.finish()
+    shares = [total / max(1, keys) for total in sums] if has_shares else None
+    return _Written(keys, shared, shares, params)
 
 
 def _mixer(

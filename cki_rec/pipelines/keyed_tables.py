@@ -74,6 +74,17 @@ class Part:
         return [torch.from_numpy(use) for use in self.uses]
 
 
+@dataclass(frozen=True, slots=True)
+class Merged:
+    """Merged rows of one part of the keys."""
+
+    rows: KeyedRows
+    shared: int
+    """Keys that several sources have."""
+    shares: list[float] | None
+    """Mean share of each source in the rows; None: the method gives none."""
+
+
 class JoinedTable:
     """A table by raw key, in all sources.
 
@@ -138,15 +149,14 @@ class JoinedTable:
             uses = [torch.empty(0)] * len(self.tables) if self._use else []
             yield Block(0, [empty] * len(self.tables), counts=uses)
 
-    def limit(self, max_rows: int | None) -> tuple[int, Limit | None]:
-        """Return the number of all keys, and which of them stay; None: all.
-
-        Args:
-            max_rows: Most rows; None: any number.
+    def limit(self, max_rows: int) -> tuple[int, Limit | None]:
+        """Return how many keys leave, and which of them stay; None: all.
 
         Raises:
             UserError: Some must leave, and the sources have no measure of use.
         """
+        if sum(table.num_rows for table in self.tables) <= max_rows:
+            return 0, None
         file, total = self._folder / "order", 0
         with file.open("wb") as written:
             for part in self.parts():
@@ -155,8 +165,8 @@ class JoinedTable:
                     uses = largest_of(part.found, part.uses)
                     pair = np.stack([~uses.view(np.uint64), self._ties(part)], 1)
                     written.write(pair.tobytes())
-        if max_rows is None or total <= max_rows:
-            return total, None
+        if total <= max_rows:
+            return 0, None
         if not self._use:
             raise UserError(
                 f"{self.name}: {total:,} keys for {max_rows:,} rows, and not all sources have"
@@ -177,12 +187,11 @@ class JoinedTable:
                 chunk = np.array(pairs[start : start + size])
                 yield chunk[chunk[:, 0] == rank, 1]
 
-        return total, Limit(rank, partitions.smallest(ties, max_rows - below))
+        limit = Limit(rank, partitions.smallest(ties, max_rows - below))
+        return total - max_rows, limit
 
-    def merged(
-        self, mixer: KeyedMixer, limit: Limit | None
-    ) -> Iterator[tuple[KeyedRows, list[float] | None]]:
-        """Yield merged rows, and the mean share of each source in them.
+    def merged(self, mixer: KeyedMixer, limit: Limit | None) -> Iterator[Merged]:
+        """Yield merged rows.
 
         Args:
             mixer: Merges rows.
@@ -201,7 +210,8 @@ class JoinedTable:
             for name, column in self.columns.items():
                 if name != VALUES:
                     rows[name] = self._column(name, column, part)
-            yield rows, shares
+            shared = int(((part.found.rows >= 0).sum(0) > 1).sum())
+            yield Merged(rows, shared, shares)
 
     def _part(self, number: int) -> Part:
         rows = [parts.read(number) for parts in self._parts]

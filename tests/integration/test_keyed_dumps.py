@@ -45,6 +45,9 @@ def test_a_merge_equals_that_of_dictionaries(dumps, command, monkeypatch, number
     assert {f.name.split(".")[2] for f in (path / "model.ebc").iterdir()} == {"world_size_2"}
     assert command.card["evidence"]["kind"] == "scores"
     assert command.card["keys"] == {TABLE: len(rows)}
+    several = sum(sum(key in s for s in SOURCES[:number]) > 1 for key in rows)
+    assert command.card["shared_keys"] == {TABLE: several}
+    assert f"{len(rows)} keys, {several} of them in several sources" in command.shown.out
     assert command.card["sources"][1]["keys"] == {TABLE: 80}
     assert sum(command.card["shares"][TABLE]) == pytest.approx(1)
     files = {f.name: f.read_bytes() for f in (path / "model.ebc").iterdir()}
@@ -134,6 +137,7 @@ def test_empty_tables_and_no_shared_key(tmp_path, command):
     for sources, number in (([empty, some], 7), ([some, empty], 7), ([some, other], 9)):
         path = command.model("merge=evidence", sources=sources)
         assert len(read_dump(path, "t")) == number
+        assert "t: no key is in several sources" in command.shown.out
 
 
 def test_the_dense_part_of_a_checkpoint_is_merged_too(tmp_path, command):
