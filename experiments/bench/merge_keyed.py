@@ -48,7 +48,7 @@ def _detail(m: dict[str, float]) -> str:
         f"two dumps of {m['keys'] / 2:,.0f} keys with scores, {SHARED:.0%} shared, {DIM} columns,"
         f" merge=evidence, the whole command: {m['seconds']:.1f} s, {m['processor']:.1f} s of"
         f" processor time, peak {m['peak'] / 1e9:.2f} GB; plain reading and writing of the same"
-        f" bytes {m['plain']:.1f} s"
+        f" bytes {m['plain']:.1f} s; load average of the machine before {m['load']:.1f}"
     )
 
 
@@ -83,6 +83,7 @@ def measure(num: int, folder: Path) -> dict[str, float]:
     words = [f"merge.sources=[{sources[0]},{sources[1]}]", f"runtime.out={folder}/out"]
     command = [sys.executable, "-m", "cki_rec", "merge", "merge=evidence", *words]
     os.sync()
+    load = os.getloadavg()[0]
     before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     seconds, after = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -102,6 +103,7 @@ def measure(num: int, folder: Path) -> dict[str, float]:
         "processor": after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime,
         "peak": after.ru_maxrss * 1024,
         "plain": plain,
+        "load": load,
     }
 
 
