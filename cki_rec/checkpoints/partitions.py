@@ -21,6 +21,8 @@ MOST_PARTS = 512
 """Files that are open at a time; parts of texts have two each."""
 BLOCK_BYTES = 1 << 24
 """Bytes of the rows that are divided at a time."""
+HASHES = "hashes"
+"""Column of the hashes of texts."""
 KEY, LENGTH = "key", "length"
 """Fields of a record: the key or the hash of a text, and the characters of the text."""
 
@@ -58,7 +60,7 @@ class Partitions:
     def _add(self, rows: KeyedRows, files: Sequence[BinaryIO], texts: Sequence[BinaryIO]) -> None:
         keys = rows[KEYS]
         records = np.empty(len(keys), self.dtype)
-        hashes = keys.hash(0).to_numpy() if self._is_text else mixed(keys)
+        hashes = text_hashes(keys) if self._is_text else mixed(keys)
         records[KEY] = hashes.view(np.int64) if self._is_text else keys
         if self._is_text:
             records[LENGTH] = keys.str.len_chars().to_numpy()
@@ -88,7 +90,7 @@ class Partitions:
             text = self._text(part).read_bytes().decode()
             ends = np.cumsum(records[LENGTH], dtype=np.int64).tolist()
             words = [text[a:b] for a, b in zip([0, *ends], ends, strict=False)]
-            rows["hashes"] = rows[KEYS]
+            rows[HASHES] = rows[KEYS].view(np.uint64)
             rows[KEYS] = pl.Series(words, dtype=pl.String)
         return rows
 
@@ -97,6 +99,12 @@ class Partitions:
 
     def _text(self, part: int) -> Path:
         return self._folder / f"{part}.text"
+
+
+def text_hashes(texts: pl.Series) -> Array:
+    """Return ``(V,)`` uint64 hashes of texts; another release of polars may have others."""
+    hashes: Array = texts.hash(0).to_numpy()
+    return hashes
 
 
 def record_type(columns: Mapping[str, Column], is_text: bool) -> np.dtype[Any]:
@@ -114,15 +122,21 @@ def number_of_parts(total_bytes: int, is_text: bool) -> int:
     return num
 
 
-def ids_of(rows: list[KeyedRows], is_text: bool) -> list[Array]:
+def ids_of(rows: Sequence[KeyedRows], is_text: bool) -> list[Array]:
     """Return per source ``(V,)`` uint64 ids of the keys of one part; equal keys have equal ids.
 
-    Those of integers are ordered in all parts, part after part, however many there are.
+    They are ordered in all parts, part after part, however many there are. Texts have their
+    hashes as ids. If two texts share one, all texts of the part have their rank.
     """
     if not is_text:
         return [mixed(each[KEYS]) for each in rows]
-    codes = pl.concat([each[KEYS] for each in rows]).rank("dense").cast(pl.UInt64).to_numpy()
-    return np.split(codes, np.cumsum([len(each[KEYS]) for each in rows])[:-1])
+    hashes = np.concatenate([each[HASHES] for each in rows])
+    texts = pl.concat([each[KEYS] for each in rows])
+    order = np.argsort(hashes)
+    twins = np.flatnonzero(hashes[order][1:] == hashes[order][:-1])
+    if not (texts.gather(order[twins]) == texts.gather(order[twins + 1])).all():
+        hashes = texts.rank("dense").cast(pl.UInt64).to_numpy()
+    return np.split(hashes, np.cumsum([len(each[KEYS]) for each in rows])[:-1])
 
 
 def smallest(chunks: Callable[[], Iterable[Array]], count: int) -> int:

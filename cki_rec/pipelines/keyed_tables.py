@@ -27,7 +27,13 @@ from cki_rec.checkpoints.formats.keyed import (
     KeyedRows,
     KeyedTable,
 )
-from cki_rec.checkpoints.partitions import Partitions, ids_of, number_of_parts, record_type
+from cki_rec.checkpoints.partitions import (
+    Partitions,
+    ids_of,
+    number_of_parts,
+    record_type,
+    text_hashes,
+)
 from cki_rec.config import UserError
 from cki_rec.data.prefetch import prefetch
 from cki_rec.merging.keyed import (
@@ -265,7 +271,7 @@ class JoinedTable:
         """Return ``(U,)`` uint64 that order keys: integers by value, texts by hash."""
         keys = self._keys(part)
         if isinstance(keys, pl.Series):
-            return keys.hash(0).to_numpy()
+            return text_hashes(keys)
         return keys.view(np.uint64) ^ _SIGN
 
     def _column(self, name: str, column: Column, part: Part) -> Array:

@@ -124,6 +124,17 @@ def test_the_smallest_numbers_are_found_in_blocks(count):
     assert smallest(lambda: blocks, count) == np.sort(numbers)[count - 1]
 
 
+def test_texts_of_one_hash_are_different_keys():
+    texts = [["b", "a"], ["c", "b"]]
+    hashes = np.array([7, 7], np.uint64)
+    rows = [{"keys": pl.Series(each), "hashes": hashes} for each in texts]
+    found = match(ids_of(rows, True))
+    assert found.rows.tolist() == [[1, 0, -1], [-1, 1, 0]]
+    rows[1] = {"keys": pl.Series(["b"]), "hashes": hashes[:1]}
+    rows[0] = {"keys": pl.Series(["b"]), "hashes": hashes[:1]}
+    assert match(ids_of(rows, True)).ids.tolist() == [7]
+
+
 @pytest.mark.parametrize("is_text", [False, True])
 def test_parts_hold_all_rows_once_whatever_their_number(tmp_path, is_text, monkeypatch):
     keys = np.random.default_rng(0).permutation(np.arange(-300, 300))
@@ -146,7 +157,7 @@ def test_parts_hold_all_rows_once_whatever_their_number(tmp_path, is_text, monke
                 assert value.tolist() == [number, number]
         assert sorted(found) == sorted((texts if is_text else keys).to_list() if is_text else keys)
         orders.append(found)
-    assert is_text or orders[0] == orders[1] == orders[2]
+    assert orders[0] == orders[1] == orders[2]
     assert partitions.number_of_parts(0, is_text) == 1
     most = partitions.MOST_PARTS // (2 if is_text else 1)
     assert partitions.number_of_parts(1 << 60, is_text) == most
