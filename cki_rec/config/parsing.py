@@ -27,6 +27,7 @@ OF_SOURCES = ("data", "model", "train", "seed")
 
 OF_OTHERS: dict[str, Any] = {
     **{"batches": None, "data": None, "format": None, "evidence": "auto", "table_names": []},
+    "max_rows": None,
 }
 """Options of merges that only checkpoints of other programs have -> the value of no option."""
 OF_SOME_NETWORKS: dict[str, Any] = dict.fromkeys(("module", "sequence", "bottom"))

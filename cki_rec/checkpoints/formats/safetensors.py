@@ -19,11 +19,11 @@ from torch import Tensor
 
 from cki_rec.checkpoints.formats.stored import (
     Entry,
-    bytes_of,
     check_range,
     damaged,
     digest_of,
     new_file,
+    write_values,
 )
 from cki_rec.config import UserError
 from cki_rec.merging.params import Params
@@ -182,7 +182,7 @@ def write_file(params: Params, path: Path) -> None:
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for tensor in params.values():
-            file.write(bytes_of(tensor))
+            write_values(file, tensor)
 
 
 def _header(file: Path) -> dict[str, _Place]:
