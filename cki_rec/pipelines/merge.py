@@ -33,6 +33,7 @@ from cki_rec.pipelines import (
     choice,
     continuous,
     foreign,
+    keyed,
     preflight,
     refine,
     sources,
@@ -41,6 +42,7 @@ from cki_rec.pipelines import (
 )
 from cki_rec.pipelines.compatibility import compare, counts_of, finite, require, type_name
 from cki_rec.pipelines.foreign_sources import is_foreign
+from cki_rec.pipelines.keyed_sources import is_keyed
 from cki_rec.pipelines.merge_identity import merge_reads
 from cki_rec.pipelines.merge_inputs import ablated, fisher, fixed_rules, learning
 from cki_rec.pipelines.names import give
@@ -63,6 +65,10 @@ def run(config: Config) -> None:
     if config.merge.deltas:
         if distributed.rank() == 0:
             continuous.run(config)
+        return
+    if is_keyed(config.merge.sources):
+        if distributed.rank() == 0:
+            keyed.run(config)
         return
     if is_foreign(config):
         if distributed.rank() == 0:

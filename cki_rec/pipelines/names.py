@@ -77,7 +77,9 @@ def known(out: Path) -> list[str]:
 
 
 def resolved(config: Config) -> Config:
-    """Return the configuration with paths in place of names: sources, bases and starts.
+    """Return the configuration with paths in place of names.
+
+    They are those of sources, bases, starts and folders of vocabularies.
 
     Raises:
         UserError: A source is neither a path nor a run nor a name.

@@ -19,7 +19,7 @@ from cki_rec.checkpoints import (
     named_folder,
     outline,
 )
-from cki_rec.config import Config, UserError, section, with_delta
+from cki_rec.config import Config, Partition, UserError, section, with_delta
 from cki_rec.engine import distributed
 from cki_rec.engine.record import Run
 from cki_rec.merging.options import in_yaml
@@ -209,8 +209,13 @@ def shard_of(source: Source) -> dict[str, Any] | None:
 
 
 def are_disjoint(shards: Sequence[dict[str, Any] | None]) -> bool:
-    """Return whether models were trained on different shards of one data set (``shard_of``)."""
+    """Return whether models were trained on different shards of one data set (``shard_of``).
+
+    Shards that overlap are not disjoint.
+    """
     known = [shard for shard in shards if shard is not None]
+    if any(Partition(**shard["partition"]).overlaps for shard in known):
+        return False
     partitions = [{**shard, "part": None} for shard in known]
     return len({shard["part"] for shard in known}) == len(shards) and all(
         partition == partitions[0] for partition in partitions

@@ -12,6 +12,7 @@ Shape legend: N rows, C columns of ids.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ import numpy as np
 import polars as pl
 
 from cki_rec.config import Data, UserError
-from cki_rec.data.columns import ColumnFile, Ints, blocks
+from cki_rec.data.columns import DOMAINS, ColumnFile, Ints, blocks
 from cki_rec.data.encoding.earlier import NOTHING, Earlier
 from cki_rec.data.encoding.engines import NUM_THREADS, Run, one_by_one, threads
 from cki_rec.data.encoding.fields import Field
@@ -44,7 +45,7 @@ from cki_rec.data.encoding.split import (
     share,
     split_codes,
 )
-from cki_rec.data.encoding.staging import ITEM, USER, Staging, plan_columns, stage
+from cki_rec.data.encoding.staging import DOMAIN, ITEM, USER, Staging, plan_columns, stage
 from cki_rec.data.encoding.tokens import digest_with
 from cki_rec.data.encoding.vocabulary import (
     Vocabulary,
@@ -125,18 +126,20 @@ def encode(
     """
     plan = plan_columns(fields, user, item, data.numeric_missing, data.buckets)
     plan.is_keyed = data.split.by == "hash"
+    plan.domain, plan.domains = data.partition.column, data.partition.values
     if data.normalize_ids:
-        plan.normalized = id_columns(fields, (user, item))
+        plan.normalized = id_columns(fields, (user, item, data.partition.column))
     with closing(Staging(folder, plan)) as columns:
         shared = columns.dictionaries if is_local else {}
         for staged in run(partial(stage, plan, shared, reading.fork()), chunks):
             if isinstance(staged, Check):
                 staged.run(reading)
             else:
-                reading.merge(staged.reading, staged.rows)
+                reading.merge(staged.reading, staged.num_read)
                 columns.append(staged)
         if not columns.rows:
-            raise UserError(f"{data.raw}: no usable row; see data.on_bad_row")
+            kept = f" with a {data.partition.by} of data.partition.parts" if plan.domains else ""
+            raise UserError(f"{data.raw}: no usable row{kept}; see data.on_bad_row")
         _finish_entities(columns)
         splits = _split(columns, data, is_chronological, rows_per_step, bool(data.vocabularies))
         edges = _bucket_quantiles(columns, earlier.edges)
@@ -155,14 +158,17 @@ def encode(
 
 
 def _finish_entities(columns: Staging) -> None:
-    """Replace codes of users and items by indices in the order of their tokens."""
-    for name, target in ((USER, "group"), (ITEM, "item_index")):
+    """Replace codes of users, items and domains by indices in the order of their tokens."""
+    for name, target in ((USER, "group"), (ITEM, "item_index"), (DOMAIN, "domain")):
         if name not in columns.dictionaries:
             continue
         tokens, file = columns.dictionaries.pop(name).tokens(), columns.files[target]
         is_held = np.zeros(len(tokens), dtype=np.bool_)
         for start, stop in blocks(file.rows):
             is_held[file.read(start, stop)] = True
+        if name == DOMAIN:
+            values = tokens.filter(is_held).sort().to_list()
+            (columns.folder / DOMAINS).write_text(json.dumps(values), encoding="utf-8")
         rank = np.zeros(len(tokens), dtype=np.int32)
         rank[is_held] = (tokens.filter(is_held).rank("ordinal") - 1).to_numpy()
         for start, stop in blocks(file.rows):

@@ -2,7 +2,8 @@
 
 A data set is the folder ``<name>-<key>``. The key is a hash of the encoding options and of the raw
 bytes. The folder appears by one rename, so a folder that exists is complete. ``hash`` in its
-manifest identifies the content. ``data.partition`` does not enter either hash.
+manifest identifies the content. ``data.partition`` does not enter either hash, unless its parts
+are values of a column: then this column is stored, and rows of other values are left out.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from typing import Any
 import numpy as np
 from filelock import FileLock, Timeout
 
-from cki_rec.config import Config, Data, UserError
+from cki_rec.config import PARTITIONS, Config, Data, UserError, nearest
 from cki_rec.data.columns import blocks
 from cki_rec.data.dataset import FORMAT_VERSION, MANIFEST, EncodedDataset
 from cki_rec.data.encoding import engines
@@ -35,6 +36,7 @@ from cki_rec.data.encoding.findings import log_unseen, warn_of_findings
 from cki_rec.data.encoding.split import SPLITS, check_split
 from cki_rec.data.parts import NO_PARTITION
 from cki_rec.data.raw.click_model import best_possible
+from cki_rec.data.raw.content import file_names
 from cki_rec.data.raw.formats import FORMATS, Format, recorded_name
 from cki_rec.data.raw.reading import Reading
 from cki_rec.data.raw.source import (
@@ -178,6 +180,7 @@ def _check_entities(data: Data, reader: Format, fields: Sequence[Field]) -> None
     """
     has = {"user": reader.user(data), "item": reader.item(data)}
     by = data.partition.by
+    _check_domain(data, reader)
     if by in has and has[by] is None:
         raise UserError(
             f"data.partition.by={by}: these rows have no {by}s; set it to random, time or none, "
@@ -197,6 +200,30 @@ def _check_entities(data: Data, reader: Format, fields: Sequence[Field]) -> None
     if data.split.by == "leave_last_out" and has["user"] is None:
         raise UserError(
             "data.split.by=leave_last_out: these rows have no users; set it to random or time"
+        )
+
+
+def _check_domain(data: Data, reader: Format) -> None:
+    """Check that rows have the column whose values are parts.
+
+    Raises:
+        UserError: They have not, or its cells list several values.
+    """
+    by, known = data.partition.by, reader.kinds(data)
+    if data.partition.column is None:
+        return
+    if by == "file" and not reader.has_free_kinds:
+        raise UserError(
+            f"data.partition.by=file: requires data.format=csv or parquet (got {data.format}); set"
+            " it to user, item, time or random"
+        )
+    columns = [name for name, kind in known.items() if kind in ("categorical", "numeric")]
+    if by != "file" and by not in columns:
+        choices = list(dict.fromkeys([*PARTITIONS, *columns]))
+        problem = f"a column of kind {known[by]}, expected one value a row" if by in known else ""
+        raise UserError(
+            f"data.partition.by={by}: {problem or f'no column of {data.raw}'}; "
+            f"{nearest(by, choices)}one of {', '.join(choices)}"
         )
 
 
@@ -311,9 +338,12 @@ def _write_manifest(
 
 
 def _best_possible(data: Data, folder: Path) -> dict[str, Any] | None:
-    """Return AUC and LogLoss of the true click model per split; None if it is unknown."""
+    """Return AUC and LogLoss of the true click model per split; None if it is unknown.
+
+    It is unknown too if rows of other domains are left out.
+    """
     true_logits = FORMATS[data.format].true_logits
-    if true_logits is None:
+    if true_logits is None or data.partition.values is not None:
         return None
     logit = np.load(true_logits(data), mmap_mode="r")
     split = np.load(folder / "split.npy", mmap_mode="r")
@@ -336,6 +366,12 @@ def _options(data: Data, fields: tuple[Field, ...], earlier: Earlier) -> dict[st
         options["normalize_ids"] = True
     if FORMATS[data.format].true_logits is not None:
         options["synthetic"] = asdict(data.synthetic)
+    if data.partition.column is not None:
+        options["domain"] = {"column": data.partition.column, "values": data.partition.values}
+        if data.partition.by == "file":
+            options["domain"]["files"] = list(
+                file_names(FORMATS[data.format].files(data)).values()
+            )
     return {
         **options,
         **earlier.options(),
