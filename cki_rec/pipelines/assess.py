@@ -24,8 +24,9 @@ from cki_rec.files import write_atomically
 from cki_rec.merging.assessment import Assessment, assess
 from cki_rec.merging.params import MergeError, Params
 from cki_rec.merging.registry import Score
-from cki_rec.pipelines import preflight, vocabularies
+from cki_rec.pipelines import foreign_assess, preflight, vocabularies
 from cki_rec.pipelines.compatibility import compare, counts_of, finite, require
+from cki_rec.pipelines.foreign_sources import is_foreign
 from cki_rec.pipelines.predictions import scorer
 from cki_rec.pipelines.provenance import check_data, data_facts
 from cki_rec.pipelines.sources import Sources, resolve
@@ -43,6 +44,10 @@ def run(config: Config) -> None:
     Raises:
         UserError: Options, sources or data that do not fit together.
     """
+    if is_foreign(config):
+        if distributed.rank() == 0:
+            foreign_assess.run(config)
+        return
     done = ensure(config, force=config.runtime.force)
     assert done.record is not None
     log.info("%s", Assessment(**done.record["result"]))

@@ -93,6 +93,21 @@ def is_foreign(config: Config) -> bool:
     return False
 
 
+def check_own(config: Config, pipeline: str) -> None:
+    """Check that all sources of a merge are of this project.
+
+    Raises:
+        UserError: They are not; names the commands that take them.
+    """
+    if is_foreign(config):
+        raise UserError(
+            f"{pipeline} needs models that cki-rec has trained, and their data set. Checkpoints of"
+            " other programs: cki-rec merge; with merge.module and labelled merge.batches it"
+            " reports the AUC of sources and result. Train or score the result with the program"
+            " that wrote them"
+        )
+
+
 def open_source(
     source: Mapping[str, Any], option: str, module: nn.Module | None, stack: ExitStack
 ) -> Foreign:

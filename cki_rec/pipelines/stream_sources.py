@@ -25,8 +25,13 @@ from cki_rec.progress import Advance
 class Reader(Protocol):
     """The tensors of one source, as ``checkpoints.rows.RowReader`` reads them."""
 
-    name: str
-    entries: Mapping[str, Any]
+    @property
+    def name(self) -> str:
+        """Return the name of the source, for messages."""
+
+    @property
+    def entries(self) -> Mapping[str, Any]:
+        """Return its tensors by key."""
 
     def read(self, key: str, first: int = 0, stop: int | None = None) -> Tensor:
         """Return rows of a tensor; all of it without ``stop``."""

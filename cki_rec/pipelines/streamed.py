@@ -39,7 +39,6 @@ from cki_rec.data.prefetch import prefetch
 from cki_rec.data.provenance import Provenance
 from cki_rec.engine import distributed, sharded
 from cki_rec.engine.block_writer import BlockWriter, Written, write_metadata
-from cki_rec.engine.embeddings import table_of
 from cki_rec.engine.networks import declared
 from cki_rec.engine.record import Run
 from cki_rec.files import write_atomically
@@ -54,7 +53,7 @@ from cki_rec.pipelines import preflight
 from cki_rec.pipelines.compatibility import counts_of
 from cki_rec.pipelines.merge_inputs import fixed_rules
 from cki_rec.pipelines.sources import Sources
-from cki_rec.pipelines.stream_plan import Plan, plan_of
+from cki_rec.pipelines.stream_plan import Plan, plan_of, tables_of
 from cki_rec.pipelines.stream_sources import Stream, Writer
 from cki_rec.progress import progress
 
@@ -83,21 +82,21 @@ def merge(
         list(pool.map(lambda source: file_digests(source.folder / TENSORS, share), everyone))
     preflight.check_sources(config, models, None)
     outlines = [outline(source.folder, share) for source in everyone]
-    plan = plan_of(config, outlines, len(models.merged))
+    tables = tables_of(outlines[0].params)
+    plan = plan_of(config, outlines, len(models.merged), tables)
     partial_folder = run.path.parent / PARTIAL / run.path.name
     reads = {
         "sources": [content_digest(source.folder) for source in everyone],
         "merge": section(options) | {"memory_gb": None},
         "world_size": distributed.world_size(),
     }
-    plan, is_resumed = begin(partial_folder, plan, reads)
+    plan, is_resumed = begin(partial_folder, f"{CHECKPOINT}/{TENSORS}", plan, reads)
     try:
         with ExitStack() as stack:
             readers = [
                 stack.enter_context(RowReader(source.folder, source.name)) for source in everyone
             ]
             first = outlines[: len(models.merged)]
-            tables = {n: table for n in outlines[0].params if (table := table_of(n))}
             has_counts = counts_of(first, preflight.needs_counts(options))
             stream = Stream(
                 *(readers, outlines[0].params, tables, tables if has_counts else ()),
@@ -119,10 +118,16 @@ def merge(
     return {"hash": outlines[0].origin.data_hash}, result
 
 
-def begin(folder: Path, plan: Plan, reads: dict[str, Any]) -> tuple[Plan, bool]:
-    """Return the plan, and whether an earlier program began this merge; make the folder.
+def begin(folder: Path, inside: str, plan: Plan, reads: dict[str, Any]) -> tuple[Plan, bool]:
+    """Return the plan, and whether an earlier program began this merge; make its folder.
 
     Blocks of a merge that goes on are as large as they were.
+
+    Args:
+        folder: Folder of the unfinished merge.
+        inside: Folder in it that takes tensors.
+        plan: Plan of the merge if it begins now.
+        reads: Everything that the bytes of the tensors depend on.
     """
     if distributed.rank() == 0:
         try:
@@ -133,7 +138,7 @@ def begin(folder: Path, plan: Plan, reads: dict[str, Any]) -> tuple[Plan, bool]:
         is_resumed = is_resumed and known["rows"] <= plan.rows  # else blocks exceed the budget
         if not is_resumed:
             shutil.rmtree(folder, ignore_errors=True)
-            (folder / CHECKPOINT / TENSORS).mkdir(parents=True)
+            (folder / inside).mkdir(parents=True)
             content = {"reads": reads, "rows": plan.rows}
             write_atomically(folder / PLAN, json.dumps(content).encode())
         rows = known["rows"] if is_resumed else plan.rows

@@ -85,7 +85,7 @@ class Dcp:
         """Write tensors as a folder; in one of TorchEasyRec it is the folder ``model`` too."""
         return write(params, target)
 
-    def blank(self, entries: Mapping[str, Entry], target: Path) -> Blank:
+    def blank(self, entries: Mapping[str, Entry], target: Path, tied: Mapping[str, str]) -> Blank:
         """Write a folder of tensors without values."""
         return blank(entries, target)
 
