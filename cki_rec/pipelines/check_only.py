@@ -178,14 +178,19 @@ def _compare(
     merges = not isinstance(entry_of(options), Reference)
     findings += compatibility.finite(saved, names, merges)
     findings += compatibility.row_counts(
-        saved, names, preflight.needs_counts(options), options.method
+        *(saved, names, preflight.needs_counts(options), options.method, options.evidence)
     )
     fits = all(f.state != "impossible" for f in findings)
     sources = saved[: len(options.sources)]
     if fits and merges:
         is_aligned = options.align.by != "none"
         findings += compatibility.alignment(
-            sources, names[: len(sources)], is_aligned, config.seed, joined.owners
+            sources,
+            names[: len(sources)],
+            is_aligned,
+            config.seed,
+            joined.owners,
+            options.evidence,
         )
     return [*findings, _memory(outlines, options)], sources
 

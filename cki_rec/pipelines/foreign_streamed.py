@@ -97,8 +97,12 @@ def prepare(
     Raises:
         UserError: A table cannot be read by rows, or the budget is below the smallest block.
     """
-    options = config.merge
+    options, rule = config.merge, preflight.method_of(config.merge)
     num = len(options.sources)
+    try:
+        rule.check(options.options, num)
+    except MergeError as error:
+        raise UserError(f"merge.options: {error}") from None
     for source in everyone:
         if turned := [name for name in tables if source.naming.is_transposed(name)]:
             raise UserError(
@@ -106,6 +110,11 @@ def prepare(
                 " read alone; use merge.memory_gb=null"
             )
     kind, counted = evidence_kind(everyone[:num], tables, options.evidence)
+    if preflight.needs_counts(options) and not counted:
+        raise UserError(
+            f"merge.method={options.method} weighs rows by evidence, and no table has any in all"
+            " sources; cki-rec inspect lists tables (merge.table_names) and what they hold"
+        )
     first, ties = everyone[0], [source.tied() for source in everyone]
     tied = {n: to for n, to in ties[0].items() if all(each.get(n) == to for each in ties)}
     outlines = [
@@ -206,7 +215,7 @@ def _stream(task: Task, plan: Plan) -> Stream:
     params = {n: _meta(replace(first.parts.entries[n], dtype=types[n])) for n in names}
     tables = {name: name for name in task.tables if name in names}
     return Stream(
-        *(readers, params, tables, task.counted, task.symmetries),
+        *(readers, params, tables, {n: f"counts.{n}" for n in task.counted}, task.symmetries),
         *(task.num, plan, Processes(), set()),
     )
 

@@ -5,7 +5,7 @@ Shape legend: K sources.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -62,8 +62,8 @@ class Stream:
     """The model of the first source on ``meta``."""
     tables: Mapping[str, str]
     """Parameters that are tables -> name of their counts."""
-    counted: Collection[str]
-    """Those with counts in all sources."""
+    counted: Mapping[str, str]
+    """Those with a measure of trained rows in all sources -> its key."""
     symmetries: Sequence[Symmetry]
     num: int
     """K."""
@@ -87,17 +87,15 @@ class Stream:
         Raises:
             UserError: A row is not finite.
         """
-        key = f"model.{name}"
-        tensors = [reader.read(key, span.start, span.stop) for reader in self.readers]
+        tensors = [reader.read(f"model.{name}", span.start, span.stop) for reader in self.readers]
         if (name, span.start) not in self.checked:
             for reader, tensor in zip(self.readers, tensors, strict=True):
                 check_rows(tensor, span.start, name, reader.name)
             self.checked.add((name, span.start))
         counts = []
-        if name in self.counted:
-            table = f"counts.{self.tables[name]}"
+        if key := self.counted.get(name):
             sources = self.readers[: self.num]
-            counts = [reader.read(table, span.start, span.stop) for reader in sources]
+            counts = [per_row(reader.read(key, span.start, span.stop)) for reader in sources]
         base = tensors[self.num] if len(tensors) > self.num else None
         return Block(span.start, tensors[: self.num], base, counts=counts)
 
@@ -146,6 +144,13 @@ class Stream:
         sources = self.readers[: self.num]
         state = {key: [r.read(key, span.start, span.stop) for r in sources] for key in keys}
         return self.block(name, span), state
+
+
+def per_row(measure: Tensor) -> Tensor:
+    """Return one number per row: counts as they are, of accumulators the mean over columns."""
+    if measure.ndim == 1:
+        return measure
+    return measure.double().mean(1)
 
 
 def check_rows(tensor: Tensor, first: int, name: str, source: str) -> None:

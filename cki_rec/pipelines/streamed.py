@@ -50,7 +50,7 @@ from cki_rec.merging.rows import in_blocks
 from cki_rec.merging.streaming import Mixer, in_shared_basis, moved, only_on
 from cki_rec.merging.symmetry import transform
 from cki_rec.pipelines import preflight
-from cki_rec.pipelines.compatibility import counts_of
+from cki_rec.pipelines.evidence import counts_of, keys_of, kind_of
 from cki_rec.pipelines.merge_inputs import fixed_rules
 from cki_rec.pipelines.sources import Sources
 from cki_rec.pipelines.stream_plan import Plan, plan_of, tables_of
@@ -97,9 +97,10 @@ def merge(
                 stack.enter_context(RowReader(source.folder, source.name)) for source in everyone
             ]
             first = outlines[: len(models.merged)]
-            has_counts = counts_of(first, preflight.needs_counts(options))
+            counts_of(first, preflight.needs_counts(options), options.evidence)
+            kind = run.facts["evidence"] = kind_of(first, options.evidence)
             stream = Stream(
-                *(readers, outlines[0].params, tables, tables if has_counts else ()),
+                *(readers, outlines[0].params, tables, keys_of(outlines[0], kind)),
                 *(declared(outlines[0]).symmetries, len(models.merged), plan),
                 *(sharded.ShardProcesses(outlines[0].schema), set()),
             )
