@@ -21,6 +21,7 @@ from cki_rec.engine.record import open_run
 from cki_rec.merging.api import merge
 from cki_rec.merging.extras import Extras
 from cki_rec.merging.params import MergeError, Params
+from cki_rec.merging.registry import Score
 from cki_rec.merging.result import MergeResult
 from cki_rec.merging.search import AUTO
 from cki_rec.pipelines import card, foreign_streamed, preflight, stream_plan
@@ -65,15 +66,16 @@ def run(config: Config) -> None:
         tables = tables_of(config, sources[0], module)
         check_sources(everyone, tables, module)
         _check_format(sources[0], options)
+        rows = rows_of(config, module)
         task = None
         if options.memory_gb is not None:
-            task = foreign_streamed.prepare(config, everyone, tables, ())
+            symmetries = foreign_streamed.symmetries_of(config, module, rows)
+            task = foreign_streamed.prepare(config, everyone, tables, symmetries)
         if config.check_only:
             log.info("the sources fit together: %d tensors each", len(sources[0].parts.names))
             for line in [] if task is None else foreign_streamed.plan_lines(config, task):
                 log.info("  %s", line)
             return
-        rows = rows_of(config, module)
         if options.method == AUTO and (rows is None or rows.labels is None):
             raise UserError(
                 "merge=auto compares recipes on rows with labels. Set merge.batches to a function"
@@ -221,13 +223,25 @@ def _merge(
         hint = _hint(options, tables, kind, module)
         raise UserError(f"merge.method={options.method}: {error}{hint}") from error
     if score is not None and options.method != AUTO:
-        scores = {f"source {k}": score(model) for k, model in enumerate(models[:number])}
-        result = replace(result, scores={**scores, result.recipe: score(result.params)})
+        result = replace(result, scores=_scores(models[:number], result, score))
     floats = {x.dtype for x in result.params.values() if x.is_floating_point()}
     return result, {
         "evidence": {"kind": kind, "tables": list(counts[0]) if counts else []},
         "types": {"result": sorted(map(str, floats))},
     }
+
+
+def _scores(sources: Sequence[Params], result: MergeResult, score: Score) -> dict[str, float]:
+    """Return the AUC of every source and of the result; empty if the rows have none."""
+    models = {f"source {k}": model for k, model in enumerate(sources)}
+    try:
+        return {
+            name: score(params)
+            for name, params in {**models, result.recipe: result.params}.items()
+        }
+    except MergeError as error:
+        log.warning("  no AUC of sources and result: %s", error)
+        return {}
 
 
 def _common_facts(

@@ -13,18 +13,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cki_rec.checkpoints.formats import BLANKS, Entry, Place
 from cki_rec.config import Config, UserError
 from cki_rec.engine.placed_writer import PlacedWriter
 from cki_rec.engine.record import Run
+from cki_rec.merging.api import network_symmetries
 from cki_rec.merging.extras import Processes
+from cki_rec.merging.inputs import sources_of
 from cki_rec.merging.params import MergeError, Params, compute_dtype
 from cki_rec.merging.result import MergeResult, Recipe
 from cki_rec.merging.symmetry import Symmetry
 from cki_rec.pipelines import preflight
 from cki_rec.pipelines.foreign_evidence import evidence_kind, evidence_rows, state_of
+from cki_rec.pipelines.foreign_inputs import SampleRows
 from cki_rec.pipelines.foreign_sources import Foreign
 from cki_rec.pipelines.stream_plan import Plan, described, plan_of
 from cki_rec.pipelines.stream_sources import Stream
@@ -84,6 +87,32 @@ class Task:
     """Second names of tensors -> first ones."""
     plan: Plan
     symmetries: Sequence[Symmetry]
+
+
+def symmetries_of(
+    config: Config, module: nn.Module | None, rows: SampleRows | None
+) -> Sequence[Symmetry]:
+    """Return the symmetries by which sources are aligned; none without alignment.
+
+    Raises:
+        UserError: There is no network, or none are declared and no batch finds them.
+    """
+    options = config.merge
+    if options.align.by == "none" or len(options.sources) == 1:
+        return ()
+    if module is None:
+        raise UserError(
+            f"merge.align.by={options.align.by}: merge.module gives the network, whose symmetries"
+            " align sources"
+        )
+    state = module.state_dict()
+    try:
+        known = sources_of([state, state], None, module)
+        batches = rows.batches if rows else None
+        purpose = f"align={options.align.by}"
+        return network_symmetries(None, known, module, batches, purpose, False, config.seed)
+    except MergeError as error:
+        raise UserError(f"merge.align.by={options.align.by}: {error}") from error
 
 
 def prepare(
@@ -216,7 +245,7 @@ def _stream(task: Task, plan: Plan) -> Stream:
     tables = {name: name for name in task.tables if name in names}
     return Stream(
         *(readers, params, tables, {n: f"counts.{n}" for n in task.counted}, task.symmetries),
-        *(task.num, plan, Processes(), set()),
+        *(task.num, plan, Processes(), set(), True),
     )
 
 

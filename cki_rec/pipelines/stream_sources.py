@@ -71,6 +71,8 @@ class Stream:
     processes: Processes
     checked: set[tuple[str, int]]
     """Blocks that are known to be finite."""
+    anchored_start: bool = False
+    """Search an alignment from one more start, as the library does (``alignment.align``)."""
 
     def spans(self, name: str) -> list[slice]:
         """Return the blocks of rows of a table that this process merges."""

@@ -255,6 +255,7 @@ def _facts(
         found = stream.processes.agree(
             align(
                 *(floats, symmetries, products),
+                anchored_start=stream.anchored_start,
                 starts=config.merge.align.starts,
                 seed=config.seed,
             )

@@ -13,7 +13,7 @@ from strangers import command, home, read, state_of
 
 from cki_rec.checkpoints.formats import safetensors as of_safetensors
 from cki_rec.engine.placed_writer import PlacedWriter
-from cki_rec.pipelines import stream_plan
+from cki_rec.pipelines import foreign_inputs, stream_plan
 
 __all__ = ["command", "home"]  # fixtures
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
@@ -219,3 +219,18 @@ def test_mistakes_are_one_line_and_leave_nothing(shards, command, tmp_path, monk
 
     monkeypatch.setattr(PlacedWriter, "_put", touch)
     assert "has changed while it was merged" in error(BUDGET)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["average", "evidence", "cki_dual_soft"])
+def test_aligned_sources_without_a_table_in_memory(shards, command, monkeypatch, method):
+    monkeypatch.setattr(foreign_inputs, "LARGE", 50)
+    net = shards / "net.py"
+    how = (f"merge={method}", "merge.align.by=weights", f"merge.module={net}:Ranker")
+    how += (f"merge.batches={net}:batches", "merge.learn.what=none")
+    sources = [str(shards / "a.pt"), str(shards / "b.pt")]
+    one, many = both(command, *how, sources=sources)
+    assert command.card["alignment"]["agreement"] > command.card["alignment"]["agreement_before"]
+    expected, found = read(one), read(many)
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, rtol=1e-5, atol=1e-6, msg=name)

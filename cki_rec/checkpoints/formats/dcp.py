@@ -60,7 +60,7 @@ class Dcp:
         entries: dict[str, Entry] = {}
         self._keys: dict[str, tuple[RowReader, str]] = {}
         for prefix, folder in folders.items():
-            if prefix and not (folder / METADATA).is_file():
+            if prefix and not (folder / METADATA).is_file() and not any(folder.glob(SHARD)):
                 continue
             _check_files(folder)
             reader = self._readers[prefix] = RowReader(folder, str(path), "")

@@ -120,6 +120,10 @@ def layout(
     result.groups = [*stored.groups, *(optimizer.groups if optimizer else [])]
     old_names = {name: naming.name(name) for name in cleaned}
     _add_evidence(result, rest, old_names)
+    for holder, key in [*result.counts.values(), *result.scores.values()]:
+        for name in [n for n, long in names.items() if holder is stored and long == key]:
+            if naming.known and name not in naming.known:  # beside the network, not of it
+                del result.names[name], result.entries[name]
     _add_numbered(result, rest, naming)
     return result
 
