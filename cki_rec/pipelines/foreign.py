@@ -194,7 +194,7 @@ def _merge(
     """Return the merge by the library, and facts for its card."""
     options, number = config.merge, len(config.merge.sources)
     kind, counts = evidence(everyone[:number], tables, options.evidence)
-    models = load(everyone, module)
+    models = load(everyone, module, number)
     refine = options.refine
     if refine == "auto" or options.method == AUTO:
         refine = "none"

@@ -69,7 +69,7 @@ def run(config: Config) -> None:
         with open_run(out, run_id("assess", reads), config.runtime.force) as done:
             if done.record is None:
                 kind, counts = evidence(sources, tables, options.evidence)
-                models = load(everyone, module)
+                models = load(everyone, module, len(sources))
                 can_align = rows is not None or config.assess.align == "activations"
                 try:
                     with done.phase("assess"):

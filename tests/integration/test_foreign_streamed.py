@@ -84,13 +84,11 @@ def test_other_programs_read_the_result(shards, command):
         command.out = out / str(form)
         words = () if form is None else (f"merge.format={form}",)
         path = command.model("merge=average", TABLES, BUDGET, *words, sources=sources)
-        if form is None:  # that of the first source
-            content = torch.load(path, weights_only=True)["model_state"]
+        if form in (None, "torch"):  # that of the first source
+            content = torch.load(path, weights_only=True, mmap=form is None)["model_state"]
             loaded = {name.removeprefix("module."): x for name, x in content.items()}
         elif form == "safetensors":
             loaded = safetensors.torch.load_file(path)
-        elif form == "torch":
-            loaded = torch.load(path, weights_only=True, mmap=True)
         else:
             loaded = {name: torch.zeros_like(tensor) for name, tensor in expected.items()}
             dcp.load(loaded, checkpoint_id=path, no_dist=True)
@@ -128,7 +126,8 @@ def test_a_killed_merge_goes_on_and_gives_the_same_bytes(shards, command, monkey
         assert not [p for p in command.out.glob("merge-*/*")]
     (partial,) = (command.out / "partial").glob("merge-*")
     lines = (partial / "journal.jsonl").read_text().splitlines()
-    assert len(lines) == 7  # no block is written twice
+    places = {(block["file"], block["start"]) for block in map(json.loads, lines)}
+    assert len(places) == len(lines) >= 7  # no block is written twice
     block = json.loads(lines[3])
     (file,) = partial.rglob(block["file"])
     content = bytearray(file.read_bytes())
@@ -224,7 +223,9 @@ def test_mistakes_are_one_line_and_leave_nothing(shards, command, tmp_path, monk
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["average", "evidence", "cki_dual_soft"])
 def test_aligned_sources_without_a_table_in_memory(shards, command, monkeypatch, method):
+    """Blocks are as large as they are by default: rounding may decide between equal bases."""
     monkeypatch.setattr(foreign_inputs, "LARGE", 50)
+    monkeypatch.setattr(stream_plan, "BLOCK", 1 << 16)
     net = shards / "net.py"
     how = (f"merge={method}", "merge.align.by=weights", f"merge.module={net}:Ranker")
     how += (f"merge.batches={net}:batches", "merge.learn.what=none")
@@ -233,4 +234,4 @@ def test_aligned_sources_without_a_table_in_memory(shards, command, monkeypatch,
     assert command.card["alignment"]["agreement"] > command.card["alignment"]["agreement_before"]
     expected, found = read(one), read(many)
     for name, tensor in expected.items():
-        torch.testing.assert_close(found[name], tensor, rtol=1e-5, atol=1e-6, msg=name)
+        torch.testing.assert_close(found[name], tensor, rtol=1e-5, atol=1e-6)
