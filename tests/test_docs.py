@@ -97,7 +97,8 @@ def test_every_block_of_a_page_runs(page, raw_zip, places, tmp_path, monkeypatch
     """Blocks run in their order, in a folder with trained models; others only show."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs").symlink_to(places[0] / "runs")
-    for seed, name in enumerate(("my", "north", "south", "west", "new")):
+    days = enumerate(("wednesday", "monday", "tuesday"), start=3)
+    for seed, name in (*enumerate(("my", "north", "south", "west", "new")), *days):
         write_clicks(tmp_path / f"{name}.csv", range(5 * seed, 40), seed)
     (tmp_path / "clicks").mkdir()
     clicks = pl.read_csv(tmp_path / "my.csv").with_row_index("at")

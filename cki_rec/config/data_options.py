@@ -225,6 +225,12 @@ class Data:
     vocabularies: list[str]
     """Folders whose token lists, joined in this order, give the ids: encoded sets, merged runs or
     the ``vocabulary`` folders in them. Empty: tokens of training rows, by ``min_count``."""
+    new_tokens: Literal["oov", "add"]
+    """Tokens of training rows that ``vocabularies`` lack: ``oov`` (they share the id of unseen
+    tokens) or ``add`` (those of ``min_count`` rows follow the listed ones)."""
+    numbers_from: str | None
+    """Folder of an encoded set or a run whose learned facts of numbers (``log1p``, ``quantile``)
+    this one takes over; null: they are learned from training rows."""
     history_length: Positive
     """The latest liked items kept per row."""
     negatives: Positive

@@ -27,9 +27,16 @@ OF_SOURCES = ("data", "model", "train", "seed")
 
 OF_OTHERS: dict[str, Any] = {
     **{"batches": None, "data": None, "format": None, "evidence": "auto", "table_names": []},
+    "max_rows": None,
 }
 """Options of merges that only checkpoints of other programs have -> the value of no option."""
-LATER: dict[str, Any] = {"module": None, "plugins": [], **OF_OTHERS}
+OF_SOME_NETWORKS: dict[str, Any] = dict.fromkeys(("module", "sequence", "bottom"))
+"""Options of ``model`` that not every network has, and their value without them."""
+LATER: dict[str, Any] = {
+    **{"plugins": [], "ranking": None, "new_rows": "oov", "deltas": [], "write": "model"},
+    **OF_SOME_NETWORKS,
+    **OF_OTHERS,
+}
 """Later options -> the value at which ``section`` leaves them out: identities stay the same."""
 
 
@@ -122,7 +129,7 @@ def model_options(value: dict[str, Any]) -> Model:
         TypeError: A key is missing, unknown or of another type.
     """
     try:
-        return validated(Model, {"module": LATER["module"], **value})
+        return validated(Model, {**OF_SOME_NETWORKS, **value})
     except UserError as error:
         raise TypeError(str(error)) from None
 

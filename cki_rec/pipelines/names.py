@@ -104,17 +104,25 @@ def resolved(config: Config) -> Config:
         link = out / NAMES / word
         return {**source, "path": str(link if link.exists() else out / word)}
 
-    def of_list(word: str) -> str:
-        link = out / NAMES / word
-        return word if Path(word).exists() or not link.exists() else str(link)
+    def of_folder(folder: str | None) -> str | None:
+        """Return the run that a name means; other folders are returned unchanged."""
+        is_word = folder is not None and not Path(folder).exists() and is_name(folder)
+        place = located(out, folder) if folder is not None and is_word else None
+        return folder if place is None else str(place)
 
+    data = config.data
     return replace(
         config,
-        data=replace(config.data, vocabularies=[*map(of_list, config.data.vocabularies)]),
+        data=replace(
+            data,
+            vocabularies=[of_folder(folder) or folder for folder in data.vocabularies],
+            numbers_from=of_folder(data.numbers_from),
+        ),
         merge=replace(
             merge,
             sources=[of_name(source, "merge.sources") for source in merge.sources],
             base=of_name(merge.base, "merge.base"),
+            deltas=[of_folder(folder) or folder for folder in merge.deltas],
         ),
         suite=replace(
             suite,

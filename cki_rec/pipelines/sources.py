@@ -20,11 +20,10 @@ from cki_rec.checkpoints import (
     outline,
 )
 from cki_rec.config import Config, Partition, UserError, section, with_delta
-from cki_rec.data.encoding import store
 from cki_rec.engine import distributed
 from cki_rec.engine.record import Run
 from cki_rec.merging.options import in_yaml
-from cki_rec.pipelines import compatibility, train
+from cki_rec.pipelines import compatibility, starts, train
 from cki_rec.pipelines.names import NAMES
 
 NOT_OF_TRAINING = (
@@ -184,7 +183,7 @@ def find(config: Config, delta: Mapping[str, Any], option: str = "merge.sources"
     if "path" in delta:
         return named_folder(delta, option)
     changed = with_delta(config, dict(delta), option)
-    dataset = store.find(changed.data, changed.runtime.encoded)
+    dataset = starts.find(changed)
     if dataset is not None:
         run = train.run_of(changed, dataset)
         if run.record is not None:
