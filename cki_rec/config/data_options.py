@@ -77,8 +77,8 @@ class Partition:
     column of the raw files."""
     parts: Annotated[int | list[Any], BeforeValidator(_parts)]
     """The number of parts. Of a column or of files: the values that are parts, each a value or
-    ``{name: ..., values: [...]}``; a value may be in several parts, and rows of other values are
-    left out. A number is then that of all values."""
+    ``{name: ..., values: [...]}``. A value may be in several parts. Rows of other values are left
+    out. A number is then that of all values."""
     seed: NonNegative
 
     @model_validator(mode="after")

@@ -82,8 +82,8 @@ def earlier_facts(data: Data, fields: Sequence[Field]) -> Earlier:
         first = learning[0]
         raise UserError(
             f"data.vocabularies: transform={first.transform} of field '{first.name}' is"
-            " learned from rows, so equal numbers would get other meanings; set data.numbers_from"
-            " to the set or run whose facts it takes, or its transform to as_is, ln_squared or edges"
+            " learned from rows; set data.numbers_from to the set or run whose facts it takes, or"
+            " its transform to as_is, ln_squared, edges or token"
         )
     numbers: dict[str, list[float]] = {}
     edges: dict[str, list[float]] = {}
