@@ -38,7 +38,7 @@ from cki_rec.progress import progress
 ONLY: dict[str, Any] = {
     **{key: value for key, value in DEFAULTS.items() if key != "max_rows"},
     **{"align.by": "none", "repair": "none", "refine": "none", "recalibrate": False},
-    **{"module": None, "batches": None, "data": None, "dtype": None},
+    **{"module": None, "batches": None, "data": None, "dtype": None, "memory_gb": None},
 }
 """Options that merges by raw key do not have -> their only value."""
 FORMATS = (None, DUMP)
