@@ -82,6 +82,12 @@ class Merge:
     """Sources as config deltas, ``[{seed: 1}, {seed: 2}]``, or run folders, ``[a, {path: b}]``."""
     base: Source | None
     """The model that all sources started from, named like a source; null: there is none."""
+    deltas: list[str]
+    """Deltas of ``base`` (``cki-rec export format=delta``) that are merged in place of sources;
+    empty: whole models are."""
+    write: Literal["model", "delta"]
+    """Of deltas: the ``model`` and its delta, or the ``delta`` alone, which reads and writes
+    changed rows only."""
     vocabularies: list[str | None]
     """Folders of encoded data sets (null: searched), one per source, then one of the base if the
     method needs it: models with different vocabularies are joined by token. Empty: vocabularies

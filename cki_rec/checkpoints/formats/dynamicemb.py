@@ -1,8 +1,8 @@
 """Dumps of dynamicemb (NVIDIA recsys-examples), which TorchEasyRec writes too.
 
-A folder per embedding collection holds, per table and rank, plain binary files: keys (int64),
-values (float32), and perhaps scores (int64, one word or more per key) and optimizer state
-(float32). The number of columns is in no file; it follows from the sizes.
+A folder per embedding collection holds plain binary files per table and rank: keys (int64) and
+values (float32). There may be scores (int64, one word or more per key) and optimizer state
+(float32) too. The number of columns is in no file; it follows from the sizes.
 """
 
 from __future__ import annotations
