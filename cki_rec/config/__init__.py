@@ -3,7 +3,15 @@
 ``parse`` turns Hydra's text into these objects once; inside, there are only typed objects.
 """
 
-from cki_rec.config.data_options import Data, Download, Partition, Split, Synthetic
+from cki_rec.config.data_options import (
+    FILE,
+    PARTITIONS,
+    Data,
+    Download,
+    Partition,
+    Split,
+    Synthetic,
+)
 from cki_rec.config.errors import RankLost, ReportedElsewhere, Stopped, UserError, nearest
 from cki_rec.config.merge_options import Align, Assess, Learn, Merge
 from cki_rec.config.options import (
@@ -39,7 +47,9 @@ from cki_rec.config.section import choices
 from cki_rec.config.texts import check_name
 
 __all__ = [
+    "FILE",
     "OF_OTHERS",
+    "PARTITIONS",
     "Align",
     "Assess",
     "Attention",

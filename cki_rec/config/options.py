@@ -154,6 +154,9 @@ class Train:
     """The training that this one continues, as config deltas ``{data.part: 0}`` or as a checkpoint
     ``{path: a}``; null: initial weights. The start of that training is null unless the deltas set
     it."""
+    new_rows: Literal["oov", "mean"]
+    """Initial table rows of tokens that the start lacks: its ``oov`` row, or the ``mean`` of its
+    rows of tokens."""
     epochs: NonNegative
     batch_size: Positive
     """Rows of a step, all processes together."""
@@ -304,8 +307,9 @@ class Config:
     """Raw rows that ``predict`` scores: csv or Parquet."""
     output: str | None
     """Scores that ``predict`` writes: csv or Parquet."""
-    format: Literal["pt2", "onnx"]
-    """Format that ``export`` writes: ``pt2`` (torch.export) or ``onnx``."""
+    format: Literal["pt2", "onnx", "delta"]
+    """Format that ``export`` writes: ``pt2`` (torch.export), ``onnx``, or ``delta``: the rows that
+    differ from ``merge.base``."""
     int8: bool
     """``export`` stores embeddings as int8, with one scale per row."""
     delete: Literal["none", "leftovers", "all"]

@@ -23,7 +23,7 @@ from cki_rec.engine import distributed
 from cki_rec.engine.record import Run, open_run, save_arrays
 from cki_rec.engine.sweeps import add_to_sweep
 from cki_rec.evaluation.bootstrap import Resamples, resampling_weights
-from cki_rec.evaluation.measure import CANDIDATES, Logits, Rows, compare
+from cki_rec.evaluation.measure import CANDIDATES, Logits, Rows, compare, summarize
 from cki_rec.evaluation.metrics import METRICS, PRIMARY
 from cki_rec.evaluation.ranking import Cases
 from cki_rec.evaluation.rows import Floats
@@ -269,7 +269,26 @@ def _evaluate(
         result["ranking"] = {split: part.protocol for split, part in candidates.items()}
     if any(is_external(source.identity) for source in models.suite):
         result["sources"] = [source.name for source in models.suite]
+    if config.data.partition.column is not None:
+        names = [source.name.removeprefix("data.part=") for source in models.suite]
+        result["of_sources"] = _of_sources(
+            _rows(config, dataset, "test", {}),
+            names,
+            [mean_logits([everyone[source]]) for source in models.suite],
+        )
     return result, replicates
+
+
+def _of_sources(
+    rows: Rows, names: Sequence[str], scores: Sequence[Logits]
+) -> list[dict[str, Any]]:
+    """Return name and AUC of every source, on all test rows and on those of each region."""
+    measured = []
+    for name, logits in zip(names, scores, strict=True):
+        found = summarize(rows, logits["test"])
+        domains = {region: domain["auc"] for region, domain in found["domains"].items()}
+        measured.append({"name": name, "auc": found["auc"], "domains": domains})
+    return measured
 
 
 def suite_name(config: Config, sources: Sequence[Source]) -> str:
@@ -310,9 +329,10 @@ def _rows(
     rows = dataset.rows(split)
     partition = config.data.partition
     domain = None
-    if partition.by != "none" and partition.parts > 1:
-        part = dataset.parts(partition).part[rows]
-        domain = np.char.add(f"{partition.by} part ", part.astype(str))
+    if partition.size > 1:
+        parts = dataset.parts(partition)
+        names = parts.names or [f"{partition.by} part {n}" for n in range(partition.size)]
+        domain = np.array(names)[parts.part[rows]]
     group = None if dataset.group is None else dataset.group[rows]
     cases = None
     if candidates and dataset.group is not None:

@@ -70,22 +70,25 @@ def mean_probabilities(scores: Sequence[Logits], *_: Any) -> dict[str, NDArray[n
 def routed_logits(
     scores: Sequence[Logits], config: Config, dataset: EncodedDataset, rows_of: RowsOf
 ) -> dict[str, NDArray[np.float64]]:
-    """Return per row the logit of the source that was trained on the row's shard."""
+    """Return per row the logit of the source that was trained on the row's first shard."""
     partition = config.data.partition
-    shards = [source["data.part"] for source in config.merge.sources]
-    shard = dataset.parts(partition).part
+    shards = [partition.number(source["data.part"]) for source in config.merge.sources]
+    parts = dataset.parts(partition)
+    own = parts.groups or [[part] for part in range(partition.size)]
+    shard = np.array([first for first, *_ in own])[parts.part]
     result = {}
     for name, rows in rows_of.items():
-        by_shard = np.stack([scores[shards.index(p)][name] for p in range(partition.parts)])
+        by_shard = np.stack([scores[shards.index(p)][name] for p in range(partition.size)])
         routed = np.take_along_axis(by_shard, shard[rows][None].astype(np.int64), axis=0)[0]
         result[name] = routed.astype(np.float64)
     return result
 
 
 def _lacks_shards(config: Config) -> str | None:
-    shards = [source.get("data.part") for source in config.merge.sources]
-    parts = config.data.partition.parts
-    if len(shards) == parts and set(shards) == set(range(parts)):
+    partition = config.data.partition
+    named = [source.get("data.part") for source in config.merge.sources]
+    shards = {None if part is None else partition.number(part) for part in named}
+    if len(named) == partition.size and shards == set(range(partition.size)):
         return None
     return "needs one source for each shard of the data, as suite=shards has them"
 

@@ -19,11 +19,11 @@ from torch import Tensor
 
 from cki_rec.checkpoints.formats.stored import (
     Entry,
-    bytes_of,
     check_range,
     damaged,
     digest_of,
     new_file,
+    write_values,
 )
 from cki_rec.config import UserError
 from cki_rec.merging.params import Params
@@ -106,7 +106,7 @@ class Safetensors:
         files = dict.fromkeys(self.weight_map.values())
         for file in files:
             part = {n: x for n, x in params.items() if self.weight_map[n] == file}
-            new_file(target / file, lambda path, part=part: _write(part, path))
+            new_file(target / file, lambda path, part=part: write_file(part, path))
         total = sum(tensor.nbytes for tensor in params.values())
         kept = {name: self.weight_map[name] for name in params}
         content = {"metadata": {"total_size": total}, "weight_map": kept}
@@ -155,10 +155,15 @@ def file_of(path: Path) -> Path:
 
 def write(params: Params, target: Path) -> Path:
     """Write tensors as one file ``model.safetensors`` in a folder, whole or not at all."""
-    return new_file(target / MODEL, lambda path: _write(params, path))
+    return new_file(target / MODEL, lambda path: write_file(params, path))
 
 
-def _write(params: Params, path: Path) -> None:
+def write_file(params: Params, path: Path) -> None:
+    """Write tensors as one file.
+
+    Raises:
+        UserError: The format has no such type.
+    """
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     place = 0
     for name, tensor in params.items():
@@ -177,7 +182,7 @@ def _write(params: Params, path: Path) -> None:
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for tensor in params.values():
-            file.write(bytes_of(tensor))
+            write_values(file, tensor)
 
 
 def _header(file: Path) -> dict[str, _Place]:
