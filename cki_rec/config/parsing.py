@@ -25,10 +25,12 @@ OF_SOURCES = ("data", "model", "train", "seed")
 """Options by which a source is named: those that its training reads."""
 
 OF_OTHERS: dict[str, Any] = {
-    **{"batches": None, "data": None, "format": None, "evidence": "auto", "table_names": []},
+    **{"batches": None, "data": None, "format": None, "table_names": []},
 }
 """Options of merges that only checkpoints of other programs have -> the value of no option."""
-LATER: dict[str, Any] = {"module": None, "plugins": [], **OF_OTHERS}
+EVIDENCE = ("counts", "optimizer", "scores")
+"""Measures of how often rows were trained, the best one first."""
+LATER: dict[str, Any] = {"module": None, "plugins": [], "evidence": "auto", **OF_OTHERS}
 """Later options -> the value at which ``section`` leaves them out: identities stay the same."""
 
 

@@ -23,12 +23,12 @@ from cki_rec.merging.params import MergeError, Params
 from cki_rec.merging.result import MergeResult
 from cki_rec.merging.search import AUTO
 from cki_rec.pipelines import card, preflight
+from cki_rec.pipelines.foreign_evidence import evidence
 from cki_rec.pipelines.foreign_inputs import SampleRows, network_of, rows_of
 from cki_rec.pipelines.foreign_sources import (
     Foreign,
     check_module,
     differences,
-    evidence,
     load,
     open_source,
     tables_of,
