@@ -39,7 +39,13 @@ def one_by_one(function: Callable[[T], R], tasks: Iterable[T]) -> Iterator[R]:
 
 @contextmanager
 def threads(number: int) -> Iterator[Run]:
-    """Yield a ``Run`` whose tasks are computed by threads, at most twice ``number`` ahead."""
+    """Yield a ``Run`` whose tasks are computed by threads, at most twice ``number`` ahead.
+
+    A single one is that of the caller.
+    """
+    if number == 1:
+        yield one_by_one
+        return
     pool = ThreadPoolExecutor(number)
 
     def run(function: Callable[[T], R], tasks: Iterable[T]) -> Iterator[R]:

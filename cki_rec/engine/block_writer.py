@@ -14,13 +14,13 @@ import io
 import json
 import os
 import pickle
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import Any
 
 import numpy as np
@@ -38,6 +38,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from cki_rec.files import write_atomically
+from cki_rec.merging.params import MergeError, is_finite
 
 SYNCED = 1 << 27
 """Bytes after which the disk is told to begin."""
@@ -70,9 +71,17 @@ class BlockWriter:
         folder: The folder of tensors; the journal lies beside the checkpoint that it is in.
         number: Number of this process.
         resume: Go on after the blocks of the journal; else begin with an empty file.
+        types: Types of tensors in the file; others are written as they are.
     """
 
-    def __init__(self, folder: Path, number: int, resume: bool) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        number: int,
+        resume: bool,
+        types: Mapping[str, torch.dtype] = MappingProxyType({}),
+    ) -> None:
+        self._types = types
         self.name = f"__{number}_0.distcp"
         self.path = folder / self.name
         self._journal = folder.parents[1] / f"journal-{number}.jsonl"
@@ -119,9 +128,11 @@ class BlockWriter:
         Raises:
             OSError: The block cannot be written, or is not read as it was written; ``filename``
                 is set.
+            MergeError: Entries do not fit the type of the tensor.
         """
         if not self.has(key, first):
             offsets = [first, *[0] * (block.ndim - 1)] if block.ndim else []
+            block = in_type(key, block, self._types.get(key, block.dtype))
             self._append(key, offsets, block, shares)
 
     def finish(self) -> str:
@@ -174,6 +185,20 @@ class BlockWriter:
         if size != len(part) or not np.array_equal(_numbers(read), _numbers(part)):
             raise OSError(errno.EIO, "a block is not read as it was written")
         self._digest.update(read)
+
+
+def in_type(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a finite tensor in a type.
+
+    Raises:
+        MergeError: An entry is too large for it.
+    """
+    narrow = tensor.to(dtype)
+    if narrow.itemsize < tensor.itemsize and not is_finite(narrow.float()):
+        raise MergeError(
+            f"{name}: entries of the result do not fit {dtype}; use merge.dtype=float32"
+        )
+    return narrow
 
 
 def write_metadata(folder: Path, blocks: Sequence[Written], shapes: dict[str, Any]) -> None:

@@ -196,15 +196,53 @@ def test_a_source_that_changes_is_noticed(sources, tmp_path, monkeypatch):
     assert not [*(tmp_path / "disk").glob("merge-*"), *(tmp_path / "disk").glob("partial")]
 
 
-def test_a_full_disk_is_one_line(sources, tmp_path, monkeypatch):
-    def fail(*_):
-        raise OSError(errno.ENOSPC, "No space left on device", "there")
+def test_a_full_disk_is_one_line_and_the_merge_goes_on(
+    sources, tmp_path, small_blocks, monkeypatch
+):
+    case, append, written, most = "merge=aligned_weights", BlockWriter._append, [], [10**6]
 
-    monkeypatch.setattr(BlockWriter, "_append", fail)
-    code, said = streamed(tmp_path, sources, "merge=average")
+    def limited(self, *block):
+        if len(written) == most[0]:
+            raise OSError(errno.ENOSPC, "No space left on device", "there")
+        append(self, *block)
+        written.append(block[0])
+
+    monkeypatch.setattr(BlockWriter, "_append", limited)
+    assert streamed(tmp_path / "whole", sources, case) == (0, "")
+    total = len(written)
+    most[0] = total + 9
+    code, said = streamed(tmp_path / "full", sources, case)
     assert (code, said.count("\n")) == (2, 1)
-    assert "No space left on device; free space there" in said
-    assert not [*(tmp_path / "disk").glob("merge-*"), *(tmp_path / "disk").glob("partial")]
+    assert "cannot write there: No space left on device; free space there, then run" in said
+    assert not [*(tmp_path / "full" / "disk").glob("merge-*")]
+    most[0] = 10**6
+    assert streamed(tmp_path / "full", sources, case) == (0, "")
+    assert len(written) == 2 * total  # no block twice
+    assert digests(tmp_path / "full") == digests(tmp_path / "whole")
+    assert not (tmp_path / "full" / "disk" / "partial").exists()
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_the_type_of_a_streamed_model_is_that_of_memory(sources, tmp_path, small_blocks, dtype):
+    narrow = torch.float32 if dtype == "bfloat16" else torch.bfloat16
+
+    def change(params):
+        params.update({name: tensor.to(narrow) for name, tensor in params.items()})
+
+    for seed, name in enumerate(("narrow a", "narrow b")):
+        write(sources, name, seed, change=change)
+    named = of(*(f"'{sources / n}'" for n in ("narrow a", "narrow b")))
+    how = (named, "merge=cki_dual_soft", f"merge.dtype={dtype}")
+    assert merge_sources(tmp_path, "memory", *how) == (0, "")
+    assert merge_sources(tmp_path, "disk", *how, "merge.memory_gb=2") == (0, "")
+    runs = [merged(tmp_path, case) for case in ("memory", "disk")]
+    one, many = (checkpoint.load(run / "checkpoint").params for run in runs)
+    for name, tensor in one.items():
+        assert many[name].dtype == tensor.dtype == getattr(torch, dtype)
+        slack = 1e-2 if dtype == "bfloat16" else 1e-6
+        torch.testing.assert_close(many[name], tensor, rtol=slack, atol=slack, msg=name)
+    results = [json.loads((run / "record.json").read_text())["result"]["types"] for run in runs]
+    assert results[0] == results[1] == [dtype]
 
 
 def test_the_plan_of_a_streamed_merge_is_printed(sources, tmp_path, capfd):
