@@ -75,7 +75,7 @@ class Mixer:
             *(self.method, models, inputs, self.options, fixed, {}, None), Processes()
         )
         shares = {
-            name: weight.reshape(len(models), -1).double().mean(1).tolist()
+            name: weight.reshape(len(models), -1).mean(1).tolist()
             for name, weight in (weights or {}).items()
         }
         return merged, shares

@@ -308,8 +308,8 @@ def local_compatibility(
     wide = [tensor.to(dtype) for tensor in tensors]
 
     def score(difference: Tensor) -> Tensor:
-        difference = difference if signed else difference.abs()
-        return torch.sigmoid(scale * apply_gate(difference, gate))
+        scores = apply_gate(difference if signed else difference.abs_(), gate)
+        return torch.sigmoid(scores if scale == 1 else scale * scores)
 
     if num_sources == 2:
         local = score(wide[0] - wide[1])
@@ -338,7 +338,7 @@ def dual_compatibility(global_K: Tensor, local_K: Tensor) -> Tensor:
         code.
     """
     terms = global_K.to(local_K).reshape(-1, *[1] * (local_K.ndim - 1))
-    return terms * (1 - torch.exp(-terms * local_K))
+    return terms * (1 - (-terms * local_K).exp_())
 
 
 def signed_compatibility(global_K: Tensor, local_K: Tensor) -> Tensor:
