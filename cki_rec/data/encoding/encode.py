@@ -85,6 +85,7 @@ def encode(
     rows_per_step: int = 1,
     listed: Mapping[str, pl.Series] | None = None,
     run: Run = one_by_one,
+    is_local: bool = True,
 ) -> Encoded:
     """Encode rows into the columns of a data set.
 
@@ -111,6 +112,7 @@ def encode(
         listed: Table -> its tokens in the order of ids; other tokens get ``OOV_ID``. None: the
             vocabularies are learned.
         run: Runs functions of chunks, here or elsewhere; results do not depend on it.
+        is_local: Whether it runs them in this process, where they can share dictionaries.
 
     Raises:
         UserError: An option is impossible for these rows.
@@ -120,7 +122,8 @@ def encode(
     if data.normalize_ids:
         plan.normalized = id_columns(fields, (user, item))
     with closing(Staging(folder, plan)) as columns:
-        for staged in run(partial(stage, plan, reading.fork()), chunks):
+        shared = columns.dictionaries if is_local else {}
+        for staged in run(partial(stage, plan, shared, reading.fork()), chunks):
             if isinstance(staged, Check):
                 staged.run(reading)
             else:

@@ -3,13 +3,15 @@
 A code replaces a token until all rows are read and training rows can be counted. So text is parsed
 once. The codes of a chunk are its own: they number the distinct tokens of all its tables. So any
 thread or process can make them (``stage``), and ``Staging`` translates distinct tokens only.
-Memory holds the dictionaries and a few chunks.
+Threads share the dictionaries of ``Staging``, so that nothing is left to translate. Memory holds
+the dictionaries and a few chunks.
 
 Shape legend: N rows, C columns of ids, K codes of a chunk.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -113,8 +115,9 @@ class Staged:
     columns: dict[str, NDArray[Any]]
     """File -> its rows."""
     tables: dict[str, pl.Series | Ids]
-    """Table -> its distinct tokens in the order of codes, or the codes of buckets and ids of
-    hashes. The codes of a table follow those of the table before."""
+    """Table -> its distinct tokens in the order of codes; or their codes in the dictionary of
+    ``Staging``, the codes of buckets, or the ids of hashes. The codes of a table follow those of
+    the table before."""
     entities: dict[str, pl.Series]
     """``USER`` and ``ITEM`` -> their distinct tokens in the order of codes."""
     reading: Reading
@@ -126,11 +129,14 @@ class Staged:
         return len(self.columns.get("label", ()))
 
 
-def stage(plan: Plan, reading: Reading, chunk: Chunk | Check) -> Staged | Check:
+def stage(
+    plan: Plan, shared: Mapping[str, Dictionary], reading: Reading, chunk: Chunk | Check
+) -> Staged | Check:
     """Return a chunk as columns; return a check as it is.
 
     Args:
         plan: The columns.
+        shared: Table -> the dictionary of ``Staging``; empty in another process.
         reading: State of the pass at its start, with the treatment of bad rows.
         chunk: A chunk or a check.
 
@@ -140,10 +146,12 @@ def stage(plan: Plan, reading: Reading, chunk: Chunk | Check) -> Staged | Check:
     if isinstance(chunk, Check):
         return chunk
     own = reading.fork()
-    return stage_frame(plan, chunk.frame(own), own)
+    return _stage_frame(plan, shared, chunk.frame(own), own)
 
 
-def stage_frame(plan: Plan, frame: pl.DataFrame, reading: Reading) -> Staged:
+def _stage_frame(
+    plan: Plan, shared: Mapping[str, Dictionary], frame: pl.DataFrame, reading: Reading
+) -> Staged:
     """Return rows in the common form as columns."""
     if frame.is_empty():
         return Staged({}, {}, {}, reading)
@@ -168,13 +176,21 @@ def stage_frame(plan: Plan, frame: pl.DataFrame, reading: Reading) -> Staged:
         dictionary = Dictionary()
         columns[file] = dictionary.codes(frame[raw].cast(pl.String))
         entities[name] = dictionary.tokens()
-    dictionaries = {f.table: Dictionary() for f in [*plan.ids, *plan.multi]}
+    dictionaries = {
+        f.table: shared[f.table] if f.table in shared else Dictionary()
+        for f in [*plan.ids, *plan.multi]
+    }
     codes = _codes(frame, plan, dictionaries)
     codes |= {f.name: _append_multi(columns, frame, f, dictionaries[f.table]) for f in plan.multi}
     tables: dict[str, pl.Series | Ids] = {}
     for f in [*plan.ids, *plan.multi]:
         if f.transform == "quantile":
             tables[f.table] = np.arange(plan.buckets + 1, dtype=np.int32)
+        elif f.table in shared:
+            if f.table not in tables:
+                same = [g.name for g in [*plan.ids, *plan.multi] if g.table == f.table]
+                tables[f.table], own = distinct([codes[name] for name in same])
+                codes |= dict(zip(same, own, strict=True))
         elif f.table not in tables:
             tokens = dictionaries[f.table].tokens()
             size = f.hash_size
@@ -187,6 +203,21 @@ def stage_frame(plan: Plan, frame: pl.DataFrame, reading: Reading) -> Staged:
     for f in plan.multi:
         columns[f"multi.{f.name}.values"] = codes[f.name] + first[f.table]
     return Staged(columns, tables, entities, reading)
+
+
+def distinct(arrays: Sequence[Ids]) -> tuple[Ids, list[Ids]]:
+    """Return the distinct codes of all arrays, and the place of each entry among them."""
+    size, total = 1 + max(int(a.max(initial=0)) for a in arrays), sum(map(len, arrays))
+    if size > 16 * total:  # a table of all codes would be slower than sorting those that are there
+        found, places = np.unique(np.concatenate(arrays), return_inverse=True)
+        return found, np.split(places, np.cumsum([len(a) for a in arrays])[:-1])
+    is_held = np.zeros(size, dtype=np.bool_)
+    for array in arrays:
+        is_held[array] = True
+    held = np.flatnonzero(is_held).astype(np.int32)
+    place = np.zeros(size, dtype=np.int32)
+    place[held] = np.arange(len(held), dtype=np.int32)
+    return held, [place[array] for array in arrays]
 
 
 def _firsts(tables: dict[str, pl.Series | Ids]) -> dict[str, int]:
@@ -332,6 +363,9 @@ class Staging:
             self.dictionaries[table].codes(tokens) if isinstance(tokens, pl.Series) else tokens
             for table, tokens in staged.tables.items()
         ]
+        for table, each in zip(staged.tables, codes, strict=True):
+            if table in self.dictionaries:  # threads have no lock for the size
+                self.dictionaries[table].grow(int(each.max(initial=0)))
         if codes:
             columns["codes"] = np.concatenate(codes)
         for name, array in columns.items():

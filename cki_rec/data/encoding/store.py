@@ -112,8 +112,8 @@ def prepare(
         raise _unwritable(encoded_dir, error) from None
     try:
         if not folder.exists():
-            run = engines.engine(engine, workers)
-            _make(data, reader, fields, listed, options, folder, source, chunk_mb, run)
+            run, is_local = engines.engine(engine, workers), engines.is_local(engine, workers)
+            _make(data, reader, fields, listed, options, folder, source, chunk_mb, run, is_local)
         if not (folder / PREPARATION).exists():
             _finish(data, folder, start)
     finally:
@@ -201,6 +201,7 @@ def _make(
     source: list[dict[str, Any]],
     chunk_mb: int,
     engine: AbstractContextManager[Run],
+    is_local: bool,
 ) -> None:
     """Encode and write ``folder``; the caller holds the lock."""
     leftover = re.compile(re.escape(data.name) + r"-[0-9a-f]{12}\.tmp-\d+")
@@ -228,6 +229,7 @@ def _make(
                         rows_per_step=reader.rows_per_step(data),
                         listed=listed,
                         run=run,
+                        is_local=is_local,
                     )
             _write_manifest(data, reader, options, encoded, reading, source, temporary)
     except OSError as error:
