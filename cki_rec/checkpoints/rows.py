@@ -217,7 +217,7 @@ class _Heads:
         if length is None or not stored.is_contiguous():
             raise ValueError("a tensor is not stored in one piece")
         head = _without_checksum(os.pread(file, length, place.offset))
-        begin = length + stored.storage_offset() * stored.element_size()
+        begin = int(length + stored.storage_offset() * stored.element_size())
         self._known[place.length, head] = begin, stored.shape
         self._lengths[place.length] = length
         return place.offset + begin, stored.shape

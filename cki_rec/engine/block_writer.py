@@ -151,7 +151,7 @@ class BlockWriter:
         self, key: str, offsets: list[int], block: Tensor, shares: list[float] | None
     ) -> None:
         before, after = _around(tuple(block.shape), block.dtype)
-        entries = memoryview(block.contiguous().reshape(-1).view(torch.uint8).numpy())
+        entries = block.contiguous().reshape(-1).view(torch.uint8).numpy().data
         try:
             place = self._size
             for part in (before, entries, after):

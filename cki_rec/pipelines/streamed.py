@@ -55,7 +55,7 @@ from cki_rec.pipelines.compatibility import counts_of
 from cki_rec.pipelines.merge_inputs import fixed_rules
 from cki_rec.pipelines.sources import Sources
 from cki_rec.pipelines.stream_plan import plan_of
-from cki_rec.pipelines.stream_sources import Stream, Writer
+from cki_rec.pipelines.stream_sources import Reader, Stream, Writer
 from cki_rec.pipelines.unfinished import PARTIAL, begin, forget, kept_or_forgotten
 from cki_rec.progress import progress
 
@@ -87,7 +87,9 @@ def merge(
     keep_freed_memory()
     torch.set_num_threads(1)  # of one operation: blocks are small
     with kept_or_forgotten(folder, options.method), ExitStack() as stack:
-        readers = [stack.enter_context(RowReader(each.folder, each.name)) for each in everyone]
+        readers: list[Reader] = [
+            stack.enter_context(RowReader(each.folder, each.name)) for each in everyone
+        ]
         first = outlines[: len(models.merged)]
         tables = {n: table for n in outlines[0].params if (table := table_of(n))}
         has_counts = counts_of(first, preflight.needs_counts(options))

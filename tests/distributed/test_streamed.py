@@ -15,6 +15,7 @@ import torch.distributed.checkpoint as dcp
 from merging_cases import SIZES, merge_sources, merged, of, write
 
 from cki_rec.checkpoints import TENSORS, checkpoint, file_digests, read_tensors
+from cki_rec.checkpoints.rows import RowReader
 from cki_rec.checkpoints.tensors import ignore_dcp_warnings
 from cki_rec.engine.block_writer import BlockWriter, write_metadata
 from cki_rec.pipelines import stream_plan
@@ -222,6 +223,13 @@ def test_a_full_disk_is_one_line_and_the_merge_goes_on(
     assert not (tmp_path / "full" / "disk" / "partial").exists()
 
 
+def test_threads_do_not_change_the_digests(sources, tmp_path, small_blocks):
+    for number in (1, 3):
+        how = ("merge=cki_dual_soft", "merge.align.by=weights", f"runtime.threads={number}")
+        assert streamed(tmp_path / str(number), sources, *how) == (0, "")
+    assert digests(tmp_path / "1") == digests(tmp_path / "3")
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_the_type_of_a_streamed_model_is_that_of_memory(sources, tmp_path, small_blocks, dtype):
     narrow = torch.float32 if dtype == "bfloat16" else torch.bfloat16
@@ -251,6 +259,35 @@ def test_the_plan_of_a_streamed_merge_is_printed(sources, tmp_path, capfd):
     assert "streams tables in blocks of 65,536 rows; they are read 3 times" in said
     assert "GB of memory, the budget is 2.00 GB" in said
     assert not (tmp_path / "disk").exists()
+
+
+def test_blocks_of_any_shape_and_type_are_read_by_torch_and_by_rows(tmp_path):
+    noise, folder = torch.Generator().manual_seed(0), tmp_path / "checkpoint" / TENSORS
+    folder.mkdir(parents=True)
+    shapes = {"scalar": (), "empty": (0, 3), "vector": (7,), "table": (20, 3)}
+    types = (torch.float32, torch.float64, torch.bfloat16, torch.int64)
+    tensors = {
+        f"{name}.{dtype}": (8 * torch.randn(shape, generator=noise)).to(dtype)
+        for name, shape in shapes.items()
+        for dtype in types
+    }
+    with BlockWriter(folder, 0, resume=False) as writer:
+        for name, tensor in tensors.items():
+            for first in range(0, len(tensor), 7) if name.startswith("table") else [0]:
+                part = tensor[first : first + 7] if tensor.ndim else tensor
+                writer.write(name, first, part)
+        writer.finish()
+        forms = {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
+        write_metadata(folder, writer.written, forms)
+    plain = {name: torch.empty_like(tensor) for name, tensor in tensors.items()}
+    with ignore_dcp_warnings():
+        dcp.load(plain, checkpoint_id=folder, no_dist=True)
+    with RowReader(folder.parent, "it") as reader:
+        for name, tensor in tensors.items():
+            assert torch.equal(plain[name], tensor)
+            assert torch.equal(reader.read(name), tensor)
+            if name.startswith("table"):
+                assert torch.equal(reader.read(name, 5, 15), tensor[5:15])
 
 
 @pytest.mark.slow

@@ -29,12 +29,13 @@ from cki_rec.data.columns import blocks
 from cki_rec.data.dataset import FORMAT_VERSION, MANIFEST, EncodedDataset
 from cki_rec.data.encoding import engines
 from cki_rec.data.encoding.encode import Encoded, encode
-from cki_rec.data.encoding.engines import NUM_THREADS, Run, threads
+from cki_rec.data.encoding.engines import NUM_THREADS
 from cki_rec.data.encoding.fields import Field, fields_to_json, resolve_fields
 from cki_rec.data.encoding.findings import unseen_line, warn_of_findings
 from cki_rec.data.encoding.split import SPLITS, check_split
 from cki_rec.data.encoding.tokens import hash_of, join_tokens_of
 from cki_rec.data.parts import NO_PARTITION
+from cki_rec.data.prefetch import Run, threads
 from cki_rec.data.raw.click_model import best_possible
 from cki_rec.data.raw.formats import FORMATS, Format, recorded_name
 from cki_rec.data.raw.reading import Reading
