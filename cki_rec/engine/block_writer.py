@@ -58,7 +58,7 @@ class Written:
     """First byte in the file."""
     length: int
     checksum: str
-    """First digits of the digest of the file up to the end of the block."""
+    """Of its bytes; here the first digits of the digest of the file up to its end."""
     file: str
     shares: list[float] | None
     """Mean mixing weight of each source in these rows."""
@@ -187,14 +187,15 @@ class BlockWriter:
         self._digest.update(read)
 
 
-def in_type(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return a finite tensor in a type.
+def in_type(key: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a finite tensor in the type of the result.
 
     Raises:
         MergeError: An entry is too large for it.
     """
     narrow = tensor.to(dtype)
     if narrow.itemsize < tensor.itemsize and not is_finite(narrow.float()):
+        name = key.removeprefix("model.")
         raise MergeError(
             f"{name}: entries of the result do not fit {dtype}; use merge.dtype=float32"
         )

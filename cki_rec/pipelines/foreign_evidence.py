@@ -13,9 +13,12 @@ from torch import Tensor
 
 from cki_rec.checkpoints.formats import Stored
 from cki_rec.config import EVIDENCE, UserError
-from cki_rec.merging.optimizer_state import squared_gradients
+from cki_rec.merging.optimizer_state import ADAGRAD, ADAM, squared_gradients
 from cki_rec.merging.params import Params
 from cki_rec.pipelines.foreign_sources import Foreign
+
+READ = (*ADAGRAD, *ADAM, "step")
+"""Optimizer state that is read."""
 
 
 def evidence(
@@ -93,7 +96,7 @@ def evidence_rows(
     if kind == "optimizer":
         options: dict[str, Any] = source.parts.groups[0] if source.parts.groups else {}
         held = source.parts.state[table]
-        state = {n: _state(holder, key, size, first, stop) for n, (holder, key) in held.items()}
+        state = {n: _state(*held[n], size, first, stop) for n in held if n in READ}
         initial = float(options.get("initial_accumulator_value", 0.0))
         beta = float(options.get("betas", (0.9, 0.999))[1])
         squares = squared_gradients(state, initial, beta)
@@ -105,6 +108,15 @@ def evidence_rows(
     if not bool((values.isfinite() & (values >= 0)).all()):
         raise UserError(f"{source.path}: evidence ({kind}) of {table} is negative or not finite")
     return values
+
+
+def state_of(source: Foreign, table: str) -> Tensor:
+    """Return a tensor on ``meta`` as large, per row, as the optimizer state of a table."""
+    entries = [h.entries[key] for n, (h, key) in source.parts.state[table].items() if n in READ]
+    size = source.parts.entries[table].shape[0]
+    return torch.empty(
+        size, -(-sum(e.bytes for e in entries) // max(1, size)), device="meta", dtype=torch.uint8
+    )
 
 
 def _state(holder: Stored, key: str, size: int, first: int, stop: int) -> Tensor:

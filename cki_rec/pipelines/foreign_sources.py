@@ -93,6 +93,21 @@ def is_foreign(config: Config) -> bool:
     return False
 
 
+def check_own(config: Config, pipeline: str) -> None:
+    """Check that all sources of a merge are of this project.
+
+    Raises:
+        UserError: They are not; names the commands that take them.
+    """
+    if is_foreign(config):
+        raise UserError(
+            f"{pipeline} needs models that cki-rec has trained, and their data set. Checkpoints of"
+            " other programs: cki-rec merge; with merge.module and labelled merge.batches it"
+            " reports the AUC of sources and result. Train or score the result with the program"
+            " that wrote them"
+        )
+
+
 def open_source(
     source: Mapping[str, Any], option: str, module: nn.Module | None, stack: ExitStack
 ) -> Foreign:
@@ -301,23 +316,28 @@ def _all_names(source: Foreign, ties: Mapping[str, str]) -> list[str]:
     return list(dict.fromkeys([*source.parts.names, *ties]))
 
 
-def load(sources: Sequence[Foreign], module: nn.Module | None) -> list[Params]:
-    """Return the tensors of all sources.
+def load(everyone: Sequence[Foreign], module: nn.Module | None, num: int) -> list[Params]:
+    """Return the tensors of all sources, and of the base after them.
+
+    Args:
+        everyone: The sources, then the base, if there is one.
+        module: The network, if it is known.
+        num: Number of the sources.
 
     Raises:
         UserError: One has NaN; names tensor and rows. Or two have equal tensors.
     """
     models = []
-    for source in sources:
+    for source in everyone:
         ties = source.tied()
         params = {name: source.tensor(name) for name in source.parts.names if name not in ties}
         ties |= {} if module is None else ties_of(module, source)
         models.append({name: params[ties.get(name, name)] for name in _all_names(source, ties)})
-    for k, one in enumerate(models):
+    for k, one in enumerate(models[:num]):
         for j in range(k):
             if all(torch.equal(models[j][name], tensor) for name, tensor in one.items()):
                 raise UserError(
-                    f"merge.sources: {sources[j].path} and {sources[k].path} are the same model,"
+                    f"merge.sources: {everyone[j].path} and {everyone[k].path} are the same model,"
                     " tensor by tensor; name every model once"
                 )
     return models

@@ -38,7 +38,8 @@ from cki_rec.pipelines import (
     train,
     vocabularies,
 )
-from cki_rec.pipelines.compatibility import compare, counts_of, finite, note_types, require
+from cki_rec.pipelines.compatibility import compare, finite, note_types, require
+from cki_rec.pipelines.evidence import counts_of, kind_of
 from cki_rec.pipelines.foreign_sources import is_foreign
 from cki_rec.pipelines.merge_identity import merge_reads
 from cki_rec.pipelines.merge_inputs import ablated, fisher, fixed_rules, learning
@@ -289,6 +290,7 @@ def _merge(
     checkpoints = joined.checkpoints[: len(models.merged)]
     base = joined.checkpoints[-1] if models.base is not None else None
     first = checkpoints[0]
+    run.facts["evidence"] = kind_of(checkpoints, config.merge.evidence)
     try:
         merged = _merge_params(config, checkpoints, base, dataset, joined)
     except NotPossible as error:
@@ -349,7 +351,7 @@ def _merge_params(
         models,
         options.method,
         base=None if base is None else base.params,
-        counts=counts_of(checkpoints, preflight.needs_counts(options)),
+        counts=counts_of(checkpoints, preflight.needs_counts(options), options.evidence),
         symmetries=network.symmetries,
         module=activations.network if activations else network.module,
         batches=activations.batches if activations else None,

@@ -5,7 +5,7 @@ Shape legend: K sources.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -27,8 +27,13 @@ from cki_rec.progress import Advance
 class Reader(Protocol):
     """The tensors of one source, as ``checkpoints.rows.RowReader`` reads them."""
 
-    name: str
-    entries: Mapping[str, Any]
+    @property
+    def name(self) -> str:
+        """Return the name of the source, for messages."""
+
+    @property
+    def entries(self) -> Mapping[str, Any]:
+        """Return its tensors by key."""
 
     def read(self, key: str, first: int = 0, stop: int | None = None) -> Tensor:
         """Return rows of a tensor; all of it without ``stop``."""
@@ -59,8 +64,8 @@ class Stream:
     """The model of the first source on ``meta``."""
     tables: Mapping[str, str]
     """Parameters that are tables -> name of their counts."""
-    counted: Collection[str]
-    """Those with counts in all sources."""
+    counted: Mapping[str, str]
+    """Those with a measure of trained rows in all sources -> its key."""
     symmetries: Sequence[Symmetry]
     num: int
     """K."""
@@ -72,6 +77,8 @@ class Stream:
     """Checks of the files of sources, which run beside the passes over their rows."""
     checked: set[tuple[str, int]] = field(default_factory=set)
     """Blocks that are known to be finite."""
+    anchored_start: bool = False
+    """Search an alignment from one more start, as the library does (``alignment.align``)."""
 
     def spans(self, name: str) -> list[slice]:
         """Return the blocks of rows of a table that this process merges."""
@@ -88,17 +95,16 @@ class Stream:
         Raises:
             UserError: A row is not finite.
         """
-        key = f"model.{name}"
-        tensors = widened([reader.read(key, span.start, span.stop) for reader in self.readers])
+        read = [each.read(f"model.{name}", span.start, span.stop) for each in self.readers]
+        tensors = widened(read)
         if (name, span.start) not in self.checked:
             for reader, tensor in zip(self.readers, tensors, strict=True):
                 check_rows(tensor, span.start, name, reader.name)
             self.checked.add((name, span.start))
         counts = []
-        if name in self.counted:
-            table = f"counts.{self.tables[name]}"
+        if key := self.counted.get(name):
             sources = self.readers[: self.num]
-            counts = [reader.read(table, span.start, span.stop) for reader in sources]
+            counts = [per_row(reader.read(key, span.start, span.stop)) for reader in sources]
         base = tensors[self.num] if len(tensors) > self.num else None
         return Block(span.start, tensors[: self.num], base, counts=counts)
 
@@ -168,6 +174,13 @@ def widened(tensors: Sequence[Tensor]) -> list[Tensor]:
     types = {compute_dtype(tensor) for tensor in tensors}
     wide = torch.float64 if torch.float64 in types else torch.float32
     return [tensor.to(wide) for tensor in tensors]
+
+
+def per_row(measure: Tensor) -> Tensor:
+    """Return one number per row: counts as they are, of accumulators the mean over columns."""
+    if measure.ndim == 1:
+        return measure
+    return measure.double().mean(1)
 
 
 def check_rows(tensor: Tensor, first: int, name: str, source: str) -> None:

@@ -38,7 +38,6 @@ from cki_rec.data import prefetch
 from cki_rec.data.provenance import Provenance
 from cki_rec.engine import distributed, sharded
 from cki_rec.engine.block_writer import BlockWriter, Written, write_metadata
-from cki_rec.engine.embeddings import table_of
 from cki_rec.engine.host_memory import keep_freed_memory
 from cki_rec.engine.networks import declared
 from cki_rec.engine.record import Run
@@ -51,10 +50,10 @@ from cki_rec.merging.rows import in_blocks
 from cki_rec.merging.streaming import Mixer, in_shared_basis, moved, only_on
 from cki_rec.merging.symmetry import transform
 from cki_rec.pipelines import compatibility, preflight
-from cki_rec.pipelines.compatibility import counts_of
+from cki_rec.pipelines.evidence import counts_of, keys_of, kind_of
 from cki_rec.pipelines.merge_inputs import fixed_rules
 from cki_rec.pipelines.sources import Sources
-from cki_rec.pipelines.stream_plan import plan_of
+from cki_rec.pipelines.stream_plan import plan_of, tables_of
 from cki_rec.pipelines.stream_sources import Reader, Stream, Writer
 from cki_rec.pipelines.unfinished import PARTIAL, begin, forget, kept_or_forgotten
 from cki_rec.progress import progress
@@ -77,28 +76,28 @@ def merge(
     everyone = [*models.merged, *([models.base] if models.base else [])]
     outlines = [outline(source.folder, None) for source in everyone]
     compatibility.require(compatibility.compare(outlines, [source.name for source in everyone]))
-    plan = plan_of(config, outlines, len(models.merged))
+    tables, first = tables_of(outlines[0].params), outlines[: len(models.merged)]
+    counts_of(first, preflight.needs_counts(options), options.evidence)
+    kind = run.facts["evidence"] = kind_of(first, options.evidence)
+    plan = plan_of(config, outlines, len(models.merged), tables)
     reads = {
         "sources": [content_digest(source.folder) for source in everyone],
         "merge": section(options) | {"memory_gb": None},
         "world_size": distributed.world_size(),
     }
-    plan, is_resumed = begin(folder, plan, reads)
+    plan, is_resumed = begin(folder, f"{CHECKPOINT}/{TENSORS}", plan, reads)
     keep_freed_memory()
     torch.set_num_threads(1)  # of one operation: blocks are small
     with kept_or_forgotten(folder, options.method), ExitStack() as stack:
         readers: list[Reader] = [
             stack.enter_context(RowReader(each.folder, each.name)) for each in everyone
         ]
-        first = outlines[: len(models.merged)]
-        tables = {n: table for n in outlines[0].params if (table := table_of(n))}
-        has_counts = counts_of(first, preflight.needs_counts(options))
-        blocks = stack.enter_context(prefetch.threads(plan.threads))
         stream = Stream(
-            *(readers, outlines[0].params, tables, tables if has_counts else ()),
+            *(readers, outlines[0].params, tables, keys_of(outlines[0], kind)),
             *(declared(outlines[0]).symmetries, len(models.merged), plan),
-            *(sharded.ShardProcesses(outlines[0].schema), blocks),
-            _digests([source.folder for source in everyone], plan.threads, stack),
+            processes=sharded.ShardProcesses(outlines[0].schema),
+            run=stack.enter_context(prefetch.threads(plan.threads)),
+            digests=_digests([each.folder for each in everyone], plan.threads, stack),
         )
         result = _checkpoint(config, stream, first, folder, is_resumed, is_disjoint)
     if distributed.rank() == 0:
@@ -258,6 +257,7 @@ def _facts(
         found = stream.processes.agree(
             align(
                 *(floats, symmetries, products),
+                anchored_start=stream.anchored_start,
                 starts=config.merge.align.starts,
                 seed=config.seed,
             )

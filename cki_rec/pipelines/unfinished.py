@@ -12,7 +12,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from cki_rec.checkpoints import CHECKPOINT, TENSORS
 from cki_rec.config import UserError
 from cki_rec.engine import distributed
 from cki_rec.files import write_atomically
@@ -28,10 +27,16 @@ FULL = (errno.ENOSPC, errno.EDQUOT)
 log = logging.getLogger(__name__)
 
 
-def begin(folder: Path, plan: Plan, reads: dict[str, Any]) -> tuple[Plan, bool]:
-    """Return the plan, and whether an earlier program began this merge; make the folder.
+def begin(folder: Path, inside: str, plan: Plan, reads: dict[str, Any]) -> tuple[Plan, bool]:
+    """Return the plan, and whether an earlier program began this merge; make its folder.
 
     Blocks of a merge that goes on are as large as they were.
+
+    Args:
+        folder: Folder of the unfinished merge.
+        inside: Folder in it that takes tensors.
+        plan: Plan of the merge if it begins now.
+        reads: Everything that the bytes of the tensors depend on.
     """
     if distributed.rank() == 0:
         try:
@@ -42,7 +47,7 @@ def begin(folder: Path, plan: Plan, reads: dict[str, Any]) -> tuple[Plan, bool]:
         is_resumed = is_resumed and known["rows"] <= plan.rows  # else blocks exceed the budget
         if not is_resumed:
             shutil.rmtree(folder, ignore_errors=True)
-            (folder / CHECKPOINT / TENSORS).mkdir(parents=True)
+            (folder / inside).mkdir(parents=True)
             content = {"reads": reads, "rows": plan.rows}
             write_atomically(folder / PLAN, json.dumps(content).encode())
         rows = known["rows"] if is_resumed else plan.rows

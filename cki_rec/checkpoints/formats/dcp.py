@@ -60,7 +60,7 @@ class Dcp:
         entries: dict[str, Entry] = {}
         self._keys: dict[str, tuple[RowReader, str]] = {}
         for prefix, folder in folders.items():
-            if prefix and not (folder / METADATA).is_file():
+            if prefix and not (folder / METADATA).is_file() and not any(folder.glob(SHARD)):
                 continue
             _check_files(folder)
             reader = self._readers[prefix] = RowReader(folder, str(path), "")
@@ -85,7 +85,7 @@ class Dcp:
         """Write tensors as a folder; in one of TorchEasyRec it is the folder ``model`` too."""
         return write(params, target)
 
-    def blank(self, entries: Mapping[str, Entry], target: Path) -> Blank:
+    def blank(self, entries: Mapping[str, Entry], target: Path, tied: Mapping[str, str]) -> Blank:
         """Write a folder of tensors without values."""
         return blank(entries, target)
 

@@ -86,7 +86,7 @@ class Safetensors:
             new_file(target / file, lambda path, part=part: _write(part, path))
         return self._index(entries, target)
 
-    def blank(self, entries: Mapping[str, Entry], target: Path) -> Blank:
+    def blank(self, entries: Mapping[str, Entry], target: Path, tied: Mapping[str, str]) -> Blank:
         """Write the files of tensors without values, as many as these."""
         if self.weight_map is None:
             return blank(entries, target)

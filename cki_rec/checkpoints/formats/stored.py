@@ -86,12 +86,13 @@ class Stored(Protocol):
             target: The folder that takes them.
         """
 
-    def blank(self, entries: Mapping[str, Entry], target: Path) -> Blank:
+    def blank(self, entries: Mapping[str, Entry], target: Path, tied: Mapping[str, str]) -> Blank:
         """Write the files of tensors in this form without values; files that are there stay.
 
         Args:
             entries: Shapes and types, by full names.
             target: The folder that takes them.
+            tied: Second names of tensors -> first ones, for formats that store these once.
         """
 
     def files(self) -> list[Path]:

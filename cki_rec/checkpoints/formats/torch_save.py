@@ -94,9 +94,9 @@ class TorchSave:
         """Write tensors inside of the same dictionaries as these."""
         return new_file(target / MODEL, lambda path: torch.save(self._nested(params), path))
 
-    def blank(self, entries: Mapping[str, Entry], target: Path) -> Blank:
+    def blank(self, entries: Mapping[str, Entry], target: Path, tied: Mapping[str, str]) -> Blank:
         """Write the same dictionaries, with tensors without values."""
-        fakes = _without_values(entries, self.tied)
+        fakes = _without_values(entries, tied)
         return _blank(self._nested(fakes), fakes, target / MODEL)
 
     def files(self) -> list[Path]:
