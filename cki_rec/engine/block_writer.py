@@ -41,7 +41,7 @@ from cki_rec.files import write_atomically
 from cki_rec.merging.params import MergeError, is_finite
 
 SYNCED = 1 << 27
-"""Bytes after which the disk is told to begin."""
+"""Bytes after which the disk begins to write."""
 CHECKED = 16
 """Digits of a digest that the journal holds."""
 

@@ -162,6 +162,9 @@ BENCHMARKS: dict[str, Benchmark] = {
         merge_streamed.merge_streamed_time, "times reading both and writing one", "below", 2.5
     ),
     "merge_streamed_memory": Benchmark(merge_streamed.merge_streamed_memory, "GB", "below", 1.5),
+    "merge_streamed_processes": Benchmark(
+        merge_streamed.merge_streamed_processes, "times one process", "above", 1.5
+    ),
     "reproduce_minutes": Benchmark(reproduce_minutes, "min", "below", 10.0),
 }
 """Name -> measurement and target."""
