@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, TensorStorageMetadata
 
 from cki_rec.checkpoints.checkpoint import TENSORS
@@ -194,7 +193,7 @@ class _Heads:
     """
 
     def __init__(self, reader: Reader) -> None:
-        self._reader, self._mode = reader, FakeTensorMode()
+        self._reader = reader
         self._known: dict[tuple[int, bytes], tuple[int, torch.Size]] = {}
         self._lengths: dict[int, int] = {}
 
@@ -209,10 +208,9 @@ class _Heads:
             if (place.length, head) in self._known:
                 begin, size = self._known[place.length, head]
                 return place.offset + begin, size
-        with os.fdopen(os.dup(file), "rb") as content, self._mode:  # without values
-            stored: Tensor = torch.load(
-                self._reader._slice_file(content, place), weights_only=True
-            )
+        with os.fdopen(os.dup(file), "rb") as content:
+            part: Any = self._reader._slice_file(content, place)
+            stored: Tensor = torch.load(part, map_location="meta", weights_only=True)
         length = stored.untyped_storage()._checkpoint_offset
         if length is None or not stored.is_contiguous():
             raise ValueError("a tensor is not stored in one piece")

@@ -27,7 +27,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
@@ -266,8 +265,7 @@ def _around(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[bytes, bytes]:
     torch.save(zeros, stream)
     content = stream.getbuffer()
     stream.seek(0)
-    with FakeTensorMode():  # without values
-        stored: Tensor = torch.load(stream, weights_only=True)
+    stored: Tensor = torch.load(stream, map_location="meta", weights_only=True)
     first = stored.untyped_storage()._checkpoint_offset
     assert first is not None
     return bytes(content[:first]), bytes(content[first + zeros.nbytes :])
