@@ -196,7 +196,6 @@ def merge_tensors(
             for span in stream.spans(name)
             if not writer.has(f"model.{name}", span.start)
         ]
-        is_rotated = config.merge.align.by != "none"
         merge_rows = partial(_merge_rows, stream, mixer, elements, is_rotated, is_disjoint)
         for (name, span), (state, rows, share) in zip(
             tasks, stream.run(merge_rows, tasks), strict=True
