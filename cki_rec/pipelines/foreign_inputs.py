@@ -98,7 +98,7 @@ def network_of(config: Config) -> nn.Module | None:
     """
     if config.merge.module is None:
         return None
-    with nullcontext() if config.merge.memory_gb is None else _Stubs():
+    with nullcontext() if config.merge.memory_gb is None else _Stubs():  # type: ignore[no-untyped-call]
         module = _called(config.merge.module, "merge.module")
     if not isinstance(module, nn.Module):
         raise UserError(

@@ -144,7 +144,7 @@ def prepare(
     if preflight.needs_counts(options) and not counted:
         raise UserError(
             f"merge.method={options.method} weighs rows by evidence, and no table has any in all"
-            " sources; cki-rec inspect lists tables (merge.table_names) and what they hold"
+            " sources; cki-rec inspect lists tables (merge.table_names) with their evidence"
         )
     first, ties = everyone[0], [source.tied() for source in everyone]
     tied = {n: to for n, to in ties[0].items() if all(each.get(n) == to for each in ties)}

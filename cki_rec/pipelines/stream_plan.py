@@ -52,9 +52,17 @@ class Plan:
 class Outline(Protocol):
     """The tensors of a source on ``meta``: of its model, and of all that is read beside it."""
 
-    params: Params
-    accumulators: Params
-    counts: Params
+    @property
+    def params(self) -> Params:
+        """Return those of the model."""
+
+    @property
+    def accumulators(self) -> Params:
+        """Return those with a row per row of a table, by the name of its parameter."""
+
+    @property
+    def counts(self) -> Params:
+        """Return counts, by the names of tables."""
 
 
 def tables_of(params: Iterable[str]) -> dict[str, str]:

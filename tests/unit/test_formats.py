@@ -260,7 +260,7 @@ def test_shards_that_do_not_belong_together(trained, tmp_path):
 def test_one_cut_shard_of_several(trained, tmp_path):
     folder = make("shards", trained, tmp_path)
     second = cut(folder / "model-00002-of-00002.safetensors")
-    assert f"{second}: unreadable checkpoint, cut" in error_of(folder)
+    assert f"{second}: unreadable checkpoint, no file of safetensors, or cut" in error_of(folder)
     folder = make("easyrec", trained, tmp_path)
     (folder / "optimizer" / ".metadata").unlink()
     assert f"{folder / 'optimizer'}: its index is missing (.metadata)" in error_of(folder)

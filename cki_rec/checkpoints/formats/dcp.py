@@ -50,7 +50,7 @@ class Dcp:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.groups: list[dict[str, Any]] = []
-        self.tied: dict[str, str] = {}
+        self.tied: Mapping[str, str] = {}
         folders = {"": path}
         if is_divided := not (path / METADATA).is_file():
             folders = {"": path / MODEL, f"{OPTIMIZER}.": path / OPTIMIZER}

@@ -55,7 +55,7 @@ class Safetensors:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.groups: list[dict[str, Any]] = []
-        self.tied: dict[str, str] = {}
+        self.tied: Mapping[str, str] = {}
         self._files = Files()
         self.weight_map: dict[str, str] | None = None
         """Of a sharded checkpoint: tensor -> its file."""

@@ -67,7 +67,7 @@ class TorchSave:
         first: dict[Any, str] = {}
         for name, tensor in self._tensors.items():
             first.setdefault(_values_of(tensor) if tensor.numel() else name, name)
-        self.tied = {
+        self.tied: Mapping[str, str] = {
             name: known
             for name, tensor in self._tensors.items()
             if tensor.numel() and (known := first[_values_of(tensor)]) != name
