@@ -42,7 +42,7 @@ from cki_rec.plugins import load_function, source_digest
 
 DEFAULTS: dict[str, Any] = {
     **{"scope": "all", "tables": "same", "biases": "merge", "ablation": "none"},
-    **{"vocabularies": [], "rows": "training", "learn.what": "none"},
+    **{"max_rows": None, "vocabularies": [], "rows": "training", "learn.what": "none"},
 }
 """Options that merges of other programs' checkpoints do not have -> their only value."""
 

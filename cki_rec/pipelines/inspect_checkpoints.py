@@ -23,6 +23,7 @@ from cki_rec.merging.api import network_symmetries
 from cki_rec.merging.inputs import sources_of
 from cki_rec.merging.methods import METHODS
 from cki_rec.merging.params import MergeError
+from cki_rec.pipelines import keyed_inspect
 from cki_rec.pipelines.foreign_evidence import has_evidence
 from cki_rec.pipelines.foreign_inputs import SampleRows, network_of, rows_of
 from cki_rec.pipelines.foreign_sources import (
@@ -34,6 +35,7 @@ from cki_rec.pipelines.foreign_sources import (
     open_source,
     tables_of,
 )
+from cki_rec.pipelines.keyed_sources import is_keyed
 from cki_rec.search_path import CONF, WORKING_CONF
 
 SHOWN = 20
@@ -46,6 +48,9 @@ def run(config: Config) -> None:
     Raises:
         UserError: A checkpoint is not readable.
     """
+    if is_keyed(config.merge.sources):
+        keyed_inspect.run(config)
+        return
     with ExitStack() as stack:
         module = network_of(config)
         opened = [open_source(s, "inspect", module, stack) for s in config.merge.sources]

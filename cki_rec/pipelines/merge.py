@@ -31,7 +31,9 @@ from cki_rec.merging.steps import calibrate_model
 from cki_rec.pipelines import (
     check_only,
     choice,
+    continuous,
     foreign,
+    keyed,
     preflight,
     refine,
     sources,
@@ -41,6 +43,7 @@ from cki_rec.pipelines import (
 from cki_rec.pipelines.compatibility import compare, finite, note_types, require
 from cki_rec.pipelines.evidence import counts_of, kind_of
 from cki_rec.pipelines.foreign_sources import is_foreign
+from cki_rec.pipelines.keyed_sources import is_keyed
 from cki_rec.pipelines.merge_identity import merge_reads
 from cki_rec.pipelines.merge_inputs import ablated, fisher, fixed_rules, learning
 from cki_rec.pipelines.names import give
@@ -60,6 +63,14 @@ log = logging.getLogger(__name__)
 
 def run(config: Config) -> None:
     """Merge as configured; log the folder of the model and the shares of its sources."""
+    if config.merge.deltas:
+        if distributed.rank() == 0:
+            continuous.run(config)
+        return
+    if is_keyed(config.merge.sources):
+        if distributed.rank() == 0:
+            keyed.run(config)
+        return
     if is_foreign(config):
         if distributed.rank() == 0:
             foreign.run(config)
@@ -137,13 +148,24 @@ def ensure(config: Config, models: Sources | None = None, force: bool = False) -
                 else:
                     used = replace(models, merged=candidates, base=base)
                     data, result = _merge(config, used, dataset, run, is_disjoint)
+                    if not config.merge.vocabularies:  # else they are there
+                        everyone = [source.folder for source in candidates]
+                        vocabularies.carry_merged(config, run.path, everyone[0], everyone)
             if distributed.rank() == 0:
                 run.finish(reads, data, result)
     return run
 
 
 def resolve(config: Config, needs_suite: bool = False) -> Sources:
-    """Return the sources of a merge, and of its suite if needed (``sources.resolve``)."""
+    """Return the sources of a merge, and of its suite if needed (``sources.resolve``).
+
+    Raises:
+        UserError: They are deltas, or as for ``sources.resolve``.
+    """
+    if config.merge.deltas:
+        raise UserError(
+            "merge.deltas: only cki-rec merge takes deltas; give its result a name, and use that"
+        )
     return sources.resolve(config, preflight.needs_base(config), needs_suite)
 
 
@@ -226,6 +248,8 @@ def _refined(config: Config, models: Sources, start: Source, force: bool) -> Run
         if run.record is None:
             with run.phase("merge"):
                 data, result = _finished(config, start, fitted, run)
+                everyone = [source.folder for source in (start, *models.merged)]
+                vocabularies.carry_merged(config, run.path, run.checkpoint, everyone)
             if distributed.rank() == 0:
                 run.finish(reads, data, result)
     return run

@@ -19,7 +19,9 @@ def sources(tmp_path_factory):
 
 
 @pytest.mark.parametrize("more", [(), ("merge.memory_gb=2",)])
-@pytest.mark.parametrize("kind", ["auto", "counts", "optimizer"])
+@pytest.mark.parametrize(
+    "kind", [*(pytest.param(k, marks=pytest.mark.slow) for k in ("auto", "counts")), "optimizer"]
+)
 def test_rows_weigh_by_the_measure_that_is_chosen(sources, tmp_path, kind, more):
     named = of(*(str(sources / name) for name in "ab"))
     how = (named, "merge=evidence", f"merge.evidence={kind}", *more)
@@ -45,6 +47,7 @@ def test_rows_weigh_by_the_measure_that_is_chosen(sources, tmp_path, kind, more)
         torch.testing.assert_close(found.params[name], expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("more", [(), ("merge.memory_gb=2",), ("check_only=true",)])
 def test_measures_that_are_not_there(sources, tmp_path, more):
     named = of(*(str(sources / name) for name in "ab"))

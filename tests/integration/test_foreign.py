@@ -131,7 +131,9 @@ def test_counts_and_optimizer_state_of_other_files(home, command, tmp_path):
     assert command.card["evidence"]["kind"] == "optimizer"
 
 
-@pytest.mark.parametrize("name", ["user_scores", "user_timestamps"])
+@pytest.mark.parametrize(
+    "name", ["user_scores", pytest.param("user_timestamps", marks=pytest.mark.slow)]
+)
 def test_scores_of_dynamic_tables_are_evidence(home, command, tmp_path, name):
     """Uses (LFU), or the time of the last one; rows that were never seen have 0."""
     values = [torch.tensor([3] * 10 + [0] * 30), torch.tensor([1] * 5 + [0] * 5 + [9] * 30)]
@@ -157,6 +159,7 @@ def _refused(command, *words):
     return command.shown.err
 
 
+@pytest.mark.slow
 def test_assess_and_the_commands_that_need_data_of_ours(home, command):
     sources = f"merge.sources=[{home / 'a.pt'},{home / 'b.pt'}]"
     out = f"runtime.out={command.out}"
@@ -186,6 +189,7 @@ def test_assess_and_the_commands_that_need_data_of_ours(home, command):
     assert "set merge.module and merge.batches" in command.capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_labelled_rows_give_the_auc_of_sources_and_result(home, command):
     net = home / "net.py"
     how = ("merge=average", f"merge.module={net}:Ranker", f"merge.batches={net}:labelled")

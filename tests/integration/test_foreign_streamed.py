@@ -20,6 +20,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 TABLES = "merge.table_names=['(user|item)[.]weight']"
 EVIDENCE = ("merge=evidence", TABLES)
 BUDGET = "merge.memory_gb=1"
+OTHERS, SLOW = ("", ".safetensors", "-shards"), pytest.mark.slow
 
 
 @pytest.fixture(autouse=True)
@@ -60,7 +61,7 @@ def digests(folder):
     return {name: hashlib.sha256(content).hexdigest() for name, content in names.items()}
 
 
-@pytest.mark.parametrize("ending", [".safetensors", ".pt", "", "-shards"])
+@pytest.mark.parametrize("ending", [".pt", *(pytest.param(e, marks=SLOW) for e in OTHERS)])
 def test_a_streamed_model_is_that_of_memory(shards, command, ending):
     sources = [str(shards / f"{name}{ending}") for name in "ab"]
     optimizer = ending in (".pt", "")
@@ -101,7 +102,7 @@ class Kill(BaseException):
 
 
 @pytest.mark.parametrize(
-    "ending", [".safetensors", ".pt", pytest.param("", marks=pytest.mark.slow)]
+    "ending", [".safetensors", *(pytest.param(e, marks=SLOW) for e in ("", ".pt"))]
 )
 def test_a_killed_merge_goes_on_and_gives_the_same_bytes(shards, command, monkeypatch, ending):
     sources, out = [str(shards / f"{name}{ending}") for name in "ab"], command.out
@@ -141,6 +142,7 @@ def test_a_killed_merge_goes_on_and_gives_the_same_bytes(shards, command, monkey
     assert not (command.out / "partial").exists()
 
 
+@pytest.mark.slow
 def test_types_names_and_ties(shards, command, tmp_path):
     one, two = state_of(shards, "a"), state_of(shards, "b")
     one["mlp.0.weight"] = one["mlp.0.weight"].t().contiguous()
@@ -183,6 +185,7 @@ def test_the_plan_is_printed_and_no_value_is_read(shards, command, monkeypatch):
     assert not command.out.exists()
 
 
+@pytest.mark.slow
 def test_mistakes_are_one_line_and_leave_nothing(shards, command, tmp_path, monkeypatch):
     a, b = (str(shards / f"{name}.safetensors") for name in "ab")
 

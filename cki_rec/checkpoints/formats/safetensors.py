@@ -18,10 +18,10 @@ from cki_rec.checkpoints.formats.stored import (
     Blank,
     Entry,
     Place,
-    bytes_of,
     damaged,
     digest_of,
     new_file,
+    write_values,
 )
 from cki_rec.config import UserError
 from cki_rec.merging.params import Params
@@ -83,7 +83,7 @@ class Safetensors:
         if self.weight_map is None:
             return write(params, target)
         for file, part in self._shards(params).items():
-            new_file(target / file, lambda path, part=part: _write(part, path))
+            new_file(target / file, lambda path, part=part: write_file(part, path))
         return self._index(entries, target)
 
     def blank(self, entries: Mapping[str, Entry], target: Path, tied: Mapping[str, str]) -> Blank:
@@ -155,7 +155,7 @@ def file_of(path: Path) -> Path:
 
 def write(params: Params, target: Path) -> Path:
     """Write tensors as one file ``model.safetensors`` in a folder, whole or not at all."""
-    return new_file(target / MODEL, lambda path: _write(params, path))
+    return new_file(target / MODEL, lambda path: write_file(params, path))
 
 
 def blank(entries: Mapping[str, Entry], target: Path) -> Blank:
@@ -177,11 +177,16 @@ def _blank(entries: Mapping[str, Entry], file: Path) -> dict[str, Place]:
     return _header(file)
 
 
-def _write(params: Params, path: Path) -> None:
+def write_file(params: Params, path: Path) -> None:
+    """Write tensors as one file.
+
+    Raises:
+        UserError: The format has no such type.
+    """
     with path.open("wb") as file:
         file.write(_text({n: Entry(tuple(x.shape), x.dtype) for n, x in params.items()}))
         for tensor in params.values():
-            file.write(bytes_of(tensor))
+            write_values(file, tensor)
 
 
 def _text(entries: Mapping[str, Entry]) -> bytes:

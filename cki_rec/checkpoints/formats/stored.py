@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import math
+import shutil
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, BinaryIO, Protocol
 
 import torch
 from torch import Tensor
@@ -16,6 +17,9 @@ from torch import Tensor
 from cki_rec.checkpoints.digests import one_digest
 from cki_rec.config import UserError
 from cki_rec.merging.params import Params
+
+COPIED_BYTES = 1 << 24
+"""Bytes that are copied at a time from file to file."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,6 +127,20 @@ def bytes_of(tensor: Tensor) -> memoryview:
     if flat.numel() and flat.stride(0) != 1:  # of one entry too, which counts as contiguous
         flat = torch.empty(len(flat), dtype=flat.dtype).copy_(flat)
     return memoryview(flat.view(torch.uint8).numpy().data)
+
+
+def write_values(file: BinaryIO, tensor: Tensor) -> None:
+    """Write the values of a tensor in order.
+
+    Those of a tensor that is mapped from a file are copied from file to file, so that they do not
+    count as memory of the process.
+    """
+    storage = tensor.untyped_storage()
+    if storage.filename is None or storage.nbytes() != tensor.nbytes or not tensor.is_contiguous():
+        file.write(bytes_of(tensor))
+        return
+    with open(storage.filename, "rb") as mapped:
+        shutil.copyfileobj(mapped, file, COPIED_BYTES)
 
 
 def damaged(path: Path, reason: str) -> UserError:

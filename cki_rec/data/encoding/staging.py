@@ -22,7 +22,7 @@ import polars as pl
 from numpy.typing import NDArray
 
 from cki_rec.data.columns import ColumnFile, Ids
-from cki_rec.data.encoding.fields import Field
+from cki_rec.data.encoding.fields import Field, liked_field
 from cki_rec.data.encoding.normalize import normalized
 from cki_rec.data.encoding.numbers import as_number, as_token, bucket_tokens, ordered_keys
 from cki_rec.data.encoding.split import row_keys
@@ -30,8 +30,8 @@ from cki_rec.data.encoding.vocabulary import Dictionary, hash_tokens
 from cki_rec.data.raw.chunks import Check, Chunk
 from cki_rec.data.raw.reading import LABEL, SPLIT, TIME, Reading, with_time_fields
 
-USER, ITEM = "user of a row", "item of a row"
-"""Names of the dictionaries of ``group`` and ``item_index``."""
+USER, ITEM, DOMAIN = "user of a row", "item of a row", "domain of a row"
+"""Names of the dictionaries of ``group``, ``item_index`` and ``domain``."""
 TYPES: dict[str, type[np.generic]] = {
     "label": np.uint8,
     "timestamp": np.int64,
@@ -70,11 +70,22 @@ class Plan:
     normalized: dict[str, str | None] = field(default_factory=dict)
     """Columns whose ids are normalized -> separator of their ids (None: one id)."""
 
+    domain: str | None = None
+    """Raw column whose values are parts (``data.partition.by``)."""
+    domains: list[str] | None = None
+    """Values of this column that are kept; None: all."""
+
     @property
     def entities(self) -> list[tuple[str, str, str]]:
         """Return dictionary, raw column and file of users and of items, if rows have them."""
         both = ((USER, self.user, "group"), (ITEM, self.item, "item_index"))
         return [(name, raw, file) for name, raw, file in both if raw is not None]
+
+    @property
+    def indexed(self) -> list[tuple[str, str, str]]:
+        """Return dictionary, raw column and file of users, of items and of domains."""
+        domain = [] if self.domain is None else [(DOMAIN, self.domain, "domain")]
+        return [*self.entities, *domain]
 
 
 def plan_columns(
@@ -86,14 +97,12 @@ def plan_columns(
 ) -> Plan:
     """Return the file and the column of every field."""
     ids = [f for f in fields if f.kind not in ("multi", "history") and not f.is_number]
-    by_column = {f.column: f for f in ids if f.kind == "categorical"}
     histories = {}
     for history in (f for f in fields if f.kind == "history" and not f.is_listed):
-        source = by_column.get(history.column)
+        source = liked_field(history, ids)
         if source is None:
             source = replace(history, name=history.column, kind="categorical")
             ids.append(source)
-            by_column[history.column] = source
         histories[history.name] = source
     return Plan(
         ids=ids,
@@ -122,6 +131,8 @@ class Staged:
     """``USER`` and ``ITEM`` -> their distinct tokens in the order of codes."""
     reading: Reading
     """Bad rows of the chunk."""
+    num_read: int = 0
+    """Good rows of the chunk, before those of other domains are left out."""
 
     @property
     def rows(self) -> int:
@@ -153,9 +164,13 @@ def _stage_frame(
     plan: Plan, shared: Mapping[str, Dictionary], frame: pl.DataFrame, reading: Reading
 ) -> Staged:
     """Return rows in the common form as columns."""
+    num_read = len(frame)
+    frame = normalized(frame, plan.normalized) if num_read else frame
+    if num_read and plan.domain is not None and plan.domains is not None:
+        domain = pl.col(plan.domain).cast(pl.String).fill_null("")
+        frame = frame.filter(domain.is_in(plan.domains))
     if frame.is_empty():
-        return Staged({}, {}, {}, reading)
-    frame = normalized(frame, plan.normalized)
+        return Staged({}, {}, {}, reading, num_read)
     times = [f.column for f in plan.ids if f.kind == "time"]
     frame = with_time_fields(frame, times) if times else frame
     columns = {"label": frame[LABEL].to_numpy()}
@@ -172,7 +187,7 @@ def _stage_frame(
         keys = [ordered_keys(values[f.name].to_numpy()) for f in plan.quantiles]
         columns["quantiles"] = np.stack(keys, axis=1)
     entities: dict[str, pl.Series] = {}
-    for name, raw, file in plan.entities:
+    for name, raw, file in plan.indexed:
         dictionary = Dictionary()
         columns[file] = dictionary.codes(frame[raw].cast(pl.String))
         entities[name] = dictionary.tokens()
@@ -202,7 +217,7 @@ def _stage_frame(
         np.add(codes[f.name], first[f.table], out=columns["ids"][:, position])
     for f in plan.multi:
         columns[f"multi.{f.name}.values"] = codes[f.name] + first[f.table]
-    return Staged(columns, tables, entities, reading)
+    return Staged(columns, tables, entities, reading, num_read)
 
 
 def distinct(arrays: Sequence[Ids]) -> tuple[Ids, list[Ids]]:
@@ -343,7 +358,7 @@ class Staging:
                 is_fixed = column.transform == "quantile"
                 tokens = bucket_tokens(plan.buckets) if is_fixed else None
                 self.dictionaries[column.table] = Dictionary(tokens)
-        for name, _, _ in plan.entities:
+        for name, _, _ in plan.indexed:
             self.dictionaries[name] = Dictionary()
 
     @property
@@ -357,7 +372,7 @@ class Staging:
             return
         start = self.rows
         columns = dict(staged.columns)
-        for name, _, file in self.plan.entities:
+        for name, _, file in self.plan.indexed:
             columns[file] = self.dictionaries[name].codes(staged.entities[name])[columns[file]]
         codes = [
             self.dictionaries[table].codes(tokens) if isinstance(tokens, pl.Series) else tokens
