@@ -26,13 +26,11 @@ ITEM = "sparse.collection.embedding_bags.item.weight"
 CHANGED = {"a": {"item": [3, 4, 7, 100], "user": [0, 36]}, "b": {"item": [4, 5, 99], "hour": [1]}}
 """Rows that each source changes; row 4 of the items is changed by both."""
 APART = [3, 5, 7, 99, 100]
-QUICK = {
-    "moving_average": ("merge=moving_average",),
-    "evidence": ("merge=evidence",),
-}
+QUICK = {"evidence": ("merge=evidence",)}
 CASES = {
     **QUICK,
     "average": ("merge=average",),
+    "moving_average": ("merge=moving_average",),
     "sequential": ("merge=sequential",),
     "weighted": ("merge=weighted_average", "merge.options={weights: [0.3, 0.7]}"),
     "tables": ("merge=average", "merge.tables=evidence", "merge.scope=head"),

@@ -297,7 +297,7 @@ def test_a_merge_that_is_stopped_while_it_writes_leaves_no_model(home, command, 
 
     sources = [str(home / "a.safetensors"), str(home / "b.safetensors")]
     with monkeypatch.context() as patch:
-        patch.setattr("cki_rec.checkpoints.formats.safetensors._write", stopped)
+        patch.setattr("cki_rec.checkpoints.formats.safetensors.write_file", stopped)
         assert command.merge("merge=average", sources=sources) == 130
     assert not list(command.out.rglob("*.safetensors*"))
     command.model("merge=average", sources=sources)

@@ -218,6 +218,7 @@ def test_a_killed_training_with_new_tokens_ends_like_an_unbroken_one(
     assert not (run.path / "start").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "message"),
     [

@@ -126,7 +126,7 @@ def test_facts_that_are_missing_are_refused_in_one_line(encode, tmp_path):
     message = one_line_error(encode, 2, 0, 20, numbers_from="/nowhere")
     assert "/nowhere/numbers.json: missing; name an encoded data set" in message
     message = one_line_error(encode, 2, 0, 20, vocabularies=[folder])
-    assert "or set data.numbers_from" in message
+    assert "set data.numbers_from to the set or run" in message
     message = one_line_error(encode, 2, 0, 20, new_tokens="add")
     assert "data.new_tokens=add: requires the lists that it adds to" in message
     broken = tmp_path / "broken" / tokens.FOLDER

@@ -53,10 +53,10 @@ def read_tokens(folder: Path, table: str, digest: str) -> list[str]:
     written = manifest["files"].get(path.stem, {}).get("sha256", actual)
     if written != actual:
         raise UserError(f"{path}: damaged: its hash differs from {MANIFEST}; encode it again")
-    if manifest["hashes"].get(table) == digest:
+    if manifest["hashes"].get(table) == digest or _has(path, table, digest):
         raise UserError(
             f"{path}: ids of table '{table}' are ranges of numbers that each data set learned, so"
-            " they cannot be joined; give data.fields the same edges"
+            " they cannot be joined; give data.fields the same edges, or data.numbers_from"
         )
     raise UserError(
         f"{path}: differs from the tokens that the model was trained with (hash {actual[:12]}, its"
