@@ -242,8 +242,6 @@ ALLOWED_WORDS = {
     ("cki_rec.pipelines.merge_inputs", "evidence"),
     ("cki_rec.pipelines.preflight", "evidence"),
     ("cki_rec.pipelines.foreign", "evidence"),  # the measure of trained rows in a merge card
-    ("cki_rec.pipelines.foreign_assess", "evidence"),
-    ("cki_rec.pipelines.foreign_streamed", "evidence"),
     ("cki_rec.pipelines.keyed", "evidence"),
     ("cki_rec.pipelines.teacher", "random"),  # rows of a refinement
     ("cki_rec.pipelines.merge_inputs", "first"),

@@ -91,6 +91,7 @@ def run(config: Config) -> None:
                 with done.phase("merge"):
                     if task is not None:
                         result, facts, target = foreign_streamed.merge(config, task, done, reads)
+                        facts["evidence"] = {"kind": task.kind, "tables": list(task.counted)}
                     else:
                         result, facts = _merge(config, everyone, tables, module, rows)
                         target = _write(options, sources[0], result.params, done.path)

@@ -58,7 +58,7 @@ def run(config: Config) -> None:
         reads = {
             "foreign": [source.identity() for source in everyone],
             "assess": section(config.assess),
-            "evidence": options.evidence,
+            "measure": options.evidence,
             "tables": tables,
             "module": name and source_digest(load_function(name, "merge.module")),
             "rows": rows.digest() if rows else None,

@@ -217,7 +217,6 @@ def merge(
     return (
         result,
         {
-            "evidence": {"kind": task.kind, "tables": list(task.counted)},
             "types": {"result": sorted(types)},
             "streamed": {"block_rows": plan.rows, "memory_gb": options.memory_gb},
         },

@@ -208,9 +208,7 @@ def warn_if_unchanged(config: Config, result: dict[str, Any]) -> None:
 
 
 def _result(**entries: Any) -> dict[str, Any]:
-    names = (
-        *("shares", "chosen", "learned", "alignment", "anchor", "recalibration", "valid_auc"),
-    )
+    names = ("shares", "chosen", "learned", "alignment", "anchor", "recalibration", "valid_auc")
     return {**dict.fromkeys(names), **entries}
 
 
