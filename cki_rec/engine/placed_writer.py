@@ -13,19 +13,16 @@ import json
 import os
 import zlib
 from collections.abc import Collection, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
-import torch
 from torch import Tensor
 
 from cki_rec.checkpoints.formats import Place
 from cki_rec.checkpoints.formats.stored import bytes_of
-from cki_rec.engine.block_writer import AHEAD, SYNCED, Written
+from cki_rec.engine.block_writer import SYNCED, Written, in_type
 from cki_rec.files import write_atomically
-from cki_rec.merging.params import MergeError, is_finite
 
 
 class PlacedWriter:
@@ -51,8 +48,6 @@ class PlacedWriter:
         write_atomically(journal, "".join(map(_line, self.written)).encode())
         self._lines, self._unsynced = journal.open("a"), 0
         self._done = {(block.key, block.start) for block in self.written}
-        self._thread = ThreadPoolExecutor(1)
-        self._waiting: list[Future[None]] = []
 
     def __enter__(self) -> PlacedWriter:
         return self
@@ -63,7 +58,6 @@ class PlacedWriter:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._thread.shutdown(wait=True, cancel_futures=kind is not None)
         if self._file >= 0:
             os.close(self._file)
         self._lines.close()
@@ -76,33 +70,28 @@ class PlacedWriter:
     def write(
         self, key: str, first: int, block: Tensor, shares: list[float] | None = None
     ) -> None:
-        """Write rows of a tensor, in a thread; rows that the journal has are left out.
+        """Write rows of a tensor; rows that the journal has are left out.
 
         Raises:
-            OSError: An earlier block could not be written; ``filename`` is set.
-            MergeError: Entries of an earlier block do not fit the type of the result.
+            OSError: They cannot be written, or are not read as they were; ``filename`` is set.
+            MergeError: Entries do not fit the type of the result.
         """
         if self.has(key, first):
             return
-        while len(self._waiting) >= AHEAD:
-            self._waiting.pop(0).result()
-        self._waiting.append(self._thread.submit(self._put, key, first, block, shares))
+        self._put(key, first, block, shares)
 
     def finish(self) -> None:
-        """Write the rest.
+        """Wait for the disk.
 
         Raises:
-            OSError: Blocks could not be written, or are not read as they were written.
+            OSError: It reports an error.
         """
-        for waiting in self._waiting:
-            waiting.result()
-        self._waiting = []
         self._open(Path())
 
     def _put(self, key: str, first: int, block: Tensor, shares: list[float] | None) -> None:
         places = self._places[key]
         tensor = block.t() if key in self._turned else block
-        content = bytes_of(_in_type(key, tensor, places[0].entry.dtype))
+        content = bytes_of(in_type(key, tensor, places[0].entry.dtype))
         try:
             for place in places:
                 self._fill(place, first, content)
@@ -113,7 +102,7 @@ class PlacedWriter:
         start = places[0].start + first * places[0].row_bytes()
         entry = Written(
             *(key, offsets, list(block.shape), start, len(content)),
-            *(zlib.crc32(content), places[0].file.name, shares),
+            *(_checksum(content), places[0].file.name, shares),
         )
         self._lines.write(_line(entry))
         self._lines.flush()
@@ -144,19 +133,6 @@ class PlacedWriter:
         self._path = path
 
 
-def _in_type(key: str, block: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return a block in the type of the result.
-
-    Raises:
-        MergeError: Entries are too large for it.
-    """
-    tensor = block.to(dtype)
-    if tensor.itemsize < block.itemsize and not is_finite(tensor.float()):
-        name = key.removeprefix("model.")
-        raise MergeError(f"{name}: entries of the result do not fit {dtype}; set merge.dtype")
-    return tensor
-
-
 def _verified(journal: Path, places: Mapping[str, Sequence[Place]]) -> list[Written]:
     """Return the blocks of a journal that lie undamaged in their files, up to the first other."""
     blocks: list[Written] = []
@@ -167,10 +143,14 @@ def _verified(journal: Path, places: Mapping[str, Sequence[Place]]) -> list[Writ
                 first = block.offsets[0] if block.offsets else 0
                 with place.file.open("rb") as file:
                     file.seek(place.start + first * place.row_bytes())
-                    if zlib.crc32(file.read(block.length)) != block.checksum:
+                    if _checksum(file.read(block.length)) != block.checksum:
                         return blocks
             blocks.append(block)
     return blocks
+
+
+def _checksum(content: bytes | memoryview) -> str:
+    return f"{zlib.crc32(content):08x}"
 
 
 def _line(block: Written) -> str:

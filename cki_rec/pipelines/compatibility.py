@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,6 +27,8 @@ from cki_rec.pipelines.evidence import counts_of, kind_of
 State = Literal["ok", "differs", "impossible"]
 SHOWN = 4
 """Names of a list that are shown."""
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -320,6 +323,19 @@ def _form(params: Params, key: str, ignore_rows: bool) -> tuple[str, str]:
 def type_name(tensor: Tensor) -> str:
     """Return the name of the type of a tensor, such as ``float32``."""
     return str(tensor.dtype).removeprefix("torch.")
+
+
+def note_types(
+    result: dict[str, Any],
+    sources: Sequence[Checkpoint],
+    merged: Iterable[torch.dtype],
+    is_set: bool,
+) -> None:
+    """Store and log the types of a merged model, if sources have several or one is configured."""
+    types = sorted({type_name(tensor) for each in sources for tensor in each.params.values()})
+    if len(types) > 1 or is_set:
+        result["types"] = sorted({str(dtype).removeprefix("torch.") for dtype in merged})
+        log.info("  sources of %s; result in %s", ", ".join(types), ", ".join(result["types"]))
 
 
 def _accumulator_form(accumulators: Params) -> str:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from cki_rec.checkpoints.formats import BLANKS, Entry, Place
 from cki_rec.config import Config, UserError
+from cki_rec.data import prefetch
 from cki_rec.engine.placed_writer import PlacedWriter
 from cki_rec.engine.record import Run
 from cki_rec.merging.api import network_symmetries
@@ -31,7 +32,8 @@ from cki_rec.pipelines.foreign_inputs import SampleRows
 from cki_rec.pipelines.foreign_sources import Foreign
 from cki_rec.pipelines.stream_plan import Plan, described, plan_of
 from cki_rec.pipelines.stream_sources import Stream
-from cki_rec.pipelines.streamed import PARTIAL, begin, forget, mean_shares, merge_tensors
+from cki_rec.pipelines.streamed import mean_shares, merge_tensors
+from cki_rec.pipelines.unfinished import PARTIAL, begin, forget, kept_or_forgotten
 
 FILES, JOURNAL = "files", "journal.jsonl"
 
@@ -188,22 +190,16 @@ def merge(
         OSError: The files cannot be written.
     """
     options, first = config.merge, task.everyone[0]
-    torch.set_num_threads(config.runtime.threads or 1)
+    torch.set_num_threads(1)  # of one operation: blocks are small
     folder = run.path.parent / PARTIAL / run.path.name
     target = folder / FILES
     plan, is_resumed = begin(folder, FILES, task.plan, dict(reads))
-    stream = _stream(task, plan)
-    try:
+    with kept_or_forgotten(folder, options.method), prefetch.threads(plan.threads) as blocks:
+        stream = _stream(task, plan, blocks)
         path, places, turned = _blank(config, task, target)
         with PlacedWriter(places, turned, folder / JOURNAL, is_resumed) as writer:
             facts = merge_tensors(config, stream, writer, folder, is_disjoint=False)
             writer.finish()
-    except MergeError as error:
-        forget(folder)
-        raise UserError(f"merge.method={options.method}: {error}") from error
-    except Exception:
-        forget(folder)
-        raise
     for part in sorted(target.iterdir()):
         part.rename(run.path / part.name)
     forget(folder)
@@ -228,7 +224,7 @@ def merge(
     )
 
 
-def _stream(task: Task, plan: Plan) -> Stream:
+def _stream(task: Task, plan: Plan, blocks: prefetch.Run) -> Stream:
     """Return the sources, opened for reading in blocks."""
     first = task.everyone[0]
     names = [name for name in first.parts.names if name not in task.tied]
@@ -244,7 +240,8 @@ def _stream(task: Task, plan: Plan) -> Stream:
     tables = {name: name for name in task.tables if name in names}
     return Stream(
         *(readers, params, tables, {n: f"counts.{n}" for n in task.counted}, task.symmetries),
-        *(task.num, plan, Processes(), set(), True),
+        *(task.num, plan, Processes(), blocks),
+        anchored_start=True,
     )
 
 

@@ -40,7 +40,7 @@ from cki_rec.pipelines import (
     train,
     vocabularies,
 )
-from cki_rec.pipelines.compatibility import compare, finite, require, type_name
+from cki_rec.pipelines.compatibility import compare, finite, note_types, require
 from cki_rec.pipelines.evidence import counts_of, kind_of
 from cki_rec.pipelines.foreign_sources import is_foreign
 from cki_rec.pipelines.keyed_sources import is_keyed
@@ -343,10 +343,8 @@ def _merge(
         learned=_learning_facts(merged.learned),
         recalibration=asdict(merged.calibration) if merged.calibration else None,
     )
-    types = {type_name(tensor) for each in loaded for tensor in each.params.values()}
-    if len(types) > 1 or config.merge.dtype is not None:
-        result["types"] = sorted({type_name(tensor) for tensor in merged.params.values()})
-        log.info("  sources of %s; result in %s", ", ".join(sorted(types)), *result["types"])
+    types = [tensor.dtype for tensor in merged.params.values()]
+    note_types(result, loaded, types, config.merge.dtype is not None)
     if folders:
         if distributed.rank() == 0:
             vocabularies.write(run.path / tokens.FOLDER, joined, folders)

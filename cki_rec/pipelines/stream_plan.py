@@ -24,6 +24,8 @@ SMALLEST = 256
 """Rows of the smallest block."""
 INPUTS_HELD, ROWS_HELD = 4, 16
 """Copies of a block: of all that is read, and of the rows of one model in a computation."""
+MOST_THREADS = 4
+"""Threads beyond which one that writes is the slowest, if ``runtime.threads`` sets no number."""
 PROBE = 1 << 26
 """Bytes that are read and written to estimate the time."""
 
@@ -34,6 +36,8 @@ class Plan:
 
     rows: int
     """Rows of a block."""
+    threads: int
+    """Threads of a process that merge blocks."""
     memory: float
     """Bytes that all processes of this machine may take."""
     needed: float
@@ -97,7 +101,6 @@ def check_streamed(options: Merge) -> None:
         "recalibrate=true": options.recalibrate,
         f"learn.what={options.learn.what}": options.learn.what != "none",
         f"ablation={options.ablation}": options.ablation != "none",
-        f"dtype={options.dtype}": options.dtype is not None,
         "vocabularies": bool(options.vocabularies),
         f"method={options.method}": preflight.needs_rows(options),
     }.items():
@@ -131,7 +134,8 @@ def plan_of(
         for n in saved.params
         if n not in tables
     )
-    per_row = max((_row_bytes(outlines, *table) for table in tables.items()), default=0)
+    threads = config.runtime.threads or min(MOST_THREADS, (os.cpu_count() or 1) // processes) or 1
+    per_row = threads * max((_row_bytes(outlines, *table) for table in tables.items()), default=0)
     fixed = PROCESS_BYTES + 3 * dense
     budget = options.memory_gb * 1e9 / processes - fixed
     rows = BLOCK
@@ -152,6 +156,7 @@ def plan_of(
     written = num_bytes(first.params) + state[0]
     return Plan(
         rows,
+        threads,
         options.memory_gb * 1e9,
         processes * (fixed + rows * per_row),
         passes,

@@ -5,17 +5,19 @@ Shape legend: K sources.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from cki_rec.config import UserError
-from cki_rec.data.prefetch import prefetch
+from cki_rec.data.prefetch import Run, one_by_one
 from cki_rec.engine import distributed, sharded
 from cki_rec.merging.extras import Processes
-from cki_rec.merging.params import Params, is_finite
+from cki_rec.merging.params import Params, compute_dtype, is_finite
 from cki_rec.merging.rows import Block, Rows
 from cki_rec.merging.symmetry import Symmetry
 from cki_rec.pipelines.stream_plan import Plan
@@ -69,7 +71,11 @@ class Stream:
     """K."""
     plan: Plan
     processes: Processes
-    checked: set[tuple[str, int]]
+    run: Run = one_by_one
+    """Applies a function to blocks, in threads."""
+    digests: Sequence[Future[None]] = ()
+    """Checks of the files of sources, which run beside the passes over their rows."""
+    checked: set[tuple[str, int]] = field(default_factory=set)
     """Blocks that are known to be finite."""
     anchored_start: bool = False
     """Search an alignment from one more start, as the library does (``alignment.align``)."""
@@ -84,12 +90,13 @@ class Stream:
         return [slice(start, min(start + self.plan.rows, mine.stop)) for start in starts]
 
     def block(self, name: str, span: slice) -> Block:
-        """Return rows of a table in all sources.
+        """Return rows of a table in all sources, in the type to compute in.
 
         Raises:
             UserError: A row is not finite.
         """
-        tensors = [reader.read(f"model.{name}", span.start, span.stop) for reader in self.readers]
+        read = [each.read(f"model.{name}", span.start, span.stop) for each in self.readers]
+        tensors = widened(read)
         if (name, span.start) not in self.checked:
             for reader, tensor in zip(self.readers, tensors, strict=True):
                 check_rows(tensor, span.start, name, reader.name)
@@ -104,27 +111,41 @@ class Stream:
     def rows(self, name: str, advance: Advance) -> Rows:
         """Return the rows of a table; each pass over them counts as progress."""
 
-        def read() -> Iterator[Block]:
+        def each(fact: Callable[[Block], Any]) -> Iterator[Any]:
             spans = self.spans(name)
-            for block in prefetch(self.block(name, span) for span in spans):
-                yield block
-                advance(len(block.models[0]))
+            values = self.run(lambda span: fact(self.block(name, span)), spans)
+            for span, value in zip(spans, values, strict=True):
+                yield value
+                advance(span.stop - span.start)
+                self.check_digests(wait=False)
 
-        return Rows(name, read, self.processes)
+        return Rows(name, each, self.processes)
 
-    def dense(self, reader: Reader) -> Params:
-        """Return the parameters that are not tables.
+    def check_digests(self, wait: bool) -> None:
+        """Check the files of the sources whose digests are known; or wait for all of them.
+
+        Raises:
+            UserError: A file has changed since its checkpoint was written.
+        """
+        for digest in self.digests:
+            if wait or digest.done():
+                digest.result()
+
+    def dense(self) -> list[Params]:
+        """Return the parameters that are not tables, per source and in the type to compute in.
 
         Raises:
             UserError: An entry is not finite.
         """
         floats = [name for name, x in self.params.items() if x.is_floating_point()]
-        names = [name for name in floats if name not in self.tables]
-        params = {name: reader.read(f"model.{name}") for name in names}
-        for name, tensor in params.items():
-            if not is_finite(tensor):
-                raise UserError(f"{name} of {reader.name}: entries are NaN or infinite")
-        return params
+        models: list[Params] = [{} for _ in self.readers]
+        for name in (name for name in floats if name not in self.tables):
+            tensors = widened([reader.read(f"model.{name}") for reader in self.readers])
+            for reader, model, tensor in zip(self.readers, models, tensors, strict=True):
+                if not is_finite(tensor):
+                    raise UserError(f"{name} of {reader.name}: entries are NaN or infinite")
+                model[name] = tensor
+        return models
 
     def integers(self) -> Params:
         """Return the integer tensors, which come from the first source."""
@@ -146,6 +167,13 @@ class Stream:
         sources = self.readers[: self.num]
         state = {key: [r.read(key, span.start, span.stop) for r in sources] for key in keys}
         return self.block(name, span), state
+
+
+def widened(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Return tensors in the type to compute in, that of the widest."""
+    types = {compute_dtype(tensor) for tensor in tensors}
+    wide = torch.float64 if torch.float64 in types else torch.float32
+    return [tensor.to(wide) for tensor in tensors]
 
 
 def per_row(measure: Tensor) -> Tensor:

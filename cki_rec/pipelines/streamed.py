@@ -1,8 +1,9 @@
 """The merge from disk to disk, in blocks of rows: ``merge.memory_gb``.
 
 Facts about whole tables are computed in passes over the sources. Then every block of rows is read,
-merged and written, with its counts and optimizer accumulators. A thread reads ahead and another
-one writes. A program that was killed goes on after the last block that its journal has.
+merged and written, with its counts and optimizer accumulators. Threads read and merge blocks, and
+one writes them in their order. Meanwhile the digests of the sources are computed. A program that
+was killed goes on after the last block that its journal has.
 
 Shape legend: K sources, V rows of a table.
 """
@@ -11,12 +12,10 @@ from __future__ import annotations
 
 import io
 import json
-import logging
-import shutil
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, suppress
-from dataclasses import replace
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,19 +28,20 @@ from cki_rec.checkpoints import (
     FORMAT,
     TENSORS,
     Checkpoint,
+    check_files,
     content_digest,
-    file_digests,
     outline,
 )
 from cki_rec.checkpoints.rows import RowReader
-from cki_rec.config import Config, UserError, section
-from cki_rec.data.prefetch import prefetch
+from cki_rec.config import Config, section
+from cki_rec.data import prefetch
 from cki_rec.data.provenance import Provenance
 from cki_rec.engine import distributed, sharded
 from cki_rec.engine.block_writer import BlockWriter, Written, write_metadata
+from cki_rec.engine.host_memory import keep_freed_memory
 from cki_rec.engine.networks import declared
 from cki_rec.engine.record import Run
-from cki_rec.files import write_atomically
+from cki_rec.files import file_digest, write_atomically
 from cki_rec.merging.alignment import align, products_of
 from cki_rec.merging.optimizer_state import merge_accumulators, merge_counts
 from cki_rec.merging.params import MergeError, Params, is_finite
@@ -49,19 +49,17 @@ from cki_rec.merging.registry import MergeInputs
 from cki_rec.merging.rows import in_blocks
 from cki_rec.merging.streaming import Mixer, in_shared_basis, moved, only_on
 from cki_rec.merging.symmetry import transform
-from cki_rec.pipelines import preflight
+from cki_rec.pipelines import compatibility, preflight
 from cki_rec.pipelines.evidence import counts_of, keys_of, kind_of
 from cki_rec.pipelines.merge_inputs import fixed_rules
 from cki_rec.pipelines.sources import Sources
-from cki_rec.pipelines.stream_plan import Plan, plan_of, tables_of
-from cki_rec.pipelines.stream_sources import Stream, Writer
+from cki_rec.pipelines.stream_plan import plan_of, tables_of
+from cki_rec.pipelines.stream_sources import Reader, Stream, Writer
+from cki_rec.pipelines.unfinished import PARTIAL, begin, forget, kept_or_forgotten
 from cki_rec.progress import progress
 
-PARTIAL = "partial"
-"""Folder of merges that are not finished, beside the runs."""
-PLAN, FACTS = "plan.json", "facts.pt"
-
-log = logging.getLogger(__name__)
+FACTS = "facts.pt"
+"""File of the facts about whole tables, in the folder of an unfinished merge."""
 
 
 def merge(
@@ -74,81 +72,55 @@ def merge(
             small.
         OSError: The checkpoint cannot be written.
     """
-    options = config.merge
-    torch.set_num_threads(config.runtime.threads or 1)  # blocks are small; two more threads copy
-    share = distributed.share()
+    options, folder = config.merge, run.path.parent / PARTIAL / run.path.name
     everyone = [*models.merged, *([models.base] if models.base else [])]
-    with ThreadPoolExecutor(len(everyone)) as pool:  # remembered, so checks do not read again
-        list(pool.map(lambda source: file_digests(source.folder / TENSORS, share), everyone))
-    preflight.check_sources(config, models, None)
-    outlines = [outline(source.folder, share) for source in everyone]
-    tables = tables_of(outlines[0].params)
+    outlines = [outline(source.folder, None) for source in everyone]
+    compatibility.require(compatibility.compare(outlines, [source.name for source in everyone]))
+    tables, first = tables_of(outlines[0].params), outlines[: len(models.merged)]
+    counts_of(first, preflight.needs_counts(options), options.evidence)
+    kind = run.facts["evidence"] = kind_of(first, options.evidence)
     plan = plan_of(config, outlines, len(models.merged), tables)
-    partial_folder = run.path.parent / PARTIAL / run.path.name
     reads = {
         "sources": [content_digest(source.folder) for source in everyone],
         "merge": section(options) | {"memory_gb": None},
         "world_size": distributed.world_size(),
     }
-    plan, is_resumed = begin(partial_folder, f"{CHECKPOINT}/{TENSORS}", plan, reads)
-    try:
-        with ExitStack() as stack:
-            readers = [
-                stack.enter_context(RowReader(source.folder, source.name)) for source in everyone
-            ]
-            first = outlines[: len(models.merged)]
-            counts_of(first, preflight.needs_counts(options), options.evidence)
-            kind = run.facts["evidence"] = kind_of(first, options.evidence)
-            stream = Stream(
-                *(readers, outlines[0].params, tables, keys_of(outlines[0], kind)),
-                *(declared(outlines[0]).symmetries, len(models.merged), plan),
-                *(sharded.ShardProcesses(outlines[0].schema), set()),
-            )
-            result = _checkpoint(config, stream, first, partial_folder, is_resumed, is_disjoint)
-    except MergeError as error:
-        forget(partial_folder)
-        raise UserError(f"merge.method={options.method}: {error}") from error
-    except Exception:
-        forget(partial_folder)
-        raise
+    plan, is_resumed = begin(folder, f"{CHECKPOINT}/{TENSORS}", plan, reads)
+    keep_freed_memory()
+    torch.set_num_threads(1)  # of one operation: blocks are small
+    with kept_or_forgotten(folder, options.method), ExitStack() as stack:
+        readers: list[Reader] = [
+            stack.enter_context(RowReader(each.folder, each.name)) for each in everyone
+        ]
+        stream = Stream(
+            *(readers, outlines[0].params, tables, keys_of(outlines[0], kind)),
+            *(declared(outlines[0]).symmetries, len(models.merged), plan),
+            processes=sharded.ShardProcesses(outlines[0].schema),
+            run=stack.enter_context(prefetch.threads(plan.threads)),
+            digests=_digests([each.folder for each in everyone], plan.threads, stack),
+        )
+        result = _checkpoint(config, stream, first, folder, is_resumed, is_disjoint)
     if distributed.rank() == 0:
-        (partial_folder / CHECKPOINT).rename(run.checkpoint)
-    forget(partial_folder)
+        (folder / CHECKPOINT).rename(run.checkpoint)
+        forget(folder)
     distributed.barrier()
     result["streamed"] = {"block_rows": plan.rows, "memory_gb": options.memory_gb}
     return {"hash": outlines[0].origin.data_hash}, result
 
 
-def begin(folder: Path, inside: str, plan: Plan, reads: dict[str, Any]) -> tuple[Plan, bool]:
-    """Return the plan, and whether an earlier program began this merge; make its folder.
+def _digests(folders: Sequence[Path], num_threads: int, stack: ExitStack) -> list[Future[None]]:
+    """Start the checks of the files of checkpoints; processes share the work.
 
-    Blocks of a merge that goes on are as large as they were.
-
-    Args:
-        folder: Folder of the unfinished merge.
-        inside: Folder in it that takes tensors.
-        plan: Plan of the merge if it begins now.
-        reads: Everything that the bytes of the tensors depend on.
+    A single thread computes them now.
     """
-    if distributed.rank() == 0:
-        try:
-            known = json.loads((folder / PLAN).read_text())
-        except (OSError, ValueError):
-            known = None
-        is_resumed = known is not None and known["reads"] == json.loads(json.dumps(reads))
-        is_resumed = is_resumed and known["rows"] <= plan.rows  # else blocks exceed the budget
-        if not is_resumed:
-            shutil.rmtree(folder, ignore_errors=True)
-            (folder / inside).mkdir(parents=True)
-            content = {"reads": reads, "rows": plan.rows}
-            write_atomically(folder / PLAN, json.dumps(content).encode())
-        rows = known["rows"] if is_resumed else plan.rows
-    else:
-        is_resumed, rows = False, plan.rows
-    is_resumed, rows = distributed.from_first((is_resumed, rows))
-    if is_resumed and distributed.rank() == 0:
-        log.info("  an earlier program began this merge; it goes on after its last block")
-    return replace(plan, rows=rows), is_resumed
+    number, total = distributed.share()
+    shares = [((number + place) % total, total) for place in range(len(folders))]
+    if num_threads == 1:
+        for folder, share in zip(folders, shares, strict=True):
+            check_files(folder, share)
+        return []
+    pool = stack.enter_context(ThreadPoolExecutor(len(folders)))
+    return [pool.submit(check_files, *pair) for pair in zip(folders, shares, strict=True)]
 
 
 def _checkpoint(
@@ -161,22 +133,27 @@ def _checkpoint(
 ) -> dict[str, Any]:
     """Write the merged checkpoint into ``folder``; return the result."""
     tensors = folder / CHECKPOINT / TENSORS
-    with BlockWriter(tensors, distributed.rank(), is_resumed) as writer:
+    types = _types(stream, config.merge.dtype)
+    with BlockWriter(tensors, distributed.rank(), is_resumed, types) as writer:
         facts = merge_tensors(config, stream, writer, folder, is_disjoint)
         digest = writer.finish()
     files = dict(distributed.exchange((writer.name, digest)))
     blocks = [block for each in distributed.exchange(writer.written) for block in each]
     if distributed.rank() == 0:
-        write_metadata(tensors, blocks, _shapes(stream))
-        files |= {name: file_digests(tensors)[name] for name in (".metadata",)}
+        sizes = {key: stream.readers[0].entries[key].size for key in types}
+        write_metadata(tensors, blocks, {key: (sizes[key], types[key]) for key in types})
+        files[".metadata"] = file_digest(tensors / ".metadata")
         content = _description(outlines, dict(sorted(files.items())))
         (folder / CHECKPOINT / DESCRIPTION).write_text(json.dumps(content, indent=1))
     names = ("chosen", "learned", "anchor", "recalibration", "valid_auc")
-    return {
+    result = {
         **dict.fromkeys(names),
         "shares": mean_shares(stream, facts["shares"], blocks),
         "alignment": facts["alignment"],
     }
+    merged = [types[f"model.{name}"] for name in stream.params]
+    compatibility.note_types(result, outlines, merged, config.merge.dtype is not None)
+    return result
 
 
 def merge_tensors(
@@ -195,7 +172,7 @@ def merge_tensors(
         UserError: A source has NaN, or changes.
         MergeError: The result has NaN, or the method refuses its inputs.
     """
-    dense = [stream.dense(reader) for reader in stream.readers]
+    dense = stream.dense()
     symmetries = stream.symmetries
     sources, base = dense[: stream.num], dense[stream.num] if len(dense) > stream.num else None
     facts = _facts(config, stream, sources, base, folder / FACTS)
@@ -212,25 +189,49 @@ def merge_tensors(
         if number == 0:
             for name, tensor in {**merged, **stream.integers()}.items():
                 writer.write(f"model.{name}", 0, _checked(name, tensor))
-        for name in stream.tables:
-            if number > 0 and not sharded.is_divided(len(stream.params[name])):
-                continue
-            groups = stream.groups(name)
-            spans = [s for s in stream.spans(name) if not writer.has(groups[-1], s.start)]
-            acting = only_on([name], symmetries)
-            read = (stream.with_state(name, span, groups[:-1]) for span in spans)
-            for block, others in prefetch(read):
-                if elements:
-                    block = moved(block, name, acting, elements)
-                rows, share = mixer.mix_block(name, block)
-                found = _optimizer_state(name, others, is_rotated, is_disjoint)
-                for key, tensor in found.items():
-                    writer.write(key, block.first, tensor)
-                writer.write(groups[-1], block.first, _checked(name, rows, block.first), share)
-                advance(len(rows))
+        tasks = [
+            (name, span)
+            for name in stream.tables
+            if number == 0 or sharded.is_divided(len(stream.params[name]))
+            for span in stream.spans(name)
+            if not writer.has(f"model.{name}", span.start)
+        ]
+        merge_rows = partial(_merge_rows, stream, mixer, elements, is_rotated, is_disjoint)
+        for (name, span), (state, rows, share) in zip(
+            tasks, stream.run(merge_rows, tasks), strict=True
+        ):
+            for key, tensor in state.items():
+                writer.write(key, span.start, tensor)
+            writer.write(f"model.{name}", span.start, rows, share)
+            advance(len(rows))
+            stream.check_digests(wait=False)
+    stream.check_digests(wait=True)
     for reader in stream.readers:
         reader.check_unchanged()
     return {"shares": shares, "alignment": facts["alignment"]}
+
+
+def _merge_rows(
+    stream: Stream,
+    mixer: Mixer,
+    elements: Sequence[Sequence[Tensor]],
+    is_rotated: bool,
+    is_disjoint: bool,
+    task: tuple[str, slice],
+) -> tuple[Params, Tensor, list[float] | None]:
+    """Return counts and accumulators, merged rows of a table, and the share of each source.
+
+    Raises:
+        UserError: A row of a source is not finite.
+        MergeError: A merged row is not finite.
+    """
+    name, span = task
+    block, others = stream.with_state(name, span, stream.groups(name)[:-1])
+    if elements:
+        block = moved(block, name, only_on([name], stream.symmetries), elements)
+    rows, share = mixer.mix_block(name, block)
+    state = _optimizer_state(others, is_rotated, is_disjoint)
+    return state, _checked(name, rows, span.start), share
 
 
 def _facts(
@@ -273,9 +274,6 @@ def _facts(
         whole = list(dense)
         if elements:
             whole = [transform(m, acting, e) for m, e in zip(dense, elements, strict=True)]
-        base = (
-            stream.dense(stream.readers[stream.num]) if len(stream.readers) > stream.num else None
-        )
         with progress("facts about tables", 0) as advance:
             rows = {name: stream.rows(name, advance) for name in names}
             if elements:
@@ -307,7 +305,7 @@ def _mixer(
 
 
 def _optimizer_state(
-    name: str, others: dict[str, list[Tensor]], is_rotated: bool, is_disjoint: bool
+    others: dict[str, list[Tensor]], is_rotated: bool, is_disjoint: bool
 ) -> Params:
     """Return merged accumulators and counts of some rows."""
     merged: Params = {}
@@ -357,13 +355,16 @@ def _mean(blocks: Sequence[Written]) -> list[float] | None:
     return [sum(values) / total for values in zip(*each, strict=True)]
 
 
-def _shapes(stream: Stream) -> dict[str, tuple[Any, torch.dtype]]:
-    """Return shape and dtype of every merged tensor."""
+def _types(stream: Stream, dtype: str | None) -> dict[str, torch.dtype]:
+    """Return the type of every merged tensor; that of parameters may be configured."""
     keys = [f"model.{name}" for name in stream.params if name not in stream.tables]
-    for name in stream.tables:
-        keys += stream.groups(name)
+    keys += [key for name in stream.tables for key in stream.groups(name)]
     entries = stream.readers[0].entries
-    return {key: (entries[key].size, entries[key].properties.dtype) for key in keys}
+    types = {key: entries[key].properties.dtype for key in keys}
+    if dtype is None:
+        return types
+    floats = [f"model.{name}" for name, x in stream.params.items() if x.is_floating_point()]
+    return types | dict.fromkeys(floats, getattr(torch, dtype))
 
 
 def _description(outlines: Sequence[Checkpoint], files: dict[str, str]) -> dict[str, Any]:
@@ -376,11 +377,3 @@ def _description(outlines: Sequence[Checkpoint], files: dict[str, str]) -> dict[
         "position": None,
         "files": files,
     }
-
-
-def forget(folder: Path) -> None:
-    """Remove the files of an unfinished merge."""
-    if distributed.rank() == 0:
-        shutil.rmtree(folder, ignore_errors=True)
-        with suppress(OSError):  # other merges are not finished
-            folder.parent.rmdir()
