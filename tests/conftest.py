@@ -7,20 +7,19 @@ import gc
 import logging
 import zipfile
 from pathlib import Path
+from typing import TYPE_CHECKING
 from unittest.mock import patch
 
 import numpy as np
 import pytest
-import torch
 from hydra._internal.config_repository import ConfigRepository
 from hypothesis import settings
-from store import train_once, trained_models, without_store
 
 from cki_rec.cli import CONF
 from cki_rec.config import Config, parse, register_resolvers
-from cki_rec.data.schema import Batch, Feature, FeatureSchema
 
-__all__ = ["train_once", "trained_models", "without_store"]  # fixtures
+if TYPE_CHECKING:  # torch is imported where tests run, not by the process that starts the workers
+    from cki_rec.data.schema import Batch, FeatureSchema
 
 ROOT = Path(__file__).resolve().parents[1]
 NUM_USERS, NUM_ITEMS, NUM_RATINGS = 60, 80, 3000
@@ -39,14 +38,26 @@ settings.register_profile("fixed", derandomize=True)  # make test: the same exam
 settings.register_profile("search", print_blob=True)  # make test-all: new ones every time
 
 
+gc.disable()
+
+
+def pytest_configure(config):
+    """Import the fixtures of ``store`` where tests run."""
+    if hasattr(config, "workerinput") or not config.getoption("numprocesses", default=None):
+        config.pluginmanager.import_plugin("store")
+
+
 def pytest_collection_finish():
     """Keep the imports of all tests out of garbage collections: they are most of the heap."""
+    gc.enable()
     gc.collect()
     gc.freeze()
 
 
 @pytest.fixture(autouse=True)
 def one_thread():
+    import torch
+
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(1)
@@ -134,6 +145,8 @@ def run_config(raw_zip):
 @pytest.fixture(scope="session")
 def schema() -> FeatureSchema:
     """Five features on four tables: two share a table without being neighbours."""
+    from cki_rec.data.schema import Feature, FeatureSchema
+
     return FeatureSchema(
         features=(
             Feature("user", "user", "categorical"),
@@ -149,6 +162,10 @@ def schema() -> FeatureSchema:
 
 def draw_batch(schema: FeatureSchema, num_rows: int, seed: int = 0) -> Batch:
     """Draw rows; sets hold 1 to 3 ids, histories 0 to 4, the first row of both the fewest."""
+    import torch
+
+    from cki_rec.data.schema import Batch
+
     draw = np.random.default_rng(seed)
     values, lengths = [], []
     for feature in schema.features:
