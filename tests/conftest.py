@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import copy
 import gc
 import logging
 import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING
-from unittest.mock import patch
 
 import numpy as np
 import pytest
-from hydra._internal.config_repository import ConfigRepository
+from composition import done_once
 from hypothesis import settings
 
-from cki_rec.cli import CONF
 from cki_rec.config import Config, parse, register_resolvers
 
 if TYPE_CHECKING:  # torch is imported where tests run, not by the process that starts the workers
@@ -96,20 +93,9 @@ def write_raw_zip(path: Path, seed: int = 0) -> Path:
 
 
 @pytest.fixture(autouse=True, scope="session")
-def conf_read_once():
-    """Let Hydra read a file of ``conf/`` once: it takes a quarter of every composition."""
-    load, results = ConfigRepository.load_config, {}
-
-    def load_once(repository, config_path):
-        key = (config_path, *(source.path for source in repository.sources))
-        if key not in results:
-            result = load(repository, config_path)
-            if result is None or result.path not in (f"file://{CONF}", "pkg://hydra.conf"):
-                return result  # files of a test may change
-            results[key] = result
-        return copy.deepcopy(results[key])
-
-    with patch.object(ConfigRepository, "load_config", load_once):
+def composed_once():
+    """Let Hydra compose each choice of groups once."""
+    with done_once():
         yield
 
 
