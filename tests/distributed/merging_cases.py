@@ -58,6 +58,7 @@ MISTAKES = {
     ),
 }
 """What is refused, and with which words."""
+WORDS = [*EXACT.values(), *ALIGNED.values(), *SUMS.values(), *STREAMED.values()]
 
 
 def of(*names: str) -> str:
