@@ -38,7 +38,7 @@ from cki_rec.files import write_atomically
 
 PACKAGES = (
     *("cki-rec", "torch", "torchrec", "fbgemm-gpu", "fbgemm-gpu-cpu"),
-    *("numpy", "scikit-learn", "polars"),
+    *("numpy", "polars"),
 )
 """Packages whose versions a record stores."""
 RECORD = "record.json"

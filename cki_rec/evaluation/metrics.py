@@ -15,7 +15,6 @@ from typing import Literal, TypeVar
 import numpy as np
 import numpy.typing as npt
 from scipy.special import expit
-from sklearn.metrics import roc_auc_score
 
 from cki_rec.evaluation.bootstrap import Resamples, bootstrap_auc, bootstrap_log_loss
 from cki_rec.evaluation.rows import Floats, checked, row_losses
@@ -40,11 +39,20 @@ def auc(label: npt.ArrayLike, score: npt.ArrayLike) -> float | None:
 
     Reference:
         Hanley and McNeil, The meaning and use of the area under a ROC curve, Radiology 1982.
+        Computed by the steps of scikit-learn's ``roc_auc_score``, to the last bit.
     """
     label_B, score_B = checked(label, score)
     if label_B.size == 0 or label_B.min() == label_B.max():
         return None
-    return float(roc_auc_score(label_B, score_B))
+    order = np.argsort(-score_B, kind="stable")
+    last = np.flatnonzero(np.append(np.diff(score_B[order]), 1))  # rows that end a tie
+    hits = np.cumsum(label_B[order])[last]
+    counts = np.stack([1 + last - hits, hits])  # negatives and positives from the top to there
+    corners = np.ones(last.size, dtype=bool)
+    corners[1:-1] = np.diff(counts, 2).any(0)
+    counts = np.insert(counts[:, corners], 0, 0, axis=1)
+    false_rate, hit_rate = counts / counts[:, -1:]
+    return float((np.diff(false_rate) * (hit_rate[1:] + hit_rate[:-1]) / 2).sum())
 
 
 def log_loss(label: npt.ArrayLike, logit: npt.ArrayLike) -> float | None:

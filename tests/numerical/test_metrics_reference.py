@@ -88,6 +88,14 @@ def test_bootstrap_equals_the_metric_of_repeated_rows(rows, name):
     np.testing.assert_allclose(replicates, expected, rtol=1e-12)
 
 
+def test_auc_has_the_bits_of_sklearn():
+    draw = np.random.default_rng(0)
+    for digits in (0, 1, 9) * 20:  # many ties, few, none
+        label = np.append(draw.integers(0, 2, int(draw.integers(1, 300))), [0, 1])
+        score = np.round(draw.normal(size=len(label)) + draw.random() * label, digits)
+        assert metrics.auc(label, score) == sklearn_metrics.roc_auc_score(label, score)
+
+
 def test_grouped_auc_takes_names_as_groups(rows):
     label, logit, group = rows
     names = np.array([f"user {value}" for value in group])
