@@ -19,8 +19,8 @@ from hydra._internal.config_repository import ConfigRepository
 
 from cki_rec.cli import CONF
 
-OURS = {f"file://{CONF}", "pkg://hydra.conf", "structured://", "hydra"}
-"""Places of files that no test changes."""
+OURS = (f"file://{CONF}", f"file://{CONF.parent}/experiments/", "pkg://hydra.conf", "structured:")
+"""Beginnings of places of files that no test changes."""
 LOAD, LIST = ConfigRepository.load_config, config_loader_impl.create_defaults_list
 MERGE = ConfigLoaderImpl._compose_config_from_defaults_list
 
@@ -39,24 +39,26 @@ def done_once() -> Iterator[None]:
         key = (config_path, *places(repository))
         if key not in kept:
             result = LOAD(repository, config_path)
-            if result is None or result.path not in OURS:
+            if result is None or not result.path.startswith(OURS):
                 return result
             kept[key] = result
         return copy.deepcopy(kept[key])
 
     def create_defaults_list(repo, config_name, overrides_list, **options):
         groups = [o for o in overrides_list if repo.group_exists(o.key_or_group)]
-        if not OURS.issuperset(places(repo)):
+        if not all(place.startswith(OURS) for place in places(repo)):
             return LIST(repo, config_name, overrides_list, **options)
-        key = ("defaults", config_name, *(o.input_line for o in groups), *options.items())
+        choices = [o.input_line for o in groups]
+        key = ("defaults", config_name, *places(repo), *choices, *options.items())
         listed = once(key, lambda: LIST(repo, config_name, groups, **options))
         values = [o for o in overrides_list if o not in groups and not o.is_sweep_override()]
         return replace(listed, config_overrides=[*listed.config_overrides, *values])
 
     def compose(loader, defaults, repo):
-        if not OURS.issuperset(places(repo)):
+        if not all(place.startswith(OURS) for place in places(repo)):
             return MERGE(loader, defaults, repo)
-        key = ("tree", *((d.config_path, d.parent, d.package, d.is_self) for d in defaults))
+        listed = ((d.config_path, d.parent, d.package, d.is_self) for d in defaults)
+        key = ("tree", *places(repo), *listed)
         return copy.deepcopy(once(key, lambda: MERGE(loader, defaults, repo)))
 
     with hydra_with(load_config, create_defaults_list, compose):
