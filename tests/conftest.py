@@ -45,10 +45,16 @@ def pytest_configure(config):
 
 
 def pytest_collection_finish():
-    """Keep the imports of all tests out of garbage collections: they are most of the heap."""
+    """Keep the imports of all tests out of garbage collections, and pytest off torch's loggers.
+
+    The imports are most of the heap.
+    """
     gc.enable()
     gc.collect()
     gc.freeze()
+    for name, logger in logging.root.manager.loggerDict.items():
+        if name.startswith("torch") and isinstance(logger, logging.Logger):
+            logger.propagate = True  # pytest attaches handlers to others, six times in each test
 
 
 @pytest.fixture(autouse=True)
