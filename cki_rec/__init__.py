@@ -15,6 +15,7 @@ if TYPE_CHECKING:  # for editors and type checkers: the same names as in _NAMES
     from cki_rec.merging.assessment import Assessment, assess
     from cki_rec.merging.discovery import Symmetries, find_symmetries, verify
     from cki_rec.merging.extras import Extras
+    from cki_rec.merging.keyed import KeyedMerge, merge_by_key
     from cki_rec.merging.params import MergeError, MixingWeights, Params
     from cki_rec.merging.refinement import refine
     from cki_rec.merging.registry import MethodInfo, method
@@ -30,6 +31,7 @@ _NAMES = {
     "AlignedModels": "merging.aligning",
     "Assessment": "merging.assessment",
     "Extras": "merging.extras",
+    "KeyedMerge": "merging.keyed",
     "MergeError": "merging.params",
     "MergeResult": "merging.result",
     "MethodInfo": "merging.registry",
@@ -43,6 +45,7 @@ _NAMES = {
     "assess": "merging.assessment",
     "find_symmetries": "merging.discovery",
     "merge": "merging.api",
+    "merge_by_key": "merging.keyed",
     "method": "merging.registry",
     "methods": "merging.api",
     "refine": "merging.refinement",
@@ -55,6 +58,7 @@ __all__ = [
     "AlignedModels",
     "Assessment",
     "Extras",
+    "KeyedMerge",
     "MergeError",
     "MergeResult",
     "MethodInfo",
@@ -68,6 +72,7 @@ __all__ = [
     "assess",
     "find_symmetries",
     "merge",
+    "merge_by_key",
     "method",
     "methods",
     "project_root",

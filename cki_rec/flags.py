@@ -75,6 +75,8 @@ def inspected(options: Sequence[str]) -> tuple[str, list[str]]:
     are_checkpoints = [Path(f).is_dir() or f.lower().endswith(OF_TENSORS) for f in files]
     if files and all(are_checkpoints):
         return "inspect_checkpoints", [*rest, f"merge.sources=[{','.join(quoted)}]"]
+    if not files and any(word.startswith("merge.sources=") for word in rest):
+        return "inspect_checkpoints", rest
     if any(are_checkpoints):
         raise UserError(f"inspect reads checkpoints or data, not both: {', '.join(files)}")
     if len(files) > 1:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from functools import reduce
 
+import pytest
 import torch
+from samples import slow_but
 from torch import Tensor, nn
 
-from cki_rec.config import Attention, Cross, Model, Streams
+from cki_rec.config import Attention, Bottom, Cross, Model, SequenceOptions, Streams
 from cki_rec.data.schema import Batch, Feature, FeatureSchema
 from cki_rec.merging.symmetry import Symmetry
 from cki_rec.models import build_model, model_schema
@@ -40,6 +42,8 @@ def options(name: str = "deepfm", **changes) -> Model:
             gate_hidden=[5],
             contexts=[[], []],
         ),
+        sequence=SequenceOptions(pairs=[], length=4, layers=1, hidden=6, heads=2, dropout=0.0),
+        bottom=Bottom(hidden=[5]),
     )
     for key, value in changes.items():
         *path, last = key.split("__")
@@ -78,6 +82,8 @@ SCHEMAS = {
     "one": make_schema(("site", "site", "categorical")),
 }
 WITH_HISTORIES = ("mixed", "short")
+OF_HISTORIES = ("din", "sasrec", "gru4rec")
+"""Models that require histories."""
 CASES = {
     "lr": ("lr", {}),
     "fm": ("fm", {}),
@@ -101,6 +107,12 @@ CASES = {
         "final_mlp",
         {"batch_norm": True, "streams__batch_norm": True, "activation": "dice"},
     ),
+    "dlrm": ("dlrm", {}),
+    "dlrm tanh": ("dlrm", {"activation": "tanh", "batch_norm": True, "bottom__hidden": []}),
+    "sasrec": ("sasrec", {}),
+    "sasrec of two blocks": ("sasrec", {"sequence__layers": 2, "sequence__heads": 1}),
+    "gru4rec": ("gru4rec", {"activation": "dice", "batch_norm": True}),
+    "gru4rec of two layers": ("gru4rec", {"sequence__layers": 2, "hidden": []}),
 }
 """Title -> name in MODELS and options: every block and switch at least once, for any schema."""
 ON_MIXED = {
@@ -117,6 +129,19 @@ ON_MIXED = {
         "din",
         {"attention__hidden": [], "attention__pairs": [["item", "clicked"]]},
     ),
+    "sasrec pairs": (
+        "sasrec",
+        {
+            "sequence__pairs": [
+                [["item", "brand"], ["clicked", "clicked_brands"]],
+                ["item", "skipped"],
+            ]
+        },
+    ),
+    "gru4rec pairs": (
+        "gru4rec",
+        {"sequence__pairs": [[["item", "brand"], ["skipped", "clicked_brands"]]]},
+    ),
     "final_mlp contexts": (
         "final_mlp",
         {"streams__contexts": [["user", "age"], ["clicked"]], "streams__heads": 4},
@@ -131,9 +156,27 @@ FITTING = [
     (title, key)
     for title in CASES
     for key in SCHEMAS
-    if not title.startswith("din") or key in WITH_HISTORIES
+    if (CASES[title][0] not in OF_HISTORIES or key in WITH_HISTORIES)
+    and (CASES[title][0] != "dlrm" or key != "one")
 ] + [(title, "mixed") for title in ON_MIXED]
 """Titles and schemas that go together."""
+SLOW = (
+    *("dlrm tanh", "sasrec of two blocks", "sasrec pairs"),
+    *("gru4rec of two layers", "gru4rec pairs"),
+)
+"""Titles that ``make test-all`` alone runs."""
+titles = pytest.mark.parametrize(
+    "title", slow_but([t for t in (*CASES, *ON_MIXED) if t not in SLOW], [*CASES, *ON_MIXED])
+)
+
+
+def fitting(pairs: list[tuple[str, str]] = FITTING) -> pytest.MarkDecorator:
+    """Return the decorator of a test that runs for these titles and schemas."""
+    params = [
+        pytest.param(title, key, marks=[pytest.mark.slow] if title in SLOW else [])
+        for title, key in pairs
+    ]
+    return pytest.mark.parametrize(("title", "key"), params)
 
 
 def build(schema: FeatureSchema, seed: int = 0, name: str = "deepfm", **changes) -> nn.Module:
@@ -268,6 +311,8 @@ def random_element(symmetry: Symmetry, draw: torch.Generator) -> Tensor:
     if symmetry.kind == "rotation":
         normal = torch.randn(size, size, generator=draw, dtype=torch.float64)
         return torch.linalg.qr(normal)[0]
+    if symmetry.kind == "signs":
+        return -eye
     shift = 1 + int(torch.randint(max(size - 1, 1), (), generator=draw))  # moves every unit
     element = eye[torch.randperm(size, generator=draw)]
     element = element @ eye.roll(shift, 0) @ element.T

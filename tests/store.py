@@ -15,7 +15,7 @@ from cki_rec.engine.record import RECORD
 from cki_rec.pipelines import train
 
 TRAIN = train._train
-TRAIN_THEMSELVES = ("test_resume", "test_drift", "test_fetch", "test_union")
+TRAIN_THEMSELVES = ("test_resume", "test_drift", "test_fetch", "test_union", "test_growing")
 """Modules that test training or the raw files of models: they get no model from the store."""
 
 

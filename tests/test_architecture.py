@@ -227,8 +227,7 @@ def strings_compared(tree: ast.AST) -> set[str]:
 
 ALLOWED_WORDS = {
     ("cki_rec.config.parsing", "evidence"),  # merge.evidence, the measure of trained rows
-    ("cki_rec.data.encoding.partition", "random"),  # a kind of partition and of split
-    ("cki_rec.data.encoding.split", "random"),
+    *((f"cki_rec.data.encoding.{name}", "random") for name in ("partition", "split")),
     ("cki_rec.engine.embeddings", "lr"),  # torch's name of the learning rate
     ("cki_rec.engine.resume", "average"),  # the moving average of weights
     ("cki_rec.merging.api", "fisher"),  # an input of methods

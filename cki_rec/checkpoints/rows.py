@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,11 @@ from cki_rec.checkpoints.checkpoint import TENSORS
 from cki_rec.checkpoints.reader import Reader
 from cki_rec.checkpoints.tensors import untrusted
 from cki_rec.config import UserError
+
+NEAR = 4096
+"""Bytes between two rows below which they are read together: disks read such pages anyway."""
+MOST_TOGETHER = 4096
+"""Rows that are read together at most."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,11 +103,11 @@ class RowReader:
             stop = shape[0] if stop is None else min(stop, shape[0])
             shape[0] = stop - first
         target = torch.empty(shape, dtype=entry.properties.dtype)
-        for part in self._parts[key]:
-            if not shape:
-                self._fill(target, part, 0)
-                continue
-            assert stop is not None
+        if not shape:
+            self._fill(target, self._parts[key][0], 0)
+            return target
+        assert stop is not None
+        for part in self._overlapping(key, first, stop):
             begin, end = max(first, part.first), min(stop, part.first + part.size[0])
             if begin >= end:
                 continue
@@ -113,6 +119,30 @@ class RowReader:
                 columns = torch.empty((end - begin, *part.size[1:]), dtype=target.dtype)
                 self._fill(columns, part, skipped)
                 rows[:, part.columns] = columns
+        return target
+
+    def read_rows(self, key: str, rows: Tensor) -> Tensor:
+        """Return single rows of a tensor; those that lie near each other are read together.
+
+        Args:
+            key: Name of the tensor.
+            rows: ``(R,)`` int64, ascending.
+
+        Raises:
+            UserError: A file is shorter than before, or cannot be read.
+        """
+        size, dtype = self.entries[key].size, self.entries[key].properties.dtype
+        target = torch.empty((len(rows), *size[1:]), dtype=dtype)
+        near = max(1, NEAR // max(1, self.row_bytes([key])))
+        ends = [*(rows.diff() > near).nonzero()[:, 0].add(1).tolist(), len(rows)]
+        begin = 0
+        for end in ends if len(rows) else ():
+            for start in range(begin, end, MOST_TOGETHER):
+                wanted = rows[start : min(start + MOST_TOGETHER, end)]
+                first = int(wanted[0])
+                block = self.read(key, first, int(wanted[-1]) + 1)
+                target[start : start + len(wanted)] = block[wanted - first]
+            begin = end
         return target
 
     def keys(self, prefix: str) -> list[str]:
@@ -138,6 +168,15 @@ class RowReader:
                     f"{path}: has changed while {self.name} was merged; the result would mix two"
                     " models. Start again when nothing writes there"
                 )
+
+    def _overlapping(self, key: str, first: int, stop: int) -> Iterator[_Part]:
+        """Yield the parts of a tensor that hold some of a range of rows."""
+        parts = self._parts[key]
+        begin = bisect_right(parts, first, key=lambda part: part.first + part.size[0])
+        for part in parts[begin:]:
+            if part.first >= stop:
+                return
+            yield part
 
     def _part(self, reader: Any, place: Any, offsets: Any, mode: FakeTensorMode) -> _Part:
         path = self.folder / place.relative_path

@@ -3,23 +3,35 @@
 ``parse`` turns Hydra's text into these objects once; inside, there are only typed objects.
 """
 
-from cki_rec.config.data_options import Data, Download, Partition, Split, Synthetic
+from cki_rec.config.data_options import (
+    FILE,
+    PARTITIONS,
+    Data,
+    Download,
+    Partition,
+    Split,
+    Synthetic,
+)
 from cki_rec.config.errors import RankLost, ReportedElsewhere, Stopped, UserError, nearest
 from cki_rec.config.merge_options import Align, Assess, Learn, Merge
 from cki_rec.config.options import (
     Attention,
+    Bottom,
     Config,
     Cross,
     Evaluate,
     Finetune,
     Model,
     Monitor,
+    Ranking,
     Runtime,
+    SequenceOptions,
     Streams,
     Suite,
     Train,
 )
 from cki_rec.config.parsing import (
+    EVIDENCE,
     OF_OTHERS,
     check_source,
     first_comment,
@@ -36,10 +48,14 @@ from cki_rec.config.section import choices
 from cki_rec.config.texts import check_name
 
 __all__ = [
+    "EVIDENCE",
+    "FILE",
     "OF_OTHERS",
+    "PARTITIONS",
     "Align",
     "Assess",
     "Attention",
+    "Bottom",
     "Config",
     "Cross",
     "Data",
@@ -52,8 +68,10 @@ __all__ = [
     "Monitor",
     "Partition",
     "RankLost",
+    "Ranking",
     "ReportedElsewhere",
     "Runtime",
+    "SequenceOptions",
     "Split",
     "Stopped",
     "Streams",

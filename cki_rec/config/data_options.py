@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
+from pydantic_core import PydanticCustomError
 
 from cki_rec.config.section import NonNegative, Positive, section
 from cki_rec.config.texts import Name
@@ -26,14 +28,112 @@ class Split:
     repetitions of an experiment: all runs share test rows."""
 
 
+PARTITIONS = ("user", "item", "time", "random", "none", "file")
+"""Values of ``data.partition.by`` that are no columns."""
+FILE = "@file"
+"""Column of the common form with the name of the file of a row, without folder and suffix."""
+
+
+def _parts(value: Any) -> Any:
+    """Return a number of parts, or the names of parts, checked."""
+    if not isinstance(value, list):
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise PydanticCustomError("parts", "must be a whole number or a list of parts")
+        if value < 1:
+            raise PydanticCustomError("parts", "must be at least 1")
+        return value
+    for entry in value:
+        is_named = isinstance(entry, dict) and set(entry) == {"name", "values"}
+        values = entry["values"] if is_named else [entry]
+        if not isinstance(values, list) or not all(isinstance(v, _WORDS) for v in values):
+            raise PydanticCustomError(
+                "parts", "must list values, or parts as {name: north, values: [31, 35]}"
+            )
+    names = [name for name, _ in named_parts(value)]
+    if not names or len(set(names)) < len(names):
+        raise PydanticCustomError("parts", "must list one part or more, each once")
+    return value
+
+
+_WORDS = (str, int, float)
+
+
+def _word(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def named_parts(parts: list[Any]) -> list[tuple[str, list[str]]]:
+    """Return name and values of every entry of ``parts``."""
+    entries = [e if isinstance(e, dict) else {"name": e, "values": [e]} for e in parts]
+    return [(_word(e["name"]), [_word(value) for value in e["values"]]) for e in entries]
+
+
 @section
 class Partition:
     """How rows are divided among sources."""
 
-    by: Literal["user", "item", "time", "random", "none"]
-    """``user``, ``item``, ``time``, ``random`` or ``none``."""
-    parts: Positive
+    by: str
+    """``user``, ``item``, ``time``, ``random``, ``none``, ``file`` (the raw file of a row), or a
+    column of the raw files."""
+    parts: Annotated[int | list[Any], BeforeValidator(_parts)]
+    """The number of parts. Of a column or of files: the values that are parts, each a value or
+    ``{name: ..., values: [...]}``. A value may be in several parts. Rows of other values are left
+    out. A number is then that of all values."""
     seed: NonNegative
+
+    @model_validator(mode="after")
+    def _check(self) -> Partition:
+        if isinstance(self.parts, list) and self.by in PARTITIONS[:-1]:
+            raise ValueError(
+                f"parts: a list requires by=file or by=COLUMN (got by={self.by}); set a number"
+            )
+        return self
+
+    @property
+    def column(self) -> str | None:
+        """Return the column of the common form whose values are parts; None: there is none."""
+        return None if self.by in PARTITIONS[:-1] else FILE if self.by == "file" else self.by
+
+    @property
+    def named(self) -> list[tuple[str, list[str]]] | None:
+        """Return name and values of every part; None: parts are numbers."""
+        return named_parts(self.parts) if isinstance(self.parts, list) else None
+
+    @property
+    def values(self) -> list[str] | None:
+        """Return the values of all parts, in text order; None: all that rows have."""
+        named = self.named
+        return None if named is None else sorted({v for _, values in named for v in values})
+
+    @property
+    def size(self) -> int:
+        """Return the number of parts."""
+        if isinstance(self.parts, list):
+            return len(self.parts)
+        return 1 if self.by == "none" else self.parts
+
+    @property
+    def overlaps(self) -> bool:
+        """Return whether a value is in several parts."""
+        return sum(len(set(values)) for _, values in self.named or ()) > len(self.values or ())
+
+    def number(self, part: int | str) -> int | None:
+        """Return the position of a part by its name or number; None: there is no such part."""
+        if self.named is not None:
+            names = [name for name, _ in self.named]
+            return names.index(str(part)) if str(part) in names else None
+        return part if isinstance(part, int) and 0 <= part < self.size else None
+
+    def shown(self) -> str:
+        """Return the parts for messages."""
+        if self.named is None:
+            return f"parts 0 to {self.size - 1}"
+        return f"parts {', '.join(name for name, _ in self.named)}"
+
+
+def _part(value: Any) -> Any:
+    """Return a part: numbers of the command line are numbers again."""
+    return int(value) if isinstance(value, str) and re.fullmatch("0|[1-9][0-9]*", value) else value
 
 
 @section
@@ -125,6 +225,12 @@ class Data:
     vocabularies: list[str]
     """Folders whose token lists, joined in this order, give the ids: encoded sets, merged runs or
     the ``vocabulary`` folders in them. Empty: tokens of training rows, by ``min_count``."""
+    new_tokens: Literal["oov", "add"]
+    """Tokens of training rows that ``vocabularies`` lack: ``oov`` (they share the id of unseen
+    tokens) or ``add`` (those of ``min_count`` rows follow the listed ones)."""
+    numbers_from: str | None
+    """Folder of an encoded set or a run whose learned facts of numbers (``log1p``, ``quantile``)
+    this one takes over; null: they are learned from training rows."""
     history_length: Positive
     """The latest liked items kept per row."""
     negatives: Positive
@@ -137,9 +243,9 @@ class Data:
     synthetic: Synthetic
     split: Split
     partition: Partition
-    part: int | None
-    """Train and validate on this part only; null: on all rows. A part by time of a split by time
-    has only later validation rows: all of them."""
+    part: Annotated[int | str | None, BeforeValidator(_part)]
+    """Train and validate on this part only, a number or a name; null: on all rows. A part by time
+    of a split by time has only later validation rows: all of them."""
 
     @model_validator(mode="after")
     def _check(self) -> Data:
@@ -147,10 +253,9 @@ class Data:
             return self
         if self.partition.by == "none":
             raise ValueError(
-                f"part={self.part} needs data.partition.by=user, item, time or random"
+                f"part={self.part} needs data.partition.by=user, item, time, random, file or a"
+                " column"
             )
-        if not 0 <= self.part < self.partition.parts:
-            raise ValueError(
-                f"part={self.part}: data.partition has parts 0 to {self.partition.parts - 1}"
-            )
+        if self.partition.number(self.part) is None:
+            raise ValueError(f"part={self.part}: data.partition has {self.partition.shown()}")
         return self

@@ -82,6 +82,12 @@ class Merge:
     """Sources as config deltas, ``[{seed: 1}, {seed: 2}]``, or run folders, ``[a, {path: b}]``."""
     base: Source | None
     """The model that all sources started from, named like a source; null: there is none."""
+    deltas: list[str]
+    """Deltas of ``base`` (``cki-rec export format=delta``) that are merged in place of sources;
+    empty: whole models are."""
+    write: Literal["model", "delta"]
+    """Of deltas: the ``model`` and its delta, or the ``delta`` alone, which reads and writes
+    changed rows only."""
     vocabularies: list[str | None]
     """Folders of encoded data sets (null: searched), one per source, then one of the base if the
     method needs it: models with different vocabularies are joined by token. Empty: vocabularies
@@ -135,13 +141,16 @@ class Merge:
     data: str | None
     """Instead of ``batches`` a csv or Parquet file: columns are named as the arguments of the
     network, and ``label`` if it has labels."""
-    format: Literal["safetensors", "torch", "dcp"] | None
-    """Of the result of checkpoints of other programs; null: that of the first source."""
+    format: Literal["safetensors", "torch", "dcp", "dynamicemb"] | None
+    """Of the result of checkpoints of other programs; null: that of the first source.
+    ``dynamicemb`` is for tables by raw key."""
     evidence: Literal["auto", "counts", "optimizer", "scores", "none"]
     """Of checkpoints of other programs: the measure of how often each table row was trained."""
     table_names: list[str]
     """Likewise regular expressions of the names of embedding tables; empty: those of lookups in
     the network, or names with ``emb``, ``table`` or ``factor``."""
+    max_rows: Positive | None
+    """Of tables by raw key: most rows of the result; those of least use leave. null: all."""
     biases: Literal["merge", "first"]
     """Rule for vectors: ``merge``, or ``first`` (source, as released)."""
     ablation: Literal["none", "permuted", "shuffled"]

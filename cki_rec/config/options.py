@@ -51,6 +51,32 @@ class Attention:
 
 
 @section
+class SequenceOptions:
+    """Encoders of histories: SASRec and GRU4Rec."""
+
+    pairs: list[Any]
+    """``[[targets, histories], ...]``, as for ``Attention``."""
+    length: Positive
+    """The latest ids of a history that are read."""
+    layers: Positive
+    """Self-attention blocks, or layers of the GRU."""
+    hidden: Positive
+    """Width of feed-forward layers, or of the GRU."""
+    heads: Positive
+    """SASRec: heads of attention; divides the width of a history."""
+    dropout: Fraction
+    """Of embeddings, and of the outputs of SASRec's layers."""
+
+
+@section
+class Bottom:
+    """The bottom MLP of DLRM, which reads numbers."""
+
+    hidden: list[Positive]
+    """Widths before the last layer, which has the embeddings' width."""
+
+
+@section
 class Streams:
     """The second of FinalMLP's two streams, and the fusion of both."""
 
@@ -88,10 +114,15 @@ class Model:
     """Standard deviation of initial matrices, those of one output apart, beside biases uniform
     within 1 / sqrt(inputs); null: Xavier uniform and zero biases."""
     histories: bool
-    """Feed histories: to DIN's attention, to other models as mean-pooled fields."""
+    """Feed histories: to DIN's attention and to the encoders of SASRec and GRU4Rec; to other
+    models as mean-pooled fields."""
     cross: Cross
     attention: Attention
     streams: Streams
+    sequence: SequenceOptions | None
+    """Of SASRec and GRU4Rec; null: of other networks."""
+    bottom: Bottom | None
+    """Of DLRM; null: of other networks."""
 
     @model_validator(mode="after")
     def _check(self) -> Model:
@@ -123,6 +154,9 @@ class Train:
     """The training that this one continues, as config deltas ``{data.part: 0}`` or as a checkpoint
     ``{path: a}``; null: initial weights. The start of that training is null unless the deltas set
     it."""
+    new_rows: Literal["oov", "mean"]
+    """Initial table rows of tokens that the start lacks: its ``oov`` row, or the ``mean`` of its
+    rows of tokens."""
     epochs: NonNegative
     batch_size: Positive
     """Rows of a step, all processes together."""
@@ -171,6 +205,18 @@ class Finetune:
 
 
 @section
+class Ranking:
+    """Ranks of liked items among sampled ones."""
+
+    negatives: Positive
+    """Items drawn for each liked row, without repeats, from those that its user did not like."""
+    draw: Literal["uniform", "popularity"]
+    """``uniform``, or by ``popularity``: the number of training rows that like an item."""
+    seed: NonNegative
+    """Of the draw."""
+
+
+@section
 class Evaluate:
     """Metrics and intervals."""
 
@@ -182,6 +228,8 @@ class Evaluate:
     """Unit of resampling: ``user`` (rows of a user depend on each other) or ``row``."""
     confidence: Annotated[float, Field(gt=0, lt=1)]
     seed: NonNegative
+    ranking: Ranking | None
+    """Measure HR@k and NDCG@k of liked items; null: not."""
     disjoint_files: bool
     """Assert that raw files of the models that are not in this data set hold no test row. It is
     required if there are such files; cki_rec cannot verify it."""
@@ -259,8 +307,9 @@ class Config:
     """Raw rows that ``predict`` scores: csv or Parquet."""
     output: str | None
     """Scores that ``predict`` writes: csv or Parquet."""
-    format: Literal["pt2", "onnx"]
-    """Format that ``export`` writes: ``pt2`` (torch.export) or ``onnx``."""
+    format: Literal["pt2", "onnx", "delta"]
+    """Format that ``export`` writes: ``pt2`` (torch.export), ``onnx``, or ``delta``: the rows that
+    differ from ``merge.base``."""
     int8: bool
     """``export`` stores embeddings as int8, with one scale per row."""
     delete: Literal["none", "leftovers", "all"]

@@ -10,10 +10,11 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, cast
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from cki_rec import __version__, project_root
+from cki_rec.config.data_options import named_parts
 from cki_rec.config.errors import UserError, nearest
 from cki_rec.config.options import Config, Model
 from cki_rec.config.section import validated
@@ -25,10 +26,19 @@ OF_SOURCES = ("data", "model", "train", "seed")
 """Options by which a source is named: those that its training reads."""
 
 OF_OTHERS: dict[str, Any] = {
-    **{"batches": None, "data": None, "format": None, "evidence": "auto", "table_names": []},
+    **{"batches": None, "data": None, "format": None, "table_names": [], "max_rows": None},
 }
 """Options of merges that only checkpoints of other programs have -> the value of no option."""
-LATER: dict[str, Any] = {"module": None, "plugins": [], **OF_OTHERS}
+EVIDENCE = ("counts", "optimizer", "scores")
+"""Measures of how often rows were trained, the best one first."""
+OF_SOME_NETWORKS: dict[str, Any] = dict.fromkeys(("module", "sequence", "bottom"))
+"""Options of ``model`` that not every network has, and their value without them."""
+LATER: dict[str, Any] = {
+    **{"plugins": [], "ranking": None, "new_rows": "oov", "deltas": [], "write": "model"},
+    "evidence": "auto",
+    **OF_SOME_NETWORKS,
+    **OF_OTHERS,
+}
 """Later options -> the value at which ``section`` leaves them out: identities stay the same."""
 
 
@@ -59,11 +69,20 @@ def preset_method(label: str) -> str | None:
 
 
 def register_resolvers() -> None:
-    """Define the resolvers of ``${...:}`` in ``conf/``: ``add`` and ``project``."""
+    """Define the resolvers of ``${...:}`` in ``conf/``: ``add``, ``project`` and ``parts``."""
     OmegaConf.register_new_resolver("add", lambda *terms: sum(terms), replace=True)
     OmegaConf.register_new_resolver(
         "project", lambda path: str(project_root() / path), replace=True
     )
+    OmegaConf.register_new_resolver("parts", _sources_of_parts, replace=True)
+
+
+def _sources_of_parts(parts: Any) -> list[dict[str, Any]]:
+    """Return one source per part of ``data.partition.parts``: its number or its name."""
+    if not isinstance(parts, ListConfig):
+        return [{"data.part": number} for number in range(int(parts))]
+    listed = OmegaConf.to_container(parts, resolve=True)
+    return [{"data.part": name} for name, _ in named_parts(cast("list[Any]", listed))]
 
 
 def parse(composed: DictConfig) -> Config:
@@ -112,7 +131,7 @@ def model_options(value: dict[str, Any]) -> Model:
         TypeError: A key is missing, unknown or of another type.
     """
     try:
-        return validated(Model, {"module": LATER["module"], **value})
+        return validated(Model, {**OF_SOME_NETWORKS, **value})
     except UserError as error:
         raise TypeError(str(error)) from None
 

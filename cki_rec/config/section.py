@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import is_dataclass
 from typing import Annotated, Any, TypeVar, cast, get_args, get_type_hints
 
 from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
@@ -101,5 +102,6 @@ def _line(kind: Any, error: ValidationError) -> str:
 def _keys(kind: Any, path: list[str]) -> list[str]:
     """Return the keys of the section that a path leads to."""
     for part in path:
-        kind = get_type_hints(kind)[part]
+        hint = get_type_hints(kind)[part]
+        kind = next((k for k in get_args(hint) if is_dataclass(k)), hint)  # of SECTION | None
     return list(get_type_hints(kind))

@@ -18,6 +18,8 @@ BLOCK_ROWS = 1 << 16
 """Rows of a block. It must not change: sums are taken block by block."""
 RAGGED = ("values", "starts", "lengths")
 """Files of a column with several ids per row."""
+DOMAINS = "domain.values.json"
+"""File with the values of the column by which rows are partitioned, in the order of indices."""
 _HEADER_BYTES = 128
 
 PADDING_ID = 0

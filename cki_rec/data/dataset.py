@@ -15,14 +15,13 @@ from filelock import FileLock
 from numpy.typing import NDArray
 
 from cki_rec.config import Partition, UserError
-from cki_rec.data.columns import RAGGED, Ids, Ints, Ragged
+from cki_rec.data.columns import DOMAINS, RAGGED, Ids, Ints, Ragged
 from cki_rec.data.encoding.split import SPLITS
 from cki_rec.data.encoding.vocabulary import read_vocabulary
 from cki_rec.data.parts import (
     NO_PARTITION,
     Parts,
     folder_name,
-    num_parts,
     open_parts,
     write_parts,
 )
@@ -76,6 +75,7 @@ class EncodedDataset:
         self.timestamp: Ints | None = columns.get("timestamp")
         self.group: Ids | None = columns.get("group")
         self.item_index: Ids | None = columns.get("item_index")
+        self.domain: Ids | None = columns.get("domain")
         self.ids: Ids = columns.get("ids", np.empty((len(self), 0), np.int32))
         """``(N, C)``, stored row by row."""
         self.numbers: NDArray[np.float32] = columns.get(
@@ -124,6 +124,11 @@ class EncodedDataset:
             raise damaged(path, "its hash differs from the manifest")
         return read_vocabulary(path)
 
+    def domain_values(self) -> list[str]:
+        """Return the values of the column by which rows are partitioned, in text order."""
+        values: list[str] = read_json(self.folder / DOMAINS)
+        return values
+
     def parts(self, partition: Partition) -> Parts:
         """Return the rows and the counts of ids of every part.
 
@@ -149,7 +154,7 @@ class EncodedDataset:
         return self._parts[name]
 
     def rows(
-        self, split: str, partition: Partition | None = None, part: int | None = None
+        self, split: str, partition: Partition | None = None, part: int | str | None = None
     ) -> Ints:
         """Return the row numbers of a split, ascending, memory-mapped.
 
@@ -169,10 +174,12 @@ class EncodedDataset:
                 " data.split.fractions, e.g. [0,0.1,0.9] for an evaluation"
             )
         if not len(rows):
+            fix = "lower data.partition.parts"
+            if chosen.named is not None:
+                fix = "leave it out of data.partition.parts"
             raise UserError(
-                f"data.part={part}: has no {split} row of data.split; lower "
-                "data.partition.parts, or choose a data.partition.by that differs from "
-                "data.split.by"
+                f"data.part={part}: has no {split} row of data.split; {fix}, or choose a "
+                "data.partition.by that differs from data.split.by"
             )
         return rows
 
@@ -180,7 +187,7 @@ class EncodedDataset:
         self,
         schema: FeatureSchema,
         partition: Partition | None = None,
-        part: int | None = None,
+        part: int | str | None = None,
     ) -> dict[str, Ints]:
         """Return the number of lookups of each id by training rows, per table of ``schema``.
 
@@ -206,17 +213,22 @@ class EncodedDataset:
             counts[feature.table] = count
         return counts
 
-    def _chosen(self, partition: Partition | None, part: int | None) -> tuple[Partition, int]:
+    def _chosen(
+        self, partition: Partition | None, part: int | str | None
+    ) -> tuple[Partition, int]:
         if part is None:
             return NO_PARTITION, 0
         assert partition is not None, "part requires partition"
-        parts = num_parts(partition)
-        if not 0 <= part < parts:
+        number = partition.number(part)
+        if number is None:
+            choice = "counted from 0; choose one of them or null"
+            if partition.named is not None:
+                choice = f"choose one of {', '.join(name for name, _ in partition.named)} or null"
             raise UserError(
-                f"data.part={part}: data.partition has {parts} parts (by={partition.by}), "
-                f"counted from 0; choose 0 to {parts - 1} or null"
+                f"data.part={part}: data.partition has {partition.size} parts (by={partition.by}),"
+                f" {choice}"
             )
-        return partition, part
+        return partition, number
 
 
 def _source_rows(manifest: dict[str, Any]) -> Rows:

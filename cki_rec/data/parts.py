@@ -5,6 +5,7 @@ Shape legend: N rows, P parts, V ids of a table.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator
 from contextlib import closing
@@ -18,7 +19,7 @@ from numpy.typing import NDArray
 from cki_rec.config import Partition
 from cki_rec.data.columns import ColumnFile, Ids, Ints, Ragged, add_counts, blocks
 from cki_rec.data.encoding.engines import NUM_THREADS, threads
-from cki_rec.data.encoding.partition import MOST_PARTS, part_of_rows
+from cki_rec.data.encoding.partition import MOST_PARTS, Groups, groups_of, part_of_rows
 from cki_rec.data.encoding.split import Blocks, sort_rows
 from cki_rec.data.schema import FeatureSchema
 from cki_rec.data.stored import check_file, file_facts, load_array, read_json
@@ -40,10 +41,14 @@ class Columns(Protocol):
     id_columns: list[str]
     group: Ids | None
     item_index: Ids | None
+    domain: Ids | None
     timestamp: Ints | None
 
     def __len__(self) -> int:
         """Return N."""
+
+    def domain_values(self) -> list[str]:
+        """Return the values of the column by which rows are partitioned."""
 
     def column(self, name: str) -> NDArray[Any] | Ragged:
         """Return the ids or numbers of a field."""
@@ -55,11 +60,15 @@ class Parts:
 
     folder: Path
     part: NDArray[np.uint16]
-    """``(N,)`` part of each row."""
+    """``(N,)`` part of each row; of a column its group, which may be in several parts."""
     order: Ints
-    """``(N,)`` row numbers by split, part and row order."""
+    """``(N,)`` row numbers by split, part and row order; more if parts overlap."""
     ends: list[list[int]]
     """Where the rows of each split and part end in ``order``."""
+    names: list[str] | None = None
+    """Names of the groups of a column; None: parts are numbers."""
+    groups: list[list[int]] | None = None
+    """Parts of each group of a column."""
 
     def rows(self, split: int, part: int) -> Ints:
         """Return the row numbers of a split and part, ascending, memory-mapped."""
@@ -72,15 +81,13 @@ class Parts:
         return load_array(self.folder / f"counts.{feature}.npy")
 
 
-def num_parts(partition: Partition) -> int:
-    """Return P."""
-    return 1 if partition.by == "none" else partition.parts
-
-
 def folder_name(partition: Partition) -> str:
     """Return the name of the folder of a partition, inside that of the data set."""
     if partition.by == "none":
         return "parts-none"
+    if partition.column is not None:
+        text = json.dumps([partition.by, partition.parts])
+        return f"parts-column-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
     seed = "" if partition.by == "time" else f"-{partition.seed}"
     return f"parts-{partition.by}-{partition.parts}{seed}"
 
@@ -95,7 +102,7 @@ def open_parts(folder: Path, verify: str) -> Parts:
     for entry in facts["files"]:
         check_file(folder, entry, verify)
     part, order = load_array(folder / "part.npy"), load_array(folder / "order.npy")
-    return Parts(folder, part, order, facts["ends"])
+    return Parts(folder, part, order, facts["ends"], facts.get("names"), facts.get("groups"))
 
 
 def write_parts(dataset: Columns, partition: Partition, folder: Path) -> None:
@@ -104,7 +111,8 @@ def write_parts(dataset: Columns, partition: Partition, folder: Path) -> None:
     Raises:
         UserError: The partition is impossible for these rows.
     """
-    parts = num_parts(partition)
+    groups = None if partition.column is None else _groups(dataset, partition)
+    parts = partition.size if groups is None else len(groups.parts)
     with new_folder(folder) as temporary:
         with closing(ColumnFile(temporary / "part.npy", np.uint16)) as part:
             for block in part_of_rows(
@@ -114,24 +122,70 @@ def write_parts(dataset: Columns, partition: Partition, folder: Path) -> None:
                 item_index=dataset.item_index,
                 timestamp=dataset.timestamp,
                 is_chronological=dataset.manifest["is_chronological"],
+                domain=dataset.domain,
+                group_of_value=None if groups is None else groups.of_value,
             ):
                 part.append(block)
         mapped = load_array(part.path)
         keys = _SplitAndPart(dataset.split, mapped, parts)
         sizes = sort_rows(keys, temporary / "order.npy", len(dataset))
         ends = np.cumsum(np.pad(sizes, (0, 3 * parts - len(sizes)))).reshape(3, -1)
-        others = [path for path in dataset.folder.glob(f"parts-*/{PARTS}") if parts == 1]
-        if others:
-            counts = _summed_counts(dataset, others[0].parent)
-        else:
-            counts = _counts(dataset, mapped, parts)
+        counts = _counts_of(dataset, partition, mapped, parts)
+        if groups is not None and partition.overlaps:
+            counts = {name: _by_part(count, groups) for name, count in counts.items()}
+            ends = _repeat_rows(temporary / "order.npy", ends, groups)
         for name, count in counts.items():
             is_small = count.max(initial=0) < 2**31
             small = count.astype(np.int32) if is_small else count
             np.save(temporary / f"counts.{name}.npy", small)
         files = [file_facts(path) for path in sorted(temporary.iterdir())]
-        facts = {"ends": ends.tolist(), "files": files}
+        facts: dict[str, Any] = {"ends": ends.tolist(), "files": files}
+        if groups is not None:
+            facts |= {"names": groups.names, "groups": groups.parts}
         (temporary / PARTS).write_text(json.dumps(facts))
+
+
+def _groups(dataset: Columns, partition: Partition) -> Groups:
+    """Return the groups of the values of the column of a partition."""
+    assert dataset.domain is not None, "the data set was encoded for another partition"
+    values = dataset.domain_values()
+    counts = np.zeros(len(values), np.int64)
+    for start, stop in blocks(len(dataset)):
+        add_counts(counts, dataset.domain[start:stop])
+    return groups_of(partition, values, counts)
+
+
+def _by_part(count: Ints, groups: Groups) -> Ints:
+    """Return ``(P, V)`` counts of parts from ``(groups, V)`` counts of groups."""
+    parts = range(max(map(max, groups.parts)) + 1)
+    of_part = [[g for g, own in enumerate(groups.parts) if part in own] for part in parts]
+    return np.stack([count[own].sum(0) for own in of_part])
+
+
+def _repeat_rows(path: Path, ends: Ints, groups: Groups) -> Ints:
+    """Write the rows of parts that overlap in place of those of groups; return their ends."""
+    order = np.load(path)
+    starts = np.concatenate([[0], ends.ravel()[:-1]]).reshape(ends.shape)
+    listed, parts = [], range(max(map(max, groups.parts)) + 1)
+    for split in range(len(ends)):
+        for part in parts:
+            own = [g for g, of in enumerate(groups.parts) if part in of]
+            rows = [order[starts[split, g] : ends[split, g]] for g in own]
+            listed.append(np.sort(np.concatenate(rows)))
+    np.save(path, np.concatenate(listed))
+    return np.cumsum([len(rows) for rows in listed]).reshape(len(ends), -1)
+
+
+def _counts_of(
+    dataset: Columns, partition: Partition, part: NDArray[np.uint16], parts: int
+) -> dict[str, Ints]:
+    """Return feature -> ``(P, V)`` occurrences; those of all rows from those of other parts."""
+    if partition.by == "none":
+        for path in dataset.folder.glob(f"parts-*/{PARTS}"):
+            groups = read_json(path).get("groups", [])
+            if all(len(own) == 1 for own in groups):
+                return _summed_counts(dataset, path.parent)
+    return _counts(dataset, part, parts)
 
 
 def _counts(dataset: Columns, part: NDArray[np.uint16], parts: int) -> dict[str, Ints]:

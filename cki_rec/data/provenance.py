@@ -41,6 +41,13 @@ class Provenance:
     """Hash of the encoded data set, or ``SEVERAL``."""
     rows: tuple[Rows, ...] | None = None
     """Training rows; None: unknown, for models of earlier releases."""
+    sets: tuple[str, ...] = ()
+    """Hashes of the encoded data sets if there were several; empty for earlier releases."""
+
+    @property
+    def hashes(self) -> tuple[str, ...]:
+        """Return the hashes of the encoded data sets; empty if they are not recorded."""
+        return self.sets if self.data_hash == SEVERAL else (self.data_hash,)
 
     def may_have_seen(self, rows: Rows) -> bool:
         """Return whether the model was trained on another split of raw files of ``rows``."""
@@ -52,23 +59,26 @@ class Provenance:
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON values, which ``from_json`` reads."""
-        return asdict(self)
+        return {name: value for name, value in asdict(self).items() if name != "sets" or value}
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> Provenance:
         """Return the provenance that ``to_json`` returned; other keys are ignored."""
         listed = value.get("rows")
         rows = [Rows(**{**r, "files": tuple(r["files"])}) for r in listed or ()]
-        return cls(value["data_hash"], None if listed is None else tuple(rows))
+        known = None if listed is None else tuple(rows)
+        return cls(value["data_hash"], known, tuple(value.get("sets", ())))
 
     @classmethod
     def union(cls, provenances: Sequence[Provenance]) -> Provenance:
         """Return the provenance of a model that was made from models of ``provenances``."""
-        hashes = {provenance.data_hash for provenance in provenances}
-        data_hash = hashes.pop() if len(hashes) == 1 else SEVERAL
+        hashes = list(dict.fromkeys(name for each in provenances for name in each.hashes))
+        is_known = all(each.hashes for each in provenances)
+        data_hash = hashes[0] if is_known and len(hashes) == 1 else SEVERAL
+        sets = tuple(hashes) if is_known and data_hash == SEVERAL else ()
         rows: dict[Rows, None] = {}
         for provenance in provenances:
             if provenance.rows is None:
-                return cls(data_hash)
+                return cls(data_hash, None, sets)
             rows |= dict.fromkeys(provenance.rows)
-        return cls(data_hash, tuple(rows))
+        return cls(data_hash, tuple(rows), sets)

@@ -25,7 +25,7 @@ from cki_rec.engine.host_memory import keep_freed_memory
 from cki_rec.engine.plans import Sharder, describe_plan, make_plan
 from cki_rec.merging.params import generator
 from cki_rec.models import build_model
-from cki_rec.models.embeddings import FIRST_ORDER, NUMBERS, FieldEmbeddings
+from cki_rec.models.embeddings import FIRST_ORDER, NUMBERS, POSITIONS, FieldEmbeddings
 
 ADAGRAD_EPS = 1e-8
 INITIAL_BLOCK = 4096
@@ -145,7 +145,7 @@ def initialize(
 ) -> None:
     """Initialize every parameter from (seed, name, row), equally for every plan and world size.
 
-    - Embeddings, also of numeric fields: normal with ``init_std``.
+    - Embeddings, also of numeric fields and positions: normal with ``init_std``.
     - First-order weights and unused columns: zero.
     - Matrices, also stacked ones: normal with ``matrix_std``. Without ``matrix_std``, and for a
       single output: Xavier uniform.
@@ -169,9 +169,9 @@ def initialize(
                     part.zero_()
             else:
                 _initialize_table(value, seed, name, init_std, model.sparse.embedding_dim)
-        elif last_word in NUMBERS:
+        elif last_word in (*NUMBERS, POSITIONS):
             drawn = torch.randn(value.shape, generator=generator(seed, name))
-            value.copy_(drawn * (init_std if last_word == NUMBERS[0] else 0.0))
+            value.copy_(drawn * (0.0 if last_word == NUMBERS[1] else init_std))
         elif value.dim() >= 2:
             value.copy_(_initial_matrix(value.shape, generator(seed, name), matrix_std))
         elif last_word == "bias":

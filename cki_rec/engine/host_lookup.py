@@ -145,16 +145,20 @@ class Group:
         feature_F = torch.arange(num_features)
         if lengths_FB is None:
             rows_FB = self._rows(ids_N.view(num_features, -1), feature_F.unsqueeze(1))
-            return Reads(rows_FB.t().flatten(), self.num_rows, torch.arange(len(ids_N) + 1))
+            starts = torch.arange(len(ids_N) + 1, dtype=rows_FB.dtype)
+            return Reads(rows_FB.t().flatten(), starts)
         lengths, num_bags = lengths_FB.flatten(), lengths_FB.shape[1]
         rows_N = self._rows(ids_N, feature_F.repeat_interleave(lengths_FB.sum(1)))
         places_BF = torch.arange(num_bags * num_features).view(num_bags, num_features)
         sources_N = places_BF.t().flatten().repeat_interleave(lengths)
-        starts = nn.functional.pad(lengths.cumsum(0), (1, 0))
-        return Reads(rows_N, self.num_rows, starts, sources_N, factors_N)
+        starts = nn.functional.pad(lengths.cumsum(0, dtype=rows_N.dtype), (1, 0))
+        return Reads(rows_N, starts, sources_N, factors_N)
 
     def _rows(self, ids: Tensor, features: Tensor) -> Tensor:
-        """Return the rows of ``ids`` of ``features`` (of a shape that broadcasts)."""
+        """Return the rows of ``ids`` of ``features`` (of a shape that broadcasts).
+
+        They are int32 where that is enough: half the bytes, and half the passes of a radix sort.
+        """
         is_wrong = (ids < 0) | (ids >= self.size_F[features])
         if is_wrong.any():
             feature = int(features.expand_as(ids)[is_wrong][0])
@@ -162,7 +166,8 @@ class Group:
                 f"table {self.names[feature]}: a batch reads row {int(ids[is_wrong][0])}, and"
                 f" there are {int(self.size_F[feature])} rows; encode the data set of this model"
             )
-        return ids + self.first_row_F[features]
+        is_small = self.num_rows <= torch.iinfo(torch.int32).max
+        return (ids + self.first_row_F[features]).to(torch.int32 if is_small else ids.dtype)
 
     @property
     def weight_RD(self) -> Tensor:
@@ -228,8 +233,6 @@ class Reads:
 
     rows_N: Tensor
     """By bag, then feature if every bag has one id; else by feature, then bag."""
-    num_rows: int
-    """R."""
     starts: Tensor
     """``(F B + 1,)`` first id of each bag, and N."""
     sources_N: Tensor | None = None
@@ -240,9 +243,7 @@ class Reads:
     @cached_property
     def order(self) -> tuple[Tensor, Tensor, Tensor]:
         """Return ids sorted by row ``(N,)``, different rows ``(U,)`` and the first id of each."""
-        is_small = self.num_rows <= torch.iinfo(torch.int32).max
-        keys_N = self.rows_N.int() if is_small else self.rows_N  # a radix sort: half the passes
-        keys_N, order_N = torch.sort(keys_N, stable=True)
+        keys_N, order_N = torch.sort(self.rows_N, stable=True)
         rows_U, counts_U = torch.unique_consecutive(keys_N, return_counts=True)
         return order_N, rows_U.long(), counts_U.cumsum(0) - counts_U
 

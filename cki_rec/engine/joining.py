@@ -10,6 +10,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from cki_rec.data.schema import FeatureSchema
 from cki_rec.engine import distributed, sharded
 from cki_rec.engine.lookups import Reading, read_rows
 from cki_rec.merging.params import MergeError, Params
@@ -58,6 +59,58 @@ def on_union(
         parts = [tensors[name] for name in names]
         joined = _joined(parts, maps[table], old_sizes[table], sizes[table], lacking)
         result |= dict(zip(names, joined, strict=True))
+    return result
+
+
+def mean_rows(
+    tensors: Params, tables: Mapping[str, str], schema: FeatureSchema, reserved: int
+) -> Params:
+    """Return per table the mean of its rows of tokens, in float64, over all processes.
+
+    Without tokens it is zero.
+
+    Args:
+        tensors: Of one source, as ``sharded.load`` returns them.
+        tables: Tables to average -> their names in ``schema``.
+        schema: Sizes of whole tables.
+        reserved: Number of rows before the first token.
+    """
+    sums = {}
+    for name, table in tables.items():
+        rows = tensors[name].double()
+        first = sharded.rows_of(schema.table_sizes[table]).start
+        sums[name] = rows[max(0, reserved - first) :].sum(0)
+    totals = sharded.total(sums, schema)
+    means = {}
+    for name, table in tables.items():
+        number = schema.table_sizes[table] - reserved
+        means[name] = totals[name] / max(1, number)
+    return means
+
+
+def with_new_rows(
+    tensors: Params,
+    tables: Mapping[str, str],
+    maps: Mapping[str, Tensor],
+    sizes: Mapping[str, int],
+    rows: Params,
+) -> Params:
+    """Return joined tables whose rows without a row of the source are replaced.
+
+    Args:
+        tensors: As ``on_union`` returned them.
+        tables: Tables to change -> their names.
+        maps: Per table ``(V,)`` the joined row of each row of the source.
+        sizes: U per table.
+        rows: Per table the row that takes their place.
+    """
+    result = dict(tensors)
+    for name, table in tables.items():
+        is_new = torch.ones(sizes[table], dtype=torch.bool)
+        is_new[maps[table]] = False
+        is_new = is_new[sharded.rows_of(sizes[table])]
+        result[name] = tensors[name].clone()
+        result[name][is_new] = rows[name].to(tensors[name].dtype)
     return result
 
 

@@ -28,6 +28,7 @@ from torch.backends import cpu
 
 from cki_rec import COMMAND_VARIABLE, project_root
 from cki_rec.checkpoints import CHECKPOINT
+from cki_rec.checkpoints.deltas import FOLDER as DELTA
 from cki_rec.config import UserError
 from cki_rec.data.encoding import tokens
 from cki_rec.engine import checkpoint_io, distributed
@@ -174,7 +175,7 @@ def _replace_if_finished(run: Run, remade: Run) -> None:
 def _files(folder: Path) -> dict[str, int]:
     """Return the size of every file of a result: not of logs, nor of work in progress."""
     paths = [path for path in folder.iterdir() if path.name not in (STEPS, RECORD)]
-    for name in (CHECKPOINT, tokens.FOLDER):
+    for name in (CHECKPOINT, tokens.FOLDER, DELTA):
         paths += (folder / name).rglob("*")
     return {str(p.relative_to(folder)): p.stat().st_size for p in sorted(paths) if p.is_file()}
 

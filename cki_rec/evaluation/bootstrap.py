@@ -16,7 +16,7 @@ import numpy.typing as npt
 from cki_rec.evaluation.rows import Floats, checked, row_losses
 
 CHUNK = 1 << 24
-"""Elements of one float64 block of weights in ``bootstrap_log_loss`` (128 MB)."""
+"""Elements of one float64 block of weights in ``bootstrap_mean`` (128 MB)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,9 +118,24 @@ def bootstrap_log_loss(label: npt.ArrayLike, logit: npt.ArrayLike, resamples: Re
         ValueError: See ``rows.checked``.
     """
     label_B, logit_B = _checked_rows(label, logit, resamples)
+    return bootstrap_mean(row_losses(label_B, logit_B), np.ones(len(label_B)), resamples)
+
+
+def bootstrap_mean(value: Floats, weight: Floats, resamples: Resamples) -> Floats:
+    """Return the weighted mean of every resample.
+
+    Args:
+        value: ``(B,)``.
+        weight: ``(B,)``, not negative.
+        resamples: Of the same rows.
+
+    Returns:
+        ``(R,)``; NaN where a resample has no weight.
+    """
     num_resamples, num_units = resamples.weights.shape
-    loss_U = np.bincount(resamples.unit, weights=row_losses(label_B, logit_B), minlength=num_units)
-    sums_U2 = np.stack([loss_U, np.bincount(resamples.unit, minlength=num_units)], axis=1)
+    sums_U2 = np.stack(
+        [np.bincount(resamples.unit, part, num_units) for part in (value * weight, weight)], axis=1
+    )
     step = max(1, CHUNK // num_units)
     sums_R2 = np.concatenate(
         [
@@ -128,7 +143,8 @@ def bootstrap_log_loss(label: npt.ArrayLike, logit: npt.ArrayLike, resamples: Re
             for start in range(0, num_resamples, step)
         ]
     )
-    return np.asarray(sums_R2[:, 0] / sums_R2[:, 1], dtype=np.float64)
+    with np.errstate(invalid="ignore"):
+        return np.asarray(sums_R2[:, 0] / sums_R2[:, 1], dtype=np.float64)
 
 
 def _checked_rows(

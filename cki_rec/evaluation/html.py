@@ -41,6 +41,8 @@ def report_page(
     methods: Mapping[str, str] | None = None,
     suites: Mapping[str, str] | None = None,
     answer: Mapping[str, str] = {},
+    titles: Mapping[str, str] = {},
+    regions: Mapping[str, pd.DataFrame] = {},
 ) -> str:
     """Return a standalone HTML page of one experiment.
 
@@ -54,6 +56,8 @@ def report_page(
         methods: Method -> one sentence that describes it; added to ``display.METHOD_NOTES``.
         suites: Suite -> one sentence on the difference between its sources.
         answer: The drawings of the one figure under the verdict, like ``figures``.
+        titles: Suite -> its heading; by default its name.
+        regions: Suite -> table of ``region_tables``.
 
     Returns:
         HTML text; the same arguments give the same bytes.
@@ -67,12 +71,14 @@ def report_page(
         level=" and ".join(f"{value * 100:g} %" for value in summary["confidence"].unique()),
         suites=[
             {
-                "name": suite,
+                "name": titles.get(suite, suite),
+                "is_named": titles.get(suite, suite) == suite,
                 "description": (suites or {}).get(suite),
                 "verdict": sentences,
                 "facts": _facts(runs[runs["suite"] == suite]),
-                "main": _table(main[main["suite"] == suite]),
-                "full": _table(full[full["suite"] == suite]),
+                "main": _table(main[main["suite"] == suite].drop(columns="suite")),
+                "regions": _table(regions[suite]) if suite in regions else None,
+                "full": _table(full[full["suite"] == suite].drop(columns="suite")),
                 "runs": _run_table(runs[runs["suite"] == suite]),
             }
             for suite, sentences in verdicts(summary, runs).items()
@@ -93,7 +99,7 @@ def _facts(runs: pd.DataFrame) -> dict[str, str]:
 
 def _table(part: pd.DataFrame) -> dict[str, Any]:
     """Return the columns and the cells of one suite's summaries."""
-    part = display.filled(part.drop(columns="suite"))
+    part = display.filled(part)
     rows = [
         (name, [display.cell_parts(cell) for cell in cells]) for name, *cells in part.to_numpy()
     ]

@@ -25,6 +25,8 @@ def markdown_table(
     title: str = "Results",
     suites: Mapping[str, str] = {},
     methods: Mapping[str, str] = {},
+    titles: Mapping[str, str] = {},
+    regions: Mapping[str, pd.DataFrame] = {},
 ) -> str:
     """Return a Markdown file of one experiment.
 
@@ -34,16 +36,25 @@ def markdown_table(
         title: First heading. Plain text, as are all texts below; Markdown and HTML are escaped.
         suites: Suite -> one sentence on the difference between its sources.
         methods: Method -> one sentence that describes it.
+        titles: Suite -> its heading; by default its name.
+        regions: Suite -> table of ``region_tables``.
     """
     main, full = main_frame(summary), display_frame(summary)
     lines = [f"# {escaped(title)}", ""]
     for suite, sentences in verdicts(summary, runs).items():
-        lines += [f"**{escaped(suite)}**", "", *(f"- {escaped(text)}" for text in sentences), ""]
+        lines += [
+            f"**{escaped(titles.get(suite, suite))}**",
+            "",
+            *(f"- {escaped(text)}" for text in sentences),
+            "",
+        ]
     for suite in summary["suite"].unique():
-        lines += [f"## {escaped(suite)}", ""]
+        lines += [f"## {escaped(titles.get(suite, suite))}", ""]
         if suites.get(suite):
             lines += [escaped(suites[suite]), ""]
-        lines += _table(main[main["suite"] == suite])
+        lines += _table(main[main["suite"] == suite].drop(columns="suite"))
+        if suite in regions:
+            lines += ["AUC by region:", "", *_table(regions[suite])]
         lines += ["<details><summary>All columns, data, hardware, command</summary>", ""]
         for name, value in facts(runs[runs["suite"] == suite]).items():
             if name == "Command":
@@ -51,7 +62,12 @@ def markdown_table(
                 lines += [f"- {name}:", "", "  ```sh", *commands, "  ```"]
             else:
                 lines.append(f"- {name}: {escaped(value)}")
-        lines += ["", *_table(full[full["suite"] == suite]), "</details>", ""]
+        lines += [
+            "",
+            *_table(full[full["suite"] == suite].drop(columns="suite")),
+            "</details>",
+            "",
+        ]
     if methods:
         notes = [f"{method_name(name, False)}: {text}" for name, text in methods.items()]
         lines += _folded_list("Methods", notes)
@@ -67,7 +83,7 @@ def escaped(text: str) -> str:
 
 
 def _table(part: pd.DataFrame) -> list[str]:
-    part = filled(part.drop(columns="suite"))
+    part = filled(part)
     lines = [_row(map(escaped, part.columns)), "| --- |" + " ---: |" * (len(part.columns) - 1)]
     # cells after the first are numbers; their brackets make no link
     return [*lines, *(_row([escaped(name), *cells]) for name, *cells in part.to_numpy()), ""]

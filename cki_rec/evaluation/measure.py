@@ -13,13 +13,16 @@ import numpy as np
 import numpy.typing as npt
 
 from cki_rec.evaluation.bootstrap import Resamples
-from cki_rec.evaluation.metrics import COMPARED, METRICS, PRIMARY
+from cki_rec.evaluation.metrics import COMPARED, METRICS, PRIMARY, RANKING
+from cki_rec.evaluation.ranking import Cases, bootstrap_over_users, mean_over_users
 from cki_rec.evaluation.recalibration import Recalibration, recalibration
 from cki_rec.evaluation.rows import Floats, checked
 from cki_rec.evaluation.statistics import Interval, delong, paired_difference
 
 Logits = Mapping[str, Floats]
-"""Split (``valid``, ``test``) -> ``(B,)`` logits."""
+"""Split (``valid``, ``test``) -> ``(B,)`` logits; ``CANDIDATES`` of a split -> ``(C, 1 + N)``."""
+CANDIDATES = {split: f"{split}_candidates" for split in ("valid", "test")}
+"""Split -> key of the logits of its candidates (``ranking``)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +35,8 @@ class Rows:
     """``(B,)``, users; None if rows have none."""
     domain: npt.ArrayLike | None = None
     """``(B,)``, names of the parts of the data; None if it is not partitioned."""
+    cases: Cases | None = None
+    """The liked rows that have candidates; None: no candidates are scored."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +53,7 @@ class Measured:
 def summarize(rows: Rows, logit: npt.ArrayLike) -> dict[str, Any]:
     """Return every metric of one set of rows, ready for JSON; undefined ones are None.
 
-    Metrics after recalibration are left out: ``measure`` adds them to test rows.
+    ``measure`` adds metrics after recalibration to test rows, and ranking metrics.
 
     Returns:
         ``rows``, ``positive_rate``, the metrics by name, and ``domains``: name to ``rows`` and
@@ -73,7 +78,7 @@ def summarize(rows: Rows, logit: npt.ArrayLike) -> dict[str, Any]:
         **{
             metric.name: metric(label_B, logit_B, rows.group)
             for metric in METRICS.values()
-            if not metric.recalibrated
+            if not metric.recalibrated and metric.of_cases is None
         },
         "domains": domains,
     }
@@ -96,10 +101,21 @@ def measure(logits: Logits, rows: Mapping[str, Rows], resamples: Resamples) -> M
     replicates = {}
     for metric in METRICS.values():
         logit = recalibrated if metric.recalibrated else plain
+        if metric.of_cases is not None:
+            continue
         if metric.recalibrated:
             test[metric.name] = None if logit is None else metric(label, logit, group)
         if metric.bootstrap is not None and logit is not None:
             replicates[metric.name] = metric.bootstrap(label, logit, resamples)
+    for split, result in (("valid", valid), ("test", test)):
+        if (cases := rows[split].cases) is None:
+            continue
+        for metric in RANKING:
+            assert metric.of_cases is not None
+            value_C = metric.of_cases(logits[CANDIDATES[split]])
+            result[metric.name] = mean_over_users(value_C, cases)
+            if split == "test" and metric.compared and len(value_C):
+                replicates[metric.name] = bootstrap_over_users(value_C, cases, resamples)
     return Measured(valid, test, fit, replicates)
 
 
@@ -107,6 +123,8 @@ def differences(model: Measured, baseline: Measured, confidence: float) -> dict[
     """Return metric -> estimate and bounds of model minus baseline, paired, on test rows."""
     by_metric = {}
     for metric in COMPARED:
+        if metric.name not in model.test:
+            continue
         a, b = model.test[metric.name], baseline.test[metric.name]
         interval = Interval(estimate=None, low=None, high=None)
         if a is not None and b is not None:

@@ -17,11 +17,14 @@ import numpy.typing as npt
 from scipy.special import expit
 
 from cki_rec.evaluation.bootstrap import Resamples, bootstrap_auc, bootstrap_log_loss
+from cki_rec.evaluation.ranking import CUTOFFS, Values, gains, hits
 from cki_rec.evaluation.rows import Floats, checked, row_losses
 
 Function = TypeVar("Function", bound=Callable[..., float | None])
 NUM_BINS = 10
 """Equal-count bins of the calibration error."""
+COMPARED_CUTOFF = 10
+"""Cutoff of the ranking metrics that are compared with baselines."""
 
 
 def auc(label: npt.ArrayLike, score: npt.ArrayLike) -> float | None:
@@ -177,6 +180,10 @@ def calibration_error(label: npt.ArrayLike, logit: npt.ArrayLike) -> float | Non
     return float(np.abs(np.add.reduceat(gap_B, edges[:-1])).sum() / num_rows)
 
 
+def undefined(label: npt.ArrayLike, logit: npt.ArrayLike) -> None:
+    """Return None: rows alone do not define a metric of candidates."""
+
+
 def _probabilities(logit_B: Floats) -> Floats:
     return np.asarray(expit(logit_B), dtype=np.float64)
 
@@ -197,6 +204,11 @@ class Metric:
     """Explanation below the tables."""
     bootstrap: Callable[[npt.ArrayLike, npt.ArrayLike, Resamples], Floats] | None = None
     """``(label, logit, resamples)`` to ``(R,)``; with it, differences to baselines are made."""
+    of_cases: Values | None = None
+    """Of ranking metrics: logits of candidates to one value per case. They are means over users
+    (``ranking``); ``function`` and ``bootstrap`` are not used."""
+    compared: bool = False
+    """Of ranking metrics: whether differences to baselines are made."""
     needs_group: bool = False
     """Whether rows must have users."""
     recalibrated: bool = False
@@ -265,6 +277,33 @@ METRICS = {
             note="gAUC: AUC within each user, weighted by the user's rows. Users with one class "
             "are left out.",
         ),
+        *(
+            Metric(
+                name=f"{name}_{cutoff}",
+                title=f"{title}@{cutoff}",
+                function=undefined,
+                better="higher",
+                of_cases=values(cutoff),
+                compared=cutoff == COMPARED_CUTOFF,
+                note=note if cutoff == CUTOFFS[0] else "",
+            )
+            for name, title, values, note in (
+                (
+                    "hr",
+                    "HR",
+                    hits,
+                    "HR@k: whether a liked test item is among the k best of itself and sampled "
+                    "items, as a mean within users, then over users. Ties count by expectation.",
+                ),
+                (
+                    "ndcg",
+                    "NDCG",
+                    gains,
+                    "NDCG@k: the same with 1 / log2(1 + rank) in place of 1.",
+                ),
+            )
+            for cutoff in CUTOFFS
+        ),
         Metric(
             name="calibration_ratio",
             title="pred./clicks",
@@ -291,8 +330,10 @@ SHOWN = [metric for metric in METRICS.values() if metric.shown]
 """Metrics in tables."""
 PRIMARY = [metric for metric in METRICS.values() if metric.primary]
 """Metrics with a figure, a number per domain and an interval in tables."""
-COMPARED = [metric for metric in METRICS.values() if metric.bootstrap is not None]
+COMPARED = [metric for metric in METRICS.values() if metric.bootstrap or metric.compared]
 """Metrics with paired differences to the baselines."""
+RANKING = [metric for metric in METRICS.values() if metric.of_cases is not None]
+"""Metrics of candidates, measured if ``evaluate.ranking`` is set."""
 REPEATED = [metric for metric in METRICS.values() if metric.over_repetitions]
 """Metrics with an interval over repetitions."""
 

@@ -61,6 +61,7 @@ def _of_suite(record: Record) -> dict[str, Any]:
     settings = record["config"].get("settings", {})
     partition = record["config"].get("partition") or {}
     shared = {f"data.partition.{k}": partition[k] for k in ("by", "parts") if k in partition}
+    shared["evaluate.ranking"] = record["config"].get("evaluate", {}).get("ranking")
     return {**shared, **settings.get("sources", {}), **settings.get("finetune", {})}
 
 

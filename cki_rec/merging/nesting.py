@@ -33,12 +33,16 @@ def find_nests(symmetries: Sequence[Symmetry]) -> tuple[dict[int, Nest], set[int
     """Return the nested symmetries by the place of their permutation, and places to leave alone.
 
     Symmetries overlap if they move the same entries on the same axis. They can be composed if
-    one of them permutes the other's elements. Permutations that overlap otherwise are left alone.
+    one of them permutes the other's elements, or is one sign of all entries that the other moves.
+    Permutations that overlap otherwise are left alone.
     """
     signs: dict[int, list[int]] = {}
     inside: dict[int, dict[tuple[object, ...], dict[int, int]]] = {}
     idle: set[int] = set()
     for pair in _overlapping(symmetries):
+        first, second = (symmetries[place] for place in pair)
+        if _is_sign_of(first, second) or _is_sign_of(second, first):
+            continue  # they commute
         for outer, inner in (pair, pair[::-1]):
             if symmetries[outer].kind not in PERMUTATIONS:
                 continue
@@ -163,6 +167,20 @@ def spot_of(part: Slice, size: int) -> tuple[object, ...]:
 def is_same_place(part: Slice, other: Slice, size: int) -> bool:
     """Return whether two slices hold the same units."""
     return spot_of(part, size) == spot_of(other, size)
+
+
+def _is_sign_of(sign: Symmetry, other: Symmetry) -> bool:
+    """Return whether a symmetry is one sign of all entries that another moves where they meet."""
+    if sign.kind != "signs" or sign.size != 1:
+        return False
+    for part in sign.slices:
+        entries = {s + w for s in starts_of(part, 1) for w in range(part.width)}
+        for q in other.slices:
+            if (q.parameter, q.axis) == (part.parameter, part.axis) and _meet(part, q):
+                moved = {s + w for s in starts_of(q, other.size) for w in range(q.width)}
+                if entries & moved and not moved <= entries:
+                    return False
+    return True
 
 
 def _is_signs_on(outer: Symmetry, inner: Symmetry) -> bool:

@@ -2,7 +2,8 @@
 
 A network is a module with ``sparse``, its ``FieldEmbeddings``, and ``interact``, which maps their
 output to logits. Optional declarations are ``reads`` (``models.comparison``) and the traits of
-``merging.traits``.
+``merging.traits``. A network may split ``interact(emb)`` into ``score(emb, encode(emb))``, where
+``encode`` reads histories only; then candidates of one history share its states.
 """
 
 from __future__ import annotations
@@ -17,7 +18,10 @@ from cki_rec.data.schema import FeatureSchema
 from cki_rec.models.dcn import DCN, DCNv2
 from cki_rec.models.deepfm import DeepFM
 from cki_rec.models.din import DIN
+from cki_rec.models.dlrm import DLRM
 from cki_rec.models.final_mlp import FinalMLP
+from cki_rec.models.gru4rec import GRU4Rec
+from cki_rec.models.sasrec import SASRec
 from cki_rec.models.shallow import DNN, FM, LR, WideDeep
 from cki_rec.plugins import loaded_class
 
@@ -31,6 +35,9 @@ MODELS: dict[str, Callable[[FeatureSchema, Model, torch.device | None], nn.Modul
     "dcnv2": DCNv2,
     "din": DIN,
     "final_mlp": FinalMLP,
+    "dlrm": DLRM,
+    "sasrec": SASRec,
+    "gru4rec": GRU4Rec,
 }
 """Model classes by their name in ``conf/model``."""
 

@@ -17,7 +17,8 @@ TRAINING_ONLY = ("dropout", "init_std", "matrix_std")
 def differences(one: Model, other: Model) -> dict[str, tuple[Any, Any]]:
     """Return the options in which two networks differ, by dotted name."""
     left, right = _flat(asdict(one)), _flat(asdict(other))
-    return {key: (left[key], right[key]) for key in left if left[key] != right[key]}
+    keys = {**left, **right}  # of a section that one of them lacks, the other has several
+    return {k: (left.get(k), right.get(k)) for k in keys if left.get(k) != right.get(k)}
 
 
 def decides(key: str, model: Model) -> bool:

@@ -2,29 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
-from cki_rec.config import Model, UserError, nearest
-from cki_rec.data.schema import Batch, Feature, FeatureSchema
+from cki_rec.config import Model
+from cki_rec.data.schema import Batch, FeatureSchema
 from cki_rec.merging.symmetry import Kind, LogitScale, Symmetry
 from cki_rec.models.attention import ActivationUnit
 from cki_rec.models.embeddings import Embedded, FieldEmbeddings
 from cki_rec.models.layers import MLP, MLP_OPTIONS
+from cki_rec.models.pairs import history_pairs
 from cki_rec.models.symmetries import bases, hidden_units, scale_of_sum
-
-OPTION = "model.attention.pairs"
-
-
-@dataclass(frozen=True, slots=True)
-class Pair:
-    """Targets and the histories that they attend to; several fields are concatenated."""
-
-    targets: tuple[str, ...]
-    histories: tuple[str, ...]
 
 
 class DIN(nn.Module):
@@ -43,9 +31,9 @@ class DIN(nn.Module):
         self, schema: FeatureSchema, model: Model, device: torch.device | None = None
     ) -> None:
         super().__init__()
-        self.pairs = attention_pairs(schema, model)
-        self.attended = [name for pair in self.pairs for name in pair.histories]
         options, dim = model.attention, model.embedding_dim
+        self.pairs = history_pairs(schema, model, "model.attention.pairs", options.pairs)
+        self.attended = [name for pair in self.pairs for name in pair.histories]
         self.sparse = FieldEmbeddings(
             schema,
             dim,
@@ -110,55 +98,3 @@ class DIN(nn.Module):
     def logit_scale(self) -> LogitScale:
         """Return the parameters that scale and shift the logit and nothing else."""
         return scale_of_sum(self.sparse, self.mlp, None)
-
-
-def attention_pairs(schema: FeatureSchema, model: Model) -> list[Pair]:
-    """Return the pairs that ``model`` names; by default every history and its table's field.
-
-    Raises:
-        UserError: There is no history, or a pair does not match the schema.
-    """
-    if not model.histories:
-        raise UserError(
-            "model.histories=false: DIN attends to histories; use model.histories=true"
-        )
-    histories = [f for f in schema.lookups if f.kind == "history"]
-    if not histories:
-        raise UserError(f"{OPTION}: the data set has no feature of kind history for DIN")
-    if model.attention.pairs:
-        return [_checked(pair, schema) for pair in model.attention.pairs]
-    firsts: dict[str, str] = {}
-    for feature in schema.lookups:
-        if feature.kind == "categorical":
-            firsts.setdefault(feature.table, feature.name)
-    pairs = [Pair((firsts[f.table],), (f.name,)) for f in histories if f.table in firsts]
-    if not pairs:
-        names = ", ".join(f.name for f in histories)
-        raise UserError(f"{OPTION}: no categorical field shares a table with a history ({names})")
-    return pairs
-
-
-def _checked(pair: Any, schema: FeatureSchema) -> Pair:
-    if not isinstance(pair, list) or len(pair) != 2:
-        raise UserError(f"{OPTION}: {pair} is not [targets, histories]")
-    sides = [side if isinstance(side, list) else [side] for side in pair]
-    targets = [_feature(name, "categorical", schema) for name in sides[0]]
-    histories = [_feature(name, "history", schema) for name in sides[1]]
-    if not targets or len(targets) != len(histories):
-        raise UserError(f"{OPTION}: {pair} needs as many targets as histories, at least one")
-    for target, history in zip(targets, histories, strict=True):
-        if target.table != history.table:
-            raise UserError(
-                f"{OPTION}: {target.name} and {history.name} have different tables"
-                f" ({target.table}, {history.table})"
-            )
-    return Pair(tuple(f.name for f in targets), tuple(f.name for f in histories))
-
-
-def _feature(name: Any, kind: str, schema: FeatureSchema) -> Feature:
-    fit = {f.name: f for f in schema.features if f.kind == kind}
-    if name not in fit:
-        hint = nearest(name, fit)
-        names = ", ".join(fit) or "none"
-        raise UserError(f"{OPTION}: {name} is no {kind} field; {hint}{kind} fields: {names}")
-    return fit[name]

@@ -20,6 +20,8 @@ FIRST_ORDER = "_first_order"
 """Suffix of the tables that hold first-order weights."""
 NUMBERS = ("numbers", "numbers_first_order")
 """Last words of the parameter names of numeric fields, which have no tables."""
+POSITIONS = "positions"
+"""Last word of the names of embeddings of positions, which have no tables."""
 LANES = 4
 """The lookup kernels need widths that are multiples of this. Columns beyond the embedding size are
 zero and unused; they get no gradient, so they stay zero."""

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from cki_rec import project_root
 from cki_rec.checkpoints import describe, outline
 from cki_rec.config import Config, Evaluate, UserError, run_id, section
+from cki_rec.data.candidates import Candidates, draw_candidates
 from cki_rec.data.encoding import store
 from cki_rec.data.encoding.store import EncodedDataset
 from cki_rec.data.test_labels import all_labels
@@ -21,12 +23,14 @@ from cki_rec.engine import distributed
 from cki_rec.engine.record import Run, open_run, save_arrays
 from cki_rec.engine.sweeps import add_to_sweep
 from cki_rec.evaluation.bootstrap import Resamples, resampling_weights
-from cki_rec.evaluation.measure import Logits, Rows, compare
+from cki_rec.evaluation.measure import CANDIDATES, Logits, Rows, compare, summarize
 from cki_rec.evaluation.metrics import METRICS, PRIMARY
+from cki_rec.evaluation.ranking import Cases
 from cki_rec.evaluation.rows import Floats
 from cki_rec.evaluation.settings import common, flat
 from cki_rec.pipelines import finetune, merge, preflight
-from cki_rec.pipelines.predictions import SPLITS, predictions, valid_auc
+from cki_rec.pipelines.foreign_sources import check_own
+from cki_rec.pipelines.predictions import SPLITS, candidate_logits, predictions, valid_auc
 from cki_rec.pipelines.provenance import check_rows, data_facts
 from cki_rec.pipelines.references import Reference, mean_logits
 from cki_rec.pipelines.sources import Source, Sources, are_disjoint, is_external, shard_of
@@ -41,6 +45,7 @@ OWN = "own_sources"
 
 def run(config: Config) -> float | None:
     """Make the configured model, measure it on test rows, and return its validation AUC."""
+    check_own(config, "evaluate")
     preflight.check_label(config)
     label, is_tuned = config.merge.label, config.finetune.epochs > 0
     is_first = distributed.rank() == 0
@@ -173,12 +178,46 @@ def _members(config: Config, models: Sources) -> list[Source]:
     return models.merged
 
 
-def _logits(config: Config, dataset: EncodedDataset, members: Sequence[Source]) -> Logits:
-    """Return the logits per split: of one model, or as the reference combines its sources."""
-    scores = [predictions(config, dataset, source) for source in members]
+def _logits(
+    config: Config,
+    dataset: EncodedDataset,
+    members: Sequence[Source],
+    candidates: Mapping[str, Candidates],
+) -> Logits:
+    """Return the logits of one model, or as the reference combines its sources."""
+    scores = [_scores(config, dataset, source, candidates) for source in members]
     entry = preflight.entry_of(config.merge)
     combine = entry.combine if isinstance(entry, Reference) and entry.combine else mean_logits
-    return combine(scores, config, dataset)
+    by_item = config.data.partition.by == "item"
+    rows = {split: dataset.rows(split) for split in SPLITS}
+    rows |= {CANDIDATES[split]: part.rows(by_item) for split, part in candidates.items()}
+    return combine(scores, config, dataset, rows)
+
+
+def _scores(
+    config: Config,
+    dataset: EncodedDataset,
+    source: Source,
+    candidates: Mapping[str, Candidates],
+) -> Logits:
+    """Return the logits of one model on both splits, and on candidates if there are any."""
+    scores: dict[str, Any] = {**predictions(config, dataset, source)}
+    if candidates:
+        ranked = candidate_logits(config, dataset, source, candidates)
+        scores |= {CANDIDATES[split]: logits for split, logits in ranked.items()}
+    return scores
+
+
+def _candidates(options: Evaluate, dataset: EncodedDataset) -> dict[str, Candidates]:
+    """Return the candidates of both splits; none without ``evaluate.ranking``.
+
+    Validation rows do not depend on test labels: their items may be liked in test rows.
+    """
+    if options.ranking is None:
+        return {}
+    known = dataset.labels(np.arange(len(dataset)))
+    labels: dict[str, NDArray[Any]] = {"valid": known, "test": all_labels(dataset)}
+    return {s: draw_candidates(dataset, s, labels[s], options.ranking) for s in SPLITS}
 
 
 def _evaluate(
@@ -196,20 +235,22 @@ def _evaluate(
         log.info("  %s: evaluate.disjoint_files covers its other raw files", name)
     is_tuned = config.finetune.epochs > 0
     best = max(models.suite, key=lambda source: valid_auc(config, dataset, source))
+    candidates = _candidates(options, dataset)
+    everyone = {s: _scores(config, dataset, s, candidates) for s in dict.fromkeys(models.suite)}
     baselines: dict[str, Logits | None] = {
-        "best_source": mean_logits([predictions(config, dataset, best)]),
-        "output_ensemble": mean_logits([predictions(config, dataset, s) for s in models.suite]),
+        "best_source": mean_logits([everyone[best]]),
+        "output_ensemble": mean_logits([everyone[s] for s in models.suite]),
     }
     is_unchanged = config.merge.refine == "none" and models.merged == models.suite
     if config.merge.method in baselines and is_unchanged and not is_tuned:
         baselines[config.merge.method] = None  # the baseline itself
-    logits, shares = _logits(config, dataset, members), _shares(config, models)
+    logits, shares = _logits(config, dataset, members, candidates), _shares(config, models)
     if distributed.rank() > 0:
         return None
     model, difference, replicates = compare(
         logits,
         baselines,
-        {split: _rows(config, dataset, split) for split in SPLITS},
+        {split: _rows(config, dataset, split, candidates) for split in SPLITS},
         _resamples(options, dataset),
         options.confidence,
     )
@@ -226,9 +267,30 @@ def _evaluate(
         "difference": difference,
         "shares": shares,
     }
+    if candidates:
+        result["ranking"] = {split: part.protocol for split, part in candidates.items()}
     if any(is_external(source.identity) for source in models.suite):
         result["sources"] = [source.name for source in models.suite]
+    if config.data.partition.column is not None:
+        names = [source.name.removeprefix("data.part=") for source in models.suite]
+        result["of_sources"] = _of_sources(
+            _rows(config, dataset, "test", {}),
+            names,
+            [mean_logits([everyone[source]]) for source in models.suite],
+        )
     return result, replicates
+
+
+def _of_sources(
+    rows: Rows, names: Sequence[str], scores: Sequence[Logits]
+) -> list[dict[str, Any]]:
+    """Return name and AUC of every source, on all test rows and on those of each region."""
+    measured = []
+    for name, logits in zip(names, scores, strict=True):
+        found = summarize(rows, logits["test"])
+        domains = {region: domain["auc"] for region, domain in found["domains"].items()}
+        measured.append({"name": name, "auc": found["auc"], "domains": domains})
+    return measured
 
 
 def suite_name(config: Config, sources: Sequence[Source]) -> str:
@@ -262,16 +324,23 @@ def _check_unseen(
     return assumed
 
 
-def _rows(config: Config, dataset: EncodedDataset, split: str) -> Rows:
+def _rows(
+    config: Config, dataset: EncodedDataset, split: str, candidates: Mapping[str, Candidates]
+) -> Rows:
     """Return the labelled rows of a split; the domains are the parts of ``data.partition``."""
     rows = dataset.rows(split)
     partition = config.data.partition
     domain = None
-    if partition.by != "none" and partition.parts > 1:
-        part = dataset.parts(partition).part[rows]
-        domain = np.char.add(f"{partition.by} part ", part.astype(str))
+    if partition.size > 1:
+        parts = dataset.parts(partition)
+        names = parts.names or [f"{partition.by} part {n}" for n in range(partition.size)]
+        domain = np.array(names)[parts.part[rows]]
     group = None if dataset.group is None else dataset.group[rows]
-    return Rows(all_labels(dataset)[rows], group, domain)
+    cases = None
+    if candidates and dataset.group is not None:
+        drawn = candidates[split]
+        cases = Cases(drawn.place_C, np.asarray(dataset.group[drawn.row_C]))
+    return Rows(all_labels(dataset)[rows], group, domain, cases)
 
 
 def _resamples(options: Evaluate, dataset: EncodedDataset) -> Resamples:

@@ -29,7 +29,7 @@ from cki_rec.engine.export import (
 from cki_rec.engine.servable import IDS, NUMBERS, OUTPUTS, Servable, free_dims
 from cki_rec.environment import installed_version
 from cki_rec.files import file_digest
-from cki_rec.pipelines import serving_files
+from cki_rec.pipelines import deltas, serving_files
 from cki_rec.pipelines.loading import data_set, find, restore
 from cki_rec.pipelines.serving_files import ServingFiles
 
@@ -65,6 +65,9 @@ def run(config: Config) -> None:
         UserError: The model is missing or damaged, packages are missing, or exported scores
             differ from the model; then no file is written.
     """
+    if config.format == "delta":
+        deltas.export(config)
+        return
     check_packages(config.format)
     source = find(config, "export")
     distributed.start(replace(config.runtime, device="cpu"))

@@ -32,13 +32,14 @@ def notes(config: Config, dataset: EncodedDataset) -> list[str]:
             f"field {', '.join(histories)}: not read, because model.histories=false; set it to"
             " true, or remove the field from data.fields"
         )
-    options = dataset.manifest["options"]["fields"]
-    learned = [f"{f['name']} ({f['transform']})" for f in options if f["transform"] in LEARNED]
-    if learned:
+    options = dataset.manifest["options"]
+    learned = [f for f in options["fields"] if f["transform"] in LEARNED]
+    if learned and "numbers_from" not in options:
+        names = ", ".join(f"{f['name']} ({f['transform']})" for f in learned)
         lines.append(
-            f"field {', '.join(learned)}: scaled by the numbers of this data set. Only models of"
-            " this data set can be merged with each other; for others use the transform"
-            " ln_squared, edges or token"
+            f"field {names}: scaled by the numbers of this data set. Models with different scales"
+            f" cannot be merged: train others with data.numbers_from={dataset.folder} (or the run"
+            " of this model), or use the transform ln_squared, edges or token"
         )
     return lines
 

@@ -17,24 +17,25 @@ from torch import nn
 from cki_rec.checkpoints.formats import layout
 from cki_rec.checkpoints.formats.layout import BUFFERS
 from cki_rec.checkpoints.formats.stored import Entry
-from cki_rec.config import Config
+from cki_rec.config import EVIDENCE, Config
 from cki_rec.files import write_atomically
 from cki_rec.merging.api import network_symmetries
 from cki_rec.merging.inputs import sources_of
 from cki_rec.merging.methods import METHODS
 from cki_rec.merging.params import MergeError
+from cki_rec.pipelines import keyed_inspect
+from cki_rec.pipelines.foreign_evidence import has_evidence
 from cki_rec.pipelines.foreign_inputs import SampleRows, network_of, rows_of
 from cki_rec.pipelines.foreign_sources import (
     ARROW,
-    EVIDENCE,
     Foreign,
     check_module,
     differences,
-    has_evidence,
     name_changes,
     open_source,
     tables_of,
 )
+from cki_rec.pipelines.keyed_sources import is_keyed
 from cki_rec.search_path import CONF, WORKING_CONF
 
 SHOWN = 20
@@ -47,6 +48,9 @@ def run(config: Config) -> None:
     Raises:
         UserError: A checkpoint is not readable.
     """
+    if is_keyed(config.merge.sources):
+        keyed_inspect.run(config)
+        return
     with ExitStack() as stack:
         module = network_of(config)
         opened = [open_source(s, "inspect", module, stack) for s in config.merge.sources]
@@ -125,11 +129,9 @@ def _tied(source: Foreign, module: nn.Module | None) -> list[list[str]]:
     if module is not None:
         for name, parameter in module.named_parameters(remove_duplicate=False):
             groups.setdefault(id(parameter), []).append(name)
-    elif source.stored.form == "torch":
+    else:
         for name, full in source.parts.names.items():
-            tensor = source.stored.rows(full)
-            place = (tensor.data_ptr(), tensor.shape, tensor.dtype) if tensor.numel() else name
-            groups.setdefault(place, []).append(name)
+            groups.setdefault(source.stored.tied.get(full, full), []).append(name)
     return [names for names in groups.values() if len(names) > 1]
 
 

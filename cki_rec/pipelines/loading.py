@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -11,6 +13,7 @@ from torch import nn
 
 from cki_rec import checkpoints
 from cki_rec.checkpoints import CHECKPOINT, DESCRIPTION, Checkpoint
+from cki_rec.checkpoints.formats import is_own
 from cki_rec.config import Config, UserError, nearest
 from cki_rec.data.dataset import EncodedDataset
 from cki_rec.data.encoding import tokens
@@ -42,7 +45,7 @@ class LoadedModel:
     schema: FeatureSchema
     """The fields that it reads."""
     dataset: EncodedDataset
-    """The data set of its training rows."""
+    """The data set of its training rows; of several, the first one."""
     tokens: dict[str, list[str]]
     """Table -> its tokens; the first one has id 2."""
     encoder: Encoder
@@ -59,7 +62,7 @@ def load(config: Config, name: str | None, pipeline: str = "predict") -> LoadedM
         pipeline: The command, for messages.
 
     Raises:
-        UserError: There is no such model, or its data set is not encoded here.
+        UserError: There is no such model, or its data sets are not encoded here.
     """
     if name is not None:
         name = _evaluated(config, name)
@@ -67,26 +70,35 @@ def load(config: Config, name: str | None, pipeline: str = "predict") -> LoadedM
     distributed.start(replace(config.runtime, device="cpu"))
     saved = checkpoints.load(source.checkpoint)
     network = restore(saved, source.checkpoint)
-    dataset = data_set_of(config, saved, name)
-    known = tokens_of(saved, source.home, dataset)
-    encoder = encoder_of(dataset, saved.schema, known)
-    return LoadedModel(network, saved.schema, dataset, known, encoder, config)
+    datasets = data_sets_of(config, saved, name)
+    known = tokens_of(saved, source.home, datasets)
+    encoder = encoder_of(datasets, saved.schema, known)
+    return LoadedModel(network, saved.schema, datasets[0], known, encoder, config)
 
 
-def data_set_of(config: Config, saved: Checkpoint, name: str | None) -> EncodedDataset:
-    """Return the data set of a model's training rows.
+def data_sets_of(config: Config, saved: Checkpoint, name: str | None) -> list[EncodedDataset]:
+    """Return the data sets of a model's training rows; of equal raw rows, the first one.
 
     Raises:
-        UserError: It is not encoded here.
+        UserError: One is not encoded here, or they are not recorded.
     """
-    encoded = Path(config.runtime.encoded)
-    folder = data_set(encoded, saved.origin.data_hash)
-    if folder is None:
+    encoded, hashes = Path(config.runtime.encoded), saved.origin.hashes
+    if not hashes:
         raise UserError(
-            f"{name}: its data set is not encoded in {encoded}; name the folder with"
+            f"{name}: the data sets of its sources are not recorded; merge its sources again"
+        )
+    found = [data_set(encoded, each) for each in hashes]
+    if None in found:
+        which = (
+            "its data set is" if len(found) == 1 else f"{found.count(None)} of its data sets are"
+        )
+        raise UserError(
+            f"{name}: {which} not encoded in {encoded}; name the folder with"
             " runtime.encoded=FOLDER, or encode it again: cki-rec prepare data=..."
         )
-    return EncodedDataset(encoded / folder)
+    datasets = [EncodedDataset(encoded / folder) for folder in found if folder is not None]
+    by_rows = {dataset.source_rows: dataset for dataset in reversed(datasets)}
+    return [dataset for dataset in datasets if by_rows[dataset.source_rows] is dataset]
 
 
 def find(config: Config, pipeline: str) -> Named:
@@ -106,6 +118,12 @@ def find(config: Config, pipeline: str) -> Named:
         is_of_run = folder.name == CHECKPOINT
         home = folder.resolve().parent if is_of_run else folder
         return Named(folder, home, _run_id(home) if is_of_run else None)
+    if not is_own(folder):
+        raise UserError(
+            f"run={config.run}: a checkpoint of another program; {pipeline} needs a model that"
+            " cki-rec has trained, and its fields. Use it with the program that wrote it"
+            " (docs/how_to/checkpoints.md)"
+        )
     if not (folder / RECORD).is_file():
         if (folder / CHECKPOINT).is_dir():
             raise UserError(
@@ -136,18 +154,31 @@ def restore(saved: Checkpoint, folder: Path) -> nn.Module:
     return network.eval()
 
 
-def tokens_of(saved: Checkpoint, home: Path, dataset: EncodedDataset) -> dict[str, list[str]]:
-    """Return the tokens of every table whose ids are no hashes, checked by their digests."""
+def tokens_of(
+    saved: Checkpoint, home: Path, datasets: Sequence[EncodedDataset]
+) -> dict[str, list[str]]:
+    """Return the tokens of every table whose ids are no hashes, checked by their digests.
+
+    They are in the data sets, beside the model, or in another encoded data set.
+
+    Raises:
+        UserError: They are missing or damaged, or numbers were scaled otherwise.
+    """
+    encoded = datasets[0].folder.parent
     known = {}
+    elsewhere = sorted(path.parent for path in encoded.glob("*/manifest.json"))
     for table_name in dict.fromkeys(feature.table for feature in saved.schema.lookups):
         digest = saved.schema.vocabulary_hashes[table_name]
         if digest.startswith(tokens.HASHED):
             continue
-        if dataset.schema.vocabulary_hashes.get(table_name) == digest:
-            known[table_name] = dataset.vocabulary(table_name)
+        listing = [d for d in datasets if d.schema.vocabulary_hashes.get(table_name) == digest]
+        if listing:
+            known[table_name] = listing[0].vocabulary(table_name)
         else:
-            known[table_name] = tokens.read_tokens(home / tokens.FOLDER, table_name, digest)
-    for feature in saved.schema.numbers:
+            beside = home / tokens.FOLDER
+            folder = tokens.find_tokens([beside, *elsewhere], {table_name: digest})
+            known[table_name] = tokens.read_tokens(folder or beside, table_name, digest)
+    for feature, dataset in itertools.product(saved.schema.numbers, datasets):
         ours, theirs = (
             s.vocabulary_hashes.get(feature.name) for s in (saved.schema, dataset.schema)
         )

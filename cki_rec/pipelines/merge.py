@@ -31,15 +31,19 @@ from cki_rec.merging.steps import calibrate_model
 from cki_rec.pipelines import (
     check_only,
     choice,
+    continuous,
     foreign,
+    keyed,
     preflight,
     refine,
     sources,
     train,
     vocabularies,
 )
-from cki_rec.pipelines.compatibility import compare, counts_of, finite, require, type_name
+from cki_rec.pipelines.compatibility import compare, finite, require, type_name
+from cki_rec.pipelines.evidence import counts_of, kind_of
 from cki_rec.pipelines.foreign_sources import is_foreign
+from cki_rec.pipelines.keyed_sources import is_keyed
 from cki_rec.pipelines.merge_identity import merge_reads
 from cki_rec.pipelines.merge_inputs import ablated, fisher, fixed_rules, learning
 from cki_rec.pipelines.names import give
@@ -59,6 +63,14 @@ log = logging.getLogger(__name__)
 
 def run(config: Config) -> None:
     """Merge as configured; log the folder of the model and the shares of its sources."""
+    if config.merge.deltas:
+        if distributed.rank() == 0:
+            continuous.run(config)
+        return
+    if is_keyed(config.merge.sources):
+        if distributed.rank() == 0:
+            keyed.run(config)
+        return
     if is_foreign(config):
         if distributed.rank() == 0:
             foreign.run(config)
@@ -136,13 +148,24 @@ def ensure(config: Config, models: Sources | None = None, force: bool = False) -
                 else:
                     used = replace(models, merged=candidates, base=base)
                     data, result = _merge(config, used, dataset, run, is_disjoint)
+                    if not config.merge.vocabularies:  # else they are there
+                        everyone = [source.folder for source in candidates]
+                        vocabularies.carry_merged(config, run.path, everyone[0], everyone)
             if distributed.rank() == 0:
                 run.finish(reads, data, result)
     return run
 
 
 def resolve(config: Config, needs_suite: bool = False) -> Sources:
-    """Return the sources of a merge, and of its suite if needed (``sources.resolve``)."""
+    """Return the sources of a merge, and of its suite if needed (``sources.resolve``).
+
+    Raises:
+        UserError: They are deltas, or as for ``sources.resolve``.
+    """
+    if config.merge.deltas:
+        raise UserError(
+            "merge.deltas: only cki-rec merge takes deltas; give its result a name, and use that"
+        )
     return sources.resolve(config, preflight.needs_base(config), needs_suite)
 
 
@@ -185,9 +208,7 @@ def warn_if_unchanged(config: Config, result: dict[str, Any]) -> None:
 
 
 def _result(**entries: Any) -> dict[str, Any]:
-    names = (
-        *("shares", "chosen", "learned", "alignment", "anchor", "recalibration", "valid_auc"),
-    )
+    names = ("shares", "chosen", "learned", "alignment", "anchor", "recalibration", "valid_auc")
     return {**dict.fromkeys(names), **entries}
 
 
@@ -225,6 +246,8 @@ def _refined(config: Config, models: Sources, start: Source, force: bool) -> Run
         if run.record is None:
             with run.phase("merge"):
                 data, result = _finished(config, start, fitted, run)
+                everyone = [source.folder for source in (start, *models.merged)]
+                vocabularies.carry_merged(config, run.path, run.checkpoint, everyone)
             if distributed.rank() == 0:
                 run.finish(reads, data, result)
     return run
@@ -289,6 +312,7 @@ def _merge(
     checkpoints = joined.checkpoints[: len(models.merged)]
     base = joined.checkpoints[-1] if models.base is not None else None
     first = checkpoints[0]
+    run.facts["evidence"] = kind_of(checkpoints, config.merge.evidence)
     try:
         merged = _merge_params(config, checkpoints, base, dataset, joined)
     except NotPossible as error:
@@ -351,7 +375,7 @@ def _merge_params(
         models,
         options.method,
         base=None if base is None else base.params,
-        counts=counts_of(checkpoints, preflight.needs_counts(options)),
+        counts=counts_of(checkpoints, preflight.needs_counts(options), options.evidence),
         symmetries=network.symmetries,
         module=activations.network if activations else network.module,
         batches=activations.batches if activations else None,

@@ -77,7 +77,9 @@ def known(out: Path) -> list[str]:
 
 
 def resolved(config: Config) -> Config:
-    """Return the configuration with paths in place of names: sources, bases and starts.
+    """Return the configuration with paths in place of names.
+
+    They are those of sources, bases, starts and folders of vocabularies.
 
     Raises:
         UserError: A source is neither a path nor a run nor a name.
@@ -102,12 +104,25 @@ def resolved(config: Config) -> Config:
         link = out / NAMES / word
         return {**source, "path": str(link if link.exists() else out / word)}
 
+    def of_folder(folder: str | None) -> str | None:
+        """Return the run that a name means; other folders are returned unchanged."""
+        is_word = folder is not None and not Path(folder).exists() and is_name(folder)
+        place = located(out, folder) if folder is not None and is_word else None
+        return folder if place is None else str(place)
+
+    data = config.data
     return replace(
         config,
+        data=replace(
+            data,
+            vocabularies=[of_folder(folder) or folder for folder in data.vocabularies],
+            numbers_from=of_folder(data.numbers_from),
+        ),
         merge=replace(
             merge,
             sources=[of_name(source, "merge.sources") for source in merge.sources],
             base=of_name(merge.base, "merge.base"),
+            deltas=[of_folder(folder) or folder for folder in merge.deltas],
         ),
         suite=replace(
             suite,

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import hashlib
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from torch import nn
 
 from cki_rec.checkpoints import Checkpoint, describe
 from cki_rec.config import Config, UserError
+from cki_rec.data.candidates import Candidates, candidate_blocks
 from cki_rec.data.encoding.store import EncodedDataset
 from cki_rec.data.schema import FeatureSchema
 from cki_rec.engine import distributed
@@ -45,9 +47,7 @@ def predictions(
     Raises:
         UserError: The model does not fit the data set, or gives NaN or infinity.
     """
-    name = source.identity
-    home = Path(config.runtime.out) / (f"logits/{name}" if is_external(name) else name)
-    path = home / f"logits-{dataset.hash[:16]}.npz"
+    path = _home(config, source) / f"logits-{dataset.hash[:16]}.npz"
     if not distributed.from_first((load_arrays(path) or {}).keys() == set(SPLITS)):
         module, schema, device = scoring_model(config, dataset, source)
         logits = {
@@ -55,11 +55,43 @@ def predictions(
             for split in SPLITS
         }
         for split, values in logits.items():
-            if not np.isfinite(values).all():
-                raise UserError(
-                    f"{source.folder}: the model gives NaN or infinite logits on {split} rows;"
-                    f" {_remedy(config)}"
-                )
+            _check_finite(config, source, f"{split} rows", values)
+        if distributed.rank() == 0:
+            save_arrays(path, logits)
+        return logits
+    known = load_arrays(path)
+    assert known is not None
+    return known
+
+
+def candidate_logits(
+    config: Config, dataset: EncodedDataset, source: Source, candidates: Mapping[str, Candidates]
+) -> dict[str, NDArray[np.float32]]:
+    """Return per split the logits ``(C, K)`` of a model on candidates, stored beside its others.
+
+    Args:
+        config: The configuration.
+        dataset: The data set.
+        source: The model.
+        candidates: Split -> candidates.
+
+    Raises:
+        UserError: See ``predictions``.
+    """
+    drawn = [part.item_row_CK for part in candidates.values()]
+    digest = hashlib.sha256(b"".join(np.ascontiguousarray(rows).tobytes() for rows in drawn))
+    path = _home(config, source) / f"logits-{dataset.hash[:16]}-{digest.hexdigest()[:16]}.npz"
+    if not distributed.from_first((load_arrays(path) or {}).keys() == candidates.keys()):
+        module, schema, device = scoring_model(config, dataset, source)
+        logits = {}
+        for split, part in candidates.items():
+            blocks = [
+                predict(module, rows, schema, np.arange(len(rows)), device, part.width)
+                for rows in candidate_blocks(dataset, part)
+            ]
+            scores = np.concatenate([np.empty(0, np.float32), *blocks])
+            logits[split] = scores.reshape(part.item_row_CK.shape)
+            _check_finite(config, source, f"candidates of {split}", scores)
         if distributed.rank() == 0:
             save_arrays(path, logits)
         return logits
@@ -161,6 +193,24 @@ def _runner(
         return logits
 
     return run
+
+
+def _home(config: Config, source: Source) -> Path:
+    """Return the folder of the scores of a model."""
+    name = source.identity
+    return Path(config.runtime.out) / (f"logits/{name}" if is_external(name) else name)
+
+
+def _check_finite(config: Config, source: Source, rows: str, logits: NDArray[np.float32]) -> None:
+    """Check scores.
+
+    Raises:
+        UserError: One is NaN or infinite.
+    """
+    if not np.isfinite(logits).all():
+        raise UserError(
+            f"{source.folder}: the model gives NaN or infinite logits on {rows}; {_remedy(config)}"
+        )
 
 
 def _remedy(config: Config) -> str:

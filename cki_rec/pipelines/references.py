@@ -10,13 +10,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cki_rec.config import Config
+from cki_rec.data.columns import Ints
 from cki_rec.data.encoding.store import EncodedDataset
 from cki_rec.pipelines.sources import Source
 
 Logits = Mapping[str, NDArray[Any]]
-"""Split -> ``(N,)`` logits of one model."""
+"""Name of rows -> their logits by one model."""
+RowsOf = Mapping[str, Ints]
+"""Name of rows -> the row numbers whose shard they belong to, in the shape of their logits."""
 Choose = Callable[[Sequence[Source], Callable[[Source], float]], Source]
-Combine = Callable[[Sequence[Logits], Config, EncodedDataset], dict[str, NDArray[np.float64]]]
+Combine = Callable[
+    [Sequence[Logits], Config, EncodedDataset, RowsOf], dict[str, NDArray[np.float64]]
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +34,7 @@ class Reference:
     choose: Choose | None = None
     """(sources, validation AUC of a source) -> the source that is returned unchanged."""
     combine: Combine | None = None
-    """(logits of all sources, configuration, data set) -> logits per split."""
+    """(logits of all sources, configuration, data set, row numbers) -> logits by name of rows."""
     always_needs: frozenset[str] = frozenset()
     refusal: Callable[[Config], str | None] = lambda _: None
     """Reason why a configuration has no such reference; None: it has one."""
@@ -45,7 +50,7 @@ class Reference:
 
 
 def mean_logits(scores: Sequence[Logits], *_: Any) -> dict[str, NDArray[np.float64]]:
-    """Return the mean of the models' logits per split."""
+    """Return the mean of the models' logits, by name of rows."""
     return {
         split: np.stack([score[split] for score in scores]).mean(0, dtype=np.float64)
         for split in scores[0]
@@ -53,7 +58,7 @@ def mean_logits(scores: Sequence[Logits], *_: Any) -> dict[str, NDArray[np.float
 
 
 def mean_probabilities(scores: Sequence[Logits], *_: Any) -> dict[str, NDArray[np.float64]]:
-    """Return the logit of the mean of the models' probabilities per split."""
+    """Return the logit of the mean of the models' probabilities, by name of rows."""
     result = {}
     for split in scores[0]:
         logit = np.stack([score[split] for score in scores]).astype(np.float64)
@@ -63,24 +68,27 @@ def mean_probabilities(scores: Sequence[Logits], *_: Any) -> dict[str, NDArray[n
 
 
 def routed_logits(
-    scores: Sequence[Logits], config: Config, dataset: EncodedDataset
+    scores: Sequence[Logits], config: Config, dataset: EncodedDataset, rows_of: RowsOf
 ) -> dict[str, NDArray[np.float64]]:
-    """Return per row the logit of the source that was trained on the row's shard."""
+    """Return per row the logit of the source that was trained on the row's first shard."""
     partition = config.data.partition
-    shards = [source["data.part"] for source in config.merge.sources]
-    shard = dataset.parts(partition).part
+    shards = [partition.number(source["data.part"]) for source in config.merge.sources]
+    parts = dataset.parts(partition)
+    own = parts.groups or [[part] for part in range(partition.size)]
+    shard = np.array([first for first, *_ in own])[parts.part]
     result = {}
-    for split in scores[0]:
-        by_shard = np.stack([scores[shards.index(p)][split] for p in range(partition.parts)])
-        rows = dataset.rows(split)
-        result[split] = by_shard[shard[rows], np.arange(len(rows))].astype(np.float64)
+    for name, rows in rows_of.items():
+        by_shard = np.stack([scores[shards.index(p)][name] for p in range(partition.size)])
+        routed = np.take_along_axis(by_shard, shard[rows][None].astype(np.int64), axis=0)[0]
+        result[name] = routed.astype(np.float64)
     return result
 
 
 def _lacks_shards(config: Config) -> str | None:
-    shards = [source.get("data.part") for source in config.merge.sources]
-    parts = config.data.partition.parts
-    if len(shards) == parts and set(shards) == set(range(parts)):
+    partition = config.data.partition
+    named = [source.get("data.part") for source in config.merge.sources]
+    shards = {None if part is None else partition.number(part) for part in named}
+    if len(named) == partition.size and shards == set(range(partition.size)):
         return None
     return "needs one source for each shard of the data, as suite=shards has them"
 

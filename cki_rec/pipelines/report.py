@@ -26,6 +26,7 @@ from cki_rec.evaluation.markdown import markdown_table
 from cki_rec.evaluation.metrics import PRIMARY
 from cki_rec.evaluation.plots import metric_plot, mixing_plot
 from cki_rec.evaluation.records import current, current_name
+from cki_rec.evaluation.regions import region_tables, titles
 from cki_rec.evaluation.settings import check_settings
 from cki_rec.evaluation.tables import (
     BEST_SOURCE,
@@ -36,7 +37,7 @@ from cki_rec.evaluation.tables import (
 )
 from cki_rec.evaluation.verdict import verdicts
 from cki_rec.files import write_atomically
-from cki_rec.pipelines.evaluate import REPLICATES, own_metrics
+from cki_rec.pipelines.evaluate import OWN, REPLICATES, own_metrics
 
 TERMINAL_WIDTH = 100
 """Most characters of a line that is printed."""
@@ -68,18 +69,25 @@ def run(config: Config) -> None:
         incomplete.append(f"Incomplete: {results.damaged} damaged runs are left out.")
     suites = {name: _about_sources(name, records) for name in frame["suite"].unique()}
     methods = {name: first_comment("merge", name) for name in labels}
-    answer, figures = _answer(frame, summary), _figures(records, frame, summary, labels)
+    headings, regions = titles(records, OWN), region_tables(records, summary)
+    titled, totals = (each.assign(suite=each["suite"].map(headings)) for each in (frame, summary))
+    answer = _answer(titled, totals, headings)
+    figures = _figures(records, titled, totals, labels, headings)
     page = report_page(
         *(config.name, summary, frame, figures, incomplete),
         provenance=_provenance(records),
         methods=methods,
         suites=suites,
         answer=answer,
+        titles=headings,
+        regions=regions,
     )
     title = " ".join([config.name, *incomplete])
     contents = {
         "runs.csv": csv_bytes(frame),
-        "table.md": markdown_table(summary, frame, title, suites, methods).encode(),
+        "table.md": markdown_table(
+            summary, frame, title, suites, methods, headings, regions
+        ).encode(),
         **{
             f"{_file_name(caption)}.svg": svg.encode()
             for caption, svg in (answer | figures).items()
@@ -90,7 +98,7 @@ def run(config: Config) -> None:
     for name, content in contents.items():
         write_atomically(folder / name, content)
 
-    _print(summary, verdicts(summary, frame))
+    _print(summary, verdicts(summary, frame), headings, regions)
     print(" ".join([f"{len(runs)} evaluated models.", *incomplete]))
     print(f"report: {folder / 'report.html'}")
 
@@ -193,7 +201,9 @@ def _frames(
         ) from None
 
 
-def _answer(frame: pd.DataFrame, summary: pd.DataFrame) -> dict[str, str]:
+def _answer(
+    frame: pd.DataFrame, summary: pd.DataFrame, headings: Mapping[str, str]
+) -> dict[str, str]:
     """Return caption -> SVG text: per suite, AUC against the best source, or AUC without one."""
     figures = {}
     for suite, part in summary.groupby("suite", sort=False):
@@ -201,7 +211,8 @@ def _answer(frame: pd.DataFrame, summary: pd.DataFrame) -> dict[str, str]:
         has_differences = part[difference_column("auc", BEST_SOURCE)].notna().any()
         baseline = BEST_SOURCE if has_differences else None
         caption = "AUC against the best source" if has_differences else "AUC"
-        figures[f"{caption}, suite {suite}"] = metric_plot(part, runs, "auc", baseline)
+        named = f"suite {suite}" if suite in headings else str(suite)
+        figures[f"{caption}, {named}"] = metric_plot(part, runs, "auc", baseline)
     return figures
 
 
@@ -210,39 +221,55 @@ def _figures(
     frame: pd.DataFrame,
     summary: pd.DataFrame,
     labels: Sequence[str],
+    headings: Mapping[str, str],
 ) -> dict[str, str]:
     """Return caption -> SVG text: the primary metrics, and the mixing weights of each suite."""
     figures = {
         f"{metric.title} on test rows": metric_plot(summary, frame, metric.name)
         for metric in PRIMARY
     }
-    for suite in frame["suite"].unique():
+    for suite, heading in sorted(headings.items()):
         if svg := mixing_plot(records, suite=suite, methods=labels):
-            figures[f"Mixing weights, suite {suite} (blank: trained, not mixed)"] = svg
+            named = f"suite {suite}" if suite == heading else heading
+            figures[f"Mixing weights, {named} (blank: trained, not mixed)"] = svg
     return figures
 
 
-def _print(summary: pd.DataFrame, answers: Mapping[str, Sequence[str]]) -> None:
-    """Print the verdict of every suite, then its table; names are shown as typed."""
+def _print(
+    summary: pd.DataFrame,
+    answers: Mapping[str, Sequence[str]],
+    headings: Mapping[str, str],
+    regions: Mapping[str, pd.DataFrame],
+) -> None:
+    """Print the verdict of every suite, then its tables; names are shown as typed."""
     console = Console(markup=False, emoji=False, highlight=False)
     console.width = min(console.width, TERMINAL_WIDTH) if console.is_terminal else TERMINAL_WIDTH
     for suite, sentences in answers.items():
-        console.print(f"{suite}: {' '.join(sentences)}")
+        console.print(f"{headings[suite]}: {' '.join(sentences)}")
     shown = main_frame(summary)
     for suite in answers:
         rows = filled(shown[shown["suite"] == suite].drop(columns="suite"))
-        table = Table(
-            Column("method", overflow="fold"),
-            *(Column(_broken(title), justify="right", no_wrap=True) for title in rows.columns[1:]),
-            title=f"\nsuite {suite}",
-            title_justify="left",
-            box=SIMPLE_HEAD,
-            show_edge=False,
-            padding=0,
-        )
-        for name, *cells in rows.to_numpy():
-            table.add_row(name, *map(_stacked, cells))
-        console.print(table)
+        heading = headings[suite]
+        named = f"suite {suite}" if heading == suite else heading
+        console.print(_printable(rows, f"\n{named}"))
+        if suite in regions:
+            console.print(_printable(regions[suite], f"\n{named}, AUC by region"))
+
+
+def _printable(rows: pd.DataFrame, title: str) -> Table:
+    first, *others = map(str, rows.columns)
+    table = Table(
+        Column(first, overflow="fold"),
+        *(Column(_broken(name), justify="right", no_wrap=True) for name in others),
+        title=title,
+        title_justify="left",
+        box=SIMPLE_HEAD,
+        show_edge=False,
+        padding=0,
+    )
+    for name, *cells in rows.to_numpy():
+        table.add_row(name, *map(_stacked, cells))
+    return table
 
 
 def _broken(title: str) -> str:

@@ -24,7 +24,7 @@ from cki_rec.data.schema import FeatureSchema
 from cki_rec.engine import evaluator
 from cki_rec.engine.export import OnBatches
 from cki_rec.engine.servable import Servable
-from cki_rec.pipelines.loading import data_set_of, tokens_of
+from cki_rec.pipelines.loading import data_sets_of, tokens_of
 
 EXAMPLES, CARD = "examples.json", "README.md"
 MOST_VALIDATION_ROWS = 100_000
@@ -127,14 +127,14 @@ def of_model(config: Config, saved: Checkpoint, home: Path, network: nn.Module) 
     """Return the encoder and the examples of a model.
 
     Raises:
-        UserError: Its data set or its vocabularies are not here.
+        UserError: Its data sets or its vocabularies are not here.
     """
-    dataset = data_set_of(config, saved, config.run)
-    encoder = encoder_of(dataset, saved.schema, tokens_of(saved, home, dataset))
-    rows = example_rows(dataset, encoder)
+    datasets = data_sets_of(config, saved, config.run)
+    encoder = encoder_of(datasets, saved.schema, tokens_of(saved, home, datasets))
+    rows = example_rows(datasets[0], encoder)
     encoded = encode_frame(as_frame(rows), encoder, saved.schema, "examples")
     logits = _logits(network, encoded, saved.schema, np.arange(len(rows)))
-    return ServingFiles(encoder, rows, logits, encoded, dataset)
+    return ServingFiles(encoder, rows, logits, encoded, datasets[0])
 
 
 def int8_errors(

@@ -19,12 +19,11 @@ from cki_rec.checkpoints import (
     named_folder,
     outline,
 )
-from cki_rec.config import Config, UserError, section, with_delta
-from cki_rec.data.encoding import store
+from cki_rec.config import Config, Partition, UserError, section, with_delta
 from cki_rec.engine import distributed
 from cki_rec.engine.record import Run
 from cki_rec.merging.options import in_yaml
-from cki_rec.pipelines import compatibility, train
+from cki_rec.pipelines import compatibility, starts, train
 from cki_rec.pipelines.names import NAMES
 
 NOT_OF_TRAINING = (
@@ -184,7 +183,7 @@ def find(config: Config, delta: Mapping[str, Any], option: str = "merge.sources"
     if "path" in delta:
         return named_folder(delta, option)
     changed = with_delta(config, dict(delta), option)
-    dataset = store.find(changed.data, changed.runtime.encoded)
+    dataset = starts.find(changed)
     if dataset is not None:
         run = train.run_of(changed, dataset)
         if run.record is not None:
@@ -210,8 +209,13 @@ def shard_of(source: Source) -> dict[str, Any] | None:
 
 
 def are_disjoint(shards: Sequence[dict[str, Any] | None]) -> bool:
-    """Return whether models were trained on different shards of one data set (``shard_of``)."""
+    """Return whether models were trained on different shards of one data set (``shard_of``).
+
+    Shards that overlap are not disjoint.
+    """
     known = [shard for shard in shards if shard is not None]
+    if any(Partition(**shard["partition"]).overlaps for shard in known):
+        return False
     partitions = [{**shard, "part": None} for shard in known]
     return len({shard["part"] for shard in known}) == len(shards) and all(
         partition == partitions[0] for partition in partitions

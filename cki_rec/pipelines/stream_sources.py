@@ -5,51 +5,78 @@ Shape legend: K sources.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 from torch import Tensor
 
-from cki_rec.checkpoints import Checkpoint
-from cki_rec.checkpoints.rows import RowReader
 from cki_rec.config import UserError
 from cki_rec.data.prefetch import prefetch
 from cki_rec.engine import distributed, sharded
-from cki_rec.engine.embeddings import table_of
+from cki_rec.merging.extras import Processes
 from cki_rec.merging.params import Params, is_finite
 from cki_rec.merging.rows import Block, Rows
+from cki_rec.merging.symmetry import Symmetry
 from cki_rec.pipelines.stream_plan import Plan
 from cki_rec.progress import Advance
+
+
+class Reader(Protocol):
+    """The tensors of one source, as ``checkpoints.rows.RowReader`` reads them."""
+
+    @property
+    def name(self) -> str:
+        """Return the name of the source, for messages."""
+
+    @property
+    def entries(self) -> Mapping[str, Any]:
+        """Return its tensors by key."""
+
+    def read(self, key: str, first: int = 0, stop: int | None = None) -> Tensor:
+        """Return rows of a tensor; all of it without ``stop``."""
+
+    def check_unchanged(self) -> None:
+        """Check that the files are those that were opened."""
+
+
+class Writer(Protocol):
+    """The merged tensors, as ``engine.block_writer.BlockWriter`` writes them."""
+
+    def has(self, key: str, first: int) -> bool:
+        """Return whether the block of a tensor that begins at a row is written."""
+
+    def write(
+        self, key: str, first: int, block: Tensor, shares: list[float] | None = None
+    ) -> None:
+        """Write rows of a tensor."""
 
 
 @dataclass(slots=True)
 class Stream:
     """Sources that are open, and the part of their rows that this process merges."""
 
-    readers: Sequence[RowReader]
+    readers: Sequence[Reader]
     """One per source, then that of the base, if there is one."""
-    outlines: Sequence[Checkpoint]
-    """Of the sources."""
+    params: Params
+    """The model of the first source on ``meta``."""
+    tables: Mapping[str, str]
+    """Parameters that are tables -> name of their counts."""
+    counted: Mapping[str, str]
+    """Those with a measure of trained rows in all sources -> its key."""
+    symmetries: Sequence[Symmetry]
     num: int
     """K."""
     plan: Plan
-    has_counts: bool
-    processes: sharded.ShardProcesses
+    processes: Processes
     checked: set[tuple[str, int]]
     """Blocks that are known to be finite."""
-
-    @property
-    def first(self) -> Checkpoint:
-        """Return the outline of the first source."""
-        return self.outlines[0]
-
-    def tables(self) -> list[str]:
-        """Return the names of the parameters that are tables."""
-        return [name for name in self.first.params if table_of(name)]
+    anchored_start: bool = False
+    """Search an alignment from one more start, as the library does (``alignment.align``)."""
 
     def spans(self, name: str) -> list[slice]:
         """Return the blocks of rows of a table that this process merges."""
-        size = len(self.first.params[name])
+        size = len(self.params[name])
         mine = sharded.rows_of(size)
         if not sharded.is_divided(size) and distributed.rank() > 0:
             mine = slice(0, size)
@@ -62,17 +89,15 @@ class Stream:
         Raises:
             UserError: A row is not finite.
         """
-        key = f"model.{name}"
-        tensors = [reader.read(key, span.start, span.stop) for reader in self.readers]
+        tensors = [reader.read(f"model.{name}", span.start, span.stop) for reader in self.readers]
         if (name, span.start) not in self.checked:
             for reader, tensor in zip(self.readers, tensors, strict=True):
                 check_rows(tensor, span.start, name, reader.name)
             self.checked.add((name, span.start))
         counts = []
-        if self.has_counts:
-            table = f"counts.{table_of(name)}"
+        if key := self.counted.get(name):
             sources = self.readers[: self.num]
-            counts = [reader.read(table, span.start, span.stop) for reader in sources]
+            counts = [per_row(reader.read(key, span.start, span.stop)) for reader in sources]
         base = tensors[self.num] if len(tensors) > self.num else None
         return Block(span.start, tensors[: self.num], base, counts=counts)
 
@@ -87,15 +112,14 @@ class Stream:
 
         return Rows(name, read, self.processes)
 
-    def dense(self, reader: RowReader) -> Params:
+    def dense(self, reader: Reader) -> Params:
         """Return the parameters that are not tables.
 
         Raises:
             UserError: An entry is not finite.
         """
-        names = [
-            n for n, x in self.first.params.items() if not table_of(n) and x.is_floating_point()
-        ]
+        floats = [name for name, x in self.params.items() if x.is_floating_point()]
+        names = [name for name in floats if name not in self.tables]
         params = {name: reader.read(f"model.{name}") for name in names}
         for name, tensor in params.items():
             if not is_finite(tensor):
@@ -104,14 +128,14 @@ class Stream:
 
     def integers(self) -> Params:
         """Return the integer tensors, which come from the first source."""
-        names = [n for n, x in self.first.params.items() if not x.is_floating_point()]
+        names = [n for n, x in self.params.items() if not x.is_floating_point()]
         return {name: self.readers[0].read(f"model.{name}") for name in names}
 
     def groups(self, name: str) -> list[str]:
         """Return the tensors with a row per row of a table that all sources have; last it."""
-        sources, table = self.readers[: self.num], table_of(name)
+        sources, table = self.readers[: self.num], self.tables[name]
         keys = [f"accumulator.{name}"]
-        if name == next(each for each in self.tables() if table_of(each) == table):
+        if name == next(n for n, each in self.tables.items() if each == table):
             keys.append(f"counts.{table}")
         return [key for key in keys if all(key in r.entries for r in sources)] + [f"model.{name}"]
 
@@ -122,6 +146,13 @@ class Stream:
         sources = self.readers[: self.num]
         state = {key: [r.read(key, span.start, span.stop) for r in sources] for key in keys}
         return self.block(name, span), state
+
+
+def per_row(measure: Tensor) -> Tensor:
+    """Return one number per row: counts as they are, of accumulators the mean over columns."""
+    if measure.ndim == 1:
+        return measure
+    return measure.double().mean(1)
 
 
 def check_rows(tensor: Tensor, first: int, name: str, source: str) -> None:

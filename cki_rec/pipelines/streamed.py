@@ -28,6 +28,7 @@ from cki_rec.checkpoints import (
     DESCRIPTION,
     FORMAT,
     TENSORS,
+    Checkpoint,
     content_digest,
     file_digests,
     outline,
@@ -38,7 +39,6 @@ from cki_rec.data.prefetch import prefetch
 from cki_rec.data.provenance import Provenance
 from cki_rec.engine import distributed, sharded
 from cki_rec.engine.block_writer import BlockWriter, Written, write_metadata
-from cki_rec.engine.embeddings import table_of
 from cki_rec.engine.networks import declared
 from cki_rec.engine.record import Run
 from cki_rec.files import write_atomically
@@ -50,11 +50,11 @@ from cki_rec.merging.rows import in_blocks
 from cki_rec.merging.streaming import Mixer, in_shared_basis, moved, only_on
 from cki_rec.merging.symmetry import transform
 from cki_rec.pipelines import preflight
-from cki_rec.pipelines.compatibility import counts_of
+from cki_rec.pipelines.evidence import counts_of, keys_of, kind_of
 from cki_rec.pipelines.merge_inputs import fixed_rules
 from cki_rec.pipelines.sources import Sources
-from cki_rec.pipelines.stream_plan import Plan, plan_of
-from cki_rec.pipelines.stream_sources import Stream
+from cki_rec.pipelines.stream_plan import Plan, plan_of, tables_of
+from cki_rec.pipelines.stream_sources import Stream, Writer
 from cki_rec.progress import progress
 
 PARTIAL = "partial"
@@ -82,45 +82,53 @@ def merge(
         list(pool.map(lambda source: file_digests(source.folder / TENSORS, share), everyone))
     preflight.check_sources(config, models, None)
     outlines = [outline(source.folder, share) for source in everyone]
-    plan = plan_of(config, outlines, len(models.merged))
+    tables = tables_of(outlines[0].params)
+    plan = plan_of(config, outlines, len(models.merged), tables)
     partial_folder = run.path.parent / PARTIAL / run.path.name
     reads = {
         "sources": [content_digest(source.folder) for source in everyone],
         "merge": section(options) | {"memory_gb": None},
         "world_size": distributed.world_size(),
     }
-    plan, is_resumed = _begin(partial_folder, plan, reads)
+    plan, is_resumed = begin(partial_folder, f"{CHECKPOINT}/{TENSORS}", plan, reads)
     try:
         with ExitStack() as stack:
             readers = [
                 stack.enter_context(RowReader(source.folder, source.name)) for source in everyone
             ]
             first = outlines[: len(models.merged)]
+            counts_of(first, preflight.needs_counts(options), options.evidence)
+            kind = run.facts["evidence"] = kind_of(first, options.evidence)
             stream = Stream(
-                *(readers, first, len(models.merged), plan),
-                bool(counts_of(first, preflight.needs_counts(options))),
-                sharded.ShardProcesses(outlines[0].schema),
-                set(),
+                *(readers, outlines[0].params, tables, keys_of(outlines[0], kind)),
+                *(declared(outlines[0]).symmetries, len(models.merged), plan),
+                *(sharded.ShardProcesses(outlines[0].schema), set()),
             )
-            result = _stream(config, stream, partial_folder, is_resumed, is_disjoint)
+            result = _checkpoint(config, stream, first, partial_folder, is_resumed, is_disjoint)
     except MergeError as error:
-        _forget(partial_folder)
+        forget(partial_folder)
         raise UserError(f"merge.method={options.method}: {error}") from error
     except Exception:
-        _forget(partial_folder)
+        forget(partial_folder)
         raise
     if distributed.rank() == 0:
         (partial_folder / CHECKPOINT).rename(run.checkpoint)
-    _forget(partial_folder)
+    forget(partial_folder)
     distributed.barrier()
     result["streamed"] = {"block_rows": plan.rows, "memory_gb": options.memory_gb}
     return {"hash": outlines[0].origin.data_hash}, result
 
 
-def _begin(folder: Path, plan: Plan, reads: dict[str, Any]) -> tuple[Plan, bool]:
-    """Return the plan, and whether an earlier program began this merge; make the folder.
+def begin(folder: Path, inside: str, plan: Plan, reads: dict[str, Any]) -> tuple[Plan, bool]:
+    """Return the plan, and whether an earlier program began this merge; make its folder.
 
     Blocks of a merge that goes on are as large as they were.
+
+    Args:
+        folder: Folder of the unfinished merge.
+        inside: Folder in it that takes tensors.
+        plan: Plan of the merge if it begins now.
+        reads: Everything that the bytes of the tensors depend on.
     """
     if distributed.rank() == 0:
         try:
@@ -131,7 +139,7 @@ def _begin(folder: Path, plan: Plan, reads: dict[str, Any]) -> tuple[Plan, bool]
         is_resumed = is_resumed and known["rows"] <= plan.rows  # else blocks exceed the budget
         if not is_resumed:
             shutil.rmtree(folder, ignore_errors=True)
-            (folder / CHECKPOINT / TENSORS).mkdir(parents=True)
+            (folder / inside).mkdir(parents=True)
             content = {"reads": reads, "rows": plan.rows}
             write_atomically(folder / PLAN, json.dumps(content).encode())
         rows = known["rows"] if is_resumed else plan.rows
@@ -143,13 +151,52 @@ def _begin(folder: Path, plan: Plan, reads: dict[str, Any]) -> tuple[Plan, bool]
     return replace(plan, rows=rows), is_resumed
 
 
-def _stream(
-    config: Config, stream: Stream, folder: Path, is_resumed: bool, is_disjoint: bool
+def _checkpoint(
+    config: Config,
+    stream: Stream,
+    outlines: Sequence[Checkpoint],
+    folder: Path,
+    is_resumed: bool,
+    is_disjoint: bool,
 ) -> dict[str, Any]:
-    """Write the merged tensors into ``folder``; return the result."""
+    """Write the merged checkpoint into ``folder``; return the result."""
     tensors = folder / CHECKPOINT / TENSORS
+    with BlockWriter(tensors, distributed.rank(), is_resumed) as writer:
+        facts = merge_tensors(config, stream, writer, folder, is_disjoint)
+        digest = writer.finish()
+    files = dict(distributed.exchange((writer.name, digest)))
+    blocks = [block for each in distributed.exchange(writer.written) for block in each]
+    if distributed.rank() == 0:
+        write_metadata(tensors, blocks, _shapes(stream))
+        files |= {name: file_digests(tensors)[name] for name in (".metadata",)}
+        content = _description(outlines, dict(sorted(files.items())))
+        (folder / CHECKPOINT / DESCRIPTION).write_text(json.dumps(content, indent=1))
+    names = ("chosen", "learned", "anchor", "recalibration", "valid_auc")
+    return {
+        **dict.fromkeys(names),
+        "shares": mean_shares(stream, facts["shares"], blocks),
+        "alignment": facts["alignment"],
+    }
+
+
+def merge_tensors(
+    config: Config, stream: Stream, writer: Writer, folder: Path, is_disjoint: bool
+) -> dict[str, Any]:
+    """Merge all tensors into ``writer``; return the shares of those held whole, and alignment.
+
+    Args:
+        config: The configuration.
+        stream: The sources.
+        writer: It takes the parameters under ``model.NAME``.
+        folder: Folder of the unfinished merge.
+        is_disjoint: The sources saw different rows, so their counts add up.
+
+    Raises:
+        UserError: A source has NaN, or changes.
+        MergeError: The result has NaN, or the method refuses its inputs.
+    """
     dense = [stream.dense(reader) for reader in stream.readers]
-    symmetries = declared(stream.first).symmetries
+    symmetries = stream.symmetries
     sources, base = dense[: stream.num], dense[stream.num] if len(dense) > stream.num else None
     facts = _facts(config, stream, sources, base, folder / FACTS)
     elements = facts["elements"]
@@ -160,16 +207,13 @@ def _stream(
         sources = [transform(params, acting, each) for params, each in pairs]
     mixer = _mixer(config, stream, base, facts["statistics"])
     merged, shares = mixer.mix(sources)
-    number, total = distributed.rank(), sum(len(stream.first.params[n]) for n in stream.tables())
-    with (
-        BlockWriter(tensors, number, is_resumed) as writer,
-        progress(f"merge {config.merge.label}", total) as advance,
-    ):
+    number, total = distributed.rank(), sum(len(stream.params[n]) for n in stream.tables)
+    with progress(f"merge {config.merge.label}", total) as advance:
         if number == 0:
             for name, tensor in {**merged, **stream.integers()}.items():
                 writer.write(f"model.{name}", 0, _checked(name, tensor))
-        for name in stream.tables():
-            if number > 0 and not sharded.is_divided(len(stream.first.params[name])):
+        for name in stream.tables:
+            if number > 0 and not sharded.is_divided(len(stream.params[name])):
                 continue
             groups = stream.groups(name)
             spans = [s for s in stream.spans(name) if not writer.has(groups[-1], s.start)]
@@ -184,26 +228,9 @@ def _stream(
                     writer.write(key, block.first, tensor)
                 writer.write(groups[-1], block.first, _checked(name, rows, block.first), share)
                 advance(len(rows))
-        for reader in stream.readers:
-            reader.check_unchanged()
-        digest = writer.finish()
-    files = dict(distributed.exchange((writer.name, digest)))
-    blocks = [block for each in distributed.exchange(writer.written) for block in each]
-    for name in stream.tables():
-        if means := _mean_shares([b for b in blocks if b.key == f"model.{name}"]):
-            shares[name] = means
-    if distributed.rank() == 0:
-        write_metadata(tensors, blocks, _shapes(stream))
-        files |= {name: file_digests(tensors)[name] for name in (".metadata",)}
-        content = _description(stream, dict(sorted(files.items())))
-        (folder / CHECKPOINT / DESCRIPTION).write_text(json.dumps(content, indent=1))
-    ordered = {n: shares[n] for n in stream.first.params if n in shares}
-    names = ("chosen", "learned", "anchor", "recalibration", "valid_auc")
-    return {
-        **dict.fromkeys(names),
-        "shares": ordered or None,
-        "alignment": facts["alignment"],
-    }
+    for reader in stream.readers:
+        reader.check_unchanged()
+    return {"shares": shares, "alignment": facts["alignment"]}
 
 
 def _facts(
@@ -213,14 +240,13 @@ def _facts(
     if file.exists():
         known: dict[str, Any] = torch.load(file, weights_only=True)
         return known
-    rule, names = preflight.method_of(config.merge), stream.tables()
-    symmetries, is_aligned = declared(stream.first).symmetries, config.merge.align.by != "none"
-    num_rows = sum(len(stream.first.params[name]) for name in names)
+    rule, names = preflight.method_of(config.merge), list(stream.tables)
+    symmetries, is_aligned = stream.symmetries, config.merge.align.by != "none"
+    num_rows = sum(len(stream.params[name]) for name in names)
     elements: list[list[Tensor]] = []
     facts: dict[str, Any] | None = None
     if is_aligned and stream.num > 1:
-        pairs = zip(stream.outlines, dense, strict=True)
-        shaped = [{**saved.params, **params} for saved, params in pairs]
+        shaped = [{**stream.params, **params} for params in dense]
         floats = [{n: x for n, x in m.items() if x.is_floating_point()} for m in shaped]
         slices = [part.parameter for symmetry in symmetries for part in symmetry.slices]
         moving = [name for name in names if name in slices]
@@ -229,6 +255,7 @@ def _facts(
         found = stream.processes.agree(
             align(
                 *(floats, symmetries, products),
+                anchored_start=stream.anchored_start,
                 starts=config.merge.align.starts,
                 seed=config.seed,
             )
@@ -270,13 +297,13 @@ def _mixer(
     rule = preflight.method_of(config.merge)
     inputs = MergeInputs(
         seed=config.seed,
-        counts=[{}] * stream.num if stream.has_counts else (),
+        counts=[{}] * stream.num if stream.counted else (),
         base=base,
-        symmetries=declared(stream.first).symmetries,
+        symmetries=stream.symmetries,
         statistics=statistics,
     )
     options = rule.filled(config.merge.options)
-    return Mixer(rule, options, fixed_rules(config.merge, stream.first.params), inputs)
+    return Mixer(rule, options, fixed_rules(config.merge, stream.params), inputs)
 
 
 def _optimizer_state(
@@ -304,7 +331,24 @@ def _checked(name: str, tensor: Tensor, first: int = 0) -> Tensor:
     return tensor
 
 
-def _mean_shares(blocks: Sequence[Written]) -> list[float] | None:
+def mean_shares(
+    stream: Stream, dense: dict[str, list[float]], blocks: Sequence[Written]
+) -> dict[str, list[float]] | None:
+    """Return the mean share of each source per parameter, over all rows of tables.
+
+    Args:
+        stream: The sources.
+        dense: Those of the parameters that are no tables.
+        blocks: All written blocks.
+    """
+    shares = dict(dense)
+    for name in stream.tables:
+        if means := _mean([b for b in blocks if b.key == f"model.{name}"]):
+            shares[name] = means
+    return {n: shares[n] for n in stream.params if n in shares} or None
+
+
+def _mean(blocks: Sequence[Written]) -> list[float] | None:
     """Return the mean share of each source over all rows of a table."""
     if not blocks or blocks[0].shares is None:
         return None
@@ -315,26 +359,26 @@ def _mean_shares(blocks: Sequence[Written]) -> list[float] | None:
 
 def _shapes(stream: Stream) -> dict[str, tuple[Any, torch.dtype]]:
     """Return shape and dtype of every merged tensor."""
-    keys = [f"model.{name}" for name in stream.first.params if not table_of(name)]
-    for name in stream.tables():
+    keys = [f"model.{name}" for name in stream.params if name not in stream.tables]
+    for name in stream.tables:
         keys += stream.groups(name)
     entries = stream.readers[0].entries
     return {key: (entries[key].size, entries[key].properties.dtype) for key in keys}
 
 
-def _description(stream: Stream, files: dict[str, str]) -> dict[str, Any]:
+def _description(outlines: Sequence[Checkpoint], files: dict[str, str]) -> dict[str, Any]:
     """Return the description of the merged checkpoint."""
     return {
         "format": FORMAT,
-        "model": section(stream.first.model),
-        "schema": stream.first.schema.to_json(),
-        **Provenance.union([saved.origin for saved in stream.outlines]).to_json(),
+        "model": section(outlines[0].model),
+        "schema": outlines[0].schema.to_json(),
+        **Provenance.union([saved.origin for saved in outlines]).to_json(),
         "position": None,
         "files": files,
     }
 
 
-def _forget(folder: Path) -> None:
+def forget(folder: Path) -> None:
     """Remove the files of an unfinished merge."""
     if distributed.rank() == 0:
         shutil.rmtree(folder, ignore_errors=True)

@@ -6,7 +6,6 @@ import logging
 import shutil
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,6 @@ from numpy.typing import NDArray
 
 from cki_rec.checkpoints import (
     Checkpoint,
-    describe,
     external_identity,
     named_folder,
     outline,
@@ -29,12 +27,10 @@ from cki_rec.config import (
     Monitor,
     Train,
     UserError,
-    check_source,
     run_id,
     section,
-    with_delta,
 )
-from cki_rec.data.encoding import store
+from cki_rec.data.encoding import tokens
 from cki_rec.data.encoding.store import EncodedDataset
 from cki_rec.data.provenance import Provenance
 from cki_rec.data.schema import FeatureSchema
@@ -42,18 +38,17 @@ from cki_rec.engine import checkpoint_io, distributed, plans
 from cki_rec.engine.embeddings import ShardedModel, build, initialize, table_of
 from cki_rec.engine.evaluator import predict
 from cki_rec.engine.record import Run, open_run
-from cki_rec.engine.restoration import restore
 from cki_rec.engine.resume import RESUME, Checkpointer
 from cki_rec.engine.steps import StepLog
 from cki_rec.engine.trainer import LABELS, Metrics, Objective, fit
 from cki_rec.evaluation.metrics import METRICS, PRIMARY
 from cki_rec.models import build_model, model_schema
-from cki_rec.models.comparison import decides, differences
 from cki_rec.models.layers import MASKS
+from cki_rec.pipelines import starts, vocabularies
 from cki_rec.pipelines.field_notes import warn_of_fields
 from cki_rec.pipelines.history import best_epoch, history_summary, log_done, valid_auc
 from cki_rec.pipelines.names import give
-from cki_rec.pipelines.provenance import check_data, data_facts
+from cki_rec.pipelines.provenance import data_facts
 from cki_rec.plugins import load_class, source_digest
 
 log = logging.getLogger(__name__)
@@ -73,7 +68,7 @@ def ensure(config: Config, force: bool = False) -> Run:
     Raises:
         UserError: The options exclude each other, or the start does not fit.
     """
-    dataset = store.prepared(config)
+    dataset = starts.prepared(config)
     reads = _reads(config, dataset)
     distributed.start(config.runtime)
     out, resume = Path(config.runtime.out), config.runtime.resume
@@ -93,7 +88,7 @@ def outline_of(config: Config) -> tuple[Checkpoint, bool]:
 
     Nothing is trained. Tensors are on ``meta``, as in ``checkpoints.outline``.
     """
-    dataset = store.prepared(config)
+    dataset = starts.prepared(config)
     run = run_of(config, dataset)
     if run.record is not None and not run.damage():
         return outline(run.checkpoint), True
@@ -141,31 +136,17 @@ def schedule_section(options: Train) -> dict[str, Any]:
     return schedule
 
 
-def _started(config: Config) -> Config:
-    """Return the training that ``train.start`` describes by its differences from this one."""
-    assert config.train.start is not None
-    check_source(config.train.start, "train.start")
-    plain = replace(config, train=replace(config.train, start=None))
-    return with_delta(plain, config.train.start, "train.start")
-
-
 def _start_identity(config: Config, dataset: EncodedDataset) -> str:
     """Return the identity of the start; train nothing.
 
     Raises:
-        UserError: It is trained on another data set, or there is no checkpoint.
+        UserError: Its data set does not fit (``starts.data_of_start``), or there is no checkpoint.
     """
     assert config.train.start is not None
     if "path" in config.train.start:
         return external_identity(named_folder(config.train.start, "train.start"))
-    begun = _started(config)
-    encoded = store.find(begun.data, begun.runtime.encoded)
-    if encoded is None or encoded.hash != dataset.hash:
-        raise UserError(
-            f"train.start={config.train.start}: is trained on another data set, encoding or split"
-            f" than {dataset.folder.name}"
-        )
-    return run_of(begun, dataset).path.name
+    encoded = starts.data_of_start(config, dataset)
+    return run_of(starts.started(config), encoded).path.name
 
 
 def _train(config: Config, dataset: EncodedDataset, run: Run, reads: dict[str, Any]) -> None:
@@ -185,11 +166,16 @@ def _train(config: Config, dataset: EncodedDataset, run: Run, reads: dict[str, A
         model = build(dataset.schema, config.model, config.train, config.runtime)
         initialize(model, config.seed, config.model.init_std, config.model.matrix_std)
     else:
-        folder = _start_folder(config)
-        model, before = _restored(config, dataset, schema, folder)
+        scratch = run.path / "start"
+        model, before, home = starts.restored(
+            config, dataset, schema, _start_folder(config), scratch
+        )
         origin = Provenance.union([before, origin])
-        seen = row_counts(folder)
+        seen = row_counts(home)
         counts = {table: seen[table].numpy() + counts[table] for table in seen}
+        distributed.barrier()  # all have read it
+        if distributed.rank() == 0:
+            shutil.rmtree(scratch, ignore_errors=True)
     run.facts["plan"] = model.plan
     if distributed.world_size() > 1:
         for line in plans.summarize(model.plan, distributed.world_size()):
@@ -213,32 +199,7 @@ def _start_folder(config: Config) -> Path:
     assert config.train.start is not None
     if "path" in config.train.start:
         return named_folder(config.train.start, "train.start")
-    return ensure(_started(config)).checkpoint
-
-
-def _restored(
-    config: Config, dataset: EncodedDataset, schema: FeatureSchema, folder: Path
-) -> tuple[ShardedModel, Provenance]:
-    """Return the configured network with parameters and accumulators of the start; its origin.
-
-    Raises:
-        UserError: The start is another network or has other tokens, or test rows may have been its
-            training rows.
-    """
-    saved = describe(folder)
-    check_data(saved, dataset, f"train.start, {folder}")
-    for key, (theirs, ours) in differences(saved.model, config.model).items():
-        if decides(key, config.model):
-            raise UserError(
-                f"train.start, {folder}: model.{key} is {theirs}, not {ours}; choose the model"
-                " options it was trained with"
-            )
-    if saved.schema.features != schema.features:
-        fields = [", ".join(f.name for f in s.features) for s in (saved.schema, schema)]
-        raise UserError(f"train.start, {folder}: fields {fields[0]} against {fields[1]}")
-    saved = replace(saved, model=config.model)
-    model = restore(saved, folder, config.train, config.runtime, to_train=True)
-    return model, saved.origin
+    return ensure(starts.started(config)).checkpoint
 
 
 def run_training(
@@ -307,6 +268,8 @@ def run_training(
     run.facts["resumed_at_step"] = keeper.resumed
     run.facts["legs"] = [*keeper.legs, keeper.leg(history[-1]["step"])]
     run.seconds["train"] += sum(leg["seconds"] for leg in keeper.legs)
+    if distributed.rank() == 0:
+        vocabularies.carry(run.path / tokens.FOLDER, schema, [dataset.folder])
     finish(run, reads, dataset, history)
     log.info("  %s: %s, %.1f s", title, history_summary(history), time.perf_counter() - start)
     keeper.stop_if_asked(model.device)

@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+import os
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from cki_rec.checkpoints import Checkpoint, Description, describe, row_counts
 from cki_rec.config import Config, UserError
+from cki_rec.data.dataset import MANIFEST
 from cki_rec.data.encoding import tokens
+from cki_rec.data.encoding.earlier import write_numbers
 from cki_rec.data.encoding.store import EncodedDataset
 from cki_rec.data.schema import FIRST_ID, OOV_ID, FeatureSchema
-from cki_rec.engine import sharded
+from cki_rec.engine import distributed, sharded
 from cki_rec.engine.embeddings import table_of
-from cki_rec.engine.joining import on_union
+from cki_rec.engine.joining import mean_rows, on_union, with_new_rows
+from cki_rec.files import file_digest
 from cki_rec.merging.params import Params
 from cki_rec.merging.vocabulary import join_tokens, owned, to_union
 from cki_rec.pipelines.overlap import low_overlap
@@ -57,7 +63,7 @@ def folders_of(config: Config, checkpoints: Sequence[tuple[Path, Checkpoint]]) -
         if name is not None:
             folders.append(Path(name))
             continue
-        folders.append(_find_folder(config, home, saved, f"merge.vocabularies[{k}]"))
+        folders.append(find_folder(config, home, saved, f"merge.vocabularies[{k}]"))
     return folders
 
 
@@ -77,7 +83,7 @@ def check_folders(named: Sequence[str | None], num_models: int) -> None:
             raise UserError(f"merge.vocabularies[{k}]={name}: no such folder; null: search")
 
 
-def _find_folder(config: Config, home: Path, saved: Checkpoint | Description, where: str) -> Path:
+def find_folder(config: Config, home: Path, saved: Checkpoint | Description, where: str) -> Path:
     """Return the folder that has the token lists of a checkpoint.
 
     Raises:
@@ -120,7 +126,7 @@ def joined(checkpoints: Sequence[Checkpoint], folders: Sequence[Path], num_sourc
     maps: list[dict[str, Tensor]] = [{} for _ in checkpoints]
     sizes, digests = dict(first.table_sizes), dict(first.vocabulary_hashes)
     for table in differing:
-        lists = [_tokens(c, f, table) for c, f in zip(checkpoints, folders, strict=True)]
+        lists = [tokens_of(c, f, table) for c, f in zip(checkpoints, folders, strict=True)]
         union, rows = join_tokens(lists, FIRST_ID)
         result.tokens[table] = union
         sizes[table], digests[table] = FIRST_ID + len(union), tokens.hash_of(union)
@@ -155,17 +161,30 @@ def log_overlap(joined: Joined) -> None:
         log.warning("  %s", warning)
 
 
-def on_rows_of(config: Config, home: Path, dataset: EncodedDataset) -> Checkpoint:
+def on_rows_of(
+    config: Config, home: Path, dataset: EncodedDataset, is_mean: bool = False
+) -> Checkpoint:
     """Return a checkpoint on the vocabularies of a data set that lists all its tokens, and more.
 
     Its scores do not change: tokens that it lacks look up its row for unseen tokens.
+
+    Args:
+        config: Folders of token lists.
+        home: The checkpoint.
+        dataset: The data set.
+        is_mean: Tokens that it lacks get the mean of its rows of tokens instead.
 
     Raises:
         UserError: The data set lacks tokens, or the model's token lists are missing.
     """
     (saved,) = sharded.load([home])
     schema, maps = _on_rows(config, home, saved, dataset)
-    return replace(_moved(saved, maps, schema.table_sizes), schema=schema)
+    moved = replace(_moved(saved, maps, schema.table_sizes), schema=schema)
+    if is_mean:
+        tables = {name: table for name in saved.params if (table := table_of(name)) in maps}
+        means = mean_rows(saved.params, tables, saved.schema, FIRST_ID)
+        moved.params = with_new_rows(moved.params, tables, maps, schema.table_sizes, means)
+    return moved
 
 
 def counts_on_rows_of(config: Config, home: Path, dataset: EncodedDataset) -> Params:
@@ -190,10 +209,14 @@ def _on_rows(
     differing = [
         t for t in model_schema.table_sizes if model_schema.vocabulary_hashes[t] != hashes[t]
     ]
-    folder = _find_folder(config, home, saved, str(home))
+    folder = find_folder(config, home, saved, str(home))
     for table in differing:
+        paths = [tokens.path_of(home, table) for home in (dataset.folder, folder)]
+        if tokens.begins_with(*paths) and file_digest(paths[0]) == hashes[table]:
+            maps[table] = torch.arange(model_schema.table_sizes[table])  # a vocabulary that grew
+            continue
         listed = dataset.vocabulary(table)
-        union, (_, maps[table]) = join_tokens([listed, _tokens(saved, folder, table)], FIRST_ID)
+        union, (_, maps[table]) = join_tokens([listed, tokens_of(saved, folder, table)], FIRST_ID)
         if len(union) > len(listed):
             raise UserError(
                 f"{home}: has {len(union) - len(listed):,} tokens of table '{table}' that"
@@ -211,15 +234,53 @@ def _on_rows(
 
 def write(folder: Path, joined: Joined, known: Sequence[Path]) -> None:
     """Write the token lists of all tables that have some, so that rows can be scored later."""
-    for table, digest in joined.checkpoints[0].schema.vocabulary_hashes.items():
-        if table in joined.tokens:
-            tokens.write_tokens(folder, table, joined.tokens[table])
-        elif (home := tokens.find_tokens(known, {table: digest})) and tokens.path_of(
-            home, table
-        ).is_file():
-            path = tokens.path_of(folder, table)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(tokens.path_of(home, table).read_bytes())
+    for table, listed in joined.tokens.items():
+        tokens.write_tokens(folder, table, listed)
+    carry(folder, joined.checkpoints[0].schema, known)
+
+
+def carry(folder: Path, schema: FeatureSchema, known: Iterable[Path]) -> None:
+    """Put token lists and learned facts of numbers of a model beside it, unless they are there.
+
+    Files are hard links where the disk has them. Lists that no folder has are left out.
+
+    Args:
+        folder: The folder ``vocabulary`` of the run.
+        schema: Features of the model.
+        known: Encoded data sets, or such folders of other models.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    homes = [home for home in known if home.is_dir() and home != folder]
+    for table, digest in schema.vocabulary_hashes.items():
+        path = tokens.path_of(folder, table)
+        home = None if path.exists() else tokens.find_tokens(homes, {table: digest})
+        if home is not None and (source := tokens.path_of(home, table)).is_file():
+            try:
+                os.link(source, path)
+            except OSError:  # another disk, or one without links
+                copy = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+                shutil.copyfile(source, copy)
+                copy.replace(path)
+    if not (folder / tokens.NUMBERS).exists():
+        write_numbers(folder, homes, schema.vocabulary_hashes)
+
+
+def carry_merged(config: Config, run: Path, like: Path, sources: Sequence[Path]) -> None:
+    """Put the token lists of a merged model beside it, from where its sources have theirs.
+
+    All processes call this; the first one writes.
+
+    Args:
+        config: The folder of encoded data sets.
+        run: Run directory of the merge.
+        like: A checkpoint with the vocabularies of the merged one.
+        sources: Checkpoints of the sources.
+    """
+    schema = describe(like, distributed.share()).schema
+    if distributed.rank() == 0:
+        known = [source.parent / tokens.FOLDER for source in sources]
+        known += sorted(p.parent for p in Path(config.runtime.encoded).glob(f"*/{MANIFEST}"))
+        carry(run / tokens.FOLDER, schema, known)
 
 
 def _listed(saved: Checkpoint | Description) -> dict[str, str]:
@@ -230,7 +291,12 @@ def _listed(saved: Checkpoint | Description) -> dict[str, str]:
     }
 
 
-def _tokens(saved: Checkpoint | Description, folder: Path, table: str) -> list[str]:
+def tokens_of(saved: Checkpoint | Description, folder: Path, table: str) -> list[str]:
+    """Return the tokens of a table of a model, from a folder of token lists.
+
+    Raises:
+        UserError: The list is missing or another one, or the table cannot be joined by tokens.
+    """
     if table not in saved.schema.table_sizes:
         raise UserError(
             f"{folder}: the numbers of field '{table}' were scaled otherwise in the other data"
@@ -262,11 +328,17 @@ def _moved(saved: Checkpoint, maps: Mapping[str, Tensor], sizes: Mapping[str, in
 
 
 def on_data_set(
-    config: Config, folder: Path, name: str, dataset: EncodedDataset, scratch: Path
+    config: Config,
+    folder: Path,
+    name: str,
+    dataset: EncodedDataset,
+    scratch: Path,
+    is_mean: bool = False,
 ) -> tuple[Description, Path]:
     """Return the description and the folder of a model that can be trained on a data set.
 
     The folder is ``scratch`` if the model had to be moved to the data set's vocabularies.
+    ``is_mean`` is that of ``on_rows_of``.
 
     Raises:
         UserError: As for ``check_rows`` and ``on_rows_of``.
@@ -275,7 +347,7 @@ def on_data_set(
     check_rows(saved, dataset, name)
     if not other_tables(saved, dataset):
         return saved, folder
-    moved = on_rows_of(config, folder, dataset)
+    moved = on_rows_of(config, folder, dataset, is_mean)
     tensors = {"model": moved.params, "accumulator": moved.accumulators, "counts": moved.counts}
     sharded.save(scratch, tensors, moved, moved.origin)
     return describe(scratch), scratch

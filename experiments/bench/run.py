@@ -20,6 +20,7 @@ from pathlib import Path
 import average_100m
 import data_layer
 import merge_100m
+import merge_keyed
 import merge_streamed
 import torch
 import train_steps
@@ -162,6 +163,13 @@ BENCHMARKS: dict[str, Benchmark] = {
         merge_streamed.merge_streamed_time, "times reading both and writing one", "below", 2.5
     ),
     "merge_streamed_memory": Benchmark(merge_streamed.merge_streamed_memory, "GB", "below", 1.5),
+    "merge_keyed_rate": Benchmark(
+        merge_keyed.merge_keyed_rate, "keys per s of processor time", "above", 1_000_000
+    ),
+    "merge_keyed_wall_rate": Benchmark(
+        merge_keyed.merge_keyed_wall_rate, "keys/s", "above", 1_000_000
+    ),
+    "merge_keyed_memory": Benchmark(merge_keyed.merge_keyed_memory, "GB", "below", 1.0),
     "reproduce_minutes": Benchmark(reproduce_minutes, "min", "below", 10.0),
 }
 """Name -> measurement and target."""

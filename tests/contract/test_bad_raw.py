@@ -76,6 +76,7 @@ AVAZU = [f"{n},{n % 2},141021{n:02}," + ",".join(f"x{n % 3}" for _ in avazu.CATE
          for n in range(20)]  # fmt: skip
 SHOP = [f"{n % 2},u{n % 4},i{n % 5},{n / 2}" for n in range(20)]
 SEQUENCES = [f"u{n} " + " ".join(f"i{(n + k) % 9}" for k in range(5)) for n in range(20)]
+BOOKS = golden(GOLDEN / "douban_book" / "user_book.dat")
 CSV, DAT = golden(LATEST / "ratings.csv"), golden(GOLDEN / "movielens_1m" / "ratings.dat")
 SAMPLES = {
     "criteo": Sample("criteo", "train.txt", None, CRITEO, "\t", 3, 0, ["I1", "C1"]),
@@ -86,6 +87,8 @@ SAMPLES = {
                   ["user", "item"], LATEST),
     "dat": Sample("movielens_1m", "ratings.dat", None, DAT, "::", 3, None,
                   ["user", "item"], GOLDEN / "movielens_1m"),
+    "hin": Sample("douban_book", "user_book.dat", None, BOOKS, "\t", 2, None,
+                  ["user", "item"], GOLDEN / "douban_book"),
     "sequences": Sample("amazon_beauty", "Beauty.txt", None, SEQUENCES, " ", None, None,
                         ["user", "item"]),
 }  # fmt: skip

@@ -240,7 +240,7 @@ def test_the_description_names_attended_histories(options):
 
 
 def test_formats_are_those_of_the_configuration():
-    assert choices(Config, "format") == tuple(FORMATS)
+    assert choices(Config, "format") == (*FORMATS, "delta")
 
 
 @pytest.fixture

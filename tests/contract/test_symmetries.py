@@ -8,17 +8,20 @@ import pytest
 import torch
 from networks import (
     CASES,
-    FITTING,
     MIXED,
     ON_MIXED,
+    SLOW,
     act,
     build,
     draw_batch,
     embed,
+    fitting,
     make_case,
     options,
     random_element,
+    titles,
 )
+from samples import slow_but
 
 from cki_rec.config import parse
 from cki_rec.engine.embeddings import build as build_sharded
@@ -27,7 +30,7 @@ from cki_rec.merging.symmetry import Slice, Symmetry
 from cki_rec.models import model_schema
 from cki_rec.models.symmetries import separate_bases
 
-TITLES = [*CASES, *ON_MIXED]
+ALL = [*CASES, *ON_MIXED]
 
 
 class Subject:
@@ -53,7 +56,7 @@ class Subject:
         return changed_B.nan_to_num(nan=1.0).abs().max().item()  # a variance below zero
 
 
-@pytest.mark.parametrize("title", TITLES)
+@titles
 def test_logit_is_scaled_and_shifted(title):
     subject = Subject(title)
     how = subject.network.logit_scale()
@@ -73,7 +76,7 @@ def of_table(symmetries, name):
     return actual
 
 
-@pytest.mark.parametrize(("title", "key"), FITTING)
+@fitting()
 def test_logits_do_not_change(title, key):
     subject = Subject(title, key)
     assert subject.logit_B.std() > 1e-3
@@ -91,7 +94,7 @@ def test_logits_do_not_change(title, key):
     torch.testing.assert_close(subject.score(state), subject.logit_B, rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("title", TITLES)
+@pytest.mark.parametrize("title", slow_but([t for t in ALL if t not in (*SLOW, "sasrec")], ALL))
 def test_no_slice_is_superfluous(title):
     subject = Subject(title)
     for symmetry in subject.symmetries:
@@ -101,7 +104,18 @@ def test_no_slice_is_superfluous(title):
             assert subject.change(fewer) > 1e-7, part
 
 
-@pytest.mark.parametrize("title", TITLES)
+def holds_rotations(symmetry, symmetries):
+    """Return whether rotations act inside the units of a permutation: heads of attention."""
+    places = {(part.parameter, part.axis) for part in symmetry.slices}
+    inside = [
+        other
+        for other in symmetries
+        if other.kind == "rotation" and {(p.parameter, p.axis) for p in other.slices} <= places
+    ]
+    return {other.size for other in inside} == {symmetry.slices[0].width}
+
+
+@titles
 def test_no_larger_group_acts(title):
     """Of permutations none may carry signs, of signed ones none may be a rotation."""
     subject = Subject(title)
@@ -112,11 +126,13 @@ def test_no_larger_group_acts(title):
         slices = symmetry.slices
         if symmetry.kind == "signed_permutation":
             slices = tuple(dataclasses.replace(part, signed=True) for part in slices)
+        if symmetry.kind == "permutation" and holds_rotations(symmetry, subject.symmetries):
+            continue  # signs of whole units are among the rotations inside
         wider = Symmetry(larger[symmetry.kind], symmetry.size, slices)
         assert subject.change(wider) > 1e-7, symmetry
 
 
-@pytest.mark.parametrize("title", TITLES)
+@titles
 def test_signs_that_do_not_pass_matter(title):
     subject = Subject(title)
     for symmetry in subject.symmetries:
@@ -127,7 +143,7 @@ def test_signs_that_do_not_pass_matter(title):
                 assert subject.change(dataclasses.replace(symmetry, slices=slices)) > 1e-7, part
 
 
-@pytest.mark.parametrize("title", TITLES)
+@titles
 def test_names_and_sizes_are_those_of_the_state(title):
     subject = Subject(title)
     for symmetry in subject.symmetries:
@@ -223,6 +239,13 @@ def test_heads_move_as_a_whole_or_within_themselves():
             {"signed_permutation": 6, "rotation": 2, "permutation": 2 + 1 + 2 * 2 + 1},
         ),
         ("final_mlp plain", {"rotation": 6, "signed_permutation": 1 + 2}),
+        # tables with the bottom's output, hidden units of both MLPs, numbers, signs of tables
+        ("dlrm", {"permutation": 1 + 1 + 2, "rotation": 2, "signs": 4}),
+        ("dlrm tanh", {"signed_permutation": 1 + 2, "rotation": 2, "signs": 4}),
+        # tables in histories, other tables and numbers; two rotations a head, heads, hidden units
+        ("sasrec", {"permutation": 2 + 3 * 2 + 2, "rotation": 4 + 3 * 2 * 2}),
+        ("gru4rec", {"rotation": 6, "signed_permutation": 3, "permutation": 2}),
+        ("gru4rec of two layers", {"rotation": 6, "signed_permutation": 3 * 2}),
     ],
 )
 def test_every_table_number_and_hidden_layer_has_its_symmetry(title, kinds):

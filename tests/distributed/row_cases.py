@@ -32,7 +32,8 @@ from cki_rec.merging.params import Params
 from cki_rec.models import build_model
 
 NETWORKS = [
-    (case, schema) for case, schema in (("deepfm", "mixed"), ("din", "mixed"), ("dcnv2", "plain"))
+    *(("deepfm", "mixed"), ("din", "mixed"), ("dcnv2", "plain")),
+    *(("sasrec", "short"), ("gru4rec", "short")),
 ]
 COMMANDS = {
     "activations": ("merge", "merge=evidence", "merge.align.by=activations"),

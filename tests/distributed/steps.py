@@ -52,6 +52,9 @@ CASES = {
     "deepfm mixed": ("mixed", ("model=deepfm", "train.table_l2=0.01")),
     "batch norm": ("mixed", ("model=deepfm", "model.batch_norm=true")),
     "din": ("mixed", ("model=din", "model.attention.length=4", "train.table_l2=0.01")),
+    "sasrec": ("short", ("model=sasrec", "model.sequence.length=4", "model.sequence.dropout=0")),
+    "gru4rec": ("short", ("model=gru4rec", "model.sequence.length=4", "model.sequence.dropout=0")),
+    "dlrm": ("mixed", ("model=dlrm",)),
 }
 CHOICES = [words[:1] for _, words in CASES.values()]
 # Embeddings start at 0.1 and rates are 0.01: Adagrad's first step is the rate times the sign of
@@ -69,7 +72,8 @@ PLANS = {
 EVERY_PLAN = ("deepfm mixed", "din")
 FITTING = [
     *((case, plan) for case in EVERY_PLAN for plan in PLANS),
-    *((case, "table_wise") for case in ("deepfm plain", "batch norm")),
+    *((case, "table_wise") for case in ("deepfm plain", "batch norm", "dlrm")),
+    *((case, "row_wise") for case in ("sasrec", "gru4rec")),
 ]
 """Cases and the plans that each is trained under."""
 MOVED = [(case, "row_wise") for case in EVERY_PLAN]

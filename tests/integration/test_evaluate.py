@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from cki_rec.cli import main
+from cki_rec.config import Partition
 from cki_rec.data.dataset import EncodedDataset
 from cki_rec.data.test_labels import all_labels
 from cki_rec.evaluation.metrics import log_loss
@@ -87,3 +88,39 @@ def test_nothing_but_the_evaluation_depends_on_test_labels(options, tmp_path):
         for key in ("valid", "recalibration", "shares", "parameters"):
             assert record["result"][key] == other[key]
         assert record["result"]["test"]["auc"] == pytest.approx(1 - other["test"]["auc"])
+
+
+def test_ranks_follow_from_logits_of_candidates(options, tmp_path):
+    ranking = ["evaluate=ranking", "evaluate.ranking.negatives=7", "data.fields=[item,history]"]
+    words = [*ranking, "model=gru4rec", "model.sequence.length=3", "model.sequence.hidden=4"]
+    assert main(["evaluate", "merge=oracle_router", *options, *words]) == 0
+    dataset, by_id = opened(tmp_path / "encoded"), records(tmp_path / "out")
+    (record,) = (r for r in by_id.values() if r["run_id"].startswith("evaluate"))
+    config, result = record["config"], record["result"]
+    assert config["evaluate"]["ranking"] == {"negatives": 7, "draw": "uniform", "seed": 0}
+    folders = [tmp_path / "out" / identity for identity in config["sources"]]
+    ranked = [
+        np.load(next(path for path in folder.glob("logits-*.npz") if path.stem.count("-") == 2))
+        for folder in folders
+    ]
+    label = all_labels(dataset)
+    for split, values in (("valid", result["valid"]), ("test", result["test"])):
+        protocol = result["ranking"][split]
+        rows = dataset.rows(split)
+        liked = rows[label[rows] == 1]
+        users = dataset.group[liked]
+        assert (protocol["cases"], protocol["users"]) == (len(liked), len(np.unique(users)))
+        assert protocol["item_fields"] == ["item"]
+        part = dataset.parts(Partition(**config["partition"])).part[liked]
+        scores = np.stack([arrays[split] for arrays in ranked])[part, range(len(liked))]
+        rank = 1 + (scores[:, 1:] > scores[:, :1]).sum(1)
+        assert (scores[:, 1:] != scores[:, :1]).all()
+        hit = [(rank[users == user] <= 5).mean() for user in np.unique(users)]
+        assert values["hr_5"] == pytest.approx(np.mean(hit), rel=1e-12)
+    difference = result["difference"]["best_source"]
+    assert difference["hr_10"]["estimate"] is not None
+    assert difference["ndcg_10"]["low"] <= difference["ndcg_10"]["high"]
+    assert main(["report", *options, "name=adhoc"]) == 0
+    table = (tmp_path / "reports" / "adhoc" / "table.md").read_text()
+    assert "HR@10" in table
+    assert "NDCG@10 vs best source" in table

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
-import numpy as np
-import pytest
-from regions import SAID, TINY, call, logits_of, opened, record_of, train_regions, write_region
+import json
 
+import numpy as np
+import polars as pl
+import pytest
+import torch
+from regions import SAID, TINY, call, logits_of, opened, record_of, train_regions, write_region
+from samples import make_data
+
+from cki_rec import notebook
 from cki_rec.checkpoints import checkpoint
 from cki_rec.cli import main
 from cki_rec.data.encoding import tokens
+from cki_rec.data.encoding.encoder import Encoder, as_frame
+from cki_rec.data.encoding.frames import raw_rows as rows_of
 from cki_rec.data.schema import OOV_ID
 from cki_rec.data.test_labels import all_labels
+from cki_rec.engine import evaluator
 from cki_rec.evaluation.metrics import auc, log_loss
 
 
@@ -226,3 +235,53 @@ def test_a_start_is_among_what_a_merge_has_seen(regions, tmp_path):
     seen = checkpoint.describe(run / "checkpoint").origin.rows
     assert opened(tmp_path / "encoded", "north").source_rows in seen
     assert len(seen) == 3
+
+
+def test_raw_rows_of_every_region_score_as_on_the_union(regions, tmp_path):
+    """A model of joined vocabularies serves raw rows of a frame and of a file."""
+    home, found, union = regions
+    both = tmp_path / "rows"
+    assert call(regions, tmp_path, "merge", "merge=evidence", "name=shop") == 0
+    places = [f"runtime.out={tmp_path / 'out'}", f"runtime.encoded={home / 'encoded'}"]
+    model = notebook.load_model("shop", *places)
+    assert model.schema.table_sizes["user"] == 62
+    for region in found:
+        assert call(regions, tmp_path, "prepare", union, region=region, name="served") == 0
+        dataset = opened(home / "encoded", f"served_{region}")
+        every = np.arange(len(dataset))
+        device = torch.device("cpu")
+        logits = evaluator.predict(model.network, dataset, model.schema, every, device)
+        raw = rows_of(make_data("movielens_small", raw=str(home / f"{region}.zip")))
+        scores = notebook.predict(model, raw, logits=True)
+        np.testing.assert_allclose(scores, logits, rtol=0, atol=1e-5)
+    raw = raw.drop("@time") if "timestamp" in raw.columns else raw
+    both.mkdir()
+    raw.drop([n for n in raw.columns if n.startswith("@")]).write_csv(both / "rows.csv")
+    output = f"output={both / 'scores.csv'}"
+    words = ["predict", "run=shop", f"input={both / 'rows.csv'}", output, *places]
+    assert main(words) == 0
+    served = pl.read_csv(both / "scores.csv")["score"].to_numpy()
+    np.testing.assert_allclose(served, 1 / (1 + np.exp(-logits)), rtol=0, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_an_export_of_joined_vocabularies_encodes_as_the_model(regions, tmp_path):
+    home, _, _ = regions
+    assert call(regions, tmp_path, "merge", "merge=evidence", "name=shop") == 0
+    places = [f"runtime.out={tmp_path / 'out'}", f"runtime.encoded={home / 'encoded'}"]
+    model = notebook.load_model("shop", *places)
+    assert main(["export", "run=shop", *places]) == 0
+    (exported,) = (tmp_path / "out").glob("merge-*/export")
+    examples = json.loads((exported / "examples.json").read_text())
+    rows = as_frame(examples["rows"])
+    assert Encoder.load(exported).encode(rows).equals(model.encoder.encode(rows))
+    scores = notebook.predict(model, rows)
+    np.testing.assert_allclose(scores, examples["scores"], rtol=0, atol=1e-6)
+
+
+def test_a_model_whose_data_sets_are_elsewhere_is_named(regions, tmp_path, capsys):
+    assert call(regions, tmp_path, "merge", "merge=average", "name=shop") == 0
+    place = f"runtime.out={tmp_path / 'out'}"
+    words = ["predict", "run=shop", "input=a.csv", "output=b.csv", place]
+    assert main([*words, f"runtime.encoded={tmp_path}"]) == 2
+    assert "shop: 2 of its data sets are not encoded in" in capsys.readouterr().err

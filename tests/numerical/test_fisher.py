@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from networks import FITTING, draw_batch, embed, make_case, select
+from networks import FITTING, draw_batch, embed, fitting, make_case, select
 
 from cki_rec.engine import fisher
 from cki_rec.engine.fisher import fisher_diagonal
@@ -43,7 +43,7 @@ def subject(title, key, rows=7):
     return network.eval(), schema, params, draw_batch(schema, rows)
 
 
-@pytest.mark.parametrize(("title", "key"), [pair for pair in FITTING if pair[1] != "one"])
+@fitting([pair for pair in FITTING if pair[1] != "one"])
 def test_fisher_is_its_definition(title, key):
     network, schema, params, batch = subject(title, key)
     actual = fisher_diagonal(network, params, [batch], torch.float64)

@@ -4,7 +4,17 @@ from __future__ import annotations
 
 import pytest
 import torch
-from networks import CASES, FITTING, MIXED, SCHEMAS, build, draw_batch, make_case, randomize
+from networks import (
+    CASES,
+    FITTING,
+    MIXED,
+    SCHEMAS,
+    build,
+    draw_batch,
+    fitting,
+    make_case,
+    randomize,
+)
 from torch.func import functional_call
 from torch.nn.functional import binary_cross_entropy_with_logits
 
@@ -97,7 +107,7 @@ def test_one_step_is_that_of_the_merged_table(kind, num_sources):
     compare(network, schema, models, draw_gates(models, kind), rule(models))
 
 
-@pytest.mark.parametrize(("title", "key"), [f for f in FITTING if f[0] in CASES])
+@fitting([f for f in FITTING if f[0] in CASES])
 def test_logits_are_those_of_the_merged_model(title, key):
     network, schema = make_case(title, key)
     models = draw_sources(network)

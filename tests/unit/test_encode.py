@@ -197,6 +197,28 @@ def test_history_is_earlier_liked_training_items(by, encode_files):
         assert ids_of(encoded, "history", row) == want
 
 
+HASHED = {"name": "hashed", "column": "item", "hash_size": 5}
+
+
+@pytest.mark.parametrize(
+    ("fields", "source"),
+    [
+        (["user", "item", HASHED, "history"], "item"),
+        (["user", HASHED, "item", "history"], "item"),
+        (["user", HASHED, "history"], "hashed"),
+        (["user", "item", HASHED, {"name": "history", "table": "hashed"}], "hashed"),
+    ],
+)
+def test_history_holds_ids_of_the_table_that_it_looks_up(fields, source, encode_files):
+    data = make_data(fields=fields)
+    encoded = encode_files(data)
+    (history,) = (f for f in encoded.schema.features if f.kind == "history")
+    assert history.table == source
+    for row in range(len(all_labels(encoded))):
+        want = brute_force_history(data, encoded, encoded.column(source), row)
+        assert ids_of(encoded, "history", row) == want
+
+
 @pytest.mark.parametrize("by", ["time", "leave_last_out"])
 def test_history_of_all_earlier_rows(by, encode_files):
     split = Split(by=by, fractions=[0.6, 0.2, 0.2], seed=3)

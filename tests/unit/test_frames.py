@@ -64,7 +64,7 @@ def encoded(frame, dataset):
     hashes = schema.vocabulary_hashes
     tables = {f.table for f in schema.lookups if not hashes[f.table].startswith("crc32")}
     tokens = {table: dataset.vocabulary(table) for table in tables}
-    return encode_frame(frame, encoder_of(dataset, schema, tokens), schema)
+    return encode_frame(frame, encoder_of([dataset], schema, tokens), schema)
 
 
 def check_equal(rows, dataset, numbers):
@@ -120,6 +120,29 @@ def test_histories_need_the_user_among_the_fields(tmp_path):
     path, dataset = csv_data(tmp_path, fields)
     with pytest.raises(UserError, match="history: histories are looked up by the id of the user"):
         encoded(pl.read_csv(path, infer_schema_length=0), dataset)
+
+
+@pytest.mark.parametrize("table", ["item", "hashed"])
+def test_histories_of_one_of_two_fields_of_the_item_are_encoded_as_in_the_data_set(
+    tmp_path, table
+):
+    hashed = {"name": "hashed", "column": "item", "hash_size": 7}
+    fields = ["user", "item", hashed, {"name": "history", "table": table}]
+    path, dataset = csv_data(tmp_path, fields)
+    every = np.arange(len(dataset))
+    frame = pl.read_csv(path, infer_schema_length=0)
+    check_equal(encoded(frame, dataset), dataset, every)
+    ids, lengths = dataset.column("history").ids(every)
+    tokens = ["", "", *dataset.vocabulary("item")]
+    if table == "item":  # the tokens of a row, listed by the caller
+        starts = np.cumsum(lengths) - lengths
+        texts = [
+            "|".join(tokens[i] for i in ids[start : start + length])
+            for start, length in zip(starts, lengths, strict=True)
+        ]
+        check_equal(
+            encoded(frame.with_columns(pl.Series("@history", texts)), dataset), dataset, every
+        )
 
 
 def test_unknown_tokens_of_a_frame_are_out_of_vocabulary(tmp_path):

@@ -209,6 +209,11 @@ def test_one_rule_for_every_row_agrees_with_itself_in_any_file():
 def test_a_merged_model_has_seen_the_rows_of_its_sources():
     one, other = Provenance("h", (ONE,)), Provenance("i", (ONE, OTHER))
     assert Provenance.union([one, one]) == one
-    assert Provenance.union([one, other]) == Provenance("several", (ONE, OTHER))
+    both = Provenance.union([one, other])
+    assert both == Provenance("several", (ONE, OTHER), ("h", "i"))
+    assert Provenance.union([both, one]) == both
+    assert (both.hashes, one.hashes, Provenance("several").hashes) == (("h", "i"), ("h",), ())
+    assert Provenance.from_json(both.to_json()) == both
+    assert Provenance.union([Provenance("several"), one]) == Provenance("several")
     assert Provenance.union([one, Provenance("h")]) == Provenance("h", None)
     assert Provenance.from_json({"data_hash": "h"}) == Provenance("h", None)

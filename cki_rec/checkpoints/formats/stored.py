@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import math
+import shutil
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, BinaryIO, Protocol
 
 import torch
 from torch import Tensor
@@ -15,6 +17,9 @@ from torch import Tensor
 from cki_rec.checkpoints.digests import one_digest
 from cki_rec.config import UserError
 from cki_rec.merging.params import Params
+
+COPIED_BYTES = 1 << 24
+"""Bytes that are copied at a time from file to file."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +33,29 @@ class Entry:
     def bytes(self) -> int:
         """Return the size of its values."""
         return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where the values of one tensor lie, row after row."""
+
+    file: Path
+    start: int
+    """Byte of the first entry."""
+    entry: Entry
+
+    def row_bytes(self) -> int:
+        """Return the size of one row; of a scalar, its size."""
+        return self.entry.dtype.itemsize * math.prod(self.entry.shape[1:])
+
+
+@dataclass(frozen=True, slots=True)
+class Blank:
+    """The files of a checkpoint before their values."""
+
+    path: Path
+    """The file or folder that other programs open."""
+    places: dict[str, Place]
 
 
 class Stored(Protocol):
@@ -45,6 +73,9 @@ class Stored(Protocol):
     """Parameter groups of the optimizer, if the format holds them: options, and numbers of
     parameters under ``params``."""
 
+    tied: Mapping[str, str]
+    """Tensors that are another one under a second name -> that name."""
+
     def rows(self, name: str, first: int = 0, stop: int | None = None) -> Tensor:
         """Return rows of a tensor, all of it without ``stop``; read no others if possible."""
 
@@ -57,6 +88,25 @@ class Stored(Protocol):
         Args:
             params: The tensors.
             target: The folder that takes them.
+        """
+
+    def blank(self, entries: Mapping[str, Entry], target: Path, tied: Mapping[str, str]) -> Blank:
+        """Write the files of tensors in this form without values; files that are there stay.
+
+        Args:
+            entries: Shapes and types, by full names.
+            target: The folder that takes them.
+            tied: Second names of tensors -> first ones, for formats that store these once.
+        """
+
+    def files(self) -> list[Path]:
+        """Return the files of the tensors."""
+
+    def check_unchanged(self) -> None:
+        """Check that the files are those that were opened.
+
+        Raises:
+            UserError: One has changed.
         """
 
     def close(self) -> None:
@@ -77,6 +127,20 @@ def bytes_of(tensor: Tensor) -> memoryview:
     if flat.numel() and flat.stride(0) != 1:  # of one entry too, which counts as contiguous
         flat = torch.empty(len(flat), dtype=flat.dtype).copy_(flat)
     return memoryview(flat.view(torch.uint8).numpy().data)
+
+
+def write_values(file: BinaryIO, tensor: Tensor) -> None:
+    """Write the values of a tensor in order.
+
+    Those of a tensor that is mapped from a file are copied from file to file, so that they do not
+    count as memory of the process.
+    """
+    storage = tensor.untyped_storage()
+    if storage.filename is None or storage.nbytes() != tensor.nbytes or not tensor.is_contiguous():
+        file.write(bytes_of(tensor))
+        return
+    with open(storage.filename, "rb") as mapped:
+        shutil.copyfileobj(mapped, file, COPIED_BYTES)
 
 
 def damaged(path: Path, reason: str) -> UserError:

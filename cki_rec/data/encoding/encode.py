@@ -12,9 +12,8 @@ Shape legend: N rows, C columns of ids.
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
@@ -24,13 +23,20 @@ import numpy as np
 import polars as pl
 
 from cki_rec.config import Data, UserError
-from cki_rec.data.columns import ColumnFile, Ints, blocks
+from cki_rec.data.columns import DOMAINS, ColumnFile, Ints, blocks
+from cki_rec.data.encoding.earlier import NOTHING, Earlier
 from cki_rec.data.encoding.engines import NUM_THREADS, Run, one_by_one, threads
 from cki_rec.data.encoding.fields import Field
 from cki_rec.data.encoding.history import write_history
 from cki_rec.data.encoding.lookup import count_chunk, look_up, read_by_chunks
 from cki_rec.data.encoding.normalize import id_columns
-from cki_rec.data.encoding.numbers import bucket_codes, key_values, quantile_edges, standardize
+from cki_rec.data.encoding.numbers import (
+    bucket_codes,
+    key_values,
+    ordered_keys,
+    quantile_edges,
+    standardize,
+)
 from cki_rec.data.encoding.split import (
     SPLITS,
     check_sizes,
@@ -39,9 +45,12 @@ from cki_rec.data.encoding.split import (
     share,
     split_codes,
 )
-from cki_rec.data.encoding.staging import ITEM, USER, Staging, plan_columns, stage
+from cki_rec.data.encoding.staging import DOMAIN, ITEM, USER, Staging, plan_columns, stage
+from cki_rec.data.encoding.tokens import digest_with
 from cki_rec.data.encoding.vocabulary import (
     Vocabulary,
+    checked_size,
+    frequent_tokens,
     hashed_vocabulary,
     learn_vocabulary,
     write_listed_vocabulary,
@@ -82,8 +91,9 @@ def encode(
     item: str | None,
     is_chronological: bool = False,
     rows_per_step: int = 1,
-    listed: Mapping[str, pl.Series] | None = None,
+    earlier: Earlier = NOTHING,
     run: Run = one_by_one,
+    is_local: bool = True,
 ) -> Encoded:
     """Encode rows into the columns of a data set.
 
@@ -107,40 +117,40 @@ def encode(
         item: Column of items.
         is_chronological: Whether rows without times are in chronological order.
         rows_per_step: Consecutive rows of one user that form one step in time.
-        listed: Table -> its tokens in the order of ids; other tokens get ``OOV_ID``. None: the
-            vocabularies are learned.
+        earlier: Facts that are not learned from these rows.
         run: Runs functions of chunks, here or elsewhere; results do not depend on it.
+        is_local: Whether it runs them in this process, where they can share dictionaries.
 
     Raises:
         UserError: An option is impossible for these rows.
     """
     plan = plan_columns(fields, user, item, data.numeric_missing, data.buckets)
     plan.is_keyed = data.split.by == "hash"
+    plan.domain, plan.domains = data.partition.column, data.partition.values
     if data.normalize_ids:
-        plan.normalized = id_columns(fields, (user, item))
+        plan.normalized = id_columns(fields, (user, item, data.partition.column))
     with closing(Staging(folder, plan)) as columns:
-        for staged in run(partial(stage, plan, reading.fork()), chunks):
+        shared = columns.dictionaries if is_local else {}
+        for staged in run(partial(stage, plan, shared, reading.fork()), chunks):
             if isinstance(staged, Check):
                 staged.run(reading)
             else:
-                reading.merge(staged.reading, staged.rows)
+                reading.merge(staged.reading, staged.num_read)
                 columns.append(staged)
         if not columns.rows:
-            raise UserError(f"{data.raw}: no usable row; see data.on_bad_row")
+            kept = f" with a {data.partition.by} of data.partition.parts" if plan.domains else ""
+            raise UserError(f"{data.raw}: no usable row{kept}; see data.on_bad_row")
         _finish_entities(columns)
-        splits = _split(columns, data, is_chronological, rows_per_step, listed is not None)
-        edges = _bucket_quantiles(columns)
-        if listed is None:
-            vocabularies = _learned_vocabularies(columns, *_count_training_rows(columns, run))
-        else:
-            vocabularies = listed_vocabularies(columns, listed)
+        splits = _split(columns, data, is_chronological, rows_per_step, bool(data.vocabularies))
+        edges = _bucket_quantiles(columns, earlier.edges)
+        vocabularies = _vocabularies(columns, earlier, run)
         unseen = look_up(columns, vocabularies, run)
-        numbers, ranges = _standardize(columns)
+        numbers, ranges = _standardize(columns, earlier.numbers)
         schema = _schema(fields, vocabularies, {**numbers, **edges})
-        earlier = {field.name for field in fields if field.rows == "earlier"}
+        of_earlier_rows = {field.name for field in fields if field.rows == "earlier"}
         for name, source in plan.histories.items():
             unseen[name] = write_history(
-                columns, name, source, data.history_length, name in earlier
+                columns, name, source, data.history_length, name in of_earlier_rows
             )
     shares = {f.name: unseen[f.name] for f in fields if f.name in unseen}
     names = [f.name for f in plan.ids]
@@ -148,14 +158,17 @@ def encode(
 
 
 def _finish_entities(columns: Staging) -> None:
-    """Replace codes of users and items by indices in the order of their tokens."""
-    for name, target in ((USER, "group"), (ITEM, "item_index")):
+    """Replace codes of users, items and domains by indices in the order of their tokens."""
+    for name, target in ((USER, "group"), (ITEM, "item_index"), (DOMAIN, "domain")):
         if name not in columns.dictionaries:
             continue
         tokens, file = columns.dictionaries.pop(name).tokens(), columns.files[target]
         is_held = np.zeros(len(tokens), dtype=np.bool_)
         for start, stop in blocks(file.rows):
             is_held[file.read(start, stop)] = True
+        if name == DOMAIN:
+            values = tokens.filter(is_held).sort().to_list()
+            (columns.folder / DOMAINS).write_text(json.dumps(values), encoding="utf-8")
         rank = np.zeros(len(tokens), dtype=np.int32)
         rank[is_held] = (tokens.filter(is_held).rank("ordinal") - 1).to_numpy()
         for start, stop in blocks(file.rows):
@@ -217,8 +230,15 @@ def _split(
     }
 
 
-def _bucket_quantiles(columns: Staging) -> dict[str, list[float]]:
-    """Replace the numbers of quantile fields by codes of buckets; return the edges."""
+def _bucket_quantiles(
+    columns: Staging, fixed: Mapping[str, Sequence[float]]
+) -> dict[str, list[float]]:
+    """Replace the numbers of quantile fields by codes of buckets; return the edges.
+
+    Args:
+        columns: The columns.
+        fixed: Edges of fields that are not learned.
+    """
     plan, files = columns.plan, columns.files
     edges_of: dict[str, list[float]] = {}
     if not plan.quantiles:
@@ -229,7 +249,10 @@ def _bucket_quantiles(columns: Staging) -> dict[str, list[float]]:
             keys.read(start, stop)[split.read(start, stop) == 0, number]
             for start, stop in blocks(keys.rows)
         )
-        edges = quantile_edges(known, plan.buckets, columns.folder)
+        if column.name in fixed:
+            edges = ordered_keys(np.array(fixed[column.name], dtype=np.float64))
+        else:
+            edges = quantile_edges(known, plan.buckets, columns.folder)
         edges_of[column.name] = key_values(edges).tolist()
         fill_buckets(columns, number, edges)
     files.pop("quantiles").delete()
@@ -277,39 +300,36 @@ def _count_training_rows(columns: Staging, run: Run) -> tuple[dict[str, Ints], d
     return counts, deciding
 
 
-def _learned_vocabularies(
-    columns: Staging, counts: dict[str, Ints], deciding: dict[str, Ints]
-) -> dict[str, Vocabulary]:
-    """Learn and write the vocabulary of every table; each dictionary is freed afterwards."""
-    every = {f.table: f for f in reversed([*columns.plan.ids, *columns.plan.multi])}
+def _vocabularies(columns: Staging, earlier: Earlier, run: Run) -> dict[str, Vocabulary]:
+    """Write the vocabulary of every table; each dictionary is freed afterwards.
 
-    def learn(column: Field) -> Vocabulary:
+    It is learned from training rows, or listed, or listed with new tokens of training rows.
+    """
+    every = {f.table: f for f in reversed([*columns.plan.ids, *columns.plan.multi])}
+    listed = {**earlier.tokens, **earlier.buckets}
+    are_fixed = not earlier.grows and columns.dictionaries.keys() <= listed.keys()
+    counts, deciding = ({}, {}) if are_fixed else _count_training_rows(columns, run)
+
+    def write(column: Field) -> Vocabulary:
         table = column.table
         if column.hash_size is not None:
             return hashed_vocabulary(column.hash_size)
         path = columns.folder / f"vocabulary.{table}.txt"
         tokens = columns.dictionaries.pop(table).tokens()
-        decide = deciding.pop(table, None)
-        return learn_vocabulary(table, tokens, counts.pop(table), column.min_count, path, decide)
+        count, decide = counts.pop(table, None), deciding.pop(table, None)
+        known = listed.get(table)
+        if known is None:
+            assert count is not None
+            return learn_vocabulary(table, tokens, count, column.min_count, path, decide)
+        if earlier.grows and table not in earlier.buckets:
+            assert count is not None
+            frequent = frequent_tokens(tokens, count, column.min_count, decide)["token"]
+            known = pl.concat([known, frequent.rename(known.name)]).unique(maintain_order=True)
+        checked_size(table, len(known))
+        return write_listed_vocabulary(tokens, known, path)
 
-    with threads(NUM_THREADS) as run:
-        return dict(zip(every, run(learn, every.values()), strict=True))
-
-
-def listed_vocabularies(
-    columns: Staging, listed: Mapping[str, pl.Series]
-) -> dict[str, Vocabulary]:
-    """Write the listed vocabulary of every table; each dictionary is freed afterwards."""
-    vocabularies: dict[str, Vocabulary] = {}
-    for column in [*columns.plan.ids, *columns.plan.multi]:
-        table = column.table
-        if column.hash_size is not None:
-            vocabularies[table] = hashed_vocabulary(column.hash_size)
-        elif table not in vocabularies:
-            tokens = columns.dictionaries.pop(table).tokens()
-            path = columns.folder / f"vocabulary.{table}.txt"
-            vocabularies[table] = write_listed_vocabulary(tokens, listed[table], path)
-    return vocabularies
+    with threads(NUM_THREADS) as run_all:
+        return dict(zip(every, run_all(write, every.values()), strict=True))
 
 
 def _schema(
@@ -328,8 +348,7 @@ def _schema(
     tables = dict.fromkeys(f.table for f in features if f.kind != "numeric")
     hashes = {table: vocabularies[table].hash for table in tables}
     for name, facts in numbers.items():
-        text = json.dumps([hashes.get(name), facts])
-        hashes[name] = hashlib.sha256(text.encode()).hexdigest()
+        hashes[name] = digest_with(hashes.get(name), facts)
     return FeatureSchema(
         features=features,
         table_sizes={table: vocabularies[table].size for table in tables},
@@ -338,7 +357,7 @@ def _schema(
 
 
 def _standardize(
-    columns: Staging,
+    columns: Staging, fixed: Mapping[str, Sequence[float]]
 ) -> tuple[dict[str, list[float]], dict[str, dict[str, float | None]]]:
     """Write standardized numbers; return shift and scale per field, and facts about its values."""
     fields, files = columns.plan.numbers, columns.files
@@ -347,7 +366,8 @@ def _standardize(
     is_scaled = np.array([field.transform == "log1p" for field in fields])
     files["numbers"] = ColumnFile(columns.folder / "numbers.npy", np.float32, len(fields))
     raw = files.pop("raw_numbers")
-    facts = standardize(raw, files["numbers"], files["split"], is_scaled)
+    known = np.array([fixed.get(field.name, (np.nan, np.nan)) for field in fields])
+    facts = standardize(raw, files["numbers"], files["split"], is_scaled, known.T)
     raw.delete()
     shifts: dict[str, list[float]] = {}
     ranges: dict[str, dict[str, float | None]] = {}

@@ -47,7 +47,12 @@ def engine(name: str, workers: int) -> AbstractContextManager[Run]:
     """
     if name == "ray":
         return ray_tasks(workers)
-    return threads(NUM_THREADS) if workers == 1 else processes(workers)
+    return threads(NUM_THREADS) if is_local(name, workers) else processes(workers)
+
+
+def is_local(name: str, workers: int) -> bool:
+    """Return whether an engine runs functions in this process."""
+    return name == "processes" and workers == 1
 
 
 def one_by_one(function: Callable[[T], R], tasks: Iterable[T]) -> Iterator[R]:

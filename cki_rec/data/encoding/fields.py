@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from itertools import pairwise
 from typing import Any
@@ -243,11 +243,19 @@ def _is_ascending(value: object) -> bool:
     return len(value) > 1 and all(a < b for a, b in pairwise(value))
 
 
+def liked_field(history: Field, others: Iterable[Field]) -> Field | None:
+    """Return the field whose ids a history of liked items holds; None: no field has its column.
+
+    Of several fields with its column it is the first one with its table, else the first one.
+    """
+    same = [f for f in others if f.kind == "categorical" and f.column == history.column]
+    return next((f for f in same if f.table == history.table), same[0] if same else None)
+
+
 def _with_source(history: Field, others: tuple[Field, ...], kinds: Mapping[str, str]) -> Field:
     """Return the history with the ``_SHARED`` options of the field whose ids it holds."""
-    sources = [f for f in others if f.kind == "categorical" and f.column == history.column]
-    if sources:
-        source = sources[0]
+    source = liked_field(history, others)
+    if source is not None:
         return replace(history, **{n: getattr(source, n) for n in _SHARED})
     if kinds.get(history.column) != "categorical":
         raise UserError(

@@ -43,6 +43,16 @@ def unseen_line(manifest: Mapping[str, Any], above: float = 0.0) -> str | None:
     return f"ids out of vocabulary ({' / '.join(splits)}): {', '.join(listed)}{more}"
 
 
+@lru_cache(maxsize=64)
+def _log(line: str, _data_hash: str) -> None:
+    logger.info("%s", line)
+
+
+def log_unseen(dataset: EncodedDataset) -> None:
+    """Log the shares of ids out of vocabulary, once per data set and process."""
+    _log(unseen_line(dataset.manifest) or "no id is out of vocabulary", dataset.hash)
+
+
 def _percent(share: float | None) -> str:
     return "none" if share is None else f"{share:.1%}"
 
@@ -74,7 +84,7 @@ def findings(manifest: Mapping[str, Any]) -> list[str]:
     if unseen := unseen_line(manifest, MOST_UNSEEN):
         lines.append(
             f"{unseen}; all of them share one embedding: lower data.min_count, or add newer token"
-            " lists to data.vocabularies"
+            " lists to data.vocabularies, or the new tokens with data.new_tokens=add"
         )
     return lines
 

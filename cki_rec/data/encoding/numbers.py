@@ -117,7 +117,11 @@ def bucket_tokens(buckets: int) -> list[str]:
 
 
 def standardize(
-    raw: ColumnFile, numbers: ColumnFile, split: ColumnFile, is_scaled: NDArray[np.bool_]
+    raw: ColumnFile,
+    numbers: ColumnFile,
+    split: ColumnFile,
+    is_scaled: NDArray[np.bool_],
+    known_facts: NDArray[np.float64] | None = None,
 ) -> NDArray[np.float64]:
     """Standardize columns by training rows; missing values become the mean.
 
@@ -130,6 +134,8 @@ def standardize(
         numbers: An empty float32 file; receives the result.
         split: ``(N,)`` split codes.
         is_scaled: ``(columns,)``; other columns keep their scale, with missing values filled.
+        known_facts: ``(2, columns)`` shift and scale of columns that take over those of an earlier
+            data set; NaN for others.
 
     Returns:
         ``(5, columns)`` float64: shift and scale, smallest and largest number of all rows, and the
@@ -156,6 +162,11 @@ def standardize(
     scale = np.where(deviation > 0, deviation, 1.0)
     shift = np.where(is_scaled, mean, 0.0)
     scale = np.where(is_scaled, scale, 1.0)
+    if known_facts is not None:
+        is_known = ~np.isnan(known_facts[0])
+        mean = np.where(is_known, known_facts[0], mean)
+        shift = np.where(is_known, known_facts[0], shift)
+        scale = np.where(is_known, known_facts[1], scale)
     for start, stop in blocks(raw.rows):
         numbers.append(scaled(raw.read(start, stop), mean, shift, scale))
     return np.stack([shift, scale, low, high, np.where(known > 0, deviation, np.nan)])

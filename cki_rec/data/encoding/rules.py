@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from cki_rec.data.columns import Ids
 from cki_rec.data.dataset import EncodedDataset
 from cki_rec.data.encoding import encoder as encoder_module
 from cki_rec.data.encoding.encoder import RULES, Encoder
-from cki_rec.data.encoding.fields import Field
+from cki_rec.data.encoding.fields import Field, liked_field
 from cki_rec.data.raw.formats import FORMATS, Format, recorded_format
 from cki_rec.data.schema import FIRST_ID, OOV_ID, FeatureSchema
 
@@ -27,33 +27,44 @@ FORMAT = 1
 
 
 def encoder_of(
-    dataset: EncodedDataset, schema: FeatureSchema, tokens: Mapping[str, Sequence[str]]
+    datasets: Sequence[EncodedDataset],
+    schema: FeatureSchema,
+    tokens: Mapping[str, Sequence[str]],
 ) -> Encoder:
     """Return the encoder of a model: raw rows -> its ids and numbers.
 
+    Raw rows have the form of the first data set. Histories hold the liked rows of all of them.
+
     Args:
-        dataset: The data set of its training rows.
+        datasets: The data sets of its training rows.
         schema: Features of the model.
         tokens: Table -> its tokens in the order of ids; tables of hashes are left out.
 
     Raises:
-        UserError: A field is not one of the data set.
+        UserError: A field is not one of a data set, or the data sets encode it in several ways.
     """
+    dataset, *others = datasets
     options, names = dataset.manifest["options"], [f.name for f in schema.features]
-    every = {entry["name"]: _field(entry) for entry in options["fields"]}
-    if unknown := [name for name in names if name not in every]:
-        raise UserError(f"{dataset.folder}: no field {', '.join(unknown)}, which the model reads")
+    every = _fields(dataset, names)
+    for other in others:
+        theirs = _fields(other, names)
+        for name in names:  # counts of tokens decide vocabularies, which are joined
+            if replace(theirs[name], min_count=every[name].min_count) != every[name]:
+                raise UserError(
+                    f"{other.folder}: field {name} has other options than in {dataset.folder};"
+                    " train the sources with equal data.fields"
+                )
     reader = _reader(options)
     fields: list[dict[str, Any]] = []
     likes: dict[str, pl.DataFrame] = {}
     for name in names:
         field = every[name]
-        entry = {**asdict(field), **_numeric_rules(field, dataset, reader)}
+        entry = {**asdict(field), **_numeric_rules(field, datasets, reader)}
         if field.kind == "history" and not field.is_listed:
             of_users = (options["user"] or "user", "categorical")
             users = [f for n in names if ((f := every[n]).column, f.kind) == of_users]
             entry["max_length"] = options["history_length"]
-            if not users or dataset.timestamp is None:
+            if not users or any(d.timestamp is None for d in datasets):
                 entry["reason"] = (
                     "histories are looked up by the id of the user, which is no field of this"
                     " model; add it to data.fields"
@@ -62,7 +73,8 @@ def encoder_of(
                 entry["reason"] = "rows=earlier reads labels of all rows, which a model lacks"
             else:
                 entry["user"] = users[0].name
-                likes[name] = _likes(dataset, field, users[0], schema, tokens)
+                parts = [_likes(d, field, users[0], schema, tokens) for d in datasets]
+                likes[name] = pl.concat(parts).sort("user", "time", maintain_order=True)
         fields.append(entry)
     rules = {
         "format": FORMAT,
@@ -103,6 +115,14 @@ def reader_of(dataset: EncodedDataset) -> Format:
     return _reader(dataset.manifest["options"])
 
 
+def _fields(dataset: EncodedDataset, names: Sequence[str]) -> dict[str, Field]:
+    """Return the fields of a data set by name; those of ``names`` must be there."""
+    every = {entry["name"]: _field(entry) for entry in dataset.manifest["options"]["fields"]}
+    if unknown := [name for name in names if name not in every]:
+        raise UserError(f"{dataset.folder}: no field {', '.join(unknown)}, which the model reads")
+    return every
+
+
 def _field(entry: Mapping[str, Any]) -> Field:
     edges = entry.get("edges")
     return Field(**{**entry, "edges": None if edges is None else tuple(edges)})
@@ -121,30 +141,37 @@ def _time(options: Mapping[str, Any], reader: Format) -> tuple[str, str, bool] |
     return (*reader.time, True)
 
 
-def _numeric_rules(field: Field, dataset: EncodedDataset, reader: Format) -> dict[str, Any]:
+def _numeric_rules(
+    field: Field, datasets: Sequence[EncodedDataset], reader: Format
+) -> dict[str, Any]:
     """Return the type of a numeric field, and the facts that training rows gave."""
     if field.kind != "numeric":
         return {}
-    rules: dict[str, Any] = {"type": _type(field, dataset, reader)}
+    rules: dict[str, Any] = {"type": _type(field, datasets, reader)}
     if field.transform == "quantile":
-        rules["bounds"] = dataset.manifest["quantile_edges"][field.name]
+        rules["bounds"] = datasets[0].manifest["quantile_edges"][field.name]
     if field.is_number:
-        rules["shift"], rules["scale"] = dataset.manifest["numbers"][field.name]
+        rules["shift"], rules["scale"] = datasets[0].manifest["numbers"][field.name]
         rules["mean"] = rules["shift"]
         if field.transform == "as_is":  # its shift is 0, whatever its mean
-            names = [feature.name for feature in dataset.schema.numbers]
-            column = dataset.numbers[dataset.rows("train"), names.index(field.name)]
-            rules["mean"] = float(column.astype(np.float64).mean())
+            numbers = np.concatenate([_training_numbers(d, field.name) for d in datasets])
+            rules["mean"] = float(numbers.astype(np.float64).mean())
     return rules
 
 
-def _type(field: Field, dataset: EncodedDataset, reader: Format) -> str:
+def _training_numbers(dataset: EncodedDataset, name: str) -> NDArray[np.float32]:
+    names = [feature.name for feature in dataset.schema.numbers]
+    numbers: NDArray[np.float32] = dataset.numbers[dataset.rows("train"), names.index(name)]
+    return numbers
+
+
+def _type(field: Field, datasets: Sequence[EncodedDataset], reader: Format) -> str:
     """Return the type of the raw numbers, on which their tokens depend."""
     if not reader.has_free_kinds:
         return "integer"
     if reader.has_types and field.transform == "token":
-        of_floats = any("." in token or "e" in token for token in dataset.vocabulary(field.table))
-        return "number" if of_floats else "integer"
+        tokens = (token for dataset in datasets for token in dataset.vocabulary(field.table))
+        return "number" if any("." in t or "e" in t for t in tokens) else "integer"
     return "number"
 
 
@@ -155,21 +182,18 @@ def _likes(
     schema: FeatureSchema,
     tokens: Mapping[str, Sequence[str]],
 ) -> pl.DataFrame:
-    """Return user, item and time of the liked training rows, by user and time."""
-    every = dataset.manifest["options"]["fields"]
-    key = (history.column, "categorical")
-    named = [entry["name"] for entry in every if (entry["column"], entry["kind"]) == key]
+    """Return user, item and time of the liked training rows."""
+    source = liked_field(history, _fields(dataset, ()).values())
     train = dataset.rows("train")
     liked = train[dataset.labels(train) == 1]
-    item = dataset.column(named[-1] if named else history.column)  # as staging.plan_columns
+    item = dataset.column(history.column if source is None else source.name)
     columns = {"user": (user.table, dataset.column(user.name)), "item": (history.table, item)}
-    frame = pl.DataFrame(
+    return pl.DataFrame(
         {
             name: _model_ids(np.asarray(values[liked]), table, dataset, schema, tokens)  # type: ignore[index]
             for name, (table, values) in columns.items()
         }
     ).with_columns(time=dataset.timestamp[liked])  # type: ignore[index]
-    return frame.sort("user", "time", maintain_order=True)
 
 
 def _model_ids(

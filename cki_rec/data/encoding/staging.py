@@ -3,13 +3,15 @@
 A code replaces a token until all rows are read and training rows can be counted. So text is parsed
 once. The codes of a chunk are its own: they number the distinct tokens of all its tables. So any
 thread or process can make them (``stage``), and ``Staging`` translates distinct tokens only.
-Memory holds the dictionaries and a few chunks.
+Threads share the dictionaries of ``Staging``, so that nothing is left to translate. Memory holds
+the dictionaries and a few chunks.
 
 Shape legend: N rows, C columns of ids, K codes of a chunk.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,7 +22,7 @@ import polars as pl
 from numpy.typing import NDArray
 
 from cki_rec.data.columns import ColumnFile, Ids
-from cki_rec.data.encoding.fields import Field
+from cki_rec.data.encoding.fields import Field, liked_field
 from cki_rec.data.encoding.normalize import normalized
 from cki_rec.data.encoding.numbers import as_number, as_token, bucket_tokens, ordered_keys
 from cki_rec.data.encoding.split import row_keys
@@ -28,8 +30,8 @@ from cki_rec.data.encoding.vocabulary import Dictionary, hash_tokens
 from cki_rec.data.raw.chunks import Check, Chunk
 from cki_rec.data.raw.reading import LABEL, SPLIT, TIME, Reading, with_time_fields
 
-USER, ITEM = "user of a row", "item of a row"
-"""Names of the dictionaries of ``group`` and ``item_index``."""
+USER, ITEM, DOMAIN = "user of a row", "item of a row", "domain of a row"
+"""Names of the dictionaries of ``group``, ``item_index`` and ``domain``."""
 TYPES: dict[str, type[np.generic]] = {
     "label": np.uint8,
     "timestamp": np.int64,
@@ -68,11 +70,22 @@ class Plan:
     normalized: dict[str, str | None] = field(default_factory=dict)
     """Columns whose ids are normalized -> separator of their ids (None: one id)."""
 
+    domain: str | None = None
+    """Raw column whose values are parts (``data.partition.by``)."""
+    domains: list[str] | None = None
+    """Values of this column that are kept; None: all."""
+
     @property
     def entities(self) -> list[tuple[str, str, str]]:
         """Return dictionary, raw column and file of users and of items, if rows have them."""
         both = ((USER, self.user, "group"), (ITEM, self.item, "item_index"))
         return [(name, raw, file) for name, raw, file in both if raw is not None]
+
+    @property
+    def indexed(self) -> list[tuple[str, str, str]]:
+        """Return dictionary, raw column and file of users, of items and of domains."""
+        domain = [] if self.domain is None else [(DOMAIN, self.domain, "domain")]
+        return [*self.entities, *domain]
 
 
 def plan_columns(
@@ -84,14 +97,12 @@ def plan_columns(
 ) -> Plan:
     """Return the file and the column of every field."""
     ids = [f for f in fields if f.kind not in ("multi", "history") and not f.is_number]
-    by_column = {f.column: f for f in ids if f.kind == "categorical"}
     histories = {}
     for history in (f for f in fields if f.kind == "history" and not f.is_listed):
-        source = by_column.get(history.column)
+        source = liked_field(history, ids)
         if source is None:
             source = replace(history, name=history.column, kind="categorical")
             ids.append(source)
-            by_column[history.column] = source
         histories[history.name] = source
     return Plan(
         ids=ids,
@@ -113,12 +124,15 @@ class Staged:
     columns: dict[str, NDArray[Any]]
     """File -> its rows."""
     tables: dict[str, pl.Series | Ids]
-    """Table -> its distinct tokens in the order of codes, or the codes of buckets and ids of
-    hashes. The codes of a table follow those of the table before."""
+    """Table -> its distinct tokens in the order of codes; or their codes in the dictionary of
+    ``Staging``, the codes of buckets, or the ids of hashes. The codes of a table follow those of
+    the table before."""
     entities: dict[str, pl.Series]
     """``USER`` and ``ITEM`` -> their distinct tokens in the order of codes."""
     reading: Reading
     """Bad rows of the chunk."""
+    num_read: int = 0
+    """Good rows of the chunk, before those of other domains are left out."""
 
     @property
     def rows(self) -> int:
@@ -126,11 +140,14 @@ class Staged:
         return len(self.columns.get("label", ()))
 
 
-def stage(plan: Plan, reading: Reading, chunk: Chunk | Check) -> Staged | Check:
+def stage(
+    plan: Plan, shared: Mapping[str, Dictionary], reading: Reading, chunk: Chunk | Check
+) -> Staged | Check:
     """Return a chunk as columns; return a check as it is.
 
     Args:
         plan: The columns.
+        shared: Table -> the dictionary of ``Staging``; empty in another process.
         reading: State of the pass at its start, with the treatment of bad rows.
         chunk: A chunk or a check.
 
@@ -140,14 +157,20 @@ def stage(plan: Plan, reading: Reading, chunk: Chunk | Check) -> Staged | Check:
     if isinstance(chunk, Check):
         return chunk
     own = reading.fork()
-    return stage_frame(plan, chunk.frame(own), own)
+    return _stage_frame(plan, shared, chunk.frame(own), own)
 
 
-def stage_frame(plan: Plan, frame: pl.DataFrame, reading: Reading) -> Staged:
+def _stage_frame(
+    plan: Plan, shared: Mapping[str, Dictionary], frame: pl.DataFrame, reading: Reading
+) -> Staged:
     """Return rows in the common form as columns."""
+    num_read = len(frame)
+    frame = normalized(frame, plan.normalized) if num_read else frame
+    if num_read and plan.domain is not None and plan.domains is not None:
+        domain = pl.col(plan.domain).cast(pl.String).fill_null("")
+        frame = frame.filter(domain.is_in(plan.domains))
     if frame.is_empty():
-        return Staged({}, {}, {}, reading)
-    frame = normalized(frame, plan.normalized)
+        return Staged({}, {}, {}, reading, num_read)
     times = [f.column for f in plan.ids if f.kind == "time"]
     frame = with_time_fields(frame, times) if times else frame
     columns = {"label": frame[LABEL].to_numpy()}
@@ -164,17 +187,25 @@ def stage_frame(plan: Plan, frame: pl.DataFrame, reading: Reading) -> Staged:
         keys = [ordered_keys(values[f.name].to_numpy()) for f in plan.quantiles]
         columns["quantiles"] = np.stack(keys, axis=1)
     entities: dict[str, pl.Series] = {}
-    for name, raw, file in plan.entities:
+    for name, raw, file in plan.indexed:
         dictionary = Dictionary()
         columns[file] = dictionary.codes(frame[raw].cast(pl.String))
         entities[name] = dictionary.tokens()
-    dictionaries = {f.table: Dictionary() for f in [*plan.ids, *plan.multi]}
+    dictionaries = {
+        f.table: shared[f.table] if f.table in shared else Dictionary()
+        for f in [*plan.ids, *plan.multi]
+    }
     codes = _codes(frame, plan, dictionaries)
     codes |= {f.name: _append_multi(columns, frame, f, dictionaries[f.table]) for f in plan.multi}
     tables: dict[str, pl.Series | Ids] = {}
     for f in [*plan.ids, *plan.multi]:
         if f.transform == "quantile":
             tables[f.table] = np.arange(plan.buckets + 1, dtype=np.int32)
+        elif f.table in shared:
+            if f.table not in tables:
+                same = [g.name for g in [*plan.ids, *plan.multi] if g.table == f.table]
+                tables[f.table], own = distinct([codes[name] for name in same])
+                codes |= dict(zip(same, own, strict=True))
         elif f.table not in tables:
             tokens = dictionaries[f.table].tokens()
             size = f.hash_size
@@ -186,7 +217,22 @@ def stage_frame(plan: Plan, frame: pl.DataFrame, reading: Reading) -> Staged:
         np.add(codes[f.name], first[f.table], out=columns["ids"][:, position])
     for f in plan.multi:
         columns[f"multi.{f.name}.values"] = codes[f.name] + first[f.table]
-    return Staged(columns, tables, entities, reading)
+    return Staged(columns, tables, entities, reading, num_read)
+
+
+def distinct(arrays: Sequence[Ids]) -> tuple[Ids, list[Ids]]:
+    """Return the distinct codes of all arrays, and the place of each entry among them."""
+    size, total = 1 + max(int(a.max(initial=0)) for a in arrays), sum(map(len, arrays))
+    if size > 16 * total:  # a table of all codes would be slower than sorting those that are there
+        found, places = np.unique(np.concatenate(arrays), return_inverse=True)
+        return found, np.split(places, np.cumsum([len(a) for a in arrays])[:-1])
+    is_held = np.zeros(size, dtype=np.bool_)
+    for array in arrays:
+        is_held[array] = True
+    held = np.flatnonzero(is_held).astype(np.int32)
+    place = np.zeros(size, dtype=np.int32)
+    place[held] = np.arange(len(held), dtype=np.int32)
+    return held, [place[array] for array in arrays]
 
 
 def _firsts(tables: dict[str, pl.Series | Ids]) -> dict[str, int]:
@@ -312,7 +358,7 @@ class Staging:
                 is_fixed = column.transform == "quantile"
                 tokens = bucket_tokens(plan.buckets) if is_fixed else None
                 self.dictionaries[column.table] = Dictionary(tokens)
-        for name, _, _ in plan.entities:
+        for name, _, _ in plan.indexed:
             self.dictionaries[name] = Dictionary()
 
     @property
@@ -326,12 +372,15 @@ class Staging:
             return
         start = self.rows
         columns = dict(staged.columns)
-        for name, _, file in self.plan.entities:
+        for name, _, file in self.plan.indexed:
             columns[file] = self.dictionaries[name].codes(staged.entities[name])[columns[file]]
         codes = [
             self.dictionaries[table].codes(tokens) if isinstance(tokens, pl.Series) else tokens
             for table, tokens in staged.tables.items()
         ]
+        for table, each in zip(staged.tables, codes, strict=True):
+            if table in self.dictionaries:  # threads have no lock for the size
+                self.dictionaries[table].grow(int(each.max(initial=0)))
         if codes:
             columns["codes"] = np.concatenate(codes)
         for name, array in columns.items():

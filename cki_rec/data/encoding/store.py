@@ -2,7 +2,8 @@
 
 A data set is the folder ``<name>-<key>``. The key is a hash of the encoding options and of the raw
 bytes. The folder appears by one rename, so a folder that exists is complete. ``hash`` in its
-manifest identifies the content. ``data.partition`` does not enter either hash.
+manifest identifies the content. ``data.partition`` does not enter either hash, unless its parts
+are values of a column: then this column is stored, and rows of other values are left out.
 """
 
 from __future__ import annotations
@@ -21,21 +22,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import polars as pl
 from filelock import FileLock, Timeout
 
-from cki_rec.config import Config, Data, UserError
+from cki_rec.config import PARTITIONS, Config, Data, UserError, nearest
 from cki_rec.data.columns import blocks
 from cki_rec.data.dataset import FORMAT_VERSION, MANIFEST, EncodedDataset
 from cki_rec.data.encoding import engines
+from cki_rec.data.encoding.earlier import Earlier, earlier_facts
 from cki_rec.data.encoding.encode import Encoded, encode
 from cki_rec.data.encoding.engines import NUM_THREADS, Run, threads
 from cki_rec.data.encoding.fields import Field, fields_to_json, resolve_fields
-from cki_rec.data.encoding.findings import unseen_line, warn_of_findings
+from cki_rec.data.encoding.findings import log_unseen, warn_of_findings
 from cki_rec.data.encoding.split import SPLITS, check_split
-from cki_rec.data.encoding.tokens import hash_of, join_tokens_of
 from cki_rec.data.parts import NO_PARTITION
 from cki_rec.data.raw.click_model import best_possible
+from cki_rec.data.raw.content import file_names
 from cki_rec.data.raw.formats import FORMATS, Format, recorded_name
 from cki_rec.data.raw.reading import Reading
 from cki_rec.data.raw.source import (
@@ -100,8 +101,8 @@ def prepare(
     encoded_dir = Path(encoded_dir)
     start = time.perf_counter()
     source = source_facts(data, encoded_dir)
-    listed = _listed_vocabularies(data, fields)
-    options = _options(data, fields, listed)
+    earlier = earlier_facts(data, fields)
+    options = _options(data, fields, earlier)
     folder = encoded_dir / _name(data, options, source)
     if (folder / PREPARATION).exists():
         return _opened(folder, data)
@@ -112,8 +113,8 @@ def prepare(
         raise _unwritable(encoded_dir, error) from None
     try:
         if not folder.exists():
-            run = engines.engine(engine, workers)
-            _make(data, reader, fields, listed, options, folder, source, chunk_mb, run)
+            run, is_local = engines.engine(engine, workers), engines.is_local(engine, workers)
+            _make(data, reader, fields, earlier, options, folder, source, chunk_mb, run, is_local)
         if not (folder / PREPARATION).exists():
             _finish(data, folder, start)
     finally:
@@ -131,9 +132,19 @@ def find(data: Data, encoded_dir: str | Path) -> EncodedDataset | None:
     data = reader.resolve(data)
     fields = resolve_fields(data, reader.kinds(data))
     encoded_dir = Path(encoded_dir)
-    options = _options(data, fields, _listed_vocabularies(data, fields))
+    options = _options(data, fields, earlier_facts(data, fields))
     folder = encoded_dir / _name(data, options, source_facts(data, encoded_dir))
     return EncodedDataset(folder, data.verify) if (folder / PREPARATION).exists() else None
+
+
+def raw_digests(data: Data, encoded_dir: str | Path) -> set[str]:
+    """Return the sha256 of every raw file; fetch and encode nothing.
+
+    Raises:
+        UserError: An option or the raw data is not usable.
+    """
+    data = _reader(data).resolve(data)
+    return {file["sha256"] for file in source_facts(data, Path(encoded_dir))}
 
 
 def _opened(folder: Path, data: Data) -> EncodedDataset:
@@ -169,6 +180,7 @@ def _check_entities(data: Data, reader: Format, fields: Sequence[Field]) -> None
     """
     has = {"user": reader.user(data), "item": reader.item(data)}
     by = data.partition.by
+    _check_domain(data, reader)
     if by in has and has[by] is None:
         raise UserError(
             f"data.partition.by={by}: these rows have no {by}s; set it to random, time or none, "
@@ -191,16 +203,41 @@ def _check_entities(data: Data, reader: Format, fields: Sequence[Field]) -> None
         )
 
 
+def _check_domain(data: Data, reader: Format) -> None:
+    """Check that rows have the column whose values are parts.
+
+    Raises:
+        UserError: They have not, or its cells list several values.
+    """
+    by, known = data.partition.by, reader.kinds(data)
+    if data.partition.column is None:
+        return
+    if by == "file" and not reader.has_free_kinds:
+        raise UserError(
+            f"data.partition.by=file: requires data.format=csv or parquet (got {data.format}); set"
+            " it to user, item, time or random"
+        )
+    columns = [name for name, kind in known.items() if kind in ("categorical", "numeric")]
+    if by != "file" and by not in columns:
+        choices = list(dict.fromkeys([*PARTITIONS, *columns]))
+        problem = f"a column of kind {known[by]}, expected one value a row" if by in known else ""
+        raise UserError(
+            f"data.partition.by={by}: {problem or f'no column of {data.raw}'}; "
+            f"{nearest(by, choices)}one of {', '.join(choices)}"
+        )
+
+
 def _make(
     data: Data,
     reader: Format,
     fields: tuple[Field, ...],
-    listed: dict[str, pl.Series] | None,
+    earlier: Earlier,
     options: dict[str, Any],
     folder: Path,
     source: list[dict[str, Any]],
     chunk_mb: int,
     engine: AbstractContextManager[Run],
+    is_local: bool,
 ) -> None:
     """Encode and write ``folder``; the caller holds the lock."""
     leftover = re.compile(re.escape(data.name) + r"-[0-9a-f]{12}\.tmp-\d+")
@@ -226,8 +263,9 @@ def _make(
                         item=reader.item(data),
                         is_chronological=reader.is_chronological(data),
                         rows_per_step=reader.rows_per_step(data),
-                        listed=listed,
+                        earlier=earlier,
                         run=run,
+                        is_local=is_local,
                     )
             _write_manifest(data, reader, options, encoded, reading, source, temporary)
     except OSError as error:
@@ -236,8 +274,7 @@ def _make(
         if not reading.counts:
             raise
         raise UserError(f"{error} (skipped before: {reading.summary()})") from None
-    if line := unseen_line(EncodedDataset(folder).manifest):
-        logger.info("%s", line)
+    log_unseen(EncodedDataset(folder))
     for reason, count in reading.counts.items():
         logger.info("skipped %d rows: %s, e.g. %s", count, reason, reading.examples[reason][0])
 
@@ -301,9 +338,12 @@ def _write_manifest(
 
 
 def _best_possible(data: Data, folder: Path) -> dict[str, Any] | None:
-    """Return AUC and LogLoss of the true click model per split; None if it is unknown."""
+    """Return AUC and LogLoss of the true click model per split; None if it is unknown.
+
+    It is unknown too if rows of other domains are left out.
+    """
     true_logits = FORMATS[data.format].true_logits
-    if true_logits is None:
+    if true_logits is None or data.partition.values is not None:
         return None
     logit = np.load(true_logits(data), mmap_mode="r")
     split = np.load(folder / "split.npy", mmap_mode="r")
@@ -315,28 +355,7 @@ def _best_possible(data: Data, folder: Path) -> dict[str, Any] | None:
     return {name: best_possible(logits(code)) for code, name in enumerate(SPLITS)}
 
 
-def _listed_vocabularies(data: Data, fields: tuple[Field, ...]) -> dict[str, pl.Series] | None:
-    """Return the tokens of every table from ``data.vocabularies``; None: to be learned from rows.
-
-    Raises:
-        UserError: A list is missing, or the transform of a field is learned from rows.
-    """
-    if not data.vocabularies:
-        return None
-    for field in fields:
-        if field.learns:
-            raise UserError(
-                f"data.vocabularies: transform={field.transform} of field '{field.name}' is"
-                " learned from rows, so equal numbers would get other meanings; give it transform:"
-                " as_is, ln_squared, edges or token"
-            )
-    tables = dict.fromkeys(f.table for f in fields if not f.is_number and f.hash_size is None)
-    return join_tokens_of(data.vocabularies, tables)
-
-
-def _options(
-    data: Data, fields: tuple[Field, ...], listed: dict[str, pl.Series] | None
-) -> dict[str, Any]:
+def _options(data: Data, fields: tuple[Field, ...], earlier: Earlier) -> dict[str, Any]:
     """Return the options that the encoded content depends on."""
     options: dict[str, Any] = {name: getattr(data, name) for name in _CONTENT_OPTIONS}
     options["format"] = recorded_name(data.format)
@@ -347,9 +366,18 @@ def _options(
         options["normalize_ids"] = True
     if FORMATS[data.format].true_logits is not None:
         options["synthetic"] = asdict(data.synthetic)
-    if listed is not None:  # by content: their paths do not matter
-        options["vocabularies"] = {table: hash_of(tokens) for table, tokens in listed.items()}
-    return {**options, "fields": fields_to_json(fields), "split": asdict(data.split)}
+    if data.partition.column is not None:
+        options["domain"] = {"column": data.partition.column, "values": data.partition.values}
+        if data.partition.by == "file":
+            options["domain"]["files"] = list(
+                file_names(FORMATS[data.format].files(data)).values()
+            )
+    return {
+        **options,
+        **earlier.options(),
+        "fields": fields_to_json(fields),
+        "split": asdict(data.split),
+    }
 
 
 def _acquire(path: Path) -> FileLock:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
+
+from cki_rec.config import Partition
 from cki_rec.data.dataset import EncodedDataset
 from cki_rec.data.encoding.store import PREPARATION
 
@@ -65,6 +68,20 @@ def summary_lines(dataset: EncodedDataset) -> list[str]:
         f"{facts['peak_memory_mb']:,} MB"
     )
     return lines
+
+
+def part_lines(dataset: EncodedDataset, partition: Partition) -> list[str]:
+    """Return a line per group of rows of a column, with its rows; nothing for other partitions."""
+    if partition.column is None:
+        return []
+    parts = dataset.parts(partition)
+    names = parts.names or []
+    sizes = np.bincount(parts.part, minlength=len(names)).tolist()
+    width = max(map(len, names))
+    lines = [f"  parts by {partition.by}"]
+    return lines + [
+        f"    {n:<{width}} {size:>13,} rows" for n, size in zip(names, sizes, strict=True)
+    ]
 
 
 def _number(value: float | None) -> str:

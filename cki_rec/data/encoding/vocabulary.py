@@ -105,21 +105,41 @@ def learn_vocabulary(
     Raises:
         UserError: There are more tokens than ids.
     """
+    listed = frequent_tokens(tokens, counts, min_count, deciding)
+    size = checked_size(table, len(listed))
+    ids = np.full(len(tokens), OOV_ID, dtype=np.int32)
+    ids[listed["code"].to_numpy()] = np.arange(FIRST_ID, size, dtype=np.int32)
+    listed.select("token").write_csv(path, include_header=False, quote_style="never")
+    return Vocabulary(size, file_digest(path), ids)
+
+
+def frequent_tokens(
+    tokens: pl.Series, counts: Ints, min_count: int, deciding: Ints | None = None
+) -> pl.DataFrame:
+    """Return ``code`` and ``token`` of the tokens of a vocabulary, ordered by (-count, token).
+
+    The arguments are those of ``learn_vocabulary``.
+    """
     codes = pl.Series("code", np.arange(len(tokens), dtype=np.uint32))
     frame = pl.DataFrame({"code": codes, "token": tokens, "count": counts})
     is_frequent = (counts if deciding is None else deciding) >= min_count
     listed = frame.filter(pl.Series(is_frequent))
-    listed = listed.sort(["count", "token"], descending=[True, False])
-    size = FIRST_ID + len(listed)
+    return listed.sort(["count", "token"], descending=[True, False])
+
+
+def checked_size(table: str, num_tokens: int) -> int:
+    """Return the number of ids of a table with so many tokens.
+
+    Raises:
+        UserError: There are more than ids.
+    """
+    size = FIRST_ID + num_tokens
     if size > LARGEST_TABLE:
         raise UserError(
             f"data.fields: table {table} has {size:,} ids, expected at most {LARGEST_TABLE:,}; "
             f"raise data.min_count or hash the field: {{name: {table}, hash_size: 100000000}}"
         )
-    ids = np.full(len(tokens), OOV_ID, dtype=np.int32)
-    ids[listed["code"].to_numpy()] = np.arange(FIRST_ID, size, dtype=np.int32)
-    listed.select("token").write_csv(path, include_header=False, quote_style="never")
-    return Vocabulary(size, file_digest(path), ids)
+    return size
 
 
 def write_listed_vocabulary(tokens: pl.Series, listed: pl.Series, path: Path) -> Vocabulary:

@@ -1,10 +1,11 @@
-"""The content of a raw file as UTF-8: decompressed and recoded, by its first bytes."""
+"""The content of a raw file as UTF-8: decompressed and recoded, by its first bytes; its name."""
 
 from __future__ import annotations
 
 import codecs
 import gzip
 import io
+from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -101,3 +102,11 @@ class _Recoded(io.RawIOBase):
         size = min(len(buffer), len(self._rest))
         buffer[:size], self._rest = self._rest[:size], self._rest[size:]
         return size
+
+
+def file_names(files: Sequence[Path]) -> dict[Path, str]:
+    """Return the names of files without folder and suffix; with the folder if two are equal."""
+    stems = {path: Path(path.name.removesuffix(".gz")).stem for path in files}
+    if len(set(stems.values())) == len(stems):
+        return stems
+    return {path: f"{path.parent.name}/{stem}" for path, stem in stems.items()}

@@ -13,8 +13,10 @@ from cki_rec.config import Data
 from cki_rec.data.raw.chunks import Check, Chunk, frames
 from cki_rec.data.raw.formats import (
     avazu,
+    completejourney,
     criteo,
     csv,
+    hin,
     movielens,
     parquet,
     sequences,
@@ -111,6 +113,12 @@ FORMATS: dict[str, Format] = {
         sequences,
         rows_per_step=sequences.rows_per_step,
         describes=frozenset({sequences.ATTRIBUTES}),
+    ),
+    "hin": _format(hin, has_threshold=True),
+    "completejourney": _format(
+        completejourney,
+        rows_per_step=completejourney.rows_per_step,
+        describes=completejourney.DESCRIBES,
     ),
     "synthetic": _format(
         synthetic,

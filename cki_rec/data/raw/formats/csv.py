@@ -16,8 +16,9 @@ from pathlib import Path
 
 import polars as pl
 
-from cki_rec.config import Data, UserError, nearest
+from cki_rec.config import FILE, Data, UserError, nearest
 from cki_rec.data.raw.chunks import Check, Chunk
+from cki_rec.data.raw.content import file_names
 from cki_rec.data.raw.delimited import Layout, row_chunks
 from cki_rec.data.raw.forms import (
     SEPARATORS,
@@ -100,6 +101,7 @@ def chunks(data: Data, reading: Reading) -> Iterator[Chunk | Check]:
     types[data.label] = "label" if data.labels else "click"
     if data.time is not None:
         types[data.time] = data.time_form
+    file_of = file_names(list(dict.fromkeys(text.path for text, _ in split_texts)))
     for text, split in split_texts:
         header, names = first_row(text, SEPARATORS[data.separator])
         check_names(text, names, first, expected)
@@ -112,16 +114,28 @@ def chunks(data: Data, reading: Reading) -> Iterator[Chunk | Check]:
             forms=forms,
             fixes=fixes,
         )
-        step = partial(common_form, data=data, columns=expected, forms=forms, split=split)
+        step = partial(
+            common_form,
+            data=data,
+            columns=expected,
+            forms=forms,
+            split=split,
+            file=file_of[text.path],
+        )
         yield from row_chunks(text, layout, reading, step)
 
 
 def common_form(
-    frame: pl.DataFrame, data: Data, columns: list[str], forms: Forms, split: int | None
+    frame: pl.DataFrame,
+    data: Data,
+    columns: list[str],
+    forms: Forms,
+    split: int | None,
+    file: str,
 ) -> pl.DataFrame:
     """Return the rows of a file in the common form.
 
-    ``split`` is the code of their split, if files define it.
+    ``split`` is the code of their split, if files define it; ``file`` is the name of the file.
     """
     label = pl.col(data.label)
     if data.labels:
@@ -130,6 +144,8 @@ def common_form(
     rows = rows.with_columns(label.cast(pl.UInt8).alias(LABEL))
     if split is not None:
         rows = rows.with_columns(pl.lit(split, dtype=pl.UInt8).alias(SPLIT))
+    if data.partition.column == FILE:
+        rows = rows.with_columns(pl.lit(file).alias(FILE))
     if data.time is not None:
         rows = rows.with_columns(time_in_seconds(data.time, data.time_form))
     return rows

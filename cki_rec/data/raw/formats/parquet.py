@@ -18,6 +18,7 @@ import polars as pl
 from cki_rec.config import Data, UserError, nearest
 from cki_rec.data.raw.chunks import Check, Chunk
 from cki_rec.data.raw.columnar import TEMPORAL, first_values, is_columnar, row_chunks, schema_of
+from cki_rec.data.raw.content import file_names
 from cki_rec.data.raw.delimited import Layout
 from cki_rec.data.raw.formats.csv import SPLIT_FILES, common_form, kinds_of, numeric_columns
 from cki_rec.data.raw.forms import SAMPLE_ROWS, fitting_form, fixes_of, forms_of, option_of_missing
@@ -83,8 +84,10 @@ def chunks(data: Data, reading: Reading) -> Iterator[Chunk | Check]:
     first = listed[0][0]
     expected = _columns(first, data)
     entries = [str(e.get("column", e["name"])) if isinstance(e, dict) else e for e in data.fields]
-    roles = [n for n in (data.label, data.user, data.item, data.time) if n is not None]
+    named = (data.label, data.user, data.item, data.time, data.partition.column)
+    roles = [n for n in named if n is not None]
     read = [n for n in expected if not data.fields or n in (*entries, *roles)]
+    file_of = file_names([path for path, _ in listed])
     for path, split in listed:
         columns, data = _columns(path, options), options
         if data.time is not None and isinstance(columns[data.time], TEMPORAL):
@@ -102,7 +105,14 @@ def chunks(data: Data, reading: Reading) -> Iterator[Chunk | Check]:
             forms=forms_of(data),
             fixes=fixes_of(data),
         )
-        step = partial(common_form, data=data, columns=read, forms=layout.forms, split=split)
+        step = partial(
+            common_form,
+            data=data,
+            columns=read,
+            forms=layout.forms,
+            split=split,
+            file=file_of[path],
+        )
         yield from row_chunks(path, layout, reading, step)
 
 
