@@ -19,7 +19,7 @@ PART_BYTES = 1 << 25
 """Bytes of the rows of a part, of all sources together."""
 MOST_PARTS = 512
 """Files that are open at a time; parts of texts have two each."""
-BLOCK_BYTES = 1 << 24
+BLOCK_BYTES = 1 << 22
 """Bytes of the rows that are divided at a time."""
 HASHES = "hashes"
 """Column of the hashes of texts."""

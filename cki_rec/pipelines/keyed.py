@@ -38,7 +38,7 @@ from cki_rec.progress import progress
 ONLY: dict[str, Any] = {
     **{key: value for key, value in DEFAULTS.items() if key != "max_rows"},
     **{"align.by": "none", "repair": "none", "refine": "none", "recalibrate": False},
-    **{"module": None, "batches": None, "data": None, "dtype": None},
+    **{"module": None, "batches": None, "data": None, "dtype": None, "memory_gb": None},
 }
 """Options that merges by raw key do not have -> their only value."""
 FORMATS = (None, DUMP)
@@ -179,16 +179,16 @@ def _merge(
         if len(sources) > 1 and not shared[name]
     ]
     result = MergeResult(held, shares or None, recipe=options.method, warnings=warnings)
-    return result, {
-        "model": "model",
-        "evidence": {"kind": ", ".join(kinds), "tables": [n for n, use in uses.items() if use]},
-        "tables": list(joined),
-        "keys": numbers,
-        "shared_keys": shared,
-        "types": {"sources": types, "result": first},
-        "rows": 0,
-        "seed": config.seed,
-    }
+    return result, dict(
+        model="model",
+        evidence={"kind": ", ".join(kinds), "tables": [n for n, use in uses.items() if use]},
+        tables=list(joined),
+        keys=numbers,
+        shared_keys=shared,
+        types={"sources": types, "result": first},
+        rows=0,
+        seed=config.seed,
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -35,7 +35,7 @@ KEY_COLUMNS = ("key", "keys", "token", "id", "raw_id")
 ROW_COLUMNS = ("row", "rows", "index", "row_id")
 USES = {"count": COUNTS, "counts": COUNTS, "score": SCORES, "scores": SCORES}
 BLOCK_ROWS = 1 << 17
-"""Rows that are checked at a time."""
+"""Rows that are checked at a time, and of a row group of Parquet."""
 ROWS = "rows"
 """The column of numbers of rows."""
 SUFFIXES = {".txt": "text", ".csv": "csv", ".json": "json", ".parquet": "parquet"}
@@ -351,5 +351,5 @@ class VocabularyWriter:
                 name: types.get(kind, pl.Float64) for name, kind in self.written_columns().items()
             }
             frame = pl.scan_csv(self._path, schema=schema, empty_string_is_null=False)
-            frame.sink_parquet(self._target)
+            frame.sink_parquet(self._target, row_group_size=BLOCK_ROWS)
             self._path.unlink()
