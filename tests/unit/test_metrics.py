@@ -13,6 +13,7 @@ from cki_rec.evaluation.metrics import (
     calibration_ratio,
     grouped_auc,
     log_loss,
+    undefined,
 )
 from cki_rec.evaluation.rows import checked
 
@@ -99,7 +100,11 @@ def test_wrong_input_is_rejected(label, score, message):
         auc(label, score)
 
 
-@pytest.mark.parametrize("metric", METRICS.values(), ids=METRICS)
+OF_ROWS = {name: metric for name, metric in METRICS.items() if metric.function is not undefined}
+"""Metrics of labels and scores; ``test_ranking`` has those of lists of candidates."""
+
+
+@pytest.mark.parametrize("metric", OF_ROWS.values(), ids=OF_ROWS)
 class TestEveryMetric:
     """Edges that hold for each row of the table."""
 
