@@ -1,6 +1,6 @@
 # cki_rec: every target sets up what it needs; nothing but Python 3.10 to 3.13 and pip is assumed.
 .DEFAULT_GOAL := help
-.PHONY: help setup reproduce test test-all lint format docs bench bench-peers bench-fuxictr bench-zoo gpu-check clean
+.PHONY: help setup reproduce test test-all lint format docs bench bench-peers bench-fuxictr bench-recbole bench-zoo gpu-check clean
 
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -65,7 +65,7 @@ PEERS := experiments/peers
 EXPORTED := experiments/runs/peers
 ML_1M = $(or $(RAW),$(and $(CKI_REC_DATA),$(wildcard $(CKI_REC_DATA)/ml-1m.zip)))
 
-bench-peers: setup .venv-peers/installed bench-fuxictr ## compare with deepctr-torch and FuxiCTR, in environments of their own (RAW=path/to/ml-1m.zip adds ML-1M)
+bench-peers: setup .venv-peers/installed bench-fuxictr bench-recbole ## compare with deepctr-torch, FuxiCTR and RecBole, in environments of their own (RAW=path/to/ml-1m.zip adds ML-1M)
 	@$(MAKE) --no-print-directory peers-movielens_small RAW=
 	@$(if $(ML_1M),$(MAKE) --no-print-directory peers-movielens_1m RAW=$(ML_1M),\
 		echo "bench-peers: MovieLens 1M is left out; make bench-peers RAW=path/to/ml-1m.zip adds it")
@@ -86,6 +86,19 @@ peers-%: # both sides of one data set; finished runs are kept
 bench-fuxictr: setup .venv-fuxictr/installed ## the speed part of bench-peers: training steps beside FuxiCTR's
 	@$(BIN)/python $(PEERS)/speed.py .venv-fuxictr/bin/python $(PEERS)/speed.md
 
+BEAUTY ?= $(and $(CKI_REC_DATA),$(wildcard $(CKI_REC_DATA)/amazon-beauty-seq.zip))
+
+bench-recbole: setup .venv-recbole/installed ## HR@k and NDCG@k of SASRec and GRU4Rec beside RecBole's (BEAUTY=path/to/amazon-beauty-seq.zip), a part of bench-peers
+	@$(if $(BEAUTY),$(MAKE) --no-print-directory recbole-sasrec recbole-gru4rec,\
+		echo "bench-recbole: is left out; BEAUTY=path/to/amazon-beauty-seq.zip adds it")
+
+recbole-%: # both sides of one model; finished runs are kept
+	@$(BIN)/python $(PEERS)/export_ranks.py $(EXPORTED) sequential_amazon_beauty $* data.raw=$(BEAUTY)
+	@.venv-recbole/bin/python $(PEERS)/recbole_ranks.py $(EXPORTED)/$* $(PEERS)/ranks.jsonl
+	@$(BIN)/cki-rec evaluate -m experiment=sequential_amazon_beauty model=$* data.raw=$(BEAUTY) \
+		name=sequential_$* suite=single merge=best_source
+	@$(BIN)/cki-rec report name=sequential_$*
+
 bench-zoo: setup .venv-zoo/installed ## merge model definitions of other packages, in an environment of its own (SELECT="NAME ...": some)
 	@PYTHONPATH=$(CURDIR) OMP_NUM_THREADS=1 .venv-zoo/bin/python experiments/zoo/run.py \
 		experiments/zoo/results.jsonl experiments/zoo/table.md $(SELECT)
@@ -93,7 +106,8 @@ bench-zoo: setup .venv-zoo/installed ## merge model definitions of other package
 # They see the packages of our environment, so that torch is installed once; ours sees none of theirs.
 .venv-zoo/installed: experiments/zoo/requirements.txt
 .venv-fuxictr/installed: experiments/peers/requirements-fuxictr.txt
-.venv-zoo/installed .venv-fuxictr/installed:
+.venv-recbole/installed: experiments/peers/requirements-recbole.txt
+.venv-zoo/installed .venv-fuxictr/installed .venv-recbole/installed:
 	@echo "installing packages of others in $(@D)"
 	@$(BIN)/python -m venv --clear $(@D)
 	@$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
@@ -102,4 +116,4 @@ bench-zoo: setup .venv-zoo/installed ## merge model definitions of other package
 	@touch $@
 
 clean: ## remove the environments, encoded data and runs
-	rm -rf $(VENV) .venv-peers .venv-fuxictr .venv-zoo data/encoded experiments/runs .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) .venv-peers .venv-fuxictr .venv-recbole .venv-zoo data/encoded experiments/runs .mypy_cache .ruff_cache .pytest_cache

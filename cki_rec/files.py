@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-_BLOCK_BYTES = 1 << 20
+_BLOCK_BYTES = 1 << 18
+"""They stay in a cache until they are digested."""
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -60,9 +61,10 @@ def file_digest(path: Path, algorithm: str = "sha256") -> str:
         OSError: The file cannot be read.
     """
     digest = hashlib.new(algorithm, usedforsecurity=False)
-    with path.open("rb") as file:
-        while block := file.read(_BLOCK_BYTES):
-            digest.update(block)
+    block = memoryview(bytearray(_BLOCK_BYTES))
+    with path.open("rb", buffering=0) as file:
+        while size := file.readinto(block):
+            digest.update(block[:size])
     return digest.hexdigest()
 
 

@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-import copy
 import gc
 import logging
 import zipfile
 from pathlib import Path
-from unittest.mock import patch
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
-import torch
-from hydra._internal.config_repository import ConfigRepository
+from composition import done_once
 from hypothesis import settings
-from store import train_once, trained_models, without_store
 
-from cki_rec.cli import CONF
 from cki_rec.config import Config, parse, register_resolvers
-from cki_rec.data.schema import Batch, Feature, FeatureSchema
 
-__all__ = ["train_once", "trained_models", "without_store"]  # fixtures
+if TYPE_CHECKING:  # torch is imported where tests run, not by the process that starts the workers
+    from cki_rec.data.schema import Batch, FeatureSchema
 
 ROOT = Path(__file__).resolve().parents[1]
 NUM_USERS, NUM_ITEMS, NUM_RATINGS = 60, 80, 3000
@@ -39,14 +35,32 @@ settings.register_profile("fixed", derandomize=True)  # make test: the same exam
 settings.register_profile("search", print_blob=True)  # make test-all: new ones every time
 
 
+gc.disable()
+
+
+def pytest_configure(config):
+    """Import the fixtures of ``store`` where tests run."""
+    if hasattr(config, "workerinput") or not config.getoption("numprocesses", default=None):
+        config.pluginmanager.import_plugin("store")
+
+
 def pytest_collection_finish():
-    """Keep the imports of all tests out of garbage collections: they are most of the heap."""
+    """Keep the imports of all tests out of garbage collections, and pytest off torch's loggers.
+
+    The imports are most of the heap.
+    """
+    gc.enable()
     gc.collect()
     gc.freeze()
+    for name, logger in logging.root.manager.loggerDict.items():
+        if name.startswith("torch") and isinstance(logger, logging.Logger):
+            logger.propagate = True  # pytest attaches handlers to others, six times in each test
 
 
 @pytest.fixture(autouse=True)
 def one_thread():
+    import torch
+
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(1)
@@ -85,20 +99,9 @@ def write_raw_zip(path: Path, seed: int = 0) -> Path:
 
 
 @pytest.fixture(autouse=True, scope="session")
-def conf_read_once():
-    """Let Hydra read a file of ``conf/`` once: it takes a quarter of every composition."""
-    load, results = ConfigRepository.load_config, {}
-
-    def load_once(repository, config_path):
-        key = (config_path, *(source.path for source in repository.sources))
-        if key not in results:
-            result = load(repository, config_path)
-            if result is None or result.path not in (f"file://{CONF}", "pkg://hydra.conf"):
-                return result  # files of a test may change
-            results[key] = result
-        return copy.deepcopy(results[key])
-
-    with patch.object(ConfigRepository, "load_config", load_once):
+def composed_once():
+    """Let Hydra compose each choice of groups once."""
+    with done_once():
         yield
 
 
@@ -134,6 +137,8 @@ def run_config(raw_zip):
 @pytest.fixture(scope="session")
 def schema() -> FeatureSchema:
     """Five features on four tables: two share a table without being neighbours."""
+    from cki_rec.data.schema import Feature, FeatureSchema
+
     return FeatureSchema(
         features=(
             Feature("user", "user", "categorical"),
@@ -149,6 +154,10 @@ def schema() -> FeatureSchema:
 
 def draw_batch(schema: FeatureSchema, num_rows: int, seed: int = 0) -> Batch:
     """Draw rows; sets hold 1 to 3 ids, histories 0 to 4, the first row of both the fewest."""
+    import torch
+
+    from cki_rec.data.schema import Batch
+
     draw = np.random.default_rng(seed)
     values, lengths = [], []
     for feature in schema.features:

@@ -6,28 +6,21 @@ import ast
 import itertools
 import re
 import sys
-from pathlib import Path
+from functools import cache
 
 import pytest
 from omegaconf import OmegaConf
-from samples import slow_but
+from samples import ROOT, slow_but
 
 import cki_rec
 from cki_rec import environment
 from cki_rec.config import parse
 
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    tomllib = None
-
-ROOT = Path(__file__).resolve().parents[1]
 CONF = ROOT / "conf"
 MODULES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
     for path in sorted((ROOT / "cki_rec").rglob("*.py"))
 }
-TREES = {module: ast.parse(path.read_text()) for module, path in MODULES.items()}
 ROOT_NAMES = {"__version__", "project_root", "COMMAND_VARIABLE", "JOB_VARIABLE"}
 MAY_IMPORT = {
     "config": set(),
@@ -86,10 +79,16 @@ NOT_BOARDS = [choice for choice in CHOICES if not choice[1].startswith("bars_")]
 EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
 
 
+@cache
+def tree_of(module: str) -> ast.Module:
+    return ast.parse(MODULES[module].read_text())
+
+
+@cache
 def imports(module: str) -> set[str]:
     """Return the dotted modules, and names of cki_rec itself, that a module imports anywhere."""
     names: set[str] = set()
-    for node in ast.walk(TREES[module]):
+    for node in ast.walk(tree_of(module)):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -103,11 +102,8 @@ def imports(module: str) -> set[str]:
     return names
 
 
-IMPORTS = {module: imports(module) for module in MODULES}
-
-
 def ours(module: str) -> set[str]:
-    return {n.removeprefix("cki_rec.") for n in IMPORTS[module] if n.startswith("cki_rec.")}
+    return {n.removeprefix("cki_rec.") for n in imports(module) if n.startswith("cki_rec.")}
 
 
 def part_of(module: str) -> str:
@@ -140,7 +136,7 @@ def test_imports_follow_the_arrows():
 
 def test_the_root_imports_the_core_for_type_checkers_only():
     assert {part_of(f"cki_rec.{name}") for name in ours("cki_rec")} == {"merging"}
-    body = TREES["cki_rec"].body
+    body = tree_of("cki_rec").body
     plain = [node for node in body if isinstance(node, ast.Import | ast.ImportFrom)]
     assert {getattr(node, "module", "") for node in plain} <= {
         *("__future__", "importlib", "pathlib", "typing"),
@@ -154,7 +150,7 @@ def test_the_core_needs_torch_numpy_and_scipy_only():
         f"{module} imports {name}"
         for module in MODULES
         if part_of(module) == "merging"
-        for name in IMPORTS[module]
+        for name in imports(module)
         if name.split(".")[0] not in allowed
     ]
     assert wrong == ["cki_rec.merging.assessment imports pandas"]  # inside Assessment.frame()
@@ -163,7 +159,7 @@ def test_the_core_needs_torch_numpy_and_scipy_only():
 def test_only_known_names_come_from_the_root():
     wrong = [
         f"{module}: {alias.name}"
-        for module, tree in TREES.items()
+        for module, tree in zip(MODULES, map(tree_of, MODULES), strict=True)
         for node in ast.walk(tree)
         if isinstance(node, ast.ImportFrom) and node.module == "cki_rec"
         for alias in node.names
@@ -177,7 +173,7 @@ def test_torchrec_and_processes_stay_in_the_engine():
     for module in MODULES:
         if part_of(module) == "engine":
             continue
-        for name in IMPORTS[module]:
+        for name in imports(module):
             is_lookup = is_within(name, "torchrec") or is_within(name, "fbgemm_gpu")
             is_process = is_within(name, "torch.distributed")
             is_format = is_within(name, "torch.distributed.checkpoint")
@@ -194,7 +190,7 @@ def test_the_start_imports_no_torch_at_the_top():
     wrong = [
         f"{module} imports {name}"
         for module in ("cki_rec.config", "cki_rec.cli", "cki_rec.environment")
-        for node in TREES[module].body
+        for node in tree_of(module).body
         if isinstance(node, ast.Import | ast.ImportFrom)
         for name in [getattr(node, "module", None) or node.names[0].name]
         if is_within(name, "torch") or is_within(name, "hydra")
@@ -208,7 +204,7 @@ def test_only_evaluate_can_read_labels_of_test_rows():
     for module, path in MODULES.items():
         if "data.test_labels" in ours(module) and module != "cki_rec.pipelines.evaluate":
             wrong.append(f"{module} imports test_labels")
-        names = {n.attr for n in ast.walk(TREES[module]) if isinstance(n, ast.Attribute)}
+        names = {n.attr for n in ast.walk(tree_of(module)) if isinstance(n, ast.Attribute)}
         if "_label" in names and module not in (
             "cki_rec.data.dataset",
             "cki_rec.data.test_labels",
@@ -253,8 +249,8 @@ def test_no_module_branches_on_the_name_of_a_method_or_model():
     from cki_rec.models import MODELS
 
     wrong = []
-    for module, tree in TREES.items():
-        words = strings_compared(tree)
+    for module in MODULES:
+        words = strings_compared(tree_of(module))
         if not is_within(module, "cki_rec.merging.methods"):
             wrong += [(module, word) for word in words & set(METHODS)]
         if not is_within(module, "cki_rec.models"):
@@ -273,7 +269,7 @@ def test_imports_have_no_cycle():
 
 def test_the_lists_of_imports_are_not_empty():
     assert "config" in ours("cki_rec.engine.trainer")
-    assert "torchrec.modules.embedding_modules" in IMPORTS["cki_rec.models.embeddings"]
+    assert "torchrec.modules.embedding_modules" in imports("cki_rec.models.embeddings")
 
 
 def test_files_are_short():
@@ -397,8 +393,8 @@ def test_changelog_names_this_version():
     assert not newest or newest[0] == cki_rec.__version__
 
 
-@pytest.mark.skipif(tomllib is None, reason="tomllib is in the standard library from Python 3.11")
 def test_pins_are_equal_everywhere():
+    tomllib = pytest.importorskip("tomllib", reason="in the standard library from Python 3.11")
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
     assert [r.split(">")[0] for r in project["dependencies"]] == ["torch", "numpy", "scipy"]

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import polars as pl
 import pytest
 import torch
 from test_readme import ROOT, SMALL, blocks, places  # noqa: F401
@@ -99,6 +100,9 @@ def test_every_block_of_a_page_runs(page, raw_zip, places, tmp_path, monkeypatch
     days = enumerate(("wednesday", "monday", "tuesday"), start=3)
     for seed, name in (*enumerate(("my", "north", "south", "west", "new")), *days):
         write_clicks(tmp_path / f"{name}.csv", range(5 * seed, 40), seed)
+    (tmp_path / "clicks").mkdir()
+    clicks = pl.read_csv(tmp_path / "my.csv").with_row_index("at")
+    clicks.write_parquet(tmp_path / "clicks" / "monday.parquet")
     options = [f"runtime.{key}={tmp_path / key}" for key in ("out", "reports", "encoded")]
     names: dict[str, object] = {}
     for info, lines in blocks(page.read_text()):

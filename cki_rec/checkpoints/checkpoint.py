@@ -126,12 +126,12 @@ def load(folder: Path) -> Checkpoint:
     return _checkpoint(describe(folder), read_tensors(folder / TENSORS))
 
 
-def outline(folder: Path, share: tuple[int, int] = (0, 1)) -> Checkpoint:
+def outline(folder: Path, share: tuple[int, int] | None = (0, 1)) -> Checkpoint:
     """Return a checkpoint with tensors on ``meta``: shapes and dtypes without values.
 
     Args:
         folder: The checkpoint.
-        share: The files to check, as for ``describe``.
+        share: The files to check, as for ``check_files``; None: the caller checks them.
 
     Raises:
         UserError: As for ``load``.
@@ -139,13 +139,12 @@ def outline(folder: Path, share: tuple[int, int] = (0, 1)) -> Checkpoint:
     return _checkpoint(describe(folder, share), empty_tensors(folder / TENSORS, "", "meta"))
 
 
-def describe(folder: Path, share: tuple[int, int] = (0, 1)) -> Description:
+def describe(folder: Path, share: tuple[int, int] | None = (0, 1)) -> Description:
     """Return the description of a checkpoint after checking its files.
 
     Args:
         folder: The checkpoint.
-        share: ``(first, step)``: only every ``step``-th file is read, so that processes can share
-            the work.
+        share: The files to check, as for ``check_files``; None: the caller checks them.
 
     Raises:
         UserError: There is no checkpoint, or it is damaged or of another format.
@@ -160,7 +159,23 @@ def describe(folder: Path, share: tuple[int, int] = (0, 1)) -> Description:
         )
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: damaged checkpoint ({error!r}); write it again") from None
-    expected: dict[str, str] = content["files"]
+    if share is not None:
+        check_files(folder, share)
+    return description
+
+
+def check_files(folder: Path, share: tuple[int, int] = (0, 1)) -> None:
+    """Check that the files of a checkpoint are those of its description.
+
+    Args:
+        folder: The checkpoint.
+        share: ``(first, step)``: only every ``step``-th file is read, so that processes can share
+            the work.
+
+    Raises:
+        UserError: There is no checkpoint, or it is damaged or of another format.
+    """
+    expected: dict[str, str] = _description(folder)["files"]
     missing = expected.keys() - set(file_names(folder / TENSORS))
     if missing:
         file = folder / TENSORS / min(missing)
@@ -168,7 +183,6 @@ def describe(folder: Path, share: tuple[int, int] = (0, 1)) -> Description:
     for name, digest in file_digests(folder / TENSORS, share).items():
         if expected.get(name, digest) != digest:
             raise UserError(f"{folder / TENSORS / name}: damaged checkpoint, the file has changed")
-    return description
 
 
 def _description(folder: Path) -> dict[str, Any]:

@@ -20,14 +20,16 @@ TORCH_METADATA_TYPES = frozenset(
     | {"Size", "dtype", "layout", "memory_format", "_get_layout"}
 )
 """Types in the metadata of tensors."""
+SMALL_BYTES = 1 << 20
+"""Stored tensors below this size are read whole by torch: that is faster."""
 
 
 class Reader(dcp.FileSystemReader):
     """Reads untrusted checkpoints: their metadata is a pickle, which may name known types only.
 
-    Tensors are read by torch with ``weights_only``. Rows that are contiguous in the file are read
-    directly into the target. (Torch reads whole stored tensors, so a process that needs a few
-    rows of a table would need memory for all rows.)
+    Tensors are read by torch with ``weights_only``. Rows of large tensors that are contiguous in
+    the file are read directly into the target. (Torch reads whole stored tensors, so a process
+    that needs a few rows of a table would need memory for all rows.)
     """
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
@@ -50,8 +52,10 @@ class Reader(dcp.FileSystemReader):
         return done
 
     def _read_rows(self, item: ReadItem, planner: LoadPlanner, mode: FakeTensorMode) -> bool:
-        """Read an item of a plan directly if it is contiguous in the file; else return False."""
+        """Read an item of a plan directly if it is large and contiguous; else return False."""
         place = self.storage_data[item.storage_index]
+        if place.length < SMALL_BYTES:
+            return False
         target = planner.resolve_tensor(item).detach()
         if place.transform_descriptors or not target.is_contiguous() or target.is_cuda:
             return False

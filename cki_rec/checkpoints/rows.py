@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from bisect import bisect_right
-from collections.abc import Iterable, Iterator
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,8 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, TensorStorageMetadata
 
 from cki_rec.checkpoints.checkpoint import TENSORS
 from cki_rec.checkpoints.reader import Reader
@@ -69,16 +68,22 @@ class RowReader:
                 if isinstance(entry, TensorStorageMetadata)
             }
             parts: dict[str, list[_Part]] = {key: [] for key in self.entries}
-            mode = FakeTensorMode()
+            chunks = {
+                (key, tuple(chunk.offsets)): chunk
+                for key, entry in self.entries.items()
+                for chunk in entry.chunks
+            }
+            heads = _Heads(reader)
             for index, place in metadata.storage_data.items():
                 if index.fqn in self.entries:
-                    entry = self.entries[index.fqn]
-                    chunks = [c for c in entry.chunks if c.offsets == index.offset]
-                    part = self._part(reader, place, chunks[0].offsets, mode)
-                    if part.size != chunks[0].sizes:
-                        raise ValueError(f"{place.relative_path} is of another checkpoint")
-                    parts[index.fqn].append(part)
+                    chunk = chunks[index.fqn, tuple(index.offset or ())]
+                    parts[index.fqn].append(self._part(heads, place, chunk))
             self._parts = {k: sorted(v, key=lambda part: part.first) for k, v in parts.items()}
+            self._firsts = {k: [part.first for part in v] for k, v in self._parts.items()}
+            self._longest = {
+                k: max((part.size[0] for part in v if part.size), default=0)
+                for k, v in self._parts.items()
+            }
 
     def __enter__(self) -> RowReader:
         return self
@@ -169,35 +174,29 @@ class RowReader:
                     " models. Start again when nothing writes there"
                 )
 
-    def _overlapping(self, key: str, first: int, stop: int) -> Iterator[_Part]:
-        """Yield the parts of a tensor that hold some of a range of rows."""
-        parts = self._parts[key]
-        begin = bisect_right(parts, first, key=lambda part: part.first + part.size[0])
-        for part in parts[begin:]:
-            if part.first >= stop:
-                return
-            yield part
+    def _overlapping(self, key: str, first: int, stop: int) -> list[_Part]:
+        """Return the parts of a tensor that may hold some of a range of rows."""
+        parts, firsts = self._parts[key], self._firsts[key]
+        begin = bisect_right(firsts, first - self._longest[key])
+        return parts[begin : bisect_left(firsts, stop)]
 
-    def _part(self, reader: Any, place: Any, offsets: Any, mode: FakeTensorMode) -> _Part:
-        path = self.folder / place.relative_path
+    def _part(self, heads: _Heads, place: Any, chunk: ChunkStorageMetadata) -> _Part:
+        path = str(self.folder / place.relative_path)
         if place.transform_descriptors:
             raise ValueError("its tensors are compressed")
-        with path.open("rb") as file, mode:  # without values
-            stored: Tensor = torch.load(reader._slice_file(file, place), weights_only=True)
-        begin = stored.untyped_storage()._checkpoint_offset
-        if begin is None or not stored.is_contiguous():
-            raise ValueError("a tensor is not stored in one piece")
-        start = place.offset + begin + stored.storage_offset() * stored.element_size()
-        if str(path) not in self._files:
+        if path not in self._files:
             number = os.open(path, os.O_RDONLY)
             self._open.callback(os.close, number)
-            self._files[str(path)] = number
+            self._files[path] = number
             self._states[number] = _state(os.fstat(number))
-        width = stored.shape[1] if stored.ndim > 1 else 1
-        column = offsets[1] if len(offsets) > 1 else 0
+        start, size = heads.entries_of(self._files[path], place)
+        if size != chunk.sizes:
+            raise ValueError(f"{place.relative_path} is of another checkpoint")
+        width = size[1] if len(size) > 1 else 1
+        column = chunk.offsets[1] if len(size) > 1 else 0
         columns = slice(column, column + width)
-        first = offsets[0] if len(offsets) else 0
-        return _Part(self._files[str(path)], start, first, stored.shape, columns)
+        first = chunk.offsets[0] if len(size) else 0
+        return _Part(self._files[path], start, first, size, columns)
 
     def _fill(self, target: Tensor, part: _Part, skipped: int) -> None:
         remaining = memoryview(target.reshape(-1).view(torch.uint8).numpy().data)
@@ -208,6 +207,51 @@ class RowReader:
                 path = next(p for p, number in self._files.items() if number == part.file)
                 raise UserError(f"{path}: ends too early; has it changed while it was read?")
             remaining, place = remaining[count:], place + count
+
+
+class _Heads:
+    """The bytes before the entries of stored tensors.
+
+    Torch parses the first of those that are alike. They are alike for all blocks of one shape, up
+    to the checksum of the entries.
+
+    Args:
+        reader: Reader of the checkpoint.
+    """
+
+    def __init__(self, reader: Reader) -> None:
+        self._reader = reader
+        self._known: dict[tuple[int, bytes], tuple[int, torch.Size]] = {}
+        self._lengths: dict[int, int] = {}
+
+    def entries_of(self, file: int, place: Any) -> tuple[int, torch.Size]:
+        """Return the first byte of the entries of a stored tensor, and its shape.
+
+        Raises:
+            ValueError: It is not stored in one piece.
+        """
+        if length := self._lengths.get(place.length):
+            head = _without_checksum(os.pread(file, length, place.offset))
+            if (place.length, head) in self._known:
+                begin, size = self._known[place.length, head]
+                return place.offset + begin, size
+        with os.fdopen(os.dup(file), "rb") as content:
+            part: Any = self._reader._slice_file(content, place)
+            stored: Tensor = torch.load(part, map_location="meta", weights_only=True)
+        length = stored.untyped_storage()._checkpoint_offset
+        if length is None or not stored.is_contiguous():
+            raise ValueError("a tensor is not stored in one piece")
+        head = _without_checksum(os.pread(file, length, place.offset))
+        begin = int(length + stored.storage_offset() * stored.element_size())
+        self._known[place.length, head] = begin, stored.shape
+        self._lengths[place.length] = length
+        return place.offset + begin, stored.shape
+
+
+def _without_checksum(head: bytes) -> bytes:
+    """Return the bytes before entries without their checksum, which the last header holds."""
+    header = head.rfind(b"PK\x03\x04")
+    return head[: header + 14] + head[header + 18 :]
 
 
 def _state(status: os.stat_result) -> tuple[int, int]:

@@ -31,6 +31,7 @@ from cki_rec.config.options import (
     Train,
 )
 from cki_rec.config.parsing import (
+    EVIDENCE,
     OF_OTHERS,
     check_source,
     first_comment,
@@ -47,6 +48,7 @@ from cki_rec.config.section import choices
 from cki_rec.config.texts import check_name
 
 __all__ = [
+    "EVIDENCE",
     "FILE",
     "OF_OTHERS",
     "PARTITIONS",

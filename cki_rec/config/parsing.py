@@ -26,14 +26,16 @@ OF_SOURCES = ("data", "model", "train", "seed")
 """Options by which a source is named: those that its training reads."""
 
 OF_OTHERS: dict[str, Any] = {
-    **{"batches": None, "data": None, "format": None, "evidence": "auto", "table_names": []},
-    "max_rows": None,
+    **{"batches": None, "data": None, "format": None, "table_names": [], "max_rows": None},
 }
 """Options of merges that only checkpoints of other programs have -> the value of no option."""
+EVIDENCE = ("counts", "optimizer", "scores")
+"""Measures of how often rows were trained, the best one first."""
 OF_SOME_NETWORKS: dict[str, Any] = dict.fromkeys(("module", "sequence", "bottom"))
 """Options of ``model`` that not every network has, and their value without them."""
 LATER: dict[str, Any] = {
     **{"plugins": [], "ranking": None, "new_rows": "oov", "deltas": [], "write": "model"},
+    "evidence": "auto",
     **OF_SOME_NETWORKS,
     **OF_OTHERS,
 }

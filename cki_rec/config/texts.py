@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from functools import cache
 from typing import Annotated, Any, get_args, get_type_hints
 
 from pydantic import BeforeValidator
@@ -44,6 +45,7 @@ def _name(value: Any) -> Any:
 
 Name = Annotated[str, BeforeValidator(_name)]
 """A text that names a folder."""
+_hints = cache(get_type_hints)
 
 
 def quote_texts(words: Sequence[str], config: type) -> list[str]:
@@ -69,7 +71,7 @@ def _quoted(word: str, config: type) -> str:
 def _is_text(key: str, kind: Any) -> bool:
     """Return whether an option is a text, or anything that a text may be."""
     for part in key.split("."):
-        hints = get_type_hints(kind) if isinstance(kind, type) else {}
+        hints = _hints(kind) if isinstance(kind, type) else {}
         if part not in hints:
             return False
         kind = hints[part]

@@ -36,6 +36,11 @@ class Candidates:
     protocol: dict[str, Any] = field(default_factory=dict)
     """How candidates were drawn, as JSON values."""
 
+    @property
+    def width(self) -> int:
+        """Return K."""
+        return int(self.item_row_CK.shape[1])
+
     def rows(self, of_items: bool) -> Ints:
         """Return ``(C, K)`` row numbers: rows of the items, or the case for each candidate."""
         if of_items:

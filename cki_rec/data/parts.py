@@ -18,9 +18,10 @@ from numpy.typing import NDArray
 
 from cki_rec.config import Partition
 from cki_rec.data.columns import ColumnFile, Ids, Ints, Ragged, add_counts, blocks
-from cki_rec.data.encoding.engines import NUM_THREADS, threads
+from cki_rec.data.encoding.engines import NUM_THREADS
 from cki_rec.data.encoding.partition import MOST_PARTS, Groups, groups_of, part_of_rows
 from cki_rec.data.encoding.split import Blocks, sort_rows
+from cki_rec.data.prefetch import threads
 from cki_rec.data.schema import FeatureSchema
 from cki_rec.data.stored import check_file, file_facts, load_array, read_json
 from cki_rec.files import new_folder

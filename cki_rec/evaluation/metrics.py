@@ -15,7 +15,6 @@ from typing import Literal, TypeVar
 import numpy as np
 import numpy.typing as npt
 from scipy.special import expit
-from sklearn.metrics import roc_auc_score
 
 from cki_rec.evaluation.bootstrap import Resamples, bootstrap_auc, bootstrap_log_loss
 from cki_rec.evaluation.ranking import CUTOFFS, Values, gains, hits
@@ -47,6 +46,8 @@ def auc(label: npt.ArrayLike, score: npt.ArrayLike) -> float | None:
     label_B, score_B = checked(label, score)
     if label_B.size == 0 or label_B.min() == label_B.max():
         return None
+    from sklearn.metrics import roc_auc_score  # its import takes a second
+
     return float(roc_auc_score(label_B, score_B))
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-from scipy import stats
+import scipy  # which imports scipy.stats when it is used
 
 from cki_rec.evaluation.rows import Floats, checked
 
@@ -150,7 +150,7 @@ def mean_interval(values: npt.ArrayLike, confidence: float) -> Interval:
     if values_S.size == 1:
         return Interval(estimate=mean, low=None, high=None)
     error = float(values_S.std(ddof=1)) / values_S.size**0.5
-    half = float(stats.t.ppf((1 + confidence) / 2, values_S.size - 1)) * error
+    half = float(scipy.stats.t.ppf((1 + confidence) / 2, values_S.size - 1)) * error
     return Interval(estimate=mean, low=mean - half, high=mean + half)
 
 
@@ -239,7 +239,7 @@ def _two_sided(estimate: float, variance: float) -> float | None:
     """Return the normal p value of a difference; without error 1 if it is 0, else undefined."""
     if variance == 0:
         return 1.0 if estimate == 0 else None
-    return float(2 * stats.norm.sf(abs(estimate) / variance**0.5))
+    return float(2 * scipy.stats.norm.sf(abs(estimate) / variance**0.5))
 
 
 def _placements(label: npt.ArrayLike, score: npt.ArrayLike) -> tuple[Floats, Floats]:
@@ -249,9 +249,10 @@ def _placements(label: npt.ArrayLike, score: npt.ArrayLike) -> tuple[Floats, Flo
     """
     label_B, score_B = checked(label, score)
     positive_P, negative_N = score_B[label_B == 1], score_B[label_B == 0]
-    rank_B = stats.rankdata(np.concatenate([positive_P, negative_N]))  # ties share their mean
-    above_P = rank_B[: positive_P.size] - stats.rankdata(positive_P)
-    below_N = positive_P.size - (rank_B[positive_P.size :] - stats.rankdata(negative_N))
+    rank = scipy.stats.rankdata  # ties share their mean
+    rank_B = rank(np.concatenate([positive_P, negative_N]))
+    above_P = rank_B[: positive_P.size] - rank(positive_P)
+    below_N = positive_P.size - (rank_B[positive_P.size :] - rank(negative_N))
     return above_P, below_N
 
 

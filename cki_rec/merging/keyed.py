@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -238,9 +239,13 @@ def mixer_of(
         )
     inputs = MergeInputs(seed=seed, counts=[{}] * num if has_counts else ())
     method.check_inputs(inputs, options, num)
-    held = {name: Rows(name, read) for name, read in rows.items()}
+    held = {name: Rows(name, partial(_each, read)) for name, read in rows.items()}
     statistics = method.collect(held, options) or {}
     return Mixer(method, options, {}, replace(inputs, statistics=statistics))
+
+
+def _each(read: Callable[[], Iterable[Block]], fact: Callable[[Block], Any]) -> Iterable[Any]:
+    return map(fact, read())
 
 
 def merge_by_key(

@@ -115,13 +115,15 @@ def _splice_one(tensors: Sequence[Tensor], weight: Tensor) -> Tensor:
     is_learned = weight.requires_grad or any(tensor.requires_grad for tensor in tensors)
     if not is_learned and weight.numel() == len(tensors):
         return _mix_wholes(tensors, weight)
-    if is_learned or first.ndim < 2 or len(first) <= BLOCK:
+    if is_learned:
         return _splice_block(tensors, weight)
+    if first.ndim < 2 or len(first) <= BLOCK:
+        return _mix_block(tensors, weight)
     result = torch.empty_like(first)
     for start in range(0, len(first), BLOCK):
         rows = slice(start, start + BLOCK)
         share = weight if weight.shape[1] == 1 else weight[:, rows]
-        result[rows] = _splice_block([tensor[rows] for tensor in tensors], share)
+        result[rows] = _mix_block([tensor[rows] for tensor in tensors], share)
     return result
 
 
@@ -157,6 +159,36 @@ def _mix_wholes(tensors: Sequence[Tensor], weight: Tensor) -> Tensor:
         if total is not target:
             target.copy_(total)
     return result
+
+
+def _mix_block(tensors: Sequence[Tensor], weight: Tensor) -> Tensor:
+    """Return ``_splice_block``, of two finite sources in fewer passes; a zero may change its sign.
+
+    A finite sum of their differences proves that they are finite.
+    """
+    if len(tensors) != 2 or not tensors[0].numel():
+        return _splice_block(tensors, weight)
+    dtype = compute_dtype(tensors[0])
+    first, second = (tensor.to(dtype) for tensor in tensors)
+    ours, theirs = weight.to(dtype)
+    away = first - second
+    if not bool(away.sum().isfinite()):
+        return _splice_block(tensors, weight)
+    result = torch.sub(first, away.mul_(theirs), out=away)
+    low, high = weight.aminmax()
+    if low <= 0 or high >= 1:
+        _take((theirs == 0) | (ours == 1), first, result)
+        _take((ours == 0) | (theirs == 1), second, result)
+    return result.to(tensors[0].dtype)
+
+
+def _take(is_taken: Tensor, source: Tensor, result: Tensor) -> None:
+    """Set entries of ``result`` to those of a source, in place; whole rows are faster."""
+    if is_taken.numel() == len(is_taken):
+        rows = is_taken.reshape(-1).nonzero()[:, 0]
+        result.index_copy_(0, rows, source.index_select(0, rows))
+    else:
+        torch.where(is_taken, source, result, out=result)
 
 
 def _splice_block(tensors: Sequence[Tensor], weight: Tensor) -> Tensor:

@@ -159,11 +159,10 @@ def check_shares(weights: MixingWeights) -> None:
     """
     for name, weight in weights.items():
         low = float(weight.min()) if weight.numel() else 0.0
-        error = (
-            float((weight.sum(0, dtype=compute_dtype(weight)) - 1).abs().max())
-            if weight.numel()
-            else 0.0
-        )
+        error = 0.0
+        if weight.numel():
+            ends = torch.stack(weight.sum(0, dtype=compute_dtype(weight)).aminmax())
+            error = float((ends - 1).abs().max())
         if not (low >= -1e-6 and error <= 1e-3):
             raise MergeError(
                 f"{name}: mixing weights must be finite, not negative, and sum to 1 over the"

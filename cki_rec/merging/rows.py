@@ -2,7 +2,7 @@
 
 A method that needs a fact about a whole table computes it per block of rows. ``Rows.reduce`` adds
 it up (or takes the smallest or largest) over the blocks and over the processes. Then each block is
-merged alone. Tables in memory, on several processes and on disk differ in ``Rows.read`` and in
+merged alone. Tables in memory, on several processes and on disk differ in ``Rows.each`` and in
 ``Processes``, and in nothing else.
 
 Shape legend: K sources, V rows of a parameter.
@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -58,9 +58,14 @@ class Rows:
     """The rows of one parameter in all sources, in blocks."""
 
     name: str
-    read: Callable[[], Iterable[Block]]
-    """Blocks of the rows of this process in order, at least one; each call reads them anew."""
+    each: Callable[[Callable[[Block], Any]], Iterable[Any]]
+    """``each(fact)``: facts about the blocks of the rows of this process in order, at least one;
+    every call reads them anew. Threads may compute several at a time."""
     reduction: Reduction = field(default_factory=Reduction)
+
+    def read(self) -> Iterable[Block]:
+        """Return the blocks of the rows of this process in order, at least one."""
+        return self.each(lambda block: block)
 
     def reduce(self, fact: Callable[[Block], Tensor], how: How = "sum") -> Tensor:
         """Return a fact about the whole parameter, in one pass over its rows.
@@ -70,8 +75,7 @@ class Rows:
             how: Combination of the facts of two blocks, or of two processes.
         """
         total: Tensor | None = None
-        for block in self.read():
-            value = fact(block)
+        for value in self.each(fact):
             total = value if total is None else COMBINE[how](total, value)
         assert total is not None
         return self.reduction.reduce(self.name, total, how)
@@ -82,11 +86,11 @@ class Rows:
         They do if the size of a larger block is a multiple of it.
         """
 
-        def read() -> Iterator[Block]:
-            for block in self.read():
-                yield from pieces(block, size)
+        def each(fact: Callable[[Block], Any]) -> Iterator[Any]:
+            for facts in self.each(lambda block: [fact(piece) for piece in pieces(block, size)]):
+                yield from facts
 
-        return replace(self, read=read)
+        return replace(self, each=each)
 
 
 def in_blocks(
@@ -107,7 +111,7 @@ def in_blocks(
     """
     reduction = reduction or Reduction()
 
-    def blocks(name: str) -> Iterator[Block]:
+    def blocks(name: str, fact: Callable[[Block], Any]) -> Iterator[Any]:
         tensors = [model[name].detach() for model in models]
         scores = [f[name].detach() for f in fisher if name in f]
         scores = scores if len(scores) == len(models) else []
@@ -116,10 +120,10 @@ def in_blocks(
         first = reduction.first_row(name)
         whole = Block(first, tensors, origin, scores)
         if size is None or size >= num_rows or tensors[0].ndim == 0:
-            yield whole
+            yield fact(whole)
             return
         for start in range(0, num_rows, size):
-            yield cut(whole, slice(start, start + size))
+            yield fact(cut(whole, slice(start, start + size)))
 
     return {
         name: Rows(name, partial(blocks, name), reduction)
@@ -129,7 +133,8 @@ def in_blocks(
 
 def in_memory(tensors: Sequence[Tensor], counts: Sequence[Tensor] = ()) -> Rows:
     """Return the rows of one parameter, from its whole tensor in every source."""
-    return Rows("", lambda: [Block(0, [t.detach() for t in tensors], counts=counts)])
+    block = Block(0, [tensor.detach() for tensor in tensors], counts=counts)
+    return Rows("", lambda fact: [fact(block)])
 
 
 def pieces(block: Block, size: int) -> Iterator[Block]:

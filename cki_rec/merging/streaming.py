@@ -5,7 +5,7 @@ Shape legend: K sources.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -75,7 +75,7 @@ class Mixer:
             *(self.method, models, inputs, self.options, fixed, {}, None), Processes()
         )
         shares = {
-            name: weight.reshape(len(models), -1).double().mean(1).tolist()
+            name: weight.reshape(len(models), -1).mean(1).tolist()
             for name, weight in (weights or {}).items()
         }
         return merged, shares
@@ -93,11 +93,10 @@ def in_shared_basis(
     """
     acting = only_on([rows.name], symmetries)
 
-    def read() -> Iterator[Block]:
-        for block in rows.read():
-            yield moved(block, rows.name, acting, elements)
+    def each(fact: Callable[[Block], Any]) -> Iterable[Any]:
+        return rows.each(lambda block: fact(moved(block, rows.name, acting, elements)))
 
-    return replace(rows, read=read)
+    return replace(rows, each=each)
 
 
 def moved(

@@ -2,7 +2,8 @@
 
 A network is a module with ``sparse``, its ``FieldEmbeddings``, and ``interact``, which maps their
 output to logits. Optional declarations are ``reads`` (``models.comparison``) and the traits of
-``merging.traits``.
+``merging.traits``. A network may split ``interact(emb)`` into ``score(emb, encode(emb))``, where
+``encode`` reads histories only; then candidates of one history share its states.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ Shape legend: B rows, F fields, D embedding size, L ids of a history, W width of
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import ClassVar
 
 import torch
@@ -88,15 +88,25 @@ class SequentialNetwork(nn.Module):
 
     def interact(self, emb: Embedded) -> Tensor:
         """Return ``(B,)`` logits from embeddings: the network without its lookups."""
-        parts, products = [emb.fields_BFD.flatten(1)], []
-        for pair, places, encoder in zip(self.pairs, self.places, self.encoders, strict=True):
-            target_BW = torch.cat([emb.fields_BFD[:, place] for place in places], dim=1)
+        return self.score(emb, self.encode(emb))
+
+    def encode(self, emb: Embedded) -> list[Tensor]:
+        """Return per pair ``(B, W)`` the state of the history, which depends on no other field."""
+        states = []
+        for pair, encoder in zip(self.pairs, self.encoders, strict=True):
             ids_BLW = torch.cat([emb.histories[name] for name in pair.histories], dim=2)
-            state_BW = encoder(ids_BLW, emb.masks[pair.histories[0]])
-            parts.append(state_BW)
+            states.append(encoder(ids_BLW, emb.masks[pair.histories[0]]))
+        return states
+
+    def score(self, emb: Embedded, states: Sequence[Tensor]) -> Tensor:
+        """Return ``(B,)`` logits from embeddings and the states of histories."""
+        products = []
+        for places, state_BW in zip(self.places, states, strict=True):
+            target_BW = torch.cat([emb.fields_BFD[:, place] for place in places], dim=1)
             products.append((state_BW * target_BW).sum(1))
         product_B = self.products(torch.stack(products, dim=1))
-        logit_B: Tensor = product_B + self.mlp(torch.cat(parts, dim=1))
+        parts_BW = torch.cat([emb.fields_BFD.flatten(1), *states], dim=1)
+        logit_B: Tensor = product_B + self.mlp(parts_BW)
         return logit_B
 
     def slices_of(self, number: int, basis: Basis, dim: int) -> Iterator[Slice]:

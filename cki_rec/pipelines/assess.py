@@ -24,8 +24,10 @@ from cki_rec.files import write_atomically
 from cki_rec.merging.assessment import Assessment, assess
 from cki_rec.merging.params import MergeError, Params
 from cki_rec.merging.registry import Score
-from cki_rec.pipelines import preflight, vocabularies
-from cki_rec.pipelines.compatibility import compare, counts_of, finite, require
+from cki_rec.pipelines import foreign_assess, preflight, vocabularies
+from cki_rec.pipelines.compatibility import compare, finite, require
+from cki_rec.pipelines.evidence import counts_of, kind_of
+from cki_rec.pipelines.foreign_sources import is_foreign
 from cki_rec.pipelines.predictions import scorer
 from cki_rec.pipelines.provenance import check_data, data_facts
 from cki_rec.pipelines.sources import Sources, resolve
@@ -43,6 +45,10 @@ def run(config: Config) -> None:
     Raises:
         UserError: Options, sources or data that do not fit together.
     """
+    if is_foreign(config):
+        if distributed.rank() == 0:
+            foreign_assess.run(config)
+        return
     done = ensure(config, force=config.runtime.force)
     assert done.record is not None
     log.info("%s", Assessment(**done.record["result"]))
@@ -72,6 +78,8 @@ def ensure(config: Config, force: bool = False) -> Run:
         if run.record is None:
             with run.phase("assess"):
                 joined = load_sources(config, models, dataset)
+                sources = joined.checkpoints[: len(models.merged)]
+                run.facts["evidence"] = kind_of(sources, config.merge.evidence)
                 result = _assess(config, joined, dataset, models.base is not None)
             if distributed.rank() == 0:
                 write_atomically(run.path / TABLE, csv_bytes(result.frame()))
@@ -159,6 +167,8 @@ def _reads(config: Config, models: Sources, dataset: EncodedDataset | None) -> d
         "data": dataset.hash if dataset else None,
         "seed": config.seed,
     }
+    if config.merge.evidence != "auto":
+        reads["evidence"] = config.merge.evidence
     if config.merge.vocabularies:  # which ones: their hashes are in the sources
         reads["vocabularies"] = "joined"
     return reads
@@ -188,7 +198,7 @@ def _assess(
     ):
         return assess(
             [checkpoint.params for checkpoint in checkpoints],
-            counts=counts_of(checkpoints, is_needed=False),
+            counts=counts_of(checkpoints, is_needed=False, kind=config.merge.evidence),
             base=None if base is None else base.params,
             symmetries=network.symmetries,
             tables=network.tables,

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from cki_rec.checkpoints import Checkpoint, content_digest, outline
+from cki_rec.checkpoints import TENSORS, Checkpoint, content_digest, outline
 from cki_rec.config import Config, Merge, UserError
 from cki_rec.data.encoding import store
 from cki_rec.data.encoding.store import EncodedDataset
@@ -89,9 +89,10 @@ def _report_streamed(config: Config) -> None:
     sources = Sources(found[:num], [], found[num] if len(found) > num else None)
     preflight.check_sources(config, sources, None)
     outlines = [outline(source.folder) for source in found]
-    plan = stream_plan.plan_of(config, outlines, num)
+    plan = stream_plan.plan_of(config, outlines, num, stream_plan.tables_of(outlines[0].params))
     log.info("merge %s (%s):", config.merge.label, config.merge.method)
-    for line in stream_plan.described(plan, found[0].folder, Path(config.runtime.out)):
+    files = (found[0].folder / TENSORS).glob("*.distcp")
+    for line in stream_plan.described(plan, files, Path(config.runtime.out)):
         log.info("  %s", line)
     log.info("it would run")
 
@@ -177,14 +178,19 @@ def _compare(
     merges = not isinstance(entry_of(options), Reference)
     findings += compatibility.finite(saved, names, merges)
     findings += compatibility.row_counts(
-        saved, names, preflight.needs_counts(options), options.method
+        *(saved, names, preflight.needs_counts(options), options.method, options.evidence)
     )
     fits = all(f.state != "impossible" for f in findings)
     sources = saved[: len(options.sources)]
     if fits and merges:
         is_aligned = options.align.by != "none"
         findings += compatibility.alignment(
-            sources, names[: len(sources)], is_aligned, config.seed, joined.owners
+            sources,
+            names[: len(sources)],
+            is_aligned,
+            config.seed,
+            joined.owners,
+            options.evidence,
         )
     return [*findings, _memory(outlines, options)], sources
 

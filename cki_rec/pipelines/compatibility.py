@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,10 +22,13 @@ from cki_rec.merging.params import MergeError, Params, generator
 from cki_rec.merging.steps import Network, row_weights_of
 from cki_rec.merging.symmetry import check_scores, random_element, scores_of, transform
 from cki_rec.models.comparison import decides, differences
+from cki_rec.pipelines.evidence import counts_of, kind_of
 
 State = Literal["ok", "differs", "impossible"]
 SHOWN = 4
 """Names of a list that are shown."""
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,12 +214,31 @@ def _bad(tensor: Tensor) -> Tensor:
 
 
 def row_counts(
-    checkpoints: Sequence[Checkpoint], names: Sequence[str], is_needed: bool, method: str
+    checkpoints: Sequence[Checkpoint],
+    names: Sequence[str],
+    is_needed: bool,
+    method: str,
+    evidence: str,
 ) -> list[Finding]:
-    """Return whether all checkpoints have row counts."""
+    """Return whether all checkpoints have row counts, or the measure that replaces them.
+
+    Args:
+        checkpoints: The sources.
+        names: Their names.
+        is_needed: The merge cannot do without.
+        method: ``merge.method``.
+        evidence: ``merge.evidence``.
+    """
+    try:
+        kind = kind_of(checkpoints, evidence)
+    except UserError as error:
+        return [Finding("evidence", "impossible", str(error))]
+    if kind == "optimizer" or evidence == "none":
+        state: State = "impossible" if is_needed and kind == "none" else "ok"
+        return [Finding("evidence", state, f"{kind} (merge.evidence={evidence})")]
     missing = [name for saved, name in zip(checkpoints, names, strict=True) if not saved.counts]
     if missing:
-        state: State = "impossible" if is_needed else "differs"
+        state = "impossible" if is_needed else "differs"
         why = f"merge.method={method} needs them" if is_needed else "not needed"
         return [Finding("row counts", state, f"none in {_listed(missing)}; {why}")]
     sums = [
@@ -235,6 +258,7 @@ def alignment(
     is_required: bool,
     seed: int,
     row_mask: Mapping[str, Tensor],
+    evidence: str,
 ) -> Iterator[Finding]:
     """Yield the symmetries of the network, whether they hold, and how well sources agree.
 
@@ -244,6 +268,7 @@ def alignment(
         is_required: The merge aligns its sources.
         seed: Seed of random rows and of elements of symmetries.
         row_mask: Rows of joined tables that each source has (``vocabularies.Joined``).
+        evidence: ``merge.evidence``.
     """
     network = merging_network(checkpoints[0], seed, is_aligned=True)
     models = [{name: tensor.float() for name, tensor in s.params.items()} for s in checkpoints]
@@ -263,29 +288,12 @@ def alignment(
     except MergeError as error:
         yield Finding("symmetries", "impossible" if is_required else "differs", str(error))
     if len(models) > 1:
-        counts = counts_of(checkpoints, is_needed=False)
+        counts = counts_of(checkpoints, is_needed=False, kind=evidence)
         row_weights = row_weights_of(models, counts, row_mask, network.tables)
         products = table_products(models, network.moved_tables(), row_weights)
         products = sharded.total(products, checkpoints[0].schema)
         cosine = agreement(models, network.symmetries, products)
         yield Finding("agreement", "ok", f"mean cosine {cosine:.3f} before alignment")
-
-
-def counts_of(checkpoints: Sequence[Checkpoint], is_needed: bool) -> list[Params]:
-    """Return the row counts of every table parameter per source; of all sources or of none.
-
-    Raises:
-        UserError: They are needed, and a source has none.
-    """
-    for k, source in enumerate(checkpoints):
-        if not source.counts:
-            if not is_needed:
-                return []
-            raise UserError(f"merge.sources[{k}]: its checkpoint holds no row counts (evidence)")
-    return [
-        {name: source.counts[table] for name in source.params if (table := table_of(name))}
-        for source in checkpoints
-    ]
 
 
 def num_bytes(params: Params) -> int:
@@ -315,6 +323,19 @@ def _form(params: Params, key: str, ignore_rows: bool) -> tuple[str, str]:
 def type_name(tensor: Tensor) -> str:
     """Return the name of the type of a tensor, such as ``float32``."""
     return str(tensor.dtype).removeprefix("torch.")
+
+
+def note_types(
+    result: dict[str, Any],
+    sources: Sequence[Checkpoint],
+    merged: Iterable[torch.dtype],
+    is_set: bool,
+) -> None:
+    """Store and log the types of a merged model, if sources have several or one is configured."""
+    types = sorted({type_name(tensor) for each in sources for tensor in each.params.values()})
+    if len(types) > 1 or is_set:
+        result["types"] = sorted({str(dtype).removeprefix("torch.") for dtype in merged})
+        log.info("  sources of %s; result in %s", ", ".join(types), ", ".join(result["types"]))
 
 
 def _accumulator_form(accumulators: Params) -> str:

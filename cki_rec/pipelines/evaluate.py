@@ -29,6 +29,7 @@ from cki_rec.evaluation.ranking import Cases
 from cki_rec.evaluation.rows import Floats
 from cki_rec.evaluation.settings import common, flat
 from cki_rec.pipelines import finetune, merge, preflight
+from cki_rec.pipelines.foreign_sources import check_own
 from cki_rec.pipelines.predictions import SPLITS, candidate_logits, predictions, valid_auc
 from cki_rec.pipelines.provenance import check_rows, data_facts
 from cki_rec.pipelines.references import Reference, mean_logits
@@ -44,6 +45,7 @@ OWN = "own_sources"
 
 def run(config: Config) -> float | None:
     """Make the configured model, measure it on test rows, and return its validation AUC."""
+    check_own(config, "evaluate")
     preflight.check_label(config)
     label, is_tuned = config.merge.label, config.finetune.epochs > 0
     is_first = distributed.rank() == 0

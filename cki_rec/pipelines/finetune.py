@@ -22,6 +22,7 @@ from cki_rec.engine.restoration import restore
 from cki_rec.engine.trainer import LABELS, Objective
 from cki_rec.models.layers import MASKS
 from cki_rec.pipelines import merge, names, preflight, teacher, train, vocabularies
+from cki_rec.pipelines.foreign_sources import check_own
 from cki_rec.pipelines.history import log_done, valid_auc
 from cki_rec.pipelines.sources import Source, Sources
 
@@ -30,6 +31,7 @@ log = logging.getLogger(__name__)
 
 def run(config: Config) -> float:
     """Fine-tune as configured and log the folder of the model; return its validation AUC."""
+    check_own(config, "finetune")
     if config.finetune.epochs == 0:
         raise UserError("finetune.epochs=0: nothing to do; choose finetune=one_epoch")
     start = time.time()

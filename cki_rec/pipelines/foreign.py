@@ -6,6 +6,7 @@ import logging
 import os
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +21,16 @@ from cki_rec.engine.record import open_run
 from cki_rec.merging.api import merge
 from cki_rec.merging.extras import Extras
 from cki_rec.merging.params import MergeError, Params
+from cki_rec.merging.registry import Score
 from cki_rec.merging.result import MergeResult
 from cki_rec.merging.search import AUTO
-from cki_rec.pipelines import card, preflight
+from cki_rec.pipelines import card, foreign_streamed, preflight, stream_plan
+from cki_rec.pipelines.foreign_evidence import evidence
 from cki_rec.pipelines.foreign_inputs import SampleRows, network_of, rows_of
 from cki_rec.pipelines.foreign_sources import (
     Foreign,
     check_module,
     differences,
-    evidence,
     load,
     open_source,
     tables_of,
@@ -39,7 +41,7 @@ from cki_rec.pipelines.sources import check_distinct
 from cki_rec.plugins import load_function, source_digest
 
 DEFAULTS: dict[str, Any] = {
-    **{"scope": "all", "tables": "same", "biases": "merge", "ablation": "none", "memory_gb": None},
+    **{"scope": "all", "tables": "same", "biases": "merge", "ablation": "none"},
     **{"max_rows": None, "vocabularies": [], "rows": "training", "learn.what": "none"},
 }
 """Options that merges of other programs' checkpoints do not have -> their only value."""
@@ -62,27 +64,38 @@ def run(config: Config) -> None:
         if options.base is not None and "base" in preflight.needs_of(options):
             everyone.append(open_source(options.base, "merge.base", module, stack))
         tables = tables_of(config, sources[0], module)
-        _check(everyone, sources, tables, module, options)
+        check_sources(everyone, tables, module)
+        _check_format(sources[0], options)
+        rows = rows_of(config, module)
+        task = None
+        if options.memory_gb is not None:
+            symmetries = foreign_streamed.symmetries_of(config, module, rows)
+            task = foreign_streamed.prepare(config, everyone, tables, symmetries)
         if config.check_only:
             log.info("the sources fit together: %d tensors each", len(sources[0].parts.names))
+            for line in [] if task is None else foreign_streamed.plan_lines(config, task):
+                log.info("  %s", line)
             return
-        rows = rows_of(config, module)
         if options.method == AUTO and (rows is None or rows.labels is None):
             raise UserError(
                 "merge=auto compares recipes on rows with labels. Set merge.batches to a function"
                 " that returns [(inputs, labels), ...], or merge.data to a file with a column"
                 " label; or choose a method, as merge=average"
             )
-        digests = [source.stored.digest() for source in everyone]
+        digests = foreign_streamed.digests(everyone)
         check_distinct(digests[: len(sources)], [s.path for s in sources], "merge.sources")
         reads = _reads(config, everyone, tables, rows)
         out = Path(config.runtime.out)
         with open_run(out, run_id("merge", reads), config.runtime.force) as done:
             if done.record is None:
                 with done.phase("merge"):
-                    result, facts = _merge(config, everyone, tables, module, rows)
-                with done.phase("write"):
-                    target = _write(options, sources[0], result.params, done.path)
+                    if task is not None:
+                        result, facts, target = foreign_streamed.merge(config, task, done, reads)
+                        facts["evidence"] = {"kind": task.kind, "tables": list(task.counted)}
+                    else:
+                        result, facts = _merge(config, everyone, tables, module, rows)
+                        target = _write(options, sources[0], result.params, done.path)
+                facts |= _common_facts(config, everyone[: len(sources)], tables, rows, facts)
                 facts["sources"] = [
                     {**card.describe(s), "digest": digest}
                     for s, digest in zip(everyone, digests, strict=True)
@@ -98,11 +111,11 @@ def run(config: Config) -> None:
     give(config, done)
 
 
-def _check_options(options: Merge) -> None:
-    """Check that options are those of a merge by the library.
+def check_paths(options: Merge) -> None:
+    """Check that all sources are named by paths, in one process.
 
     Raises:
-        UserError: One is for models that were trained here.
+        UserError: They are not.
     """
     if distributed.world_size() > 1:
         raise UserError("checkpoints of other programs are merged in one process, not by torchrun")
@@ -111,6 +124,17 @@ def _check_options(options: Merge) -> None:
             "merge.sources: name every source by its path; checkpoints of other programs and"
             " trainings of this one cannot be mixed"
         )
+
+
+def _check_options(options: Merge) -> None:
+    """Check that options are those of a merge by the library.
+
+    Raises:
+        UserError: One is for models that were trained here.
+    """
+    check_paths(options)
+    if options.memory_gb is not None:
+        stream_plan.check_streamed(replace(options, dtype=None))
     for key, only in DEFAULTS.items():
         value: Any = options
         for part in key.split("."):
@@ -130,12 +154,8 @@ def _check_options(options: Merge) -> None:
         )
 
 
-def _check(
-    everyone: Sequence[Foreign],
-    sources: Sequence[Foreign],
-    tables: Sequence[str],
-    module: nn.Module | None,
-    options: Merge,
+def check_sources(
+    everyone: Sequence[Foreign], tables: Sequence[str], module: nn.Module | None
 ) -> None:
     """Check that sources fit together, before any tensor is read.
 
@@ -149,10 +169,18 @@ def _check(
         more = f" (and {len(found) - 1} more differences: cki-rec inspect)" if found[1:] else ""
         raise UserError(f"{found[0]}{more}")
     if module is not None:
-        check_module(sources, module)
-    if sources[0].stored.form not in WRITERS and options.format is None:
+        check_module(everyone, module)
+
+
+def _check_format(first: Foreign, options: Merge) -> None:
+    """Check that the result can be written.
+
+    Raises:
+        UserError: It cannot be in the form of the first source.
+    """
+    if first.stored.form not in WRITERS and options.format is None:
         raise UserError(
-            f"{sources[0].path}: is of cki-rec, with features that the other sources lack; set"
+            f"{first.path}: is of cki-rec, with features that the other sources lack; set"
             f" merge.format to {', '.join(WRITERS)}"
         )
 
@@ -167,13 +195,11 @@ def _merge(
     """Return the merge by the library, and facts for its card."""
     options, number = config.merge, len(config.merge.sources)
     kind, counts = evidence(everyone[:number], tables, options.evidence)
-    models = load(everyone, module)
+    models = load(everyone, module, number)
     refine = options.refine
     if refine == "auto" or options.method == AUTO:
         refine = "none"
-    types = sorted({str(x.dtype) for m in models for x in m.values() if x.is_floating_point()})
-    if len(types) > 1:
-        log.info("  sources are of %s; they are merged in float32", ", ".join(types))
+    score = rows.score(module) if rows and module is not None else None
     dtype = None if options.dtype is None else getattr(torch, options.dtype)
     try:
         result = merge(
@@ -188,7 +214,7 @@ def _merge(
             refine=refine,
             effort=options.effort,
             starts=options.align.starts,
-            score=rows.score(module) if rows and module is not None else None,
+            score=score,
             dtype=dtype,
             seed=config.seed,
             extras=None if module is not None else Extras(tables=tables),
@@ -197,11 +223,47 @@ def _merge(
     except MergeError as error:
         hint = _hint(options, tables, kind, module)
         raise UserError(f"merge.method={options.method}: {error}{hint}") from error
+    if score is not None and options.method != AUTO:
+        result = replace(result, scores=_scores(models[:number], result, score))
     floats = {x.dtype for x in result.params.values() if x.is_floating_point()}
     return result, {
         "evidence": {"kind": kind, "tables": list(counts[0]) if counts else []},
+        "types": {"result": sorted(map(str, floats))},
+    }
+
+
+def _scores(sources: Sequence[Params], result: MergeResult, score: Score) -> dict[str, float]:
+    """Return the AUC of every source and of the result; empty if the rows have none."""
+    models = {f"source {k}": model for k, model in enumerate(sources)}
+    try:
+        return {
+            name: score(params)
+            for name, params in {**models, result.recipe: result.params}.items()
+        }
+    except MergeError as error:
+        log.warning("  no AUC of sources and result: %s", error)
+        return {}
+
+
+def _common_facts(
+    config: Config,
+    sources: Sequence[Foreign],
+    tables: Sequence[str],
+    rows: SampleRows | None,
+    facts: dict[str, Any],
+) -> dict[str, Any]:
+    """Return the facts of all merges for the card; ``facts`` has those of this one."""
+    types = {
+        str(entry.dtype)
+        for source in sources
+        for entry in source.parts.entries.values()
+        if entry.dtype.is_floating_point
+    }
+    if len(types) > 1:
+        log.info("  sources are of %s; they are merged in float32", ", ".join(sorted(types)))
+    return {
         "tables": list(tables),
-        "types": {"sources": types, "result": sorted(map(str, floats))},
+        "types": {"sources": sorted(types), **facts["types"]},
         "rows": 0 if rows is None or rows.labels is None else len(rows.labels),
         "seed": config.seed,
     }
@@ -256,4 +318,5 @@ def _recorded(result: MergeResult, facts: dict[str, Any]) -> dict[str, Any]:
         "recipe": result.recipe,
         "scores": result.scores,
         **{name: facts[name] for name in ("model", "evidence", "types")},
+        **({"streamed": facts["streamed"]} if "streamed" in facts else {}),
     }

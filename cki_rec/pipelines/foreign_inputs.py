@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ from typing import Any
 import polars as pl
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from cki_rec.checkpoints.formats.stored import bytes_of
 from cki_rec.config import Config, UserError
@@ -22,6 +25,8 @@ from cki_rec.plugins import load_function
 
 LABEL = "label"
 """Column of labels in ``merge.data``."""
+LARGE = 1 << 20
+"""Entries of a tensor from which a network has a stub in its place, if it may take no memory."""
 BATCH = 4096
 """Rows of a batch of ``merge.data``."""
 
@@ -62,15 +67,39 @@ class SampleRows:
         return value_of
 
 
+class _Stubs(TorchDispatchMode):
+    """Makes large tensors of one row that stands for all, so that no table takes memory."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        first = args[0] if args else None
+        if isinstance(first, Tensor) and func._schema.is_mutable and _is_stub(first):
+            return first  # initial values, which nobody reads
+        if isinstance(first, list | tuple) and all(isinstance(n, int) for n in first):
+            if len(first) > 1 and math.prod(first) > LARGE:
+                row = func([1, *first[1:]], *args[1:], **kwargs)
+                return (row.normal_() if row.is_floating_point() else row).expand(first)
+        return func(*args, **kwargs)
+
+
+def _is_stub(tensor: Tensor) -> bool:
+    return tensor.ndim > 1 and tensor.stride(0) == 0 and tensor.numel() > LARGE
+
+
 def network_of(config: Config) -> nn.Module | None:
     """Return the network that ``merge.module`` makes; None: it is unknown.
+
+    With ``merge.memory_gb`` its tables take no memory: their rows are one row.
 
     Raises:
         UserError: The function is not there, fails, or returns no module.
     """
     if config.merge.module is None:
         return None
-    module = _called(config.merge.module, "merge.module")
+    with nullcontext() if config.merge.memory_gb is None else _Stubs():  # type: ignore[no-untyped-call]
+        module = _called(config.merge.module, "merge.module")
     if not isinstance(module, nn.Module):
         raise UserError(
             f"merge.module={config.merge.module}: returns a {type(module).__name__}; it must"

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from cki_rec.checkpoints.formats import Layout, Stored, is_own, layout, open_stored
 from cki_rec.checkpoints.formats.layout import Naming
 from cki_rec.config import OF_OTHERS, Config, UserError
-from cki_rec.merging.optimizer_state import squared_gradients
 from cki_rec.merging.params import Params, is_finite
 
 KEYS = ("path", "names", "transposed", "counts", "optimizer")
@@ -24,8 +23,6 @@ ARROW = " -> "
 """Between a regular expression and its replacement."""
 TABLE = re.compile(r"emb|table|factor|lookup", re.IGNORECASE)
 """Names of matrices that are taken for tables if the network is unknown."""
-EVIDENCE = ("counts", "optimizer", "scores")
-"""Measures of how often rows were trained, the best one first."""
 SHOWN = 5
 
 
@@ -45,13 +42,25 @@ class Foreign:
         naming = [list(map(list, self.naming.renames)), list(self.naming.transposed)]
         return [self.stored.digest(), *naming, *(stored.digest() for stored in self.beside)]
 
+    def rows(self, name: str, first: int = 0, stop: int | None = None) -> Tensor:
+        """Return rows of a tensor of the model, as they are; all of one stored transposed."""
+        if self.naming.is_transposed(name):
+            return self.naming.restored(name, self.stored.rows(self.parts.names[name]))
+        return self.stored.rows(self.parts.names[name], first, stop)
+
+    def tied(self) -> dict[str, str]:
+        """Return second names of tensors of the model -> their first names."""
+        names = {full: name for name, full in self.parts.names.items()}
+        ties = {name: names.get(self.stored.tied.get(full, "")) for full, name in names.items()}
+        return {name: first for name, first in ties.items() if first is not None}
+
     def tensor(self, name: str) -> Tensor:
         """Return one tensor of the model.
 
         Raises:
             UserError: It has NaN or infinite entries; names the rows.
         """
-        tensor = self.naming.restored(name, self.stored.rows(self.parts.names[name]))
+        tensor = self.rows(name)
         if tensor.is_floating_point() and not is_finite(tensor):
             bad = ~tensor.isfinite()
             rows = bad.reshape(len(bad), -1).any(1).nonzero().flatten() if bad.ndim else bad[None]
@@ -82,6 +91,21 @@ def is_foreign(config: Config) -> bool:
                 " of cki-rec; leave it out"
             )
     return False
+
+
+def check_own(config: Config, pipeline: str) -> None:
+    """Check that all sources of a merge are of this project.
+
+    Raises:
+        UserError: They are not; names the commands that take them.
+    """
+    if is_foreign(config):
+        raise UserError(
+            f"{pipeline} needs models that cki-rec has trained, and their data set. Checkpoints of"
+            " other programs: cki-rec merge; with merge.module and labelled merge.batches it"
+            " reports the AUC of sources and result. Train or score the result with the program"
+            " that wrote them"
+        )
 
 
 def open_source(
@@ -288,90 +312,32 @@ def ties_of(module: nn.Module, source: Foreign) -> dict[str, str]:
     }
 
 
-def load(sources: Sequence[Foreign], module: nn.Module | None) -> list[Params]:
-    """Return the tensors of all sources.
+def _all_names(source: Foreign, ties: Mapping[str, str]) -> list[str]:
+    return list(dict.fromkeys([*source.parts.names, *ties]))
+
+
+def load(everyone: Sequence[Foreign], module: nn.Module | None, num: int) -> list[Params]:
+    """Return the tensors of all sources, and of the base after them.
+
+    Args:
+        everyone: The sources, then the base, if there is one.
+        module: The network, if it is known.
+        num: Number of the sources.
 
     Raises:
         UserError: One has NaN; names tensor and rows. Or two have equal tensors.
     """
     models = []
-    for source in sources:
-        params = {name: source.tensor(name) for name in source.parts.names}
-        ties = {} if module is None else ties_of(module, source)
-        models.append({**params, **{name: params[held] for name, held in ties.items()}})
-    for k, one in enumerate(models):
+    for source in everyone:
+        ties = source.tied()
+        params = {name: source.tensor(name) for name in source.parts.names if name not in ties}
+        ties |= {} if module is None else ties_of(module, source)
+        models.append({name: params[ties.get(name, name)] for name in _all_names(source, ties)})
+    for k, one in enumerate(models[:num]):
         for j in range(k):
             if all(torch.equal(models[j][name], tensor) for name, tensor in one.items()):
                 raise UserError(
-                    f"merge.sources: {sources[j].path} and {sources[k].path} are the same model,"
+                    f"merge.sources: {everyone[j].path} and {everyone[k].path} are the same model,"
                     " tensor by tensor; name every model once"
                 )
     return models
-
-
-def evidence(
-    sources: Sequence[Foreign], tables: Sequence[str], kind: str
-) -> tuple[str, list[Params]]:
-    """Return the measure of how often rows were trained, and per source table -> ``(rows,)``.
-
-    Args:
-        sources: The sources.
-        tables: Names of the tables.
-        kind: ``merge.evidence``.
-
-    Raises:
-        UserError: The configured measure is in no table of all sources.
-    """
-    if kind == "none":
-        return "none", []
-    for word in EVIDENCE if kind == "auto" else (kind,):
-        held = [name for name in tables if all(has_evidence(s, name, word) for s in sources)]
-        if held:
-            return word, [{name: _evidence(s, name, word) for name in held} for s in sources]
-    if kind == "auto":
-        return "none", []
-    lacking = next(
-        (
-            f"{s.path}: {name}"
-            for name in tables
-            for s in sources
-            if not has_evidence(s, name, kind)
-        ),
-        "there is no table",
-    )
-    hint = "; ".join(note for source in sources for note in source.parts.notes)
-    fix = {"counts": "{path: ..., counts: FILE}", "optimizer": "{path: ..., optimizer: FILE}"}
-    more = f", add {fix[kind]}," if kind in fix else ""
-    raise UserError(
-        f"merge.evidence={kind}: {lacking} has none{f' ({hint})' if hint else ''};{more} or use"
-        " merge.evidence=auto"
-    )
-
-
-def has_evidence(source: Foreign, table: str, kind: str) -> bool:
-    """Return whether a source holds a measure of how often the rows of a table were trained."""
-    if kind == "optimizer":
-        rows, held = source.parts.entries[table].shape[0], source.parts.state.get(table, {})
-        shapes = [holder.entries[key].shape for name, (holder, key) in held.items()]
-        is_known = squared_gradients({name: torch.ones(1, 1) for name in held}) is not None
-        return is_known and all(not s or s == (1,) or s[0] % max(1, rows) == 0 for s in shapes)
-    return table in (source.parts.counts if kind == "counts" else source.parts.scores)
-
-
-def _evidence(source: Foreign, table: str, kind: str) -> Tensor:
-    if kind == "optimizer":
-        options: dict[str, Any] = source.parts.groups[0] if source.parts.groups else {}
-        held = source.parts.state[table]
-        state = {name: holder.rows(key) for name, (holder, key) in held.items()}
-        initial = float(options.get("initial_accumulator_value", 0.0))
-        beta = float(options.get("betas", (0.9, 0.999))[1])
-        values = squared_gradients(state, initial, beta)
-        assert values is not None
-        # TorchRec writes the accumulators of the parts of columns one after the other
-        values = values.reshape(-1, source.parts.entries[table].shape[0]).mean(0)
-    else:
-        holder, key = (source.parts.counts if kind == "counts" else source.parts.scores)[table]
-        values = holder.rows(key).double()
-    if not bool((values.isfinite() & (values >= 0)).all()):
-        raise UserError(f"{source.path}: evidence ({kind}) of {table} is negative or not finite")
-    return values

@@ -17,21 +17,20 @@ from torch import nn
 from cki_rec.checkpoints.formats import layout
 from cki_rec.checkpoints.formats.layout import BUFFERS
 from cki_rec.checkpoints.formats.stored import Entry
-from cki_rec.config import Config
+from cki_rec.config import EVIDENCE, Config
 from cki_rec.files import write_atomically
 from cki_rec.merging.api import network_symmetries
 from cki_rec.merging.inputs import sources_of
 from cki_rec.merging.methods import METHODS
 from cki_rec.merging.params import MergeError
 from cki_rec.pipelines import keyed_inspect
+from cki_rec.pipelines.foreign_evidence import has_evidence
 from cki_rec.pipelines.foreign_inputs import SampleRows, network_of, rows_of
 from cki_rec.pipelines.foreign_sources import (
     ARROW,
-    EVIDENCE,
     Foreign,
     check_module,
     differences,
-    has_evidence,
     name_changes,
     open_source,
     tables_of,
@@ -130,11 +129,9 @@ def _tied(source: Foreign, module: nn.Module | None) -> list[list[str]]:
     if module is not None:
         for name, parameter in module.named_parameters(remove_duplicate=False):
             groups.setdefault(id(parameter), []).append(name)
-    elif source.stored.form == "torch":
+    else:
         for name, full in source.parts.names.items():
-            tensor = source.stored.rows(full)
-            place = (tensor.data_ptr(), tensor.shape, tensor.dtype) if tensor.numel() else name
-            groups.setdefault(place, []).append(name)
+            groups.setdefault(source.stored.tied.get(full, full), []).append(name)
     return [names for names in groups.values() if len(names) > 1]
 
 

@@ -13,6 +13,7 @@ from torch import nn
 
 from cki_rec import checkpoints
 from cki_rec.checkpoints import CHECKPOINT, DESCRIPTION, Checkpoint
+from cki_rec.checkpoints.formats import is_own
 from cki_rec.config import Config, UserError, nearest
 from cki_rec.data.dataset import EncodedDataset
 from cki_rec.data.encoding import tokens
@@ -117,6 +118,12 @@ def find(config: Config, pipeline: str) -> Named:
         is_of_run = folder.name == CHECKPOINT
         home = folder.resolve().parent if is_of_run else folder
         return Named(folder, home, _run_id(home) if is_of_run else None)
+    if not is_own(folder):
+        raise UserError(
+            f"run={config.run}: a checkpoint of another program; {pipeline} needs a model that"
+            " cki-rec has trained, and its fields. Use it with the program that wrote it"
+            " (docs/how_to/checkpoints.md)"
+        )
     if not (folder / RECORD).is_file():
         if (folder / CHECKPOINT).is_dir():
             raise UserError(

@@ -40,7 +40,8 @@ from cki_rec.pipelines import (
     train,
     vocabularies,
 )
-from cki_rec.pipelines.compatibility import compare, counts_of, finite, require, type_name
+from cki_rec.pipelines.compatibility import compare, finite, note_types, require
+from cki_rec.pipelines.evidence import counts_of, kind_of
 from cki_rec.pipelines.foreign_sources import is_foreign
 from cki_rec.pipelines.keyed_sources import is_keyed
 from cki_rec.pipelines.merge_identity import merge_reads
@@ -207,9 +208,7 @@ def warn_if_unchanged(config: Config, result: dict[str, Any]) -> None:
 
 
 def _result(**entries: Any) -> dict[str, Any]:
-    names = (
-        *("shares", "chosen", "learned", "alignment", "anchor", "recalibration", "valid_auc"),
-    )
+    names = ("shares", "chosen", "learned", "alignment", "anchor", "recalibration", "valid_auc")
     return {**dict.fromkeys(names), **entries}
 
 
@@ -313,6 +312,7 @@ def _merge(
     checkpoints = joined.checkpoints[: len(models.merged)]
     base = joined.checkpoints[-1] if models.base is not None else None
     first = checkpoints[0]
+    run.facts["evidence"] = kind_of(checkpoints, config.merge.evidence)
     try:
         merged = _merge_params(config, checkpoints, base, dataset, joined)
     except NotPossible as error:
@@ -343,10 +343,8 @@ def _merge(
         learned=_learning_facts(merged.learned),
         recalibration=asdict(merged.calibration) if merged.calibration else None,
     )
-    types = {type_name(tensor) for each in loaded for tensor in each.params.values()}
-    if len(types) > 1 or config.merge.dtype is not None:
-        result["types"] = sorted({type_name(tensor) for tensor in merged.params.values()})
-        log.info("  sources of %s; result in %s", ", ".join(sorted(types)), *result["types"])
+    types = [tensor.dtype for tensor in merged.params.values()]
+    note_types(result, loaded, types, config.merge.dtype is not None)
     if folders:
         if distributed.rank() == 0:
             vocabularies.write(run.path / tokens.FOLDER, joined, folders)
@@ -375,7 +373,7 @@ def _merge_params(
         models,
         options.method,
         base=None if base is None else base.params,
-        counts=counts_of(checkpoints, preflight.needs_counts(options)),
+        counts=counts_of(checkpoints, preflight.needs_counts(options), options.evidence),
         symmetries=network.symmetries,
         module=activations.network if activations else network.module,
         batches=activations.batches if activations else None,

@@ -25,7 +25,7 @@ from cki_rec.merging.params import Params
 from cki_rec.merging.perturbation import permute
 from cki_rec.merging.statistics import ActivationStatistics
 from cki_rec.models import build_model
-from cki_rec.pipelines.compatibility import counts_of
+from cki_rec.pipelines.evidence import counts_of
 from cki_rec.pipelines.vocabularies import Joined
 
 HEAD = re.compile(r"mlp\.(?:layers\.(\d+)\.)?")
@@ -139,7 +139,7 @@ def learning(
             config.seed,
             auc,
             f"gates of {_title(config)}",
-            counts_of(checkpoints, is_needed=False),
+            counts_of(checkpoints, is_needed=False, kind=options.evidence),
             joined.owners,
         )
 

@@ -86,7 +86,7 @@ def candidate_logits(
         logits = {}
         for split, part in candidates.items():
             blocks = [
-                predict(module, rows, schema, np.arange(len(rows)), device)
+                predict(module, rows, schema, np.arange(len(rows)), device, part.width)
                 for rows in candidate_blocks(dataset, part)
             ]
             scores = np.concatenate([np.empty(0, np.float32), *blocks])

@@ -142,20 +142,19 @@ def _check_before_training(config: Config, base: Mapping[str, Any] | None) -> No
         UserError: Their networks, features, tables or optimizers differ.
     """
     deltas = [*config.merge.sources, *([] if base is None else [base])]
-    outlines, is_missing = [], False
-    for place, delta in enumerate(deltas):
-        option = "merge.sources" if place < len(config.merge.sources) else "merge.base"
-        if "path" in delta:
-            outlines.append(outline(named_folder(delta, option)))
-            continue
-        changed = with_delta(config, dict(delta), option)
-        planned, is_trained = train.outline_of(changed)
-        outlines.append(planned)
-        is_missing = is_missing or not is_trained
-    if is_missing:
-        names = [title(delta) for delta in deltas]
-        is_joined = bool(config.merge.vocabularies)
-        compatibility.require(compatibility.compare(outlines, names, is_joined))
+    options = ["merge.sources"] * len(config.merge.sources) + ["merge.base"] * (base is not None)
+    planned = [
+        None if "path" in delta else train.outline_of(with_delta(config, dict(delta), option))
+        for delta, option in zip(deltas, options, strict=True)
+    ]
+    if all(each is None or each[1] for each in planned):
+        return
+    outlines = [
+        outline(named_folder(delta, option)) if each is None else each[0]
+        for delta, option, each in zip(deltas, options, planned, strict=True)
+    ]
+    names, is_joined = [title(delta) for delta in deltas], bool(config.merge.vocabularies)
+    compatibility.require(compatibility.compare(outlines, names, is_joined))
 
 
 def _resolve(config: Config, delta: Mapping[str, Any], option: str) -> Source:

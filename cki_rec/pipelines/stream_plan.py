@@ -5,15 +5,15 @@ from __future__ import annotations
 import os
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
-from cki_rec.checkpoints import TENSORS, Checkpoint
 from cki_rec.config import Config, Merge, UserError
 from cki_rec.engine import distributed
 from cki_rec.engine.embeddings import table_of
-from cki_rec.merging.params import BLOCK
+from cki_rec.merging.params import BLOCK, Params
 from cki_rec.merging.registry import Method
 from cki_rec.pipelines import preflight
 from cki_rec.pipelines.compatibility import num_bytes
@@ -24,6 +24,8 @@ SMALLEST = 256
 """Rows of the smallest block."""
 INPUTS_HELD, ROWS_HELD = 4, 16
 """Copies of a block: of all that is read, and of the rows of one model in a computation."""
+MOST_THREADS = 4
+"""Threads beyond which one that writes is the slowest, if ``runtime.threads`` sets no number."""
 PROBE = 1 << 26
 """Bytes that are read and written to estimate the time."""
 
@@ -34,6 +36,8 @@ class Plan:
 
     rows: int
     """Rows of a block."""
+    threads: int
+    """Threads of a process that merge blocks."""
     memory: float
     """Bytes that all processes of this machine may take."""
     needed: float
@@ -43,6 +47,27 @@ class Plan:
     read: int
     """Bytes that all processes read."""
     written: int
+
+
+class Outline(Protocol):
+    """The tensors of a source on ``meta``: of its model, and of all that is read beside it."""
+
+    @property
+    def params(self) -> Params:
+        """Return those of the model."""
+
+    @property
+    def accumulators(self) -> Params:
+        """Return those with a row per row of a table, by the name of its parameter."""
+
+    @property
+    def counts(self) -> Params:
+        """Return counts, by the names of tables."""
+
+
+def tables_of(params: Iterable[str]) -> dict[str, str]:
+    """Return the parameters of a network of ours that are tables -> the names of their counts."""
+    return {name: table for name in params if (table := table_of(name))}
 
 
 def check_options(config: Config) -> None:
@@ -76,7 +101,6 @@ def check_streamed(options: Merge) -> None:
         "recalibrate=true": options.recalibrate,
         f"learn.what={options.learn.what}": options.learn.what != "none",
         f"ablation={options.ablation}": options.ablation != "none",
-        f"dtype={options.dtype}": options.dtype is not None,
         "vocabularies": bool(options.vocabularies),
         f"method={options.method}": preflight.needs_rows(options),
     }.items():
@@ -87,13 +111,16 @@ def check_streamed(options: Merge) -> None:
             )
 
 
-def plan_of(config: Config, outlines: Sequence[Checkpoint], num_sources: int) -> Plan:
+def plan_of(
+    config: Config, outlines: Sequence[Outline], num_sources: int, tables: Mapping[str, str]
+) -> Plan:
     """Return the plan of a merge.
 
     Args:
         config: The configuration.
         outlines: Of the sources, then of the base, if there is one.
         num_sources: Number of the sources.
+        tables: Parameters that are tables -> names of their counts.
 
     Raises:
         UserError: The budget is below the smallest block.
@@ -101,14 +128,14 @@ def plan_of(config: Config, outlines: Sequence[Checkpoint], num_sources: int) ->
     options, first = config.merge, outlines[0]
     assert options.memory_gb is not None
     rule, (_, processes) = preflight.method_of(options), distributed.local_position()
-    tables = [name for name in first.params if table_of(name)]
     dense = sum(
         num_bytes({n: saved.params[n]})
         for saved in outlines
         for n in saved.params
         if n not in tables
     )
-    per_row = max((_row_bytes(outlines, name) for name in tables), default=0)
+    threads = config.runtime.threads or min(MOST_THREADS, (os.cpu_count() or 1) // processes) or 1
+    per_row = threads * max((_row_bytes(outlines, *table) for table in tables.items()), default=0)
     fixed = PROCESS_BYTES + 3 * dense
     budget = options.memory_gb * 1e9 / processes - fixed
     rows = BLOCK
@@ -129,6 +156,7 @@ def plan_of(config: Config, outlines: Sequence[Checkpoint], num_sources: int) ->
     written = num_bytes(first.params) + state[0]
     return Plan(
         rows,
+        threads,
         options.memory_gb * 1e9,
         processes * (fixed + rows * per_row),
         passes,
@@ -137,20 +165,26 @@ def plan_of(config: Config, outlines: Sequence[Checkpoint], num_sources: int) ->
     )
 
 
-def described(plan: Plan, folder: Path, out: Path) -> Iterator[str]:
-    """Yield the plan in words, with the time that it takes at the speed of these disks."""
+def described(plan: Plan, files: Iterable[Path], out: Path) -> Iterator[str]:
+    """Yield the plan in words, with the time that it takes at the speed of these disks.
+
+    Args:
+        plan: The plan.
+        files: Files of a source.
+        out: Folder of the result.
+    """
     yield f"streams tables in blocks of {plan.rows:,} rows; they are read {plan.passes} times"
     yield (
         f"reads {plan.read / 1e9:.2f} GB, writes {plan.written / 1e9:.2f} GB; takes about"
         f" {plan.needed / 1e9:.2f} GB of memory, the budget is {plan.memory / 1e9:.2f} GB"
     )
-    seconds = plan.read / _read_rate(folder) + plan.written / _write_rate(out)
+    seconds = plan.read / _read_rate(files) + plan.written / _write_rate(out)
     yield f"about {max(1, round(seconds)):,} s for reading and writing alone"
 
 
-def _row_bytes(outlines: Sequence[Checkpoint], name: str) -> int:
+def _row_bytes(outlines: Sequence[Outline], name: str, table: str) -> int:
     """Return the bytes of memory that one row of a table takes, with all that is made of it."""
-    inputs, table = 0, table_of(name)
+    inputs = 0
     for saved in outlines:
         for tensor in (saved.params[name], saved.accumulators.get(name)):
             if tensor is not None:
@@ -160,9 +194,9 @@ def _row_bytes(outlines: Sequence[Checkpoint], name: str) -> int:
     return INPUTS_HELD * inputs + ROWS_HELD * wide
 
 
-def _read_rate(folder: Path) -> float:
+def _read_rate(files: Iterable[Path]) -> float:
     """Return bytes per second of reading a source."""
-    file = max((folder / TENSORS).glob("*.distcp"), key=lambda path: path.stat().st_size)
+    file = max(files, key=lambda path: path.stat().st_size)
     start = time.perf_counter()
     with file.open("rb") as content:
         size = len(content.read(PROBE))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import resource
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -29,6 +30,8 @@ GB = 16_000_000
 """Rows of 16 columns in float32 that take about one GB."""
 BLOCK, READ = 1 << 16, 1 << 24
 METHODS = ("merge=cki_dual_soft", "merge=aligned_weights")
+TORCHRUN = ("-m", "torch.distributed.run", "--nproc-per-node", "2")
+ROUNDS = 3
 MEMORY_GB = 1.5
 
 
@@ -45,6 +48,15 @@ def merge_streamed_memory(config: Config, gigabytes: int = 1) -> Figure:
     return Figure(max(entry["peak"] for entry in measured) / 1e9, _detail(measured))
 
 
+def merge_streamed_processes(config: Config, gigabytes: int = 4) -> Figure:
+    """Return the time of one process with one thread over that of two processes of one each."""
+    rounds = _measured(gigabytes, "processes")
+    alone, both = ([each[key] for each in rounds] for key in ("alone", "both"))
+    ratios = [one / two for one, two in zip(alone, both, strict=True)]
+    each = "; ".join(f"{one:.1f} and {two:.1f} s" for one, two in zip(alone, both, strict=True))
+    return Figure(statistics.median(ratios), f"{METHODS[0]}, {gigabytes} GB, whole commands: {each}")
+
+
 def _detail(measured: list[dict[str, float | str]]) -> str:
     return "; ".join(
         f"{m['method']}, sources of {m['bytes'] / 1e9:.1f} GB: {m['seconds']:.1f} s"
@@ -54,30 +66,50 @@ def _detail(measured: list[dict[str, float | str]]) -> str:
     )
 
 
-def _measured(gigabytes: int) -> list[dict]:
-    command = [sys.executable, __file__, str(gigabytes)]
+def _measured(gigabytes: int, what: str = "plain") -> list[dict]:
+    command = [sys.executable, __file__, str(gigabytes), what]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     figures: list[dict] = json.loads(done.stdout.splitlines()[-1])
     return figures
 
 
-def measure(gigabytes: float, folder: Path) -> list[dict]:
-    """Return time and memory of merges of two sources of this size."""
+def sources_of(gigabytes: float, folder: Path) -> list[Path]:
+    """Write two sources of this size."""
     sources = [folder / "a", folder / "b"]
     for seed, source in enumerate(sources):
         write_source(source, seed, int(GB * gigabytes))
-    results = []
+    return sources
+
+
+def merge(method: str, sources: list[Path], folder: Path, *launch: str, threads: int = 0) -> None:
+    """Run a merge command."""
+    paths = ",".join(f"{{path: {source}}}" for source in sources)
+    words = [method, f"merge.sources=[{paths}]", f"merge.memory_gb={MEMORY_GB}"]
+    words += [f"runtime.out={folder}/out", f"runtime.threads={threads}"]
+    command = [sys.executable, *launch, "-m", "cki_rec", "merge", *words]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+
+
+def measure_processes(gigabytes: float, folder: Path) -> list[dict]:
+    """Return the time of one process and of two processes in each round."""
+    sources, rounds = sources_of(gigabytes, folder), []
+    for _ in range(ROUNDS):
+        rounds.append({})
+        for name, launch in (("alone", ()), ("both", TORCHRUN)):
+            start = time.perf_counter()
+            merge(METHODS[0], sources, folder, *launch, threads=1)
+            rounds[-1][name] = time.perf_counter() - start
+            subprocess.run(["rm", "-r", str(folder / "out")], check=True)
+    return rounds
+
+
+def measure(gigabytes: float, folder: Path) -> list[dict]:
+    """Return time and memory of merges of two sources of this size."""
+    sources, results = sources_of(gigabytes, folder), []
     for method in METHODS:
         before = plain_seconds(sources, folder)
-        paths = ",".join(f"{{path: {source}}}" for source in sources)
-        words = [method, f"merge.sources=[{paths}]", f"merge.memory_gb={MEMORY_GB}"]
-        words += [f"runtime.out={folder}/out"]
         start, used = time.perf_counter(), _processor_seconds()
-        subprocess.run(
-            [sys.executable, "-m", "cki_rec", "merge", *words],
-            check=True,
-            stdout=subprocess.DEVNULL,
-        )
+        merge(method, sources, folder)
         seconds, used = time.perf_counter() - start, _processor_seconds() - used
         after = plain_seconds(sources, folder)
         size = sum(path.stat().st_size for path in (sources[0] / TENSORS).iterdir())
@@ -165,4 +197,5 @@ def write_source(folder: Path, seed: int, rows: int) -> None:
 
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as name:
-        print(json.dumps(measure(float(sys.argv[1]), Path(name))))
+        form = measure_processes if sys.argv[2:] == ["processes"] else measure
+        print(json.dumps(form(float(sys.argv[1]), Path(name))))

@@ -163,6 +163,9 @@ BENCHMARKS: dict[str, Benchmark] = {
         merge_streamed.merge_streamed_time, "times reading both and writing one", "below", 2.5
     ),
     "merge_streamed_memory": Benchmark(merge_streamed.merge_streamed_memory, "GB", "below", 1.5),
+    "merge_streamed_processes": Benchmark(
+        merge_streamed.merge_streamed_processes, "times one process", "above", 1.5
+    ),
     "merge_keyed_rate": Benchmark(
         merge_keyed.merge_keyed_rate, "keys per s of processor time", "above", 1_000_000
     ),

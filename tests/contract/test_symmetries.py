@@ -10,6 +10,7 @@ from networks import (
     CASES,
     MIXED,
     ON_MIXED,
+    SLOW,
     act,
     build,
     draw_batch,
@@ -20,6 +21,7 @@ from networks import (
     random_element,
     titles,
 )
+from samples import slow_but
 
 from cki_rec.config import parse
 from cki_rec.engine.embeddings import build as build_sharded
@@ -27,6 +29,8 @@ from cki_rec.merging.repair import recalibrate
 from cki_rec.merging.symmetry import Slice, Symmetry
 from cki_rec.models import model_schema
 from cki_rec.models.symmetries import separate_bases
+
+ALL = [*CASES, *ON_MIXED]
 
 
 class Subject:
@@ -90,7 +94,7 @@ def test_logits_do_not_change(title, key):
     torch.testing.assert_close(subject.score(state), subject.logit_B, rtol=1e-10, atol=1e-10)
 
 
-@titles
+@pytest.mark.parametrize("title", slow_but([t for t in ALL if t not in (*SLOW, "sasrec")], ALL))
 def test_no_slice_is_superfluous(title):
     subject = Subject(title)
     for symmetry in subject.symmetries:

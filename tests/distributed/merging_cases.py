@@ -16,7 +16,7 @@ import torch
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from training import options
 
-from cki_rec.checkpoints import checkpoint
+from cki_rec.checkpoints import checkpoint, reader
 from cki_rec.cli import main
 from cki_rec.data.provenance import Provenance
 from cki_rec.data.schema import Feature, FeatureSchema
@@ -58,6 +58,7 @@ MISTAKES = {
     ),
 }
 """What is refused, and with which words."""
+WORDS = [*EXACT.values(), *ALIGNED.values(), *SUMS.values(), *STREAMED.values()]
 
 
 def of(*names: str) -> str:
@@ -136,7 +137,9 @@ def run(folder: Path, sources: Path) -> None:
     a, b, start = (str(sources / name) for name in ("a", "b", "start"))
     begun, found = f"merge.base={{path: {start}}}", {}
     for case, words in {**EXACT, **ALIGNED, **SUMS}.items():
-        found[case] = merge_sources(folder, case, of(a, b), begun, *words)
+        bound = 0 if case == "evidence" else reader.SMALL_BYTES  # 0: read as large tensors are
+        with patch.object(reader, "SMALL_BYTES", bound):
+            found[case] = merge_sources(folder, case, of(a, b), begun, *words)
     again = str(merged(folder, "evidence"))
     found["again"] = merge_sources(folder, "again", of(again, b), "merge=evidence")
     if distributed.world_size() > 1:

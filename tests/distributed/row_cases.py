@@ -50,6 +50,7 @@ COMMANDS = {
     "found": ("merge", "merge=evidence", "check_only=true"),
 }  # fmt: skip
 """Commands that read rows; all but the last one write a record."""
+WORDS = [words for _, *words in COMMANDS.values()]
 
 
 def random_params(schema, model, seed: int) -> Params:

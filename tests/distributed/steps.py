@@ -1,24 +1,31 @@
 """What every process of ``test_world_sizes.py`` runs; also imported there, as the only process.
 
-    torchrun --nproc-per-node 2 steps.py FOLDER RAW ENCODED SOURCES [CHECKPOINT]
+    python steps.py NUMBER FOLDER RAW ENCODED SOURCES [CHECKPOINT]
 
+It forks as many processes, as torchrun would start them: packages are imported once.
 Results go to the folder: checkpoints by case and plan, arrays and messages by process.
 """
 
 from __future__ import annotations
 
+import importlib
 import json
+import os
+import signal
 import sys
+import traceback
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.distributed import TCPStore
 
 TESTS = Path(__file__).resolve().parents[1]
 if __name__ == "__main__":
     sys.path.insert(0, str(TESTS))
 
+import composition  # noqa: E402
 import merging_cases  # noqa: E402
 import row_cases  # noqa: E402
 from networks import SCHEMAS, draw_batch, select  # noqa: E402
@@ -49,6 +56,7 @@ CASES = {
     "gru4rec": ("short", ("model=gru4rec", "model.sequence.length=4", "model.sequence.dropout=0")),
     "dlrm": ("mixed", ("model=dlrm",)),
 }
+CHOICES = [words[:1] for _, words in CASES.values()]
 # Embeddings start at 0.1 and rates are 0.01: Adagrad's first step is the rate times the sign of
 # the gradient, so where embeddings and with them gradients are near zero it would turn
 # differences in rounding into differences of two rates.
@@ -264,7 +272,39 @@ def main(folder: Path, raw: str, encoded: Path, sources: Path, found: Path | Non
     (folder / "rows" / f"process-{distributed.rank()}.json").write_text(json.dumps(found))
 
 
+def fork(num: int, *arguments: object) -> int:
+    """Run ``main`` in as many processes; return 0 if all of them end well."""
+    store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    shared = {"WORLD_SIZE": num, "LOCAL_WORLD_SIZE": num, "MASTER_ADDR": "localhost"}
+    shared |= {"MASTER_PORT": store.port, "TORCHELASTIC_USE_AGENT_STORE": True}
+    shared |= {"TORCHELASTIC_RESTART_COUNT": 0, "PYTHONWARNINGS": "ignore"}
+    children = []
+    for rank in range(num):
+        if not (child := os.fork()):
+            own = {"RANK": rank, "LOCAL_RANK": rank, "GROUP_RANK": 0}
+            os.environ.update({name: str(value) for name, value in (shared | own).items()})
+            try:
+                main(*arguments)
+                leave(0)
+            except BaseException:
+                traceback.print_exc()
+                os._exit(1)
+        children.append(child)
+    for _ in range(num):
+        child, status = os.wait()
+        children.remove(child)
+        if status:
+            for other in children:
+                os.kill(other, signal.SIGKILL)
+            return 1
+    return 0
+
+
 if __name__ == "__main__":
-    first, raw_zip, *others = sys.argv[1:]
-    main(Path(first), raw_zip, *map(Path, others))
-    leave(0)
+    number, first, raw_zip, *others = sys.argv[1:]
+    with composition.done_once():  # once for all processes, as the imports
+        for words in ((), *CHOICES, *merging_cases.WORDS, *row_cases.WORDS):
+            options(*words)
+        for name in ("assess", "check_only", "evaluate", "merge"):
+            importlib.import_module(f"cki_rec.pipelines.{name}")
+        sys.exit(fork(int(number), Path(first), raw_zip, *map(Path, others)))

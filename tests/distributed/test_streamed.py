@@ -15,6 +15,7 @@ import torch.distributed.checkpoint as dcp
 from merging_cases import SIZES, merge_sources, merged, of, write
 
 from cki_rec.checkpoints import TENSORS, checkpoint, file_digests, read_tensors
+from cki_rec.checkpoints.rows import RowReader
 from cki_rec.checkpoints.tensors import ignore_dcp_warnings
 from cki_rec.engine.block_writer import BlockWriter, write_metadata
 from cki_rec.pipelines import stream_plan
@@ -196,15 +197,60 @@ def test_a_source_that_changes_is_noticed(sources, tmp_path, monkeypatch):
     assert not [*(tmp_path / "disk").glob("merge-*"), *(tmp_path / "disk").glob("partial")]
 
 
-def test_a_full_disk_is_one_line(sources, tmp_path, monkeypatch):
-    def fail(*_):
-        raise OSError(errno.ENOSPC, "No space left on device", "there")
+def test_a_full_disk_is_one_line_and_the_merge_goes_on(
+    sources, tmp_path, small_blocks, monkeypatch
+):
+    case, append, written, most = "merge=aligned_weights", BlockWriter._append, [], [10**6]
 
-    monkeypatch.setattr(BlockWriter, "_append", fail)
-    code, said = streamed(tmp_path, sources, "merge=average")
+    def limited(self, *block):
+        if len(written) == most[0]:
+            raise OSError(errno.ENOSPC, "No space left on device", "there")
+        append(self, *block)
+        written.append(block[0])
+
+    monkeypatch.setattr(BlockWriter, "_append", limited)
+    assert streamed(tmp_path / "whole", sources, case) == (0, "")
+    total = len(written)
+    most[0] = total + 9
+    code, said = streamed(tmp_path / "full", sources, case)
     assert (code, said.count("\n")) == (2, 1)
-    assert "No space left on device; free space there" in said
-    assert not [*(tmp_path / "disk").glob("merge-*"), *(tmp_path / "disk").glob("partial")]
+    assert "cannot write there: No space left on device; free space there, then run" in said
+    assert not [*(tmp_path / "full" / "disk").glob("merge-*")]
+    most[0] = 10**6
+    assert streamed(tmp_path / "full", sources, case) == (0, "")
+    assert len(written) == 2 * total  # no block twice
+    assert digests(tmp_path / "full") == digests(tmp_path / "whole")
+    assert not (tmp_path / "full" / "disk" / "partial").exists()
+
+
+def test_threads_do_not_change_the_digests(sources, tmp_path, small_blocks):
+    for number in (1, 3):
+        how = ("merge=cki_dual_soft", "merge.align.by=weights", f"runtime.threads={number}")
+        assert streamed(tmp_path / str(number), sources, *how) == (0, "")
+    assert digests(tmp_path / "1") == digests(tmp_path / "3")
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_the_type_of_a_streamed_model_is_that_of_memory(sources, tmp_path, small_blocks, dtype):
+    narrow = torch.float32 if dtype == "bfloat16" else torch.bfloat16
+
+    def change(params):
+        params.update({name: tensor.to(narrow) for name, tensor in params.items()})
+
+    for seed, name in enumerate(("narrow a", "narrow b")):
+        write(sources, name, seed, change=change)
+    named = of(*(f"'{sources / n}'" for n in ("narrow a", "narrow b")))
+    how = (named, "merge=cki_dual_soft", f"merge.dtype={dtype}")
+    assert merge_sources(tmp_path, "memory", *how) == (0, "")
+    assert merge_sources(tmp_path, "disk", *how, "merge.memory_gb=2") == (0, "")
+    runs = [merged(tmp_path, case) for case in ("memory", "disk")]
+    one, many = (checkpoint.load(run / "checkpoint").params for run in runs)
+    for name, tensor in one.items():
+        assert many[name].dtype == tensor.dtype == getattr(torch, dtype)
+        slack = 1e-2 if dtype == "bfloat16" else 1e-6
+        torch.testing.assert_close(many[name], tensor, rtol=slack, atol=slack, msg=name)
+    results = [json.loads((run / "record.json").read_text())["result"]["types"] for run in runs]
+    assert results[0] == results[1] == [dtype]
 
 
 def test_the_plan_of_a_streamed_merge_is_printed(sources, tmp_path, capfd):
@@ -213,6 +259,35 @@ def test_the_plan_of_a_streamed_merge_is_printed(sources, tmp_path, capfd):
     assert "streams tables in blocks of 65,536 rows; they are read 3 times" in said
     assert "GB of memory, the budget is 2.00 GB" in said
     assert not (tmp_path / "disk").exists()
+
+
+def test_blocks_of_any_shape_and_type_are_read_by_torch_and_by_rows(tmp_path):
+    noise, folder = torch.Generator().manual_seed(0), tmp_path / "checkpoint" / TENSORS
+    folder.mkdir(parents=True)
+    shapes = {"scalar": (), "empty": (0, 3), "vector": (7,), "table": (20, 3)}
+    types = (torch.float32, torch.float64, torch.bfloat16, torch.int64)
+    tensors = {
+        f"{name}.{dtype}": (8 * torch.randn(shape, generator=noise)).to(dtype)
+        for name, shape in shapes.items()
+        for dtype in types
+    }
+    with BlockWriter(folder, 0, resume=False) as writer:
+        for name, tensor in tensors.items():
+            for first in range(0, len(tensor), 7) if name.startswith("table") else [0]:
+                part = tensor[first : first + 7] if tensor.ndim else tensor
+                writer.write(name, first, part)
+        writer.finish()
+        forms = {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
+        write_metadata(folder, writer.written, forms)
+    plain = {name: torch.empty_like(tensor) for name, tensor in tensors.items()}
+    with ignore_dcp_warnings():
+        dcp.load(plain, checkpoint_id=folder, no_dist=True)
+    with RowReader(folder.parent, "it") as reader:
+        for name, tensor in tensors.items():
+            assert torch.equal(plain[name], tensor)
+            assert torch.equal(reader.read(name), tensor)
+            if name.startswith("table"):
+                assert torch.equal(reader.read(name, 5, 15), tensor[5:15])
 
 
 @pytest.mark.slow

@@ -41,12 +41,6 @@ def is_noise(case: str, name: str) -> bool:
     return case == "batch norm" and ("mlp.layers.0.bias" in name or "running_mean" in name)
 
 
-def torchrun(num: int, *words: object) -> list[str]:
-    """Return the command that starts so many processes."""
-    launcher = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone"]
-    return [*launcher, f"--nproc-per-node={num}", *map(str, words)]
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("worlds")
@@ -73,12 +67,11 @@ class Worlds(dict):
 
     def __missing__(self, num: int) -> Path:
         path = self.folder / str(num)
-        words = [SCRIPT, path, self.raw, self.folder / "encoded", self.folder / "sources"]
+        words = [path, self.raw, self.folder / "encoded", self.folder / "sources"]
         words += [self[2]] if num == 3 else []
         (path / "merged").mkdir(parents=True)
-        done = subprocess.run(
-            torchrun(num, *words), capture_output=True, text=True, check=False, timeout=300
-        )
+        command = [sys.executable, "-W", "ignore", str(SCRIPT), str(num), *map(str, words)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
         assert done.returncode == 0, done.stderr[:3000] + done.stderr[-2000:]
         self[num] = path
         return path

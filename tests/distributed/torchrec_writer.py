@@ -1,6 +1,10 @@
 """Trains a model of TorchRec on several processes, and writes it as its users do: by DCP.
 
-``torchrun --nproc-per-node 2 tests/distributed/torchrec_writer.py FOLDER SEED``
+``torchrun --nproc-per-node 2 tests/distributed/torchrec_writer.py train FOLDER SEED [FACTOR DIM]``
+``torchrun --nproc-per-node 2 tests/distributed/torchrec_writer.py score FOLDER FILE [FACTOR DIM]``
+
+``score`` loads a checkpoint into the sharded model, and writes its scores of fixed rows. FACTOR
+multiplies the rows of tables.
 """
 
 import sys
@@ -26,33 +30,36 @@ from torchrec.optim.optimizers import in_backward_optimizer_filter
 from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 
 SIZES = {"user": 50, "item": 30, "city": 20}
+DIM = 8
 
 
 class Ranker(nn.Module):
-    def __init__(self, device):
+    def __init__(self, device, factor=1, dim=DIM):
         super().__init__()
         tables = [
-            EmbeddingBagConfig(name=n, num_embeddings=r, embedding_dim=8, feature_names=[n])
+            EmbeddingBagConfig(
+                name=n, num_embeddings=factor * r, embedding_dim=dim, feature_names=[n]
+            )
             for n, r in SIZES.items()
         ]
         self.tables = EmbeddingBagCollection(device=torch.device(device), tables=tables)
-        self.head = nn.Linear(24, 1)
+        self.head = nn.Linear(3 * dim, 1)
 
     def forward(self, ids):
         return self.head(self.tables(ids).values()).squeeze(1)
 
 
-def ids_of(draw, rows=16):
-    values = [torch.randint(size // 2, (rows,), generator=draw) for size in SIZES.values()]
+def ids_of(draw, factor=1, rows=16):
+    sizes = [factor * size // 2 for size in SIZES.values()]
+    values = [torch.randint(size, (rows,), generator=draw) for size in sizes]
     lengths = torch.ones(rows * len(SIZES), dtype=torch.int32)
     return KeyedJaggedTensor.from_lengths_sync(list(SIZES), torch.cat(values), lengths)
 
 
-def main(folder, seed):
-    dist.init_process_group("gloo")
-    torch.manual_seed(seed)
+def sharded(factor, dim):
+    """Return a model whose tables are divided by rows, whole, and by columns; its optimizer."""
     world, sharder = dist.get_world_size(), EmbeddingBagCollectionSharder()
-    network = Ranker("meta")
+    network = Ranker("meta", factor, dim)
     apply_optimizer_in_backward(RowWiseAdagrad, network.tables.parameters(), {"lr": 0.1})
     rules = {
         "user": row_wise(compute_kernel="fused"),
@@ -75,19 +82,49 @@ def main(folder, seed):
     dense = KeyedOptimizerWrapper(
         dict(in_backward_optimizer_filter(model.named_parameters())), torch.optim.Adam
     )
-    optimizer = CombinedOptimizer([model.fused_optimizer, dense])
+    return model, CombinedOptimizer([model.fused_optimizer, dense])
+
+
+def train(folder, seed, factor, dim):
+    torch.manual_seed(seed)
+    model, optimizer = sharded(factor, dim)
     draw = torch.Generator().manual_seed(100 * seed + dist.get_rank())
     for _ in range(3):
         optimizer.zero_grad()
-        model(ids_of(draw)).square().sum().backward()
+        model(ids_of(draw, factor)).square().sum().backward()
         optimizer.step()
     dcp.save({"model": model.state_dict(), "optim": optimizer.state_dict()}, checkpoint_id=folder)
-    scores = model(ids_of(torch.Generator().manual_seed(7))).detach()
+    write_scores(model, Path(folder) / "scores.pt", factor)
+
+
+def score(folder, file, factor, dim):
+    model, _ = sharded(factor, dim)
+    state = model.state_dict()
+    dcp.load({"model": state}, checkpoint_id=folder)
+    model.load_state_dict(state)
+    write_scores(model, file, factor)
+
+
+def write_scores(model, file, factor):
+    """Write the scores of fixed rows, what the head reads for them, and the head."""
+    network, seen = model.module, []
+    handle = network.head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    scores = model(ids_of(torch.Generator().manual_seed(7), factor)).detach()
+    handle.remove()
+    head = {name: x.detach().clone() for name, x in network.head.named_parameters()}
     if dist.get_rank() == 0:
-        torch.save(scores, Path(folder) / "scores.pt")
+        torch.save({"scores": scores, "inputs": seen[0].detach(), "head": head}, file)
+
+
+def main(action, source, target, factor="1", dim=str(DIM)):
+    dist.init_process_group("gloo")
+    if action == "train":
+        train(source, int(target), int(factor), int(dim))
+    else:
+        score(source, target, int(factor), int(dim))
     dist.barrier()  # no process leaves while another one communicates
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]))
+    main(*sys.argv[1:])

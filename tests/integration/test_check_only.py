@@ -197,7 +197,14 @@ def test_missing_sources_are_named_with_the_command_that_makes_them(
 
 def test_unmet_needs_are_named(trained, check, tmp_path):
     one, two = trained("one"), trained("two")
-    without = changed(two, tmp_path / "counts", counts={})
+    uncounted = changed(two, tmp_path / "uncounted", counts={})
+    code, out, _ = check([one, uncounted], "merge=evidence")
+    assert code == 0
+    assert any("optimizer (merge.evidence=auto)" in line for line in lines(out, "evidence"))
+    code, _, error = check([one, uncounted], "merge=evidence", "merge.evidence=counts")
+    assert code == 2
+    assert "merge.sources[1] holds no row counts" in error
+    without = changed(two, tmp_path / "counts", counts={}, accumulators={})
     code, out, _ = check([one, without], "merge=average")
     assert code == 0
     assert any("differs" in line for line in lines(out, "row counts"))

@@ -1,5 +1,6 @@
 """``cki-rec merge`` of checkpoints that other programs have written."""
 
+import json
 import os
 from pathlib import Path
 
@@ -128,6 +129,73 @@ def test_counts_and_optimizer_state_of_other_files(home, command, tmp_path):
     net = f"merge.module={home / 'net.py'}:Ranker"
     command.model("merge=evidence", net, sources=sources)
     assert command.card["evidence"]["kind"] == "optimizer"
+
+
+@pytest.mark.parametrize(
+    "name", ["user_scores", pytest.param("user_timestamps", marks=pytest.mark.slow)]
+)
+def test_scores_of_dynamic_tables_are_evidence(home, command, tmp_path, name):
+    """Uses (LFU), or the time of the last one; rows that were never seen have 0."""
+    values = [torch.tensor([3] * 10 + [0] * 30), torch.tensor([1] * 5 + [0] * 5 + [9] * 30)]
+    sources = []
+    for source, scores in zip("ab", values, strict=True):
+        content = {**state_of(home, source), name: scores}
+        torch.save(content, tmp_path / f"{source}.pt")
+        sources.append(str(tmp_path / f"{source}.pt"))
+    net = f"merge.module={home / 'net.py'}:Ranker"
+    merged = read(command.model("merge=evidence", net, sources=sources))
+    assert command.card["evidence"] == {"kind": "scores", "tables": ["user.weight"]}
+    one, two = (state_of(home, source)["user.weight"] for source in "ab")
+    assert torch.equal(merged["user.weight"][5:10], one[5:10])
+    assert torch.equal(merged["user.weight"][10:], two[10:])
+    torch.testing.assert_close(merged["user.weight"][:5], 0.75 * one[:5] + 0.25 * two[:5])
+    assert name not in merged
+    assert "merge.evidence=counts:" in _refused(command, "merge.evidence=counts", net, sources)
+
+
+def _refused(command, *words):
+    *options, sources = words
+    assert command.merge("merge=evidence", *options, sources=sources) == 2
+    return command.shown.err
+
+
+@pytest.mark.slow
+def test_assess_and_the_commands_that_need_data_of_ours(home, command):
+    sources = f"merge.sources=[{home / 'a.pt'},{home / 'b.pt'}]"
+    out = f"runtime.out={command.out}"
+    named = "merge.table_names=['(user|item)[.]weight']"
+    assert main(["assess", "merge=average", sources, out, named]) == 0
+    shown = command.capsys.readouterr().out
+    assert "user.weight" in shown
+    (run,) = command.out.glob("assess-*")
+    record = json.loads((run / "record.json").read_text())
+    assert record["provenance"]["evidence"] == "optimizer"
+    assert (run / "assess.csv").is_file()
+    net = [f"merge.module={home / 'net.py'}:Ranker", f"merge.batches={home / 'net.py'}:labelled"]
+    assert main(["assess", "merge=average", sources, out, *net, "assess.barrier=3"]) == 0
+    assert "barrier" in command.capsys.readouterr().out
+    commands = {
+        "evaluate": ["merge=average", sources],
+        "finetune": ["merge=average", "finetune=one_epoch", sources],
+        "export": [f"run={home / 'a.pt'}"],
+        "predict": [f"run={home / 'a'}", "input=rows.csv", "output=scores.csv"],
+    }
+    for name, words in commands.items():
+        assert main([name, out, *words]) == 2
+        error = command.capsys.readouterr().err
+        assert error.count("\n") == 1
+        assert f"{name} needs" in error
+    assert main(["assess", "merge=average", sources, out, "assess.barrier=3"]) == 2
+    assert "set merge.module and merge.batches" in command.capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_labelled_rows_give_the_auc_of_sources_and_result(home, command):
+    net = home / "net.py"
+    how = ("merge=average", f"merge.module={net}:Ranker", f"merge.batches={net}:labelled")
+    command.model(*how, sources=[str(home / "a.pt"), str(home / "b.pt")])
+    assert set(command.card["scores"]) == {"source 0", "source 1", "average"}
+    assert "| average | 0." in command.text
 
 
 def test_types_differ(home, command, tmp_path):
@@ -291,7 +359,7 @@ def test_a_moved_source_is_the_same_and_other_counts_are_not(home, command, tmp_
 
 
 def test_options_for_others_are_refused_where_all_is_of_cki_rec(command):
-    for word in ("evidence=optimizer", "format=dcp", "batches=x:y", "table_names=[a]"):
+    for word in ("data=x.csv", "format=dcp", "batches=x:y", "table_names=[a]"):
         error = command.error(f"merge.{word}", sources=["{seed: 1}", "{seed: 2}"])
         assert "is for checkpoints of other programs" in error
 

@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 import torch
-from networks import CASES, MIXED, act, draw_batch, make_case
+from networks import CASES, MIXED, SLOW, act, draw_batch, make_case
 from pairs import moved_tables
 from samples import slow_but
 from torch.func import functional_call
@@ -21,7 +21,9 @@ from cki_rec.merging.statistics import linear_moments
 from cki_rec.merging.symmetry import Slice, Symmetry, check_scores, random_element, transform
 
 MODELS = ["deepfm", "dcn", "dcnv2", "din"]
-all_cases = pytest.mark.parametrize("case", CASES)
+all_cases = pytest.mark.parametrize("case", slow_but([c for c in CASES if c not in SLOW], CASES))
+LONG = ("dlrm", "sasrec", "gru4rec")
+"""Networks whose search takes seconds."""
 four_models = pytest.mark.parametrize("case", MODELS)
 
 
@@ -102,7 +104,9 @@ def test_transform_leaves_its_input_alone_and_permutes_bit_for_bit(case):
                     )
 
 
-@all_cases
+@pytest.mark.parametrize(
+    "case", slow_but([c for c, (name, _) in CASES.items() if name not in LONG], CASES)
+)
 @pytest.mark.parametrize("seed", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_planted_elements_are_found(case, seed):
     subject = Subject(case)

@@ -14,7 +14,15 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.nn.functional import binary_cross_entropy_with_logits
 from training import load_params, options, plain, state_of, step
 
-from cki_rec.checkpoints import checkpoint, digests, fill, locate, open_checkpoint, read_tensors
+from cki_rec.checkpoints import (
+    checkpoint,
+    digests,
+    fill,
+    locate,
+    open_checkpoint,
+    read_tensors,
+    reader,
+)
 from cki_rec.config import Stopped, UserError
 from cki_rec.data.provenance import Provenance
 from cki_rec.data.schema import Feature
@@ -25,6 +33,12 @@ from cki_rec.pipelines.compatibility import compare, require
 
 CONFIG = options("train.table_learning_rate=0.1")
 MODEL = CONFIG.model
+
+
+@pytest.fixture(autouse=True)
+def directly(monkeypatch):
+    """Read small tensors as large ones are read: those of other tests are read by torch."""
+    monkeypatch.setattr(reader, "SMALL_BYTES", 0)
 
 
 @pytest.fixture
@@ -68,6 +82,15 @@ def test_everything_comes_back_bit_for_bit(saved, tensors, schema):
             assert torch.equal(tensor, plain(tensors[group][name])), name
     assert all(tensor.any() for name, tensor in loaded.accumulators.items())
     assert set(loaded.accumulators) == {name for name in loaded.params if table_of(name)}
+
+
+def test_small_tensors_are_read_by_torch_and_equal(saved, monkeypatch):
+    directly = read_tensors(saved / checkpoint.TENSORS)
+    monkeypatch.setattr(reader, "SMALL_BYTES", 1 << 20)
+    monkeypatch.setattr(reader, "_fill", lambda *_: pytest.fail("it was read directly"))
+    by_torch = read_tensors(saved / checkpoint.TENSORS)
+    assert by_torch.keys() == directly.keys()
+    assert all(tensor.equal(by_torch[name]) for name, tensor in directly.items())
 
 
 def test_a_new_model_gives_the_same_logits(saved, trained, sharded, make_batch):

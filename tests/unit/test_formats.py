@@ -257,6 +257,52 @@ def test_shards_that_do_not_belong_together(trained, tmp_path):
     assert "the index of its shards is missing" in error_of(folder)
 
 
+def test_one_cut_shard_of_several(trained, tmp_path):
+    folder = make("shards", trained, tmp_path)
+    second = cut(folder / "model-00002-of-00002.safetensors")
+    assert f"{second}: unreadable checkpoint, no file of safetensors, or cut" in error_of(folder)
+    folder = make("easyrec", trained, tmp_path)
+    (folder / "optimizer" / ".metadata").unlink()
+    assert f"{folder / 'optimizer'}: its index is missing (.metadata)" in error_of(folder)
+    cut(folder / "model" / ".metadata")
+    assert "unreadable checkpoint" in error_of(folder)
+
+
+def test_tied_tensors_are_known_by_their_places(trained, tmp_path):
+    state = trained[0].state_dict()
+    state["again"], state["part"] = state["user.weight"], state["user.weight"][1:]
+    torch.save(state, tmp_path / "a.pt")
+    torch.save(state, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    for name in ("a.pt", "old.pt"):
+        stored = open_stored(tmp_path / name)
+        assert stored.tied == {"again": "user.weight"}
+        assert torch.equal(stored.rows("part", 2, 5), state["part"][2:5])
+    turned = {"turned": state["user.weight"].t(), "step": state["user.weight"][::2, 1:3]}
+    torch.save(turned, tmp_path / "b.pt")
+    stored = open_stored(tmp_path / "b.pt")
+    for name, tensor in turned.items():
+        assert torch.equal(stored.rows(name), tensor)
+        assert torch.equal(stored.rows(name, 1, 3), tensor[1:3])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_files_without_values_are_filled_by_rows(kind, trained, tmp_path):
+    stored = open_stored(make(kind, trained, tmp_path))
+    names = layout(stored).names.values()
+    entries = {name: stored.entries[name] for name in names}
+    blank = stored.blank(entries, tmp_path / "out", {})
+    for _ in range(2):
+        for name in names:
+            place, tensor = blank.places[name], stored.rows(name)
+            with place.file.open("r+b") as file:
+                file.seek(place.start)
+                file.write(tensor.numpy().tobytes())
+        blank = stored.blank(entries, tmp_path / "out", {})  # files that are there stay
+    again = open_stored(blank.path)
+    assert again.form == stored.form
+    assert all(torch.equal(again.rows(name), stored.rows(name)) for name in names)
+
+
 def test_mixed_shards_of_dcp(trained, tmp_path):
     folder = make("dcp", trained, tmp_path)
     other = Ranker()

@@ -202,3 +202,10 @@ def test_fuxictr_is_in_no_environment_of_ours():
     assert ".venv-fuxictr/" in (project_root() / ".gitignore").read_text().splitlines()
     text = (PEERS / "fuxictr_step.py").read_text()
     assert not re.search(r"^\s*(from|import) cki_rec", text, flags=re.M)
+
+
+def test_recbole_is_in_no_environment_of_ours():
+    assert "recbole==1.2.1\n" in (PEERS / "requirements-recbole.txt").read_text()
+    assert "recbole" not in (project_root() / "pyproject.toml").read_text()
+    assert ".venv-recbole/" in (project_root() / ".gitignore").read_text().splitlines()
+    assert "cki_rec" not in (PEERS / "recbole_ranks.py").read_text()

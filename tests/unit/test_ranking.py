@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import itertools
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from networks import build, make_schema
 
 from cki_rec.config import Ranking, UserError
 from cki_rec.data.candidates import CandidateRows, candidate_blocks, draw_candidates, item_fields
 from cki_rec.data.columns import Ragged
+from cki_rec.engine.evaluator import predict
 from cki_rec.evaluation.bootstrap import resampling_weights
 from cki_rec.evaluation.metrics import METRICS, RANKING
 from cki_rec.evaluation.ranking import (
@@ -100,13 +104,7 @@ def test_metrics_of_candidates_are_undefined_on_rows():
 class Dataset:
     """Rows of 8 users and 12 items; brand and tags follow from the item, age from the user."""
 
-    folder = None
-
     def __init__(self, num=400, seed=0):
-        from pathlib import Path
-
-        from networks import make_schema
-
         rng = np.random.default_rng(seed)
         self.folder = Path("data-1")
         self.group = rng.integers(0, 8, num).astype(np.int32)
@@ -125,6 +123,7 @@ class Dataset:
             ("price", "", "numeric"),
             ("age", "", "numeric"),
         )
+        self.schema.table_sizes.update(dict.fromkeys(self.schema.table_sizes, 30))
         self.id_columns = ["item", "user", "brand", "hour"]
         self.ids = np.stack(
             [self.item_index + 2, self.group + 2, self.item_index % 3, rng.integers(0, 24, num)], 1
@@ -244,3 +243,16 @@ def test_mistakes_are_one_line():
     data.group = None
     with pytest.raises(UserError, match=r"evaluate\.ranking: data-1 has no users or no items"):
         draw_candidates(data, "test", data.label, ranking())
+
+
+@pytest.mark.parametrize("name", ["sasrec", "deepfm"])
+def test_candidates_that_share_histories_score_as_alone(name):
+    data = Dataset()
+    network = build(data.schema, name=name).eval()
+    drawn = draw_candidates(data, "test", data.label, ranking())
+    (rows,) = candidate_blocks(data, drawn)
+    every, device = np.arange(len(rows)), torch.device("cpu")
+    data.numbers[np.isnan(data.numbers)] = rows.numbers[np.isnan(rows.numbers)] = 0
+    alone = predict(network, rows, data.schema, every, device)
+    shared = predict(network, rows, data.schema, every, device, drawn.width)
+    np.testing.assert_allclose(shared, alone, rtol=1e-4, atol=1e-5)

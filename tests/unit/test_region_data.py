@@ -168,6 +168,14 @@ def test_damaged_purchases_are_named(tmp_path, change, part):
     assert part in one_line_error(prepare, data, tmp_path / "encoded")
 
 
+def test_purchases_have_parts_by_time(tmp_path):
+    partition = Partition(by="time", parts=3, seed=0)
+    dataset = prepare(tiny("completejourney", partition=partition), tmp_path / "encoded")
+    part = dataset.parts(partition).part.astype(int)
+    assert (np.diff(part[np.argsort(dataset.timestamp, kind="stable")]) >= 0).all()
+    assert np.bincount(part).tolist() == [40, 40, 40]
+
+
 def test_rows_without_a_store_are_skipped_if_asked(tmp_path):
     folder = shutil.copytree(RAW["completejourney"], tmp_path / "journey")
     frame = pl.read_parquet(folder / "transactions.parquet").with_row_index()

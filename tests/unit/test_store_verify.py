@@ -4,6 +4,7 @@ import errno
 import gc
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -44,9 +45,15 @@ def flip(path: Path, place: int = -1) -> None:
     path.write_bytes(content)
 
 
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory) -> Path:
+    return prepare(sample(), tmp_path_factory.mktemp("prepared")).folder
+
+
 @pytest.fixture
-def folder(tmp_path) -> Path:
-    return prepare(sample(), tmp_path / "encoded").folder
+def folder(prepared, tmp_path) -> Path:
+    """Return a copy of the data set that is prepared once."""
+    return shutil.copytree(prepared.parent, tmp_path / "encoded") / prepared.name
 
 
 def test_manifest_lists_every_file(folder):

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from cki_rec.checkpoints.formats import dcp, own, safetensors, torch_save
 from cki_rec.checkpoints.formats.layout import Layout, layout
-from cki_rec.checkpoints.formats.stored import Entry, Stored
+from cki_rec.checkpoints.formats.stored import Blank, Entry, Place, Stored
 from cki_rec.checkpoints.missing import no_checkpoint
 from cki_rec.config import UserError
 from cki_rec.merging.params import Params
 
 __all__ = [
+    "BLANKS",
     "WRITERS",
+    "Blank",
     "Entry",
     "Layout",
+    "Place",
     "Stored",
     "is_own",
     "layout",
@@ -35,6 +38,12 @@ WRITERS: dict[str, Callable[[Params, Path], Path]] = {
     "dcp": dcp.write,
 }
 """``merge.format`` -> writer of tensors into a folder."""
+BLANKS: dict[str, Callable[[Mapping[str, Entry], Path], Blank]] = {
+    "safetensors": safetensors.blank,
+    "torch": torch_save.blank,
+    "dcp": dcp.blank,
+}
+"""``merge.format`` -> writer of files without values, which a merge from disk to disk fills."""
 
 
 def open_stored(path: Path) -> Stored:

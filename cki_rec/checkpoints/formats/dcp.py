@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
 
 from cki_rec.checkpoints.digests import file_names
-from cki_rec.checkpoints.formats.stored import Entry, damaged, digest_of
+from cki_rec.checkpoints.formats.stored import Blank, Entry, damaged, digest_of
+from cki_rec.checkpoints.formats.torch_save import blank_tensor
 from cki_rec.checkpoints.reader import Reader
 from cki_rec.checkpoints.rows import RowReader
 from cki_rec.checkpoints.tensors import ignore_dcp_warnings, untrusted
 from cki_rec.config import UserError
-from cki_rec.files import new_folder
+from cki_rec.files import new_folder, write_atomically
 from cki_rec.merging.params import Params
 
 METADATA = ".metadata"
@@ -40,6 +50,7 @@ class Dcp:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.groups: list[dict[str, Any]] = []
+        self.tied: Mapping[str, str] = {}
         folders = {"": path}
         if is_divided := not (path / METADATA).is_file():
             folders = {"": path / MODEL, f"{OPTIMIZER}.": path / OPTIMIZER}
@@ -49,7 +60,7 @@ class Dcp:
         entries: dict[str, Entry] = {}
         self._keys: dict[str, tuple[RowReader, str]] = {}
         for prefix, folder in folders.items():
-            if prefix and not (folder / METADATA).is_file():
+            if prefix and not (folder / METADATA).is_file() and not any(folder.glob(SHARD)):
                 continue
             _check_files(folder)
             reader = self._readers[prefix] = RowReader(folder, str(path), "")
@@ -74,6 +85,19 @@ class Dcp:
         """Write tensors as a folder; in one of TorchEasyRec it is the folder ``model`` too."""
         return write(params, target)
 
+    def blank(self, entries: Mapping[str, Entry], target: Path, tied: Mapping[str, str]) -> Blank:
+        """Write a folder of tensors without values."""
+        return blank(entries, target)
+
+    def files(self) -> list[Path]:
+        """Return the files of all folders."""
+        return [file for reader in self._readers.values() for file in reader.folder.glob(SHARD)]
+
+    def check_unchanged(self) -> None:
+        """Check that the files are those that were opened."""
+        for reader in self._readers.values():
+            reader.check_unchanged()
+
     def close(self) -> None:
         """Close all files."""
         for reader in self._readers.values():
@@ -92,6 +116,25 @@ def write(params: Params, target: Path) -> Path:
     with new_folder(target / MODEL) as folder, ignore_dcp_warnings():
         dcp.save(dict(params), checkpoint_id=folder, no_dist=True)
     return target / MODEL
+
+
+def blank(entries: Mapping[str, Entry], target: Path) -> Blank:
+    """Write the folder ``model`` into a folder, without values: one file per tensor."""
+    (folder := target / MODEL).mkdir(parents=True, exist_ok=True)
+    places, tensors, stored = {}, dict[str, Any](), dict[MetadataIndex, Any]()
+    for number, (name, entry) in enumerate(entries.items()):
+        place = places[name] = blank_tensor(entry, folder / f"__0_{number}.distcp")
+        size = torch.Size(entry.shape)
+        start = torch.Size([0] * len(size))
+        properties = TensorProperties(dtype=entry.dtype)
+        chunks = [ChunkStorageMetadata(start, size)]
+        tensors[name] = TensorStorageMetadata(properties, size, chunks)
+        length = place.file.stat().st_size
+        stored[MetadataIndex(name, start, 0)] = _StorageInfo(place.file.name, 0, length)
+    names = {name: (name,) for name in entries}
+    metadata = Metadata(tensors, planner_data=names, storage_data=stored)
+    write_atomically(folder / METADATA, pickle.dumps(metadata))
+    return Blank(folder, places)
 
 
 def _check_files(folder: Path) -> None:

@@ -29,8 +29,10 @@ WRAPPERS = ("module", "_orig_mod")
 """Parts of names that parallel and compiled modules add."""
 BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 """Last parts of names of buffers of batch norms."""
-COUNTS, SCORES = ("counts", "count"), ("scores", "score")
-"""Last parts of names of training rows per table row, and of scores of dynamic tables."""
+COUNTS = ("counts", "count")
+"""Last parts of names of training rows per table row."""
+SCORES = ("scores", "score", "timestamps", "timestamp")
+"""Last parts of names of scores of dynamic tables: uses (LFU), or the time of the last one."""
 
 
 @dataclass(slots=True)
@@ -118,6 +120,10 @@ def layout(
     result.groups = [*stored.groups, *(optimizer.groups if optimizer else [])]
     old_names = {name: naming.name(name) for name in cleaned}
     _add_evidence(result, rest, old_names)
+    for holder, key in [*result.counts.values(), *result.scores.values()]:
+        for name in [n for n, long in names.items() if holder is stored and long == key]:
+            if naming.known and name not in naming.known:  # beside the network, not of it
+                del result.names[name], result.entries[name]
     _add_numbered(result, rest, naming)
     return result
 
@@ -175,7 +181,7 @@ def _add_evidence(
         parts = [part for part in name.split(".") if part not in WRAPPERS]
         shape = holder.entries[key].shape
         if kind := _kind(name) or ("counts" if parts[0] == "counts" else ""):
-            stem = re.sub(r"^counts\.|[._](counts?|scores?)(?=$|[._])", "", name)
+            stem = re.sub(r"^counts\.|[._](counts?|scores?|timestamps?)(?=$|[._])", "", name)
             candidates = (stem, stems.get(stem), tables.get(stem.split(".")[-1]))
             found = next((n for n in candidates if n in names), None)
             if found is not None and result.entries[names[found]].shape[:1] == shape:

@@ -6,20 +6,18 @@ Format: https://huggingface.co/docs/safetensors, read and written here without t
 from __future__ import annotations
 
 import json
-import math
-import os
 from collections.abc import Mapping
-from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from cki_rec.checkpoints.formats.places import Files
 from cki_rec.checkpoints.formats.stored import (
+    Blank,
     Entry,
-    check_range,
+    Place,
     damaged,
     digest_of,
     new_file,
@@ -42,13 +40,6 @@ MOST_HEADER_BYTES = 100_000_000
 """Longest header that the format allows."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Place:
-    file: Path
-    start: int
-    entry: Entry
-
-
 class Safetensors:
     """One file of safetensors, or the shards that an index names.
 
@@ -64,8 +55,8 @@ class Safetensors:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.groups: list[dict[str, Any]] = []
-        self._open = ExitStack()
-        self._handles: dict[Path, int] = {}
+        self.tied: Mapping[str, str] = {}
+        self._files = Files()
         self.weight_map: dict[str, str] | None = None
         """Of a sharded checkpoint: tensor -> its file."""
         file = file_of(path)
@@ -80,49 +71,58 @@ class Safetensors:
 
     def rows(self, name: str, first: int = 0, stop: int | None = None) -> Tensor:
         """Return rows of a tensor, and read no others."""
-        place = self._places[name]
-        stop = check_range(place.entry, first, stop)
-        shape = list(place.entry.shape)
-        if shape:
-            shape[0] = stop - first
-        target = torch.empty(shape, dtype=place.entry.dtype)
-        begin = place.start + first * target.itemsize * math.prod(shape[1:])
-        left = memoryview(target.reshape(-1).view(torch.uint8).numpy().data)
-        while len(left):
-            count = os.preadv(self._handle(place.file), [left], begin)
-            if not count:
-                raise damaged(place.file, "it ends too early; has it changed while it was read?")
-            left, begin = left[count:], begin + count
-        return target
+        return self._files.read(self._places[name], first, stop)
 
     def digest(self) -> str:
         """Return a digest of the content."""
-        return digest_of({place.file for place in self._places.values()})
+        return digest_of(self.files())
 
     def written(self, params: Params, target: Path) -> Path:
         """Write tensors in as many files as these; the index comes last."""
+        entries = {n: Entry(tuple(x.shape), x.dtype) for n, x in params.items()}
         if self.weight_map is None:
             return write(params, target)
-        files = dict.fromkeys(self.weight_map.values())
-        for file in files:
-            part = {n: x for n, x in params.items() if self.weight_map[n] == file}
+        for file, part in self._shards(params).items():
             new_file(target / file, lambda path, part=part: write_file(part, path))
-        total = sum(tensor.nbytes for tensor in params.values())
-        kept = {name: self.weight_map[name] for name in params}
-        content = {"metadata": {"total_size": total}, "weight_map": kept}
-        text = json.dumps(content, indent=2)
-        return new_file(target / self.index.name, lambda path: path.write_text(text)).parent
+        return self._index(entries, target)
+
+    def blank(self, entries: Mapping[str, Entry], target: Path, tied: Mapping[str, str]) -> Blank:
+        """Write the files of tensors without values, as many as these."""
+        if self.weight_map is None:
+            return blank(entries, target)
+        places: dict[str, Place] = {}
+        for file, names in self._shards(entries).items():
+            part = {name: entries[name] for name in names}
+            places |= _blank(part, target / file)
+        return Blank(self._index(entries, target), places)
+
+    def files(self) -> list[Path]:
+        """Return the files of the tensors."""
+        return list(dict.fromkeys(place.file for place in self._places.values()))
+
+    def check_unchanged(self) -> None:
+        """Check that the files are those that were opened."""
+        self._files.check_unchanged()
 
     def close(self) -> None:
         """Close all files."""
-        self._open.close()
-        self._handles.clear()
+        self._files.close()
 
-    def _handle(self, file: Path) -> int:
-        if file not in self._handles:
-            self._handles[file] = os.open(file, os.O_RDONLY)
-            self._open.callback(os.close, self._handles[file])
-        return self._handles[file]
+    def _shards(self, names: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+        """Return file -> its tensors."""
+        assert self.weight_map is not None
+        shards: dict[str, dict[str, Any]] = {}
+        for name, value in names.items():
+            shards.setdefault(self.weight_map[name], {})[name] = value
+        return shards
+
+    def _index(self, entries: Mapping[str, Entry], target: Path) -> Path:
+        assert self.weight_map is not None
+        total = sum(entry.bytes for entry in entries.values())
+        kept = {name: self.weight_map[name] for name in entries}
+        content = {"metadata": {"total_size": total}, "weight_map": kept}
+        text = json.dumps(content, indent=2)
+        return new_file(target / self.index.name, lambda path: path.write_text(text))
 
 
 def recognizes(path: Path) -> bool:
@@ -158,34 +158,57 @@ def write(params: Params, target: Path) -> Path:
     return new_file(target / MODEL, lambda path: write_file(params, path))
 
 
+def blank(entries: Mapping[str, Entry], target: Path) -> Blank:
+    """Write ``model.safetensors`` into a folder without values."""
+    return Blank(target / MODEL, _blank(entries, target / MODEL))
+
+
+def _blank(entries: Mapping[str, Entry], file: Path) -> dict[str, Place]:
+    """Write a file without values, unless it is there; return its places."""
+    text = _text(entries)
+
+    def write_header(path: Path) -> None:
+        with path.open("wb") as opened:
+            opened.write(text)
+            opened.truncate(len(text) + sum(entry.bytes for entry in entries.values()))
+
+    if not file.exists():
+        new_file(file, write_header)
+    return _header(file)
+
+
 def write_file(params: Params, path: Path) -> None:
     """Write tensors as one file.
 
     Raises:
         UserError: The format has no such type.
     """
+    with path.open("wb") as file:
+        file.write(_text({n: Entry(tuple(x.shape), x.dtype) for n, x in params.items()}))
+        for tensor in params.values():
+            write_values(file, tensor)
+
+
+def _text(entries: Mapping[str, Entry]) -> bytes:
+    """Return the beginning of a file: the length of its header, and the header."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     place = 0
-    for name, tensor in params.items():
-        if tensor.dtype not in NAMES:
-            raise UserError(f"{name}: safetensors holds no {tensor.dtype}; set merge.format=torch")
-        end = place + tensor.nbytes
-        shape = list(tensor.shape)
+    for name, entry in entries.items():
+        if entry.dtype not in NAMES:
+            raise UserError(f"{name}: safetensors holds no {entry.dtype}; set merge.format=torch")
+        end = place + entry.bytes
         header[name] = {
-            "dtype": NAMES[tensor.dtype],
-            "shape": shape,
+            "dtype": NAMES[entry.dtype],
+            "shape": list(entry.shape),
             "data_offsets": [place, end],
         }
         place = end
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for tensor in params.values():
-            write_values(file, tensor)
+    return len(text).to_bytes(8, "little") + text
 
 
-def _header(file: Path) -> dict[str, _Place]:
+def _header(file: Path) -> dict[str, Place]:
     """Return the places of the tensors of one file.
 
     Raises:
@@ -207,7 +230,7 @@ def _header(file: Path) -> dict[str, _Place]:
             begin, stop = entry["data_offsets"]
             if stop - begin != read.bytes or begin < 0:
                 raise damaged(file, f"{name} does not fill its place; write it again")
-            places[name] = _Place(file, 8 + length + begin, read)
+            places[name] = Place(file, 8 + length + begin, read)
             end = max(end, 8 + length + stop)
     except FileNotFoundError:
         raise UserError(f"{file}: no such file") from None
@@ -229,13 +252,13 @@ def _weight_map(index: Path) -> dict[str, str]:
         raise damaged(index, f"no index of shards ({error})") from None
 
 
-def _sharded(index: Path, weight_map: Mapping[str, str]) -> dict[str, _Place]:
+def _sharded(index: Path, weight_map: Mapping[str, str]) -> dict[str, Place]:
     """Return the places of the tensors of all shards.
 
     Raises:
         UserError: A shard is missing, or holds other tensors than the index names.
     """
-    headers: dict[str, dict[str, _Place]] = {}
+    headers: dict[str, dict[str, Place]] = {}
     for name in dict.fromkeys(weight_map.values()):
         file = index.parent / name
         if Path(name).name != name:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import shutil
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
@@ -34,6 +35,29 @@ class Entry:
         return torch.Size(self.shape).numel() * self.dtype.itemsize
 
 
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where the values of one tensor lie, row after row."""
+
+    file: Path
+    start: int
+    """Byte of the first entry."""
+    entry: Entry
+
+    def row_bytes(self) -> int:
+        """Return the size of one row; of a scalar, its size."""
+        return self.entry.dtype.itemsize * math.prod(self.entry.shape[1:])
+
+
+@dataclass(frozen=True, slots=True)
+class Blank:
+    """The files of a checkpoint before their values."""
+
+    path: Path
+    """The file or folder that other programs open."""
+    places: dict[str, Place]
+
+
 class Stored(Protocol):
     """A checkpoint of any format. Opening it reads names, shapes and types, and no values."""
 
@@ -49,6 +73,9 @@ class Stored(Protocol):
     """Parameter groups of the optimizer, if the format holds them: options, and numbers of
     parameters under ``params``."""
 
+    tied: Mapping[str, str]
+    """Tensors that are another one under a second name -> that name."""
+
     def rows(self, name: str, first: int = 0, stop: int | None = None) -> Tensor:
         """Return rows of a tensor, all of it without ``stop``; read no others if possible."""
 
@@ -61,6 +88,25 @@ class Stored(Protocol):
         Args:
             params: The tensors.
             target: The folder that takes them.
+        """
+
+    def blank(self, entries: Mapping[str, Entry], target: Path, tied: Mapping[str, str]) -> Blank:
+        """Write the files of tensors in this form without values; files that are there stay.
+
+        Args:
+            entries: Shapes and types, by full names.
+            target: The folder that takes them.
+            tied: Second names of tensors -> first ones, for formats that store these once.
+        """
+
+    def files(self) -> list[Path]:
+        """Return the files of the tensors."""
+
+    def check_unchanged(self) -> None:
+        """Check that the files are those that were opened.
+
+        Raises:
+            UserError: One has changed.
         """
 
     def close(self) -> None:

@@ -25,7 +25,7 @@ import polars as pl
 from cki_rec.config import Data, UserError
 from cki_rec.data.columns import DOMAINS, ColumnFile, Ints, blocks
 from cki_rec.data.encoding.earlier import NOTHING, Earlier
-from cki_rec.data.encoding.engines import NUM_THREADS, Run, one_by_one, threads
+from cki_rec.data.encoding.engines import NUM_THREADS
 from cki_rec.data.encoding.fields import Field
 from cki_rec.data.encoding.history import write_history
 from cki_rec.data.encoding.lookup import count_chunk, look_up, read_by_chunks
@@ -55,6 +55,7 @@ from cki_rec.data.encoding.vocabulary import (
     learn_vocabulary,
     write_listed_vocabulary,
 )
+from cki_rec.data.prefetch import Run, one_by_one, threads
 from cki_rec.data.raw.chunks import Check, Chunk
 from cki_rec.data.raw.formats import FORMATS
 from cki_rec.data.raw.reading import Reading, draws_validation

@@ -10,31 +10,23 @@ import os
 import pickle
 import subprocess
 import sys
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from queue import SimpleQueue
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import polars as pl
 
 from cki_rec.config import UserError
 from cki_rec.data.encoding.worker import outcome
+from cki_rec.data.prefetch import Run, in_order, threads
 
 T = TypeVar("T")
 R = TypeVar("R")
 NUM_THREADS = min(4, pl.thread_pool_size())
 """Chunks that are in work at a time in one process; polars uses all cores within each."""
 WORKER = [sys.executable, "-m", "cki_rec.data.encoding.worker"]
-
-
-class Run(Protocol):
-    """Applies a function to tasks, and yields the results in the order of the tasks."""
-
-    def __call__(self, function: Callable[[T], R], tasks: Iterable[T]) -> Iterator[R]:
-        """Yield the results."""
 
 
 def engine(name: str, workers: int) -> AbstractContextManager[Run]:
@@ -53,25 +45,6 @@ def engine(name: str, workers: int) -> AbstractContextManager[Run]:
 def is_local(name: str, workers: int) -> bool:
     """Return whether an engine runs functions in this process."""
     return name == "processes" and workers == 1
-
-
-def one_by_one(function: Callable[[T], R], tasks: Iterable[T]) -> Iterator[R]:
-    """Apply a function to one task after the other."""
-    return map(function, tasks)
-
-
-@contextmanager
-def threads(number: int) -> Iterator[Run]:
-    """Yield a ``Run`` whose tasks are computed by threads, at most twice ``number`` ahead."""
-    pool = ThreadPoolExecutor(number)
-
-    def run(function: Callable[[T], R], tasks: Iterable[T]) -> Iterator[R]:
-        return in_order(lambda task: pool.submit(function, task).result, tasks, 2 * number)
-
-    try:
-        yield run
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
 @contextmanager
@@ -142,32 +115,6 @@ def ray_tasks(number: int) -> Iterator[Run]:
     finally:
         if is_ours:
             ray.shutdown()
-
-
-def in_order(start: Callable[[T], Callable[[], R]], tasks: Iterable[T], most: int) -> Iterator[R]:
-    """Yield the results of tasks in their order; an error is raised in place of its result.
-
-    Args:
-        start: Starts a task and returns a function that waits for its result.
-        tasks: Taken in this thread, as results are taken.
-        most: Most tasks in work.
-    """
-    waiting: deque[Callable[[], R]] = deque()
-    source = iter(tasks)
-    while True:
-        try:
-            task = next(source)
-        except StopIteration:
-            break
-        except Exception:
-            while waiting:  # an earlier task may have failed first
-                yield waiting.popleft()()
-            raise
-        waiting.append(start(task))
-        if len(waiting) >= most:
-            yield waiting.popleft()()
-    while waiting:
-        yield waiting.popleft()()
 
 
 class _Worker:

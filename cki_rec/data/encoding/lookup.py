@@ -13,11 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cki_rec.data.columns import OOV_ID, RAGGED, ColumnFile, Ids, Ints
-from cki_rec.data.encoding.engines import Run, one_by_one
 from cki_rec.data.encoding.fields import Field
 from cki_rec.data.encoding.split import SPLITS, share
 from cki_rec.data.encoding.staging import Plan, Span, Staging
 from cki_rec.data.encoding.vocabulary import Vocabulary
+from cki_rec.data.prefetch import Run, one_by_one
 
 
 def look_up(

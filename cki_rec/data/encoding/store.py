@@ -30,11 +30,12 @@ from cki_rec.data.dataset import FORMAT_VERSION, MANIFEST, EncodedDataset
 from cki_rec.data.encoding import engines
 from cki_rec.data.encoding.earlier import Earlier, earlier_facts
 from cki_rec.data.encoding.encode import Encoded, encode
-from cki_rec.data.encoding.engines import NUM_THREADS, Run, threads
+from cki_rec.data.encoding.engines import NUM_THREADS
 from cki_rec.data.encoding.fields import Field, fields_to_json, resolve_fields
 from cki_rec.data.encoding.findings import log_unseen, warn_of_findings
 from cki_rec.data.encoding.split import SPLITS, check_split
 from cki_rec.data.parts import NO_PARTITION
+from cki_rec.data.prefetch import Run, threads
 from cki_rec.data.raw.click_model import best_possible
 from cki_rec.data.raw.content import file_names
 from cki_rec.data.raw.formats import FORMATS, Format, recorded_name

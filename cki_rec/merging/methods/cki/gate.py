@@ -101,6 +101,8 @@ def apply_gate(delta: Tensor, gate: Tensor) -> Tensor:
         CKI (arXiv 2501.07596), local assessment, as in the released recommendation code.
     """
     gate = gate.to(delta.dtype)
+    if gate.ndim == 0 and not gate.requires_grad and gate == 1:
+        return delta
     matrix = delta if delta.ndim >= 2 else delta.reshape(-1, 1)
     if gate.ndim == 3:
         scores = matrix @ gate[1] @ gate[0].T
