@@ -76,21 +76,18 @@ AVAZU = [f"{n},{n % 2},141021{n:02}," + ",".join(f"x{n % 3}" for _ in avazu.CATE
          for n in range(20)]  # fmt: skip
 SHOP = [f"{n % 2},u{n % 4},i{n % 5},{n / 2}" for n in range(20)]
 SEQUENCES = [f"u{n} " + " ".join(f"i{(n + k) % 9}" for k in range(5)) for n in range(20)]
-BOOKS = golden(GOLDEN / "douban_book" / "user_book.dat")
-CSV, DAT = golden(LATEST / "ratings.csv"), golden(GOLDEN / "movielens_1m" / "ratings.dat")
+PAIR, OF_1M, OF_BOOKS = ["user", "item"], GOLDEN / "movielens_1m", GOLDEN / "douban_book"
+RATINGS, DAT = "ratings.csv", golden(OF_1M / "ratings.dat")
+CSV, BOOKS = golden(LATEST / RATINGS), golden(OF_BOOKS / "user_book.dat")
 SAMPLES = {
     "criteo": Sample("criteo", "train.txt", None, CRITEO, "\t", 3, 0, ["I1", "C1"]),
     "avazu": Sample("avazu", "train.csv", avazu.HEADER, AVAZU, ",", 2, 1, ["hour", "C1"]),
     "csv": Sample("frappe_x1", "a.csv", "label,user,item,price", SHOP, ",", 3, 0,
                    ["user", {"name": "price", "kind": "numeric"}]),
-    "ratings_csv": Sample("movielens_small", "ratings.csv", CSV[0], CSV[1:], ",", 3, None,
-                  ["user", "item"], LATEST),
-    "dat": Sample("movielens_1m", "ratings.dat", None, DAT, "::", 3, None,
-                  ["user", "item"], GOLDEN / "movielens_1m"),
-    "hin": Sample("douban_book", "user_book.dat", None, BOOKS, "\t", 2, None,
-                  ["user", "item"], GOLDEN / "douban_book"),
-    "sequences": Sample("amazon_beauty", "Beauty.txt", None, SEQUENCES, " ", None, None,
-                        ["user", "item"]),
+    "ratings_csv": Sample("movielens_small", RATINGS, CSV[0], CSV[1:], ",", 3, None, PAIR, LATEST),
+    "dat": Sample("movielens_1m", "ratings.dat", None, DAT, "::", 3, None, PAIR, OF_1M),
+    "hin": Sample("douban_book", "user_book.dat", None, BOOKS, "\t", 2, None, PAIR, OF_BOOKS),
+    "sequences": Sample("amazon_beauty", "Beauty.txt", None, SEQUENCES, " ", None, None, PAIR),
 }  # fmt: skip
 
 
