@@ -123,7 +123,7 @@ def summary_frame(
     and baseline; their p values are of the same resamples as the intervals.
 
     Args:
-        runs: Of ``runs_frame``.
+        runs: Of ``runs_frame``; metrics that an older file lacks are undefined.
         replicates: By run; runs without them have no bootstrap interval.
         confidence: Of all intervals.
 
@@ -141,6 +141,10 @@ def summary_frame(
     for suite, part in runs.groupby("suite"):
         if part["data_hash"].nunique(dropna=False) > 1:
             raise ValueError(f"suite {suite} mixes data sets: {sorted(set(part['data_hash']))}")
+    pairs = itertools.product(COMPARED, BASELINES)
+    bounds = [_with_bounds(difference_column(metric.name, name)) for metric, name in pairs]
+    columns = dict.fromkeys([*runs.columns, *METRICS, *itertools.chain(*bounds)])
+    runs = runs.reindex(columns=list(columns))
     groups = runs.groupby(["suite", "method", "finetuned"], sort=False)
     rows = [_summary_row(group, replicates, confidence) for _, group in groups]
     frame = pd.DataFrame(rows)

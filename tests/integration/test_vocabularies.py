@@ -125,6 +125,9 @@ def test_rows_that_stand_in_have_no_say_in_alignment_without_counts(regions, tmp
             checkpoint_io.save(sources[-1], groups, saved.model, saved.schema, saved.origin)
         words = [f"runtime.out={tmp_path / kind}", "merge.vocabularies=[null,null]"]
         words += ["merge=average", "merge.align.by=weights", f"merge.repair={repair}"]
+        words += (
+            ["merge.evidence=none"] if kind == "none" else []
+        )  # else sums of squared gradients
         words += [f"data.raw={home / 'north.zip'}", "data.name=north"]
         assert merge_sources(home, sources, *words) == 0
         (run,) = (tmp_path / kind).glob("merge-*")
