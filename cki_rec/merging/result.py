@@ -77,7 +77,7 @@ class MergeResult:
         if self.shares:
             yield from _share_table(self.shares)
         rest = len(self.params) - len(self.shares or self.params)
-        if rest:
+        if rest > 0:  # the tensors of a merge from disk to disk are in files alone
             yield f"not merged, or tied to another tensor: {rest}"
         yield from (f"warning: {warning}" for warning in self.warnings)
 

@@ -234,7 +234,7 @@ def _header(file: Path) -> dict[str, Place]:
             end = max(end, 8 + length + stop)
     except FileNotFoundError:
         raise UserError(f"{file}: no such file") from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise damaged(file, f"its header is no JSON of safetensors ({error})") from None
     if size != end:
         reason = f"{size:,} bytes in place of {end:,}; copy it again"
@@ -248,7 +248,7 @@ def _weight_map(index: Path) -> dict[str, str]:
         if not isinstance(names, dict) or not names:
             raise ValueError("no weight_map")
         return {str(name): str(file) for name, file in names.items()}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise damaged(index, f"no index of shards ({error})") from None
 
 

@@ -77,7 +77,7 @@ def read(file: Path) -> Vocabulary:
         raise UserError(f"{file}: no such file")
     try:
         return _read(file, form)
-    except (OSError, ValueError, pl.exceptions.PolarsError) as error:
+    except (OSError, ValueError, RecursionError, pl.exceptions.PolarsError) as error:
         if isinstance(error, UserError):
             raise
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
