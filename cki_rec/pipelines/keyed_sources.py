@@ -20,7 +20,7 @@ from cki_rec.checkpoints.formats.managed_collision import (
 from cki_rec.checkpoints.formats.stored import digest_of
 from cki_rec.checkpoints.formats.vocabulary_files import VocabularyTable
 from cki_rec.config import Config, UserError
-from cki_rec.pipelines.foreign_sources import Foreign, differences, open_source
+from cki_rec.pipelines.foreign_sources import Foreign, differences, open_source, tables_of
 
 KEYS = "keys"
 """Entry of a source: its vocabulary file, or table -> vocabulary file."""
@@ -131,8 +131,7 @@ def _vocabularies(
     if named is None:
         return {}
     if isinstance(named, str):
-        patterns = config.merge.table_names
-        meant = [n for n in matrices if any(re.fullmatch(p, n) for p in patterns)] or matrices
+        meant = tables_of(config, rest, None) or matrices
         if len(meant) != 1:
             listed = ", ".join(meant[:12]) or "no matrix"
             raise UserError(

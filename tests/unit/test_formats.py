@@ -14,6 +14,7 @@ from torch import nn
 from cki_rec.checkpoints.formats import WRITERS, is_own, layout, open_stored
 from cki_rec.checkpoints.formats.layout import Naming
 from cki_rec.config import UserError
+from cki_rec.merging.result import MergeResult
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
@@ -340,3 +341,15 @@ def test_an_interrupted_write_leaves_nothing(trained, tmp_path, monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             write(state, tmp_path / form)
         assert not list((tmp_path / form).iterdir())
+
+
+def test_a_header_nested_too_deeply_is_named_in_one_line(tmp_path):
+    file, text = tmp_path / "deep.safetensors", b"[" * 100_000
+    file.write_bytes(len(text).to_bytes(8, "little") + text)
+    with pytest.raises(UserError, match=r"deep\.safetensors: unreadable checkpoint, its header"):
+        open_stored(file)
+
+
+def test_a_report_without_tensors_in_memory_counts_no_others():
+    report = MergeResult({}, {"user.weight": [0.5, 0.5]}, recipe="average").report()
+    assert "not merged" not in report
