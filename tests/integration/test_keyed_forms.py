@@ -277,3 +277,19 @@ def test_keys_of_numbers_and_texts(tmp_path):
     )
     with pytest.raises(UserError, match="fit 64 signed bits"):
         read(tmp_path / "a.parquet")
+
+
+def test_a_vocabulary_alone_belongs_to_the_table_and_not_to_a_layer(tmp_path, command):
+    sources = []
+    for k, keys in enumerate(([5, 9], [9, 1, 7])):
+        path, file = tmp_path / f"{k}.safetensors", tmp_path / f"{k}.txt"
+        table = torch.full((len(keys), 4), float(2 * k))
+        safetensors.torch.save_file(
+            {"item_emb.weight": table, "mlp.weight": torch.ones(3, 4)}, path
+        )
+        file.write_text("".join(f"{key}\n" for key in keys))
+        sources.append(f"{{path: {path}, keys: {file}}}")
+    held = safetensors.torch.load_file(
+        command.model("merge=average", sources=sources) / "model.safetensors"
+    )
+    assert sorted(held["item_emb.weight"][:, 0].tolist()) == [0, 1, 2, 2]
