@@ -110,7 +110,15 @@ def options() -> str:
         lines += ["", f"## {group.name}", f"Choices: {', '.join(f'`{c}`' for c in choices)}."]
         if "default" in choices:
             lines += ["", "| option | default | meaning |", "|---|---|---|"]
-            lines += _rows(group.name, (group / "default.yaml").read_text())
+            rows = _rows(group.name, (group / "default.yaml").read_text())
+            lines += rows
+            empty = [row.split("`")[1] for row in rows if " | `null` | " in row]
+            for choice in choices:  # sections that are null in the default
+                own = _rows(group.name, (group / f"{choice}.yaml").read_text())
+                own = [row for row in own if row.split("`")[1].rpartition(".")[0] in empty]
+                if own:
+                    lines += ["", f"With `{group.name}={choice}`:", ""]
+                    lines += ["| option | value | meaning |", "|---|---|---|", *own]
     lines += ["", "## Of the root", "", "| option | default | meaning |", "|---|---|---|"]
     lines += _rows("", (ROOT / "conf/config.yaml").read_text())
     return "\n".join(lines) + "\n"

@@ -61,6 +61,8 @@ def test_generated_pages_name_every_method_command_and_option(hooks):
         assert f"\n## {name}\n" in commands
     for option in ("merge.refinement.steps", "train.batch_size", "data.split.by", "seed"):
         assert f"| `{option}` | " in options
+    for option in ("model.sequence.length", "model.bottom.hidden", "evaluate.ranking.negatives"):
+        assert f"| `{option}` | " in options  # of sections that are null in the default
     rows = [line for line in options.splitlines() if line.startswith("| `")]
     assert not [row for row in rows if len(re.findall(r"(?<!\\)\|", row)) != 4]
 

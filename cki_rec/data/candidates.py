@@ -257,9 +257,11 @@ def _check_enough(user_C: Ints, liked_pairs: Ints, weight: NDArray[np.float64], 
     held = np.searchsorted(drawable, users, "right") - np.searchsorted(drawable, users, "left")
     left = int((weight > 0).sum()) - held
     if len(users) and left.min() < num:
+        fewest = int(left.min())
+        remedy = f"lower it to {fewest}" if fewest > 0 else "use evaluate.ranking=null"
         raise UserError(
-            f"evaluate.ranking.negatives={num}: a user has only {left.min()} items to draw from;"
-            f" lower it to {left.min()}"
+            f"evaluate.ranking.negatives={num}: a user has only {fewest} items to draw from;"
+            f" {remedy}"
         )
 
 

@@ -188,7 +188,9 @@ def output_gradients(
             num_rows = logits.shape[1]
             total += num_rows
             once = {
-                n: p for n, p in nudges.items() if [len(x) for x in p] == [num_rows] * len(models)
+                n: parts
+                for n, parts in nudges.items()
+                if [tuple(x.shape[:-1]) for x in parts] == [(num_rows,)] * len(models)
             }
             inputs = [part for parts in once.values() for part in parts]
             gradients = iter(torch.autograd.grad(logits.sum(), inputs) if inputs else ())

@@ -37,7 +37,10 @@ def history_pairs(
         )
     histories = [f for f in schema.lookups if f.kind == "history"]
     if not histories:
-        raise UserError(f"{option}: the data set has no feature of kind history for {model.name}")
+        raise UserError(
+            f"data.fields: {model.name} needs a field of kind history; add history, which follows"
+            " from data.user, data.item and data.time, or a column of ids"
+        )
     if named:
         return [_checked(pair, schema, option) for pair in named]
     firsts: dict[str, str] = {}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -48,20 +48,15 @@ def predictions(
         UserError: The model does not fit the data set, or gives NaN or infinity.
     """
     path = _home(config, source) / f"logits-{dataset.hash[:16]}.npz"
-    if not distributed.from_first((load_arrays(path) or {}).keys() == set(SPLITS)):
+
+    def score() -> Iterator[tuple[str, NDArray[np.float32]]]:
         module, schema, device = scoring_model(config, dataset, source)
-        logits = {
-            split: predict(module, dataset, schema, dataset.rows(split), device)
-            for split in SPLITS
-        }
-        for split, values in logits.items():
-            _check_finite(config, source, f"{split} rows", values)
-        if distributed.rank() == 0:
-            save_arrays(path, logits)
-        return logits
-    known = load_arrays(path)
-    assert known is not None
-    return known
+        for split in SPLITS:
+            logits = predict(module, dataset, schema, dataset.rows(split), device)
+            _check_finite(config, source, f"{split} rows", logits)
+            yield split, logits
+
+    return _stored(path, SPLITS, score)
 
 
 def candidate_logits(
@@ -81,17 +76,29 @@ def candidate_logits(
     drawn = [part.item_row_CK for part in candidates.values()]
     digest = hashlib.sha256(b"".join(np.ascontiguousarray(rows).tobytes() for rows in drawn))
     path = _home(config, source) / f"logits-{dataset.hash[:16]}-{digest.hexdigest()[:16]}.npz"
-    if not distributed.from_first((load_arrays(path) or {}).keys() == candidates.keys()):
+
+    def score() -> Iterator[tuple[str, NDArray[np.float32]]]:
         module, schema, device = scoring_model(config, dataset, source)
-        logits = {}
         for split, part in candidates.items():
             blocks = [
                 predict(module, rows, schema, np.arange(len(rows)), device, part.width)
                 for rows in candidate_blocks(dataset, part)
             ]
-            scores = np.concatenate([np.empty(0, np.float32), *blocks])
-            logits[split] = scores.reshape(part.item_row_CK.shape)
-            _check_finite(config, source, f"candidates of {split}", scores)
+            logits = np.concatenate([np.empty(0, np.float32), *blocks])
+            _check_finite(config, source, f"candidates of {split}", logits)
+            yield split, logits.reshape(part.item_row_CK.shape)
+
+    return _stored(path, candidates, score)
+
+
+def _stored(
+    path: Path,
+    splits: Collection[str],
+    score: Callable[[], Iterable[tuple[str, NDArray[np.float32]]]],
+) -> dict[str, NDArray[np.float32]]:
+    """Return the logits of a file; if it has not those of all splits, compute and store them."""
+    if not distributed.from_first((load_arrays(path) or {}).keys() == set(splits)):
+        logits = dict(score())
         if distributed.rank() == 0:
             save_arrays(path, logits)
         return logits

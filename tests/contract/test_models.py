@@ -343,7 +343,7 @@ def test_unknown_model():
 
 @pytest.mark.parametrize("key", [key for key in SCHEMAS if key not in WITH_HISTORIES])
 def test_din_needs_histories(key):
-    with pytest.raises(UserError, match=r"^model\.attention\.pairs: .* no feature of kind hist"):
+    with pytest.raises(UserError, match=r"^data\.fields: din needs a field of kind history; add"):
         build(SCHEMAS[key], name="din")
     with pytest.raises(UserError, match=r"^model\.histories=false"):
         build(MIXED, name="din", histories=False)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from networks import CASES as NETWORKS
-from networks import SCHEMAS, build, draw_batch
+from networks import MIXED, SCHEMAS, build, draw_batch
 from pairs import HALVES, Pair, all_cases
 from torch.func import functional_call
 from torch.nn import Linear
@@ -112,3 +112,11 @@ def test_layers_stay_in_order_when_histories_begin_late():
     observe = ActivationStatistics(pair.network, batches)
     fitted = fit_layers(pair.average, pair.models, HALVES, observe, pair.symmetries, True)
     assert pair.error(fitted) < pair.error(pair.average)
+
+
+def test_layers_of_positions_have_no_gradients_per_row():
+    network = build(MIXED, name="sasrec")
+    models, batches = [dict(network.state_dict())] * 2, [draw_batch(MIXED, 16)]
+    layers = [f"encoders.0.blocks.0.{name}.weight" for name in ("inner", "outer")]
+    assert set(layers) <= set(linear_moments(network, models, batches).second)
+    assert output_gradients(network, models, batches, layers) == {}

@@ -69,10 +69,38 @@ def test_ends():
     assert hits(10)(np.zeros((0, 101))).shape == (0,)
 
 
-@pytest.mark.parametrize("logit", [np.zeros(3), np.zeros((3, 1)), np.array([[0.0, np.nan]])])
-def test_logits_that_are_none(logit):
-    with pytest.raises(ValueError, match=r"must be a matrix|not finite"):
-        hits(5)(logit)
+@pytest.mark.parametrize("metric", RANKING, ids=[metric.name for metric in RANKING])
+class TestEveryMetricOfCandidates:
+    """The edges of ``test_metrics.TestEveryMetric``, for lists of candidates."""
+
+    @pytest.mark.parametrize("logit", [np.zeros(3), np.zeros((3, 1))])
+    def test_other_shapes_are_refused(self, metric, logit):
+        with pytest.raises(ValueError, match="must be a matrix"):
+            metric.of_cases(logit)
+
+    @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+    @pytest.mark.parametrize("place", [0, 1])
+    def test_logits_that_are_not_finite_are_refused(self, metric, bad, place):
+        logit = np.zeros((3, 2))
+        logit[2, place] = bad
+        with pytest.raises(ValueError, match="a logit of case 2 is not finite"):
+            metric.of_cases(logit)
+
+    def test_order_of_cases_and_of_items_does_not_matter(self, metric):
+        rng = np.random.default_rng(0)
+        logit, order = np.round(rng.normal(size=(50, 30)), 1), rng.permutation(50)
+        value, user = metric.of_cases(logit), rng.integers(0, 9, 50)
+        columns = np.r_[0, 1 + rng.permutation(29)]
+        np.testing.assert_array_equal(metric.of_cases(logit[order][:, columns]), value[order])
+        mean = mean_over_users(value, Cases(np.arange(50), user))
+        other = mean_over_users(value[order], Cases(np.arange(50), user[order]))
+        assert other == pytest.approx(mean, rel=1e-12)
+
+    def test_its_row_is_consistent(self, metric):
+        assert METRICS[metric.name] is metric
+        assert metric.better == "higher"
+        assert metric.bootstrap is None
+        assert metric.over_repetitions or not metric.compared
 
 
 def test_means_are_over_users():
@@ -240,6 +268,11 @@ def test_mistakes_are_one_line():
     data = Dataset()
     with pytest.raises(UserError, match=r"negatives=12: a user has only \d+ items .* lower it to"):
         draw_candidates(data, "test", data.label, ranking(negatives=12))
+    everything = Dataset()
+    everything.group[:] = 3
+    everything.label[:] = 1  # a user that likes every item
+    with pytest.raises(UserError, match=r"has only 0 items to draw from; use .*ranking=null"):
+        draw_candidates(everything, "test", everything.label, ranking())
     data.group = None
     with pytest.raises(UserError, match=r"evaluate\.ranking: data-1 has no users or no items"):
         draw_candidates(data, "test", data.label, ranking())
