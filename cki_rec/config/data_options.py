@@ -49,6 +49,8 @@ def _parts(value: Any) -> Any:
             raise PydanticCustomError(
                 "parts", "must list values, or parts as {name: north, values: [31, 35]}"
             )
+        if not values:
+            raise PydanticCustomError("parts", "must list a value or more for every part")
     names = [name for name, _ in named_parts(value)]
     if not names or len(set(names)) < len(names):
         raise PydanticCustomError("parts", "must list one part or more, each once")

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 
 import numpy as np
 import polars as pl
 import pytest
 from conftest import compose_tree
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from samples import make_data, one_line_error
 
 from cki_rec.config import Partition, Split, UserError, parse, with_delta
@@ -117,7 +119,16 @@ def test_a_number_of_parts_is_that_of_all_values(csv, tmp_path):
     ]
     message = one_line_error(dataset.parts, column(2))
     assert "city has 4 values; name those that are parts, e.g. the largest: data.part" in message
-    assert "data.partition.parts=[31,35,40,]" in message
+    assert "data.partition.parts=[31,35,40,'']" in message
+
+
+def test_the_values_that_a_message_names_can_be_copied():
+    values = ["31", "1.50", "007", "null", "München, Süd", "it's \\", "back\\", "-", "", "a=b"]
+    for some in (values[:5], values[5:]):
+        message = one_line_error(groups_of, column(3), some, np.arange(5, 0, -1))
+        (word,) = re.findall(r"data\.partition\.parts=\[.*\](?=, or set)", message)
+        parsed = OverridesParser.create().parse_override(word).value()
+        assert [str(value) for value in parsed] == some
 
 
 @pytest.mark.parametrize("form", ["csv", "parquet"])
@@ -160,6 +171,7 @@ def test_splits_do_not_depend_on_the_column(csv, tmp_path):
         ("user", [1, 2], None, "parts: a list requires by=file or by=COLUMN (got by=user"),
         ("city", [1, 1], None, "must list one part or more, each once"),
         ("city", [], None, "must list one part or more"),
+        ("city", [{"name": "a", "values": []}], None, "must list a value or more for every part"),
         ("city", [{"name": "a"}], None, "parts as {name: north"),
         ("user", 0, None, "data.partition.parts=0: must be at least 1"),
         ("user", "few", None, "must be a whole number or a list of parts"),

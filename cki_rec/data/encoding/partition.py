@@ -5,6 +5,7 @@ Shape legend: N rows.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -18,6 +19,8 @@ from cki_rec.data.permutation import Permutation
 MOST_PARTS = 2**16 - 1
 MOST_SHOWN = 5
 """Values of a column that a message names."""
+WORDS = ("null", "true", "false", "nan", "inf")
+"""Words that the command line does not read as text."""
 EMPTY = "(empty)"
 """Name of an empty value."""
 PARTITION_STREAM = 2
@@ -115,7 +118,7 @@ def groups_of(partition: Partition, values: Sequence[str], counts: Ints) -> Grou
     by, named = partition.by, partition.named
     if named is None:
         order = np.argsort(-counts, kind="stable")[:MOST_SHOWN]
-        largest = ",".join(values[place] for place in order)
+        largest = ",".join(_as_written(values[place]) for place in order)
         if partition.size != len(values):
             raise UserError(
                 f"data.partition.parts={partition.parts}: {by} has {len(values)} values; name"
@@ -138,6 +141,17 @@ def groups_of(partition: Partition, values: Sequence[str], counts: Ints) -> Grou
     names = [" & ".join(named[part][0] or EMPTY for part in parts) for parts in groups]
     of_value = np.array([groups.index(parts) for parts in parts_of], dtype=np.int64)
     return Groups(of_value, names, [list(parts) for parts in groups])
+
+
+def _as_written(value: str) -> str:
+    """Return a value as a list on the command line has it: in quotes if it needs them."""
+    is_plain = re.fullmatch(r"[1-9]\d{0,17}|[a-z]\w*", value, re.ASCII | re.IGNORECASE)
+    if is_plain and value.lower() not in WORDS:
+        return value
+    escaped = re.sub(
+        r"(\\*)('|$)", lambda found: 2 * found[1] + found[2].replace("'", "\\'"), value
+    )
+    return f"'{escaped}'"
 
 
 def _too_many(parts: int, things: str, number: int) -> UserError:
